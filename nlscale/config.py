@@ -1,0 +1,319 @@
+"""The whole configuration vocabulary: every key a recipe may hold, with its unit and default.
+
+A recipe is a YAML file of these keys; ``nlscale train recipe.yaml key=value ...`` overrides them.
+How a recipe is read, merged, explained and checked is in `nlscale.recipe`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class Mixer(str, Enum):
+    """The sequence mixer of a block; the modes share one code path (MATH 4.5)."""
+
+    hope = "hope"
+    hope_pure = "hope-pure"
+    hope_paper = "hope-paper"
+    gated_delta = "gated-delta"
+    attention = "attention"
+
+
+class CmsForm(str, Enum):
+    """How the MLPs of a CMS block are composed (Eq. 70-73)."""
+
+    sequential = "sequential"
+    independent = "independent"
+
+
+class Dtype(str, Enum):
+    """Precision of parameters and activations; optimizer state is always fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Schedule(str, Enum):
+    """Shape of the learning rate after warm-up."""
+
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class PeriodRule(str, Enum):
+    """How a level's learning rate grows with its period C: not at all, sqrt(C) or C."""
+
+    none = "none"
+    sqrt = "sqrt"
+    linear = "linear"
+
+
+class ClipScope(str, Enum):
+    """Whose norm is clipped: each updating level by itself, or all that update jointly."""
+
+    level = "level"
+    joint = "joint"
+
+
+class Reduction(str, Enum):
+    """When a window crosses the network: once, when due, or (for comparison) at every step."""
+
+    deferred = "deferred"
+    every_step = "every-step"
+
+
+@dataclass
+class RunConfig:
+    """Where a run writes and what makes it reproducible."""
+
+    dir: str = "runs/default"
+    """Folder of the run: resolved config, metrics.jsonl, summary.json, loss.png."""
+    seed: int = 1234
+    """Seed of initial weights and of the order of the data."""
+
+
+@dataclass
+class DataConfig:
+    """The token shards made by ``nlscale data build``."""
+
+    dir: str = MISSING
+    """Folder of the shards and their index.json."""
+    sequence_length: int = 1024
+    """Tokens a sample trains on (it reads one more, the last target)."""
+
+
+@dataclass
+class MemoryConfig:
+    """The self-modifying memory of the mixer (MATH 4). Null means: as `model.mixer` says."""
+
+    chunk: int = 64
+    """Tokens between two self-modifications; it is part of the model, not only of its speed."""
+    convolution: int = 4
+    """Window of the causal depthwise convolution before the memory, in tokens."""
+    lambda_init: float | None = None
+    """Initial weight of the self-modified part of k and v, per head (hope: 0.3)."""
+    anchored: bool | None = None
+    """Decay toward the learned initial memory instead of toward zero (MATH 4.4)."""
+    c: float | None = None
+    """1: the paper's delta gradient descent; 0: the plain delta rule (MATH 4.3)."""
+    normalize_value: bool | None = None
+    """L2-normalise v in the update of the memories that make k, v and the gates."""
+    separate_inputs: bool | None = None
+    """Separate projections of x for what feeds k and what feeds v."""
+    static_gates: bool | None = None
+    """Add a linear of x to the self-modifying gate logits."""
+    output_gate: bool | None = None
+    """Multiply the read by SiLU of a linear of x."""
+    read_norm: bool | None = None
+    """RMS-normalise the read of each head."""
+    eta_bias: float | None = None
+    """Initial bias of the write-strength logit (hope: 0; c = 1 needs about -2)."""
+    alpha_bias: float = 4.0
+    """Initial bias of the decay logit, the middle of a spread of 1 over the heads."""
+
+
+@dataclass
+class ModelConfig:
+    """The network. A Transformer is `mixer: attention` with one level."""
+
+    mixer: Mixer = Mixer.hope
+    """hope | hope-pure | hope-paper | gated-delta | attention (MATH 4.5)."""
+    layers: int = 12
+    """Blocks; each is a mixer followed by a CMS block."""
+    d_model: int = 768
+    """Width of the residual stream."""
+    heads: int = 12
+    """Heads of the mixer; the head dimension is d_model / heads."""
+    cms: CmsForm = CmsForm.sequential
+    """How the MLPs of a block's levels are composed: sequential (Eq. 70) or independent."""
+    hidden: int | None = None
+    """Hidden units of all CMS MLPs of a block together. Null: what makes mixer and CMS together
+    as large as a Transformer block, 12 d_model^2, so that mixers compare at equal parameters."""
+    vocabulary: int | None = None
+    """Token ids the model knows; null: what the data's tokenizer has."""
+    rope_base: float = 10000.0
+    """Base of the rotary positions of `attention`."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in every RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; projections into the residual stream are divided
+    by sqrt(2 layers)."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """The self-modifying memory."""
+
+
+@dataclass
+class LevelConfig:
+    """One level: the parts of the model that update together, once a period (MATH 1)."""
+
+    name: str = MISSING
+    """Used in metrics and figures."""
+    period: str = "1 step"
+    """How often the level updates: '16 steps' or '8M tokens'."""
+    hidden: int | None = None
+    """Hidden units of this level's MLP in each block; null: an equal share of model.hidden."""
+    learning_rate: float = 1.0
+    """Factor on optimizer.learning_rate for this level, beside the rule of its period."""
+
+
+@dataclass
+class LevelsConfig:
+    """The spectrum of levels, fastest first, and how they are reduced and learn.
+
+    A recipe may give `levels` as a plain list; it is then the spectrum. An entry may be a bare
+    period: ``levels=[1,4,16]``.
+    """
+
+    spectrum: list[LevelConfig] = field(default_factory=lambda: [LevelConfig(name="base")])
+    """The levels. Everything outside the CMS MLPs belongs to the first."""
+    stagger: bool = True
+    """Blocks at different depths update a slow level at different steps of its period, so that
+    its traffic is spread evenly; the phase depends on depth only."""
+    learning_rate_rule: PeriodRule = PeriodRule.none
+    """How the learning rate grows with the period. The default is none: Adam's step does not
+    shrink with a longer window."""
+    reduction: Reduction = Reduction.deferred
+    """deferred: a window crosses the inter-node network once, when due. every-step: at each step,
+    with the same updates; only for measuring what deferral saves."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, sampled at each update of a level."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    min_learning_rate: float = 0.1
+    """Final learning rate as a fraction of the peak."""
+    schedule: Schedule = Schedule.cosine
+    """cosine, or wsd: warm-up, stable, linear decay."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up, counted in steps of the run."""
+    decay_fraction: float = 0.2
+    """Share of the steps that wsd spends decaying."""
+    beta1: float = 0.9
+    """Decay of the first moment, per update."""
+    beta2: float = 0.95
+    """Decay of the second moment, per update."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay per update, on matrices only."""
+    clip: float = 1.0
+    """Largest norm of the window gradient; 0 switches clipping off."""
+    clip_scope: ClipScope = ClipScope.level
+    """level: each updating level by its own norm; joint: by the norm of all that update."""
+
+
+@dataclass
+class TrainConfig:
+    """The length and shape of training."""
+
+    steps: int = 1000
+    """Optimizer steps of the run."""
+    global_batch: int = 32
+    """Sequences a step, over all ranks."""
+    micro_batch: int = 4
+    """Sequences a rank passes through the model at once."""
+    dtype: Dtype = Dtype.bf16
+    """bf16 or fp32 parameters and activations."""
+    validate_every: int = 100
+    """Steps between validations; one is always made before the first and after the last step."""
+    validation_sequences: int = 64
+    """Held-out sequences a validation reads."""
+    max_dropped_steps: int = 8
+    """Steps in a row with a non-finite loss or gradient after which training gives up."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the model and the batch are spread over ranks."""
+
+    tensor: int = 1
+    """Ranks that share every layer (tensor parallel)."""
+    pipeline: int = 1
+    """Ranks that share the stack of layers (pipeline parallel)."""
+    ranks_per_node: int | None = None
+    """Ranks on one node; null: what torchrun says (LOCAL_WORLD_SIZE), else all of them."""
+    overlap: bool = True
+    """Overlap the reduction inside the node with the backward pass (on GPUs)."""
+    timeout_minutes: float = 10.0
+    """A collective that takes longer ends the run."""
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases; metrics.jsonl is written in any case."""
+
+    enabled: bool = False
+    """Track the run with wandb; without a key or network it is tracked offline."""
+    project: str = "nlscale"
+    """Project name."""
+    name: str | None = None
+    """Run name; null: the last part of run.dir."""
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    levels: LevelsConfig = field(default_factory=LevelsConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+MIXER_PRESETS: dict[Mixer, dict[str, float | bool]] = {
+    Mixer.hope: {
+        "lambda_init": 0.3,
+        "anchored": True,
+        "c": 0.0,
+        "normalize_value": True,
+        "separate_inputs": True,
+        "static_gates": True,
+        "output_gate": True,
+        "read_norm": True,
+        "eta_bias": 0.0,
+    },
+    Mixer.hope_pure: {
+        "lambda_init": 1.0,
+        "anchored": True,
+        "c": 1.0,
+        "normalize_value": True,
+        "separate_inputs": True,
+        "static_gates": True,
+        "output_gate": True,
+        "read_norm": True,
+        "eta_bias": -2.0,
+    },
+    Mixer.hope_paper: {
+        "lambda_init": 1.0,
+        "anchored": False,
+        "c": 1.0,
+        "normalize_value": False,
+        "separate_inputs": False,
+        "static_gates": False,
+        "output_gate": False,
+        "read_norm": False,
+        "eta_bias": -2.0,
+    },
+    Mixer.gated_delta: {
+        "lambda_init": 0.0,
+        "anchored": True,
+        "c": 0.0,
+        "normalize_value": True,
+        "separate_inputs": True,
+        "static_gates": True,
+        "output_gate": True,
+        "read_norm": True,
+        "eta_bias": 0.0,
+    },
+}
+"""What a null field of `model.memory` means for each mixer with a memory (MATH 4.4, 4.5)."""

@@ -1,0 +1,303 @@
+"""Figures of a run, drawn from its metrics.jsonl alone (matplotlib is imported when drawing)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nlscale.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+
+# Okabe-Ito: told apart with every common form of colour blindness.
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#8C8C8C"
+_CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#444444",
+    "axes.linewidth": 0.8,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+}
+
+Record = dict[str, Any]
+
+
+def read_records(run_dir: Path) -> list[Record]:
+    """Every record of `run_dir`/metrics.jsonl, in file order.
+
+    A torn last line (the run was killed while writing, or is writing now) is left out.
+
+    Raises:
+        UserError: there is no such file, or a line before the last is not a JSON object.
+    """
+    path = Path(run_dir) / METRICS_FILE
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    records: list[Record] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object")
+        records.append(record)
+    return records
+
+
+def update_steps(records: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """The steps at which each level updated, from train records; levels in their given order.
+
+    A level that never updated has an empty list.
+    """
+    steps: dict[str, list[int]] = {}
+    for record in records:
+        for name, level in (record.get("levels") or {}).items():
+            updated = steps.setdefault(name, [])
+            if level.get("updated"):
+                updated.append(int(record["step"]))
+    return steps
+
+
+def human_count(count: float) -> str:
+    """A count in three figures and a unit: 950, 21.3k, 557k, 13.1M, 2.5B, 1T."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        # 999,950 reads "1M", not "1000k": the unit is chosen after rounding.
+        if abs(count) >= size * 0.9995:
+            return f"{float(f'{count / size:.3g}'):g}{unit}"
+    return f"{count:.3g}"
+
+
+def draw_loss(run_dir: Path, out: Path | None = None) -> Path:
+    """Draw training and validation loss, with the update steps of every level below.
+
+    Loss is in nats per token over step, with tokens seen on the top axis. Where summary.json has
+    `unigram_nats_per_token`, or `unigram_bits_per_byte` and a validation record to convert it
+    with, the loss of a unigram model is drawn as a reference.
+
+    Args:
+        run_dir: the run's directory; its name is the title.
+        out: the image to write, in the format its suffix names; `run_dir`/loss.png by default.
+
+    Returns:
+        The path written.
+
+    Raises:
+        UserError: no metrics.jsonl, or no record with a loss in it.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    run_dir = Path(run_dir)
+    out = Path(out) if out is not None else run_dir / "loss.png"
+    records = read_records(run_dir)
+    train = [r for r in records if r.get("kind") == "train"]
+    validation = [r for r in records if r.get("kind") == "validation" and r.get("loss") is not None]
+    if not validation and all(r.get("loss") is None for r in train):
+        raise UserError(f"{run_dir / METRICS_FILE} holds no loss yet: nothing to draw")
+    levels = update_steps(train)
+    strip = 0.26 * len(levels) + 0.1
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(8.0, 4.6 + strip), dpi=160, layout="constrained")
+        if levels:
+            ratios = [4.6, strip]
+            axes, below = figure.subplots(2, 1, sharex=True, height_ratios=ratios)
+            axes.tick_params(labelbottom=False)
+            _draw_levels(below, levels, train)
+            below.set_xlabel("step")
+        else:
+            axes = figure.subplots()
+            axes.set_xlabel("step")
+        _draw_curves(axes, train, validation, _unigram_nats(run_dir, validation))
+        _add_token_axis(axes, [*train, *validation])
+        title = run_dir.resolve().name
+        if validation and validation[-1].get("bits_per_byte") is not None:
+            title += f": {validation[-1]['bits_per_byte']:.3f} bits per byte in validation"
+        figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
+        return _save(figure, out)
+
+
+def draw_comparison(runs: dict[str, Path], out: Path) -> Path:
+    """Draw the validation loss of several runs over tokens seen, final values in the legend.
+
+    The horizontal axis is tokens, not steps, so that runs of different batch sizes compare.
+
+    Args:
+        runs: a label for each run and the run's directory.
+        out: the image to write, in the format its suffix names.
+
+    Returns:
+        The path written.
+
+    Raises:
+        UserError: no runs, or one of them has no validation loss.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    if not runs:
+        raise UserError("no runs to compare")
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(8.0, 4.8), dpi=160, layout="constrained")
+        axes = figure.subplots()
+        axes.spines["top"].set_visible(False)
+        for index, (label, run_dir) in enumerate(runs.items()):
+            points = [
+                r
+                for r in read_records(run_dir)
+                if r.get("kind") == "validation" and r.get("loss") is not None
+            ]
+            if not points:
+                raise UserError(f"run {label!r} ({run_dir}) has no validation loss to compare")
+            final = f"{points[-1]['loss']:.3f}"
+            if points[-1].get("bits_per_byte") is not None:
+                final += f" ({points[-1]['bits_per_byte']:.3f} bits per byte)"
+            axes.plot(
+                [r["tokens"] for r in points],
+                [r["loss"] for r in points],
+                color=_CYCLE[index % len(_CYCLE)],
+                linestyle=("-", "--", ":")[index // len(_CYCLE) % 3],
+                marker="o",
+                markersize=3.5,
+                linewidth=1.6,
+                label=f"{label}: {final}",
+            )
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("validation loss (nats per token)")
+        axes.grid(axis="y")
+        axes.legend(loc="upper right")
+        return _save(figure, Path(out))
+
+
+def _draw_curves(
+    axes: Any, train: list[Record], validation: list[Record], unigram: float | None
+) -> None:
+    kept = [r for r in train if r.get("loss") is not None]
+    steps = [r["step"] for r in kept]
+    losses = np.array([r["loss"] for r in kept], dtype=np.float64)
+    smooth = _smoothed(losses)
+    points = [r["loss"] for r in validation]
+    if kept:
+        axes.plot(steps, losses, color=_BLUE, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smooth, color=_BLUE, linewidth=1.8, label="training")
+    if validation:
+        axes.plot(
+            [r["step"] for r in validation],
+            points,
+            color=_ORANGE,
+            linewidth=1.0,
+            marker="o",
+            markersize=4.5,
+            label=f"validation: {points[-1]:.3f} at the end",
+        )
+    if unigram is not None:
+        label = f"unigram model: {unigram:.3f}"
+        axes.axhline(unigram, color=_GREY, linestyle=(0, (5, 3)), linewidth=1.2, label=label)
+    # A single spike must not flatten the curve: raw losses count only up to their percentiles.
+    shown = [*smooth, *points, *([unigram] if unigram is not None else [])]
+    if kept:
+        shown += list(np.percentile(losses, [0.5, 99.5]))
+    low, high = min(shown), max(shown)
+    margin = 0.06 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
+    lost = [r["step"] for r in train if r.get("loss") is None]
+    if lost:
+        axes.plot(
+            lost,
+            [0.985] * len(lost),
+            "x",
+            color="black",
+            markersize=5,
+            transform=axes.get_xaxis_transform(),
+            label="loss not finite",
+        )
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    axes.legend(loc="upper right")
+
+
+def _draw_levels(axes: Any, levels: dict[str, list[int]], train: list[Record]) -> None:
+    """One row a level, the first at the top: a tick at each update, a bar where all steps did."""
+    periods = {n: v.get("period") for r in train for n, v in (r.get("levels") or {}).items()}
+    labels = []
+    for row, (name, steps) in enumerate(levels.items()):
+        period = periods[name]
+        labels.append(name + ("  every step" if period == 1 else f"  every {period} steps"))
+        if period == 1:
+            # Broken where an update was dropped, so the gap shows.
+            runs = np.split(steps, np.flatnonzero(np.diff(steps) > 1) + 1) if steps else []
+            spans = [(run[0] - 0.5, len(run)) for run in runs]
+            axes.broken_barh(spans, (row - 0.3, 0.6), color=_BLUE, linewidth=0)
+        else:
+            axes.vlines(steps, row - 0.3, row + 0.3, color=_BLUE, linewidth=1.0)
+    axes.set_ylim(len(levels) - 0.4, -0.6)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8.5)
+    axes.tick_params(axis="y", length=0)
+    for side in ("left", "top"):
+        axes.spines[side].set_visible(False)
+
+
+def _add_token_axis(axes: Any, records: list[Record]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    seen = dict(sorted((r["step"], r["tokens"]) for r in records if r.get("tokens") is not None))
+    tokens = list(seen.values())
+    if len(seen) < 2 or tokens[0] == tokens[-1]:
+        axes.spines["top"].set_visible(False)
+        return
+    ticks = [t for t in MaxNLocator(6).tick_values(0, tokens[-1]) if tokens[0] <= t <= tokens[-1]]
+    # By interpolation, not a factor: tokens a step may change during a run.
+    top = axes.secondary_xaxis("top")
+    top.set_ticks(np.interp(ticks, tokens, list(seen)), [human_count(t) for t in ticks])
+    top.set_xlabel("tokens")
+
+
+def _smoothed(losses: np.ndarray) -> np.ndarray:
+    """Centred mean over about 2 % of the run, narrower near the ends: it does not lag."""
+    count = len(losses)
+    sums = np.concatenate([[0.0], np.cumsum(losses)])
+    index = np.arange(count)
+    half = np.minimum(np.minimum(index, count - 1 - index), count // 100)
+    return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
+
+
+def _unigram_nats(run_dir: Path, validation: list[Record]) -> float | None:
+    try:
+        summary = json.loads((run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    if (nats := summary.get("unigram_nats_per_token")) is not None:
+        return float(nats)
+    bits = summary.get("unigram_bits_per_byte")
+    for record in reversed(validation):
+        if bits is not None and record.get("bits_per_byte"):
+            # loss / bits_per_byte = ln 2 * bytes per token, on the same validation text.
+            return float(bits * record["loss"] / record["bits_per_byte"])
+    return None
+
+
+def _save(figure: Any, out: Path) -> Path:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".partial-{out.name}")  # same suffix: it decides the format
+    figure.savefig(partial)
+    os.replace(partial, out)
+    return out

@@ -1,0 +1,31 @@
+"""One block of Hope: a mixer and a CMS, pre-normalised and residual (Eq. 94-97)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nlscale.config import Mixer, ModelConfig
+from nlscale.model.cms import CMS
+from nlscale.model.layers import RMSNorm
+from nlscale.model.mixers.attention import Attention
+from nlscale.model.mixers.memory import MemoryMixer
+
+
+class Block(nn.Module):
+    """x <- x + mixer(norm(x)); x <- CMS(x). x is [sequence, batch, d_model]."""
+
+    def __init__(self, model: ModelConfig, mc: TransformerConfig, hidden: list[int]) -> None:
+        super().__init__()
+        # two additions to the residual stream a block, whatever the number of levels
+        residual_std = model.init_std / (2 * model.layers) ** 0.5
+        make = Attention if model.mixer == Mixer.attention else MemoryMixer
+        self.norm = RMSNorm(mc, model.d_model, model.norm_eps)
+        self.mixer = make(model, mc, residual_std)
+        self.cms = CMS(model, mc, hidden, residual_std)
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        mixed, state = self.mixer(self.norm(x), state)
+        return self.cms(x + mixed), state

@@ -1,0 +1,75 @@
+"""The Continuum Memory System: a block's feed-forward part as MLPs of different levels (MATH 2)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nlscale.config import CmsForm, ModelConfig
+from nlscale.model.init import constant, normal, tag
+from nlscale.model.layers import RMSNorm, column_linear, reduce_output, row_linear
+
+
+class LevelMLP(nn.Module):
+    """SwiGLU: W_down ( SiLU(W_gate x) * W_up x ), hidden units split over the tensor group."""
+
+    def __init__(
+        self, model: ModelConfig, mc: TransformerConfig, hidden: int, residual_std: float
+    ) -> None:
+        super().__init__()
+        d = model.d_model
+        self.up = column_linear(mc, d, 2 * hidden, normal(model.init_std), sections=2)
+        self.down = row_linear(mc, hidden, d, normal(residual_std))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        gate, up = self.up(x)[0].chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.hidden(x))[0]
+
+
+class CMS(nn.Module):
+    """k MLPs, one a level, fastest first; k = 1 is the ordinary feed-forward layer.
+
+    sequential (Eq. 70): x <- x + MLP_l(norm_l(x)) for each level in turn.
+    independent: x + sum_l w_l MLP_l(norm(x)), w = softmax of learned logits, one reduction in all.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        mc: TransformerConfig,
+        hidden: list[int],
+        residual_std: float,
+    ) -> None:
+        super().__init__()
+        self.mc, self.independent = mc, model.cms == CmsForm.independent
+        self.mlps = nn.ModuleList(LevelMLP(model, mc, h, residual_std) for h in hidden)
+        norms = 1 if self.independent else len(hidden)
+        self.norms = nn.ModuleList(
+            RMSNorm(mc, model.d_model, model.norm_eps) for _ in range(norms)
+        )
+        if self.independent:
+            self.mixture = nn.Parameter(torch.empty(len(hidden), dtype=mc.params_dtype))
+            tag(self.mixture, constant(0.0))
+
+    def level_of(self, name: str) -> int:
+        """The level of a parameter of this module, by its name inside it."""
+        part, _, rest = name.partition(".")
+        belongs = part == "mlps" or (part == "norms" and not self.independent)
+        return int(rest.split(".")[0]) if belongs else 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.independent:
+            for norm, mlp in zip(self.norms, self.mlps, strict=True):
+                x = x + mlp(norm(x))
+            return x
+        normed = self.norms[0](x)
+        weights = torch.softmax(self.mixture.float(), 0).to(x.dtype) * len(self.mlps)
+        partial = torch.stack(
+            [F.linear(w * m.hidden(normed), m.down.weight) for w, m in zip(weights, self.mlps)]
+        ).sum(0)
+        return x + reduce_output(self.mc, partial)

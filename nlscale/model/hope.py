@@ -1,0 +1,97 @@
+"""The whole model, or one pipeline stage of it (MATH 5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.enums import ModelType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nlscale.config import Config
+from nlscale.model.block import Block
+from nlscale.model.init import normal
+from nlscale.model.layers import RMSNorm, column_linear, cross_entropy, embedding
+from nlscale.model.sizes import level_hidden
+
+
+class Hope(nn.Module):
+    """Embedding, blocks, norm and head; a stage holds a range of the blocks.
+
+    Parameters are named by their place in the whole model (`blocks.7.cms...` on any stage), and
+    `level_and_depth` says which level and depth each belongs to.
+    """
+
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(
+        self,
+        config: Config,
+        mc: TransformerConfig,
+        vocabulary: int,
+        blocks: range | None = None,
+    ) -> None:
+        super().__init__()
+        model = config.model
+        blocks = range(model.layers) if blocks is None else blocks
+        hidden = level_hidden(config)
+        self.config = mc  # megatron-core's schedules look here
+        self.layers = model.layers
+        self.is_first, self.is_last = blocks.start == 0, blocks.stop == model.layers
+        self.embedding = embedding(mc, vocabulary, model.init_std) if self.is_first else None
+        self.blocks = nn.ModuleDict({str(i): Block(model, mc, hidden) for i in blocks})
+        if self.is_last:
+            self.norm = RMSNorm(mc, model.d_model, model.norm_eps)
+            self.head = column_linear(mc, model.d_model, vocabulary, normal(model.init_std))
+        self._input: Tensor | None = None
+
+    def set_input_tensor(self, tensor: Tensor | list[Tensor | None] | None) -> None:
+        """Called by the pipeline schedule: what the stage before sent."""
+        self._input = tensor[0] if isinstance(tensor, list) else tensor
+
+    def level_and_depth(self, name: str) -> tuple[int, int]:
+        """Level and depth of a parameter, by its name."""
+        parts = name.split(".")
+        if parts[0] != "blocks":
+            return 0, 0 if parts[0] == "embedding" else self.layers - 1
+        depth = int(parts[1])
+        if parts[2] != "cms":
+            return 0, depth
+        cms = self.blocks[parts[1]].cms
+        return cms.level_of(".".join(parts[3:])), depth  # type: ignore[operator, union-attr]
+
+    def hidden(
+        self, tokens: Tensor, states: dict[str, Any] | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """tokens [batch, sequence] -> residual stream [sequence, batch, d_model], new states.
+
+        `states` are those an earlier piece of the same sequences returned; None at their start.
+        """
+        if self.embedding is not None:
+            x = self.embedding(tokens)
+            # [batch, sequence, d] unless the embedding has already scattered the sequence
+            x = x if self.embedding.reduce_scatter_embeddings else x.transpose(0, 1).contiguous()
+        else:
+            assert self._input is not None, "a later pipeline stage needs the earlier one's output"
+            x = self._input
+        carried: dict[str, Any] = {}
+        for index, block in self.blocks.items():
+            x, carried[index] = block(x, None if states is None else states[index])
+        return x, carried
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Residual stream -> logits [sequence, batch, vocabulary / tensor-parallel size]."""
+        return self.head(self.norm(x))[0]
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each token in nats, fp32 [sequence, batch]; on an earlier stage its output."""
+        x, _ = self.hidden(tokens)
+        if not self.is_last:
+            return x
+        return cross_entropy(self.logits(x).float(), targets.transpose(0, 1).contiguous())
+
+    def parameter_count(self) -> int:
+        """Parameters held by this rank."""
+        return sum(p.numel() for p in self.parameters())
+
+

@@ -1,0 +1,122 @@
+"""The tensor-parallel building blocks: megatron-core's layers, with our initialisation and norm.
+
+The only file of the model that names megatron-core. Tensors are [sequence, batch, hidden].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    mappings,
+    vocab_parallel_cross_entropy,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nlscale.config import Config, Dtype
+from nlscale.model.init import Initializer, normal, ones, tag
+
+
+def megatron_config(config: Config, **schedule: Any) -> TransformerConfig:
+    """What megatron-core's layers and schedules need to know of the run.
+
+    The loss is a sum over tokens (`calculate_per_token_loss`): windows are divided by their
+    token count only when they are applied (MATH 1).
+    """
+    bf16 = config.train.dtype == Dtype.bf16
+    return TransformerConfig(
+        num_layers=config.model.layers,
+        hidden_size=config.model.d_model,
+        num_attention_heads=config.model.heads,
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
+        bf16=bf16,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        **schedule,
+    )
+
+
+def column_linear(
+    mc: TransformerConfig, inputs: int, outputs: int, init: Initializer, sections: int = 1
+) -> ColumnParallelLinear:
+    """y = x W^T with the rows of W split over the tensor-parallel group.
+
+    `sections` outputs of equal size are stacked in W; each is split by itself, so that a rank
+    holds the same part of every section.
+    """
+    layer = ColumnParallelLinear(
+        inputs, outputs, config=mc, init_method=_unused, bias=False, gather_output=False
+    )
+    tag(layer.weight, init, partition_dim=0, sections=sections)
+    return layer
+
+
+def row_linear(
+    mc: TransformerConfig, inputs: int, outputs: int, init: Initializer
+) -> RowParallelLinear:
+    """y = sum over the tensor-parallel group of x_part W_part^T: one reduction."""
+    layer = RowParallelLinear(
+        inputs,
+        outputs,
+        config=mc,
+        init_method=_unused,
+        bias=False,
+        input_is_parallel=True,
+        skip_bias_add=True,
+    )
+    tag(layer.weight, init, partition_dim=1)
+    return layer
+
+
+def reduce_output(mc: TransformerConfig, partial: Tensor) -> Tensor:
+    """The reduction of `row_linear` alone, for a sum of several partial products."""
+    reduce: Callable[[Tensor], Tensor] = (
+        mappings.reduce_scatter_to_sequence_parallel_region
+        if mc.sequence_parallel
+        else mappings.reduce_from_tensor_model_parallel_region
+    )
+    return reduce(partial)
+
+
+def embedding(mc: TransformerConfig, vocabulary: int, std: float) -> VocabParallelEmbedding:
+    """Token embedding with the vocabulary split over the tensor-parallel group."""
+    layer = VocabParallelEmbedding(
+        vocabulary, mc.hidden_size, init_method=_unused, config=mc,
+        reduce_scatter_embeddings=mc.sequence_parallel,
+    )  # fmt: skip
+    tag(layer.weight, normal(std), partition_dim=0)
+    return layer
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats per token, [sequence, batch]; logits stay split over the vocabulary."""
+    return vocab_parallel_cross_entropy(logits, targets)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight along the last dimension, in fp32."""
+
+    def __init__(self, mc: TransformerConfig, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=mc.params_dtype))
+        tag(self.weight, ones)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def _unused(weight: Tensor) -> None:
+    raise AssertionError("weights are set by nlscale.model.init.initialize")

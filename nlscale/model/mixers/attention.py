@@ -1,0 +1,64 @@
+"""Causal softmax attention with rotary positions: the mixer of Hope-Attention and Transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nlscale.config import ModelConfig
+from nlscale.model.init import normal
+from nlscale.model.layers import column_linear, row_linear
+from nlscale.model.sizes import head_dim
+
+
+@dataclass
+class AttentionState:
+    """Keys (rotated) and values so far, [batch, heads, time, d]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Attention(nn.Module):
+    """x [sequence, batch, d_model] -> the same shape; heads split over the tensor group."""
+
+    def __init__(self, model: ModelConfig, mc: TransformerConfig, residual_std: float) -> None:
+        super().__init__()
+        self.heads = model.heads // mc.tensor_model_parallel_size
+        self.head_dim, self.rope_base = head_dim(model), model.rope_base
+        self.project = column_linear(
+            mc, model.d_model, 3 * model.d_model, normal(model.init_std), sections=3
+        )
+        self.output = row_linear(mc, model.d_model, model.d_model, normal(residual_std))
+
+    def forward(
+        self, x: Tensor, state: AttentionState | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        projected, _ = self.project(x)
+        length, batch, _ = projected.shape
+        shape = (length, batch, 3, self.heads, self.head_dim)
+        q, k, v = projected.view(shape).permute(2, 1, 3, 0, 4)
+        past = 0 if state is None else state.keys.shape[2]
+        q, k = self._rotate(q, past), self._rotate(k, past)
+        if state is not None:
+            k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
+        mask = None
+        if past:
+            mask = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        out, _ = self.output(out.permute(2, 0, 1, 3).reshape(length, batch, -1))
+        return out, AttentionState(k, v)
+
+    def _rotate(self, x: Tensor, first: int) -> Tensor:
+        """Rotary position embedding of [batch, heads, time, d], halves rotated together."""
+        half, wide = self.head_dim // 2, torch.promote_types(x.dtype, torch.float32)
+        frequency = self.rope_base ** (-torch.arange(half, device=x.device, dtype=wide) / half)
+        time = torch.arange(first, first + x.shape[2], device=x.device, dtype=wide)
+        angle = time[:, None] * frequency
+        cos, sin = angle.cos(), angle.sin()
+        left, right = x.to(wide).chunk(2, -1)
+        return torch.cat([left * cos - right * sin, right * cos + left * sin], -1).to(x.dtype)

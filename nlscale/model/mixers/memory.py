@@ -1,0 +1,162 @@
+"""The mixers with a memory: `hope`, `hope-pure`, `hope-paper` and `gated-delta` (MATH 4).
+
+One code path. `gated-delta` is the same with the projections static: no memory makes k, v and
+the gates. Heads are split over the tensor-parallel group; the scan is local to a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nlscale.config import Mixer, ModelConfig
+from nlscale.model.init import constant, normal, orthogonal, spread, tag
+from nlscale.model.layers import column_linear, row_linear
+from nlscale.model.sizes import head_dim
+from nlscale.ops.memory import MemoryRules, MemoryState, MemoryWeights, memory_scan, normalize
+
+_GATE_STD = 0.02
+
+
+@dataclass
+class MixerState:
+    """What a memory mixer carries from one piece of a sequence to the next."""
+
+    tail: Tensor
+    """The last inputs of the convolution, [window - 1, batch, channels]."""
+    memory: MemoryState
+
+
+class MemoryMixer(nn.Module):
+    """x [sequence, batch, d_model] -> the same shape, causal, one state a head and sequence.
+
+        a, b  = SiLU(convolution(W_a x)), SiLU(convolution(W_b x))     inputs of k and of v
+        q     = normalize(W_q x)                                       static queries
+        y     = W_o ( RMSNorm(read) * SiLU(W_g x) )                    each if configured
+    """
+
+    def __init__(self, model: ModelConfig, mc: TransformerConfig, residual_std: float) -> None:
+        super().__init__()
+        memory, d, tp = model.memory, model.d_model, mc.tensor_model_parallel_size
+        self.heads, self.head_dim = model.heads // tp, head_dim(model)
+        self.norm_eps = model.norm_eps
+        self.inputs = 2 if memory.separate_inputs else 1
+        self.gated = bool(memory.output_gate)
+        self.rules = MemoryRules(
+            chunk=memory.chunk,
+            anchored=bool(memory.anchored),
+            c=float(memory.c or 0.0),
+            normalize_value=bool(memory.normalize_value),
+            main_memory=model.mixer in (Mixer.hope, Mixer.gated_delta),
+        )
+        sections = self.inputs + 1 + self.gated
+        local, dtype = self.heads * self.head_dim, mc.params_dtype
+        self.project = column_linear(mc, d, sections * d, normal(model.init_std), sections)
+        self.output = row_linear(mc, d, d, normal(residual_std))
+        self.convolution = nn.Parameter(
+            torch.empty(memory.convolution, self.inputs * local, dtype=dtype)
+        )
+        tag(self.convolution, normal(memory.convolution**-0.5), 1, self.inputs)
+        self.gates = (
+            column_linear(mc, d, 2 * model.heads, normal(model.init_std), 2)
+            if memory.static_gates
+            else None
+        )
+        self.eta_bias = nn.Parameter(torch.empty(self.heads, dtype=dtype))
+        self.alpha_bias = nn.Parameter(torch.empty(self.heads, dtype=dtype))
+        tag(self.eta_bias, constant(float(memory.eta_bias or 0.0)), 0)
+        tag(self.alpha_bias, spread(memory.alpha_bias, 1.0), 0)
+        if memory.read_norm:
+            self.read_norm = nn.Parameter(torch.empty(self.heads, self.head_dim, dtype=dtype))
+            tag(self.read_norm, constant(1.0), 0)
+        else:
+            self.register_parameter("read_norm", None)
+        self._add_memories(model, dtype)
+
+    def _add_memories(self, model: ModelConfig, dtype: torch.dtype) -> None:
+        h, n = self.heads, self.head_dim
+        self.modifies_itself = model.mixer != Mixer.gated_delta
+        if not self.modifies_itself:
+            return
+        self.memory_key = nn.Parameter(torch.empty(h, n, n, dtype=dtype))
+        self.memory_value = nn.Parameter(torch.empty(h, n, n, dtype=dtype))
+        self.memory_gates = nn.Parameter(torch.empty(h, 2, n, dtype=dtype))
+        tag(self.memory_key, orthogonal, 0)
+        tag(self.memory_value, orthogonal, 0)
+        tag(self.memory_gates, normal(_GATE_STD), 0)
+        if model.mixer == Mixer.hope:
+            start = float(model.memory.lambda_init or 0.0)
+            self.lambda_key = nn.Parameter(torch.empty(h, dtype=dtype))
+            self.lambda_value = nn.Parameter(torch.empty(h, dtype=dtype))
+            tag(self.lambda_key, constant(start), 0)
+            tag(self.lambda_value, constant(start), 0)
+        else:
+            self.memory_read = nn.Parameter(torch.empty(h, n, n, dtype=dtype))
+            tag(self.memory_read, orthogonal, 0)
+
+    def forward(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
+        projected, _ = self.project(x)
+        length, batch, width = projected.shape
+        local = self.heads * self.head_dim
+        sizes = [self.inputs * local, local] + [local] * self.gated
+        fed, q, *gate = projected.split(sizes, dim=-1)
+        fed, tail = self._convolve(fed, None if state is None else state.tail)
+        a, b = (self._by_head(part) for part in (fed.chunk(2, -1) if self.inputs == 2 else (fed, fed)))
+        a = a * torch.rsqrt(a.square().mean(-1, keepdim=True) + self.norm_eps)
+        eta, alpha = self._gate_logits(x)
+        read, memory = memory_scan(
+            a, b, normalize(self._by_head(q)), eta, alpha, self._weights(), self.rules,
+            None if state is None else state.memory,
+        )  # fmt: skip
+        if self.read_norm is not None:
+            read = F.rms_norm(read, (self.head_dim,), None, self.norm_eps)
+            read = read * self.read_norm.float()[:, None]
+        read = read.permute(2, 0, 1, 3).reshape(length, batch, local).to(x.dtype)
+        if gate:
+            read = read * F.silu(gate[0])
+        out, _ = self.output(read)
+        return out, MixerState(tail, memory)
+
+    def _convolve(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Causal depthwise convolution and SiLU; returns also the tail to carry on."""
+        window, length = self.convolution.shape[0], x.shape[0]
+        if tail is None:
+            tail = x.new_zeros(window - 1, *x.shape[1:])
+        padded = torch.cat([tail, x])
+        mixed = padded[:length] * self.convolution[0]
+        for i in range(1, window):
+            mixed = torch.addcmul(mixed, padded[i : i + length], self.convolution[i])
+        return F.silu(mixed), padded[length:]
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """[sequence, batch, heads * d] -> fp32 [batch, heads, sequence, d]."""
+        length, batch, _ = x.shape
+        split = x.view(length, batch, self.heads, self.head_dim)
+        return split.permute(1, 2, 0, 3).to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+
+    def _gate_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Static logits of eta and alpha, fp32 [batch, heads, sequence]."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        eta_bias, alpha_bias = (p.to(wide)[:, None] for p in (self.eta_bias, self.alpha_bias))
+        if self.gates is None:
+            # length of the whole sequence, also where x is split along it
+            shape = (x.shape[1], self.heads, x.shape[0])
+            return eta_bias.expand(shape), alpha_bias.expand(shape)
+        logits, _ = self.gates(x)
+        eta, alpha = logits.to(wide).permute(1, 2, 0).chunk(2, dim=1)
+        return eta + eta_bias, alpha + alpha_bias
+
+    def _weights(self) -> MemoryWeights | None:
+        if not self.modifies_itself:
+            return None
+        names = ("memory_key", "memory_value", "memory_gates")
+        optional = ("lambda_key", "lambda_value", "memory_read")
+        values = [getattr(self, name) for name in names]
+        values += [getattr(self, name, None) for name in optional]
+        return MemoryWeights(
+            *(v if v is None else v.to(torch.promote_types(v.dtype, torch.float32)) for v in values)
+        )

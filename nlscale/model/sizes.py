@@ -1,0 +1,80 @@
+"""How large each part of the model is, from the configuration alone (no tensors).
+
+The widths are chosen here, so that mixers compare at equal parameters: mixer and CMS of a block
+together are as large as a Transformer block of the same width, 12 d_model^2 **[choice]**.
+"""
+
+from __future__ import annotations
+
+from nlscale.config import Config, Mixer, ModelConfig
+from nlscale.errors import UserError
+
+_BLOCK_BUDGET = 12  # a Transformer block: 4 d^2 of attention and 8 d^2 of feed-forward
+_HIDDEN_MULTIPLE = 8  # hidden widths are rounded to this
+
+
+def head_dim(model: ModelConfig) -> int:
+    """Dimension of a head of the mixer."""
+    return model.d_model // model.heads
+
+
+def mixer_parameters(model: ModelConfig) -> int:
+    """Parameters of one mixer, its norms included."""
+    d, h, n = model.d_model, model.heads, head_dim(model)
+    norm = d
+    if model.mixer == Mixer.attention:
+        return norm + 4 * d * d
+    memory = model.memory
+    inputs = 2 if memory.separate_inputs else 1
+    total = norm + (inputs + 1) * d * d + d * d  # inputs, queries, output projection
+    total += inputs * d * memory.convolution
+    total += d * d if memory.output_gate else 0
+    total += d if memory.read_norm else 0
+    total += 2 * h * d if memory.static_gates else 0
+    total += 2 * h  # gate biases
+    if model.mixer != Mixer.gated_delta:
+        total += h * (2 * n * n + 2 * n)  # M_k, M_v, m_eta, m_alpha
+        total += 2 * h if model.mixer == Mixer.hope else h * n * n  # lambdas, or M_m
+    return total
+
+
+def level_hidden(config: Config) -> list[int]:
+    """Hidden units of each level's MLP in a block, fastest level first.
+
+    Raises:
+        UserError: the mixer leaves no room, or given widths exceed the total.
+    """
+    model, spectrum = config.model, config.levels.spectrum
+    given = [level.hidden for level in spectrum]
+    open_levels = given.count(None)
+    if open_levels == 0:
+        return [h for h in given if h is not None]
+    total = model.hidden
+    if total is None:
+        left = _BLOCK_BUDGET * model.d_model**2 - mixer_parameters(model)
+        total = left // (3 * model.d_model)
+    share = (total - sum(h for h in given if h is not None)) / open_levels
+    width = round(share / _HIDDEN_MULTIPLE) * _HIDDEN_MULTIPLE
+    if width < _HIDDEN_MULTIPLE:
+        raise UserError(
+            f"model.hidden: {total} units leave {share:.0f} for each of {open_levels} levels; "
+            f"use fewer levels, a larger d_model or set model.hidden"
+        )
+    return [width if h is None else h for h in given]
+
+
+def level_parameters(config: Config, vocabulary: int) -> list[int]:
+    """Parameters of each level over the whole model, fastest first.
+
+    Everything outside the CMS MLPs (mixers, norms, embedding, head) belongs to the first.
+    """
+    model = config.model
+    d, k = model.d_model, len(config.levels.spectrum)
+    independent = model.cms.value == "independent"
+    counts = [
+        model.layers * (3 * d * hidden + (d if not independent else 0))
+        for hidden in level_hidden(config)
+    ]
+    counts[0] += model.layers * (mixer_parameters(model) + (d + k if independent else 0))
+    counts[0] += 2 * vocabulary * d + d
+    return counts

@@ -1,0 +1,68 @@
+"""Values that carry their unit, as a recipe writes them: ``16 steps``, ``8M tokens``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from nlscale.errors import UserError
+
+_MULTIPLIERS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+_PERIOD = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMGBT]?)\s*(steps?|tokens?)?\s*")
+
+
+@dataclass(frozen=True)
+class Period:
+    """How often a level updates: a number of optimizer steps or of tokens.
+
+    In tokens a period does not change when the global batch does (MATH: levels and update
+    frequency); in steps it does not change when the data do.
+    """
+
+    count: int
+    unit: Literal["steps", "tokens"]
+
+    @classmethod
+    def parse(cls, text: str | int) -> Period:
+        """Read ``16``, ``"16 steps"`` or ``"8M tokens"``; a bare number is steps.
+
+        Raises:
+            UserError: not of that form, or not at least 1.
+        """
+        match = _PERIOD.fullmatch(str(text))
+        if match is None:
+            raise UserError(
+                f"period {text!r} is not a duration; write for example '16 steps' or '8M tokens'"
+            )
+        number, multiplier, unit = match.groups()
+        count = round(float(number) * _MULTIPLIERS[multiplier])
+        if count < 1:
+            raise UserError(f"period {text!r} is less than 1; the fastest level has '1 step'")
+        return cls(count, "tokens" if (unit or "").startswith("token") else "steps")
+
+    def in_steps(self, tokens_per_step: int) -> int:
+        """The period in optimizer steps, at least 1, for a global batch of that many tokens."""
+        if self.unit == "steps":
+            return self.count
+        return max(1, round(self.count / tokens_per_step))
+
+    def __str__(self) -> str:
+        unit = self.unit[:-1] if self.count == 1 else self.unit
+        return f"{human_count(self.count) if self.unit == 'tokens' else self.count} {unit}"
+
+
+def human_count(number: float) -> str:
+    """``8400000`` as ``8.4M``; decimal prefixes, three significant digits."""
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
+def human_bytes(number: float) -> str:
+    """Bytes with a decimal prefix, as network and disk vendors count: ``1.3 GB``."""
+    for limit, suffix in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g} {suffix}"
+    return f"{number:.0f} B"
