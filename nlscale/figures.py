@@ -28,7 +28,9 @@ _STYLE: dict[str, Any] = {
     "ytick.color": "#444444",
     "grid.color": "#E4E4E4",
     "grid.linewidth": 0.8,
-    "legend.frameon": False,
+    "axes.axisbelow": True,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.9,
 }
 
 Record = dict[str, Any]
@@ -108,22 +110,20 @@ def draw_loss(run_dir: Path, out: Path | None = None) -> Path:
     out = Path(out) if out is not None else run_dir / "loss.png"
     records = read_records(run_dir)
     train = [r for r in records if r.get("kind") == "train"]
-    validation = [r for r in records if r.get("kind") == "validation" and r.get("loss") is not None]
+    validation = _validated(records)
     if not validation and all(r.get("loss") is None for r in train):
         raise UserError(f"{run_dir / METRICS_FILE} holds no loss yet: nothing to draw")
     levels = update_steps(train)
-    strip = 0.26 * len(levels) + 0.1
+    strip = 0.26 * len(levels) + 0.1  # inches
     with rc_context(_STYLE):
         figure = Figure(figsize=(8.0, 4.6 + strip), dpi=160, layout="constrained")
         if levels:
-            ratios = [4.6, strip]
-            axes, below = figure.subplots(2, 1, sharex=True, height_ratios=ratios)
-            axes.tick_params(labelbottom=False)
+            axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4.6, strip])
+            axes.tick_params(axis="x", bottom=False, labelbottom=False)
             _draw_levels(below, levels, train)
-            below.set_xlabel("step")
         else:
-            axes = figure.subplots()
-            axes.set_xlabel("step")
+            axes = below = figure.subplots()
+        below.set_xlabel("step")
         _draw_curves(axes, train, validation, _unigram_nats(run_dir, validation))
         _add_token_axis(axes, [*train, *validation])
         title = run_dir.resolve().name
@@ -159,16 +159,12 @@ def draw_comparison(runs: dict[str, Path], out: Path) -> Path:
         axes = figure.subplots()
         axes.spines["top"].set_visible(False)
         for index, (label, run_dir) in enumerate(runs.items()):
-            points = [
-                r
-                for r in read_records(run_dir)
-                if r.get("kind") == "validation" and r.get("loss") is not None
-            ]
+            points = _validated(read_records(run_dir))
             if not points:
                 raise UserError(f"run {label!r} ({run_dir}) has no validation loss to compare")
             final = f"{points[-1]['loss']:.3f}"
-            if points[-1].get("bits_per_byte") is not None:
-                final += f" ({points[-1]['bits_per_byte']:.3f} bits per byte)"
+            if (bits := points[-1].get("bits_per_byte")) is not None:
+                final += f" ({bits:.3f} bits per byte)"
             axes.plot(
                 [r["tokens"] for r in points],
                 [r["loss"] for r in points],
@@ -187,17 +183,24 @@ def draw_comparison(runs: dict[str, Path], out: Path) -> Path:
         return _save(figure, Path(out))
 
 
+def _validated(records: list[Record]) -> list[Record]:
+    return [r for r in records if r.get("kind") == "validation" and r.get("loss") is not None]
+
+
 def _draw_curves(
     axes: Any, train: list[Record], validation: list[Record], unigram: float | None
 ) -> None:
     kept = [r for r in train if r.get("loss") is not None]
-    steps = [r["step"] for r in kept]
     losses = np.array([r["loss"] for r in kept], dtype=np.float64)
-    smooth = _smoothed(losses)
     points = [r["loss"] for r in validation]
+    shown = [*points, *([unigram] if unigram is not None else [])]
     if kept:
-        axes.plot(steps, losses, color=_BLUE, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smooth, color=_BLUE, linewidth=1.8, label="training")
+        steps = np.array([r["step"] for r in kept])
+        centres, smooth = _smoothed(losses)
+        # A single spike must not flatten the curve: raw losses count up to their percentiles.
+        shown += [*smooth, *np.percentile(losses, [0.5, 99.5])]
+        axes.plot(steps, losses, color=_BLUE, alpha=0.4, linewidth=0.7)
+        axes.plot(steps[centres], smooth, color=_BLUE, linewidth=1.8, label="training, smoothed")
     if validation:
         axes.plot(
             [r["step"] for r in validation],
@@ -211,27 +214,15 @@ def _draw_curves(
     if unigram is not None:
         label = f"unigram model: {unigram:.3f}"
         axes.axhline(unigram, color=_GREY, linestyle=(0, (5, 3)), linewidth=1.2, label=label)
-    # A single spike must not flatten the curve: raw losses count only up to their percentiles.
-    shown = [*smooth, *points, *([unigram] if unigram is not None else [])]
-    if kept:
-        shown += list(np.percentile(losses, [0.5, 99.5]))
-    low, high = min(shown), max(shown)
-    margin = 0.06 * (high - low) or 0.1
-    axes.set_ylim(low - margin, high + margin)
+    margin = 0.06 * (max(shown) - min(shown)) or 0.1
+    axes.set_ylim(min(shown) - margin, max(shown) + margin)
+    axes.set_xlim(0, 1.01 * max(r["step"] for r in [*train, *validation]))
     lost = [r["step"] for r in train if r.get("loss") is None]
     if lost:
-        axes.plot(
-            lost,
-            [0.985] * len(lost),
-            "x",
-            color="black",
-            markersize=5,
-            transform=axes.get_xaxis_transform(),
-            label="loss not finite",
-        )
+        at_top = {"transform": axes.get_xaxis_transform(), "label": "loss not finite"}
+        axes.plot(lost, [0.985] * len(lost), "x", color="black", markersize=5, **at_top)
     axes.set_ylabel("loss (nats per token)")
     axes.grid(axis="y")
-    axes.set_axisbelow(True)
     axes.legend(loc="upper right")
 
 
@@ -245,10 +236,12 @@ def _draw_levels(axes: Any, levels: dict[str, list[int]], train: list[Record]) -
         if period == 1:
             # Broken where an update was dropped, so the gap shows.
             runs = np.split(steps, np.flatnonzero(np.diff(steps) > 1) + 1) if steps else []
-            spans = [(run[0] - 0.5, len(run)) for run in runs]
-            axes.broken_barh(spans, (row - 0.3, 0.6), color=_BLUE, linewidth=0)
+            bars = [(run[0] - 0.5, len(run)) for run in runs]
+            axes.broken_barh(bars, (row - 0.3, 0.6), color=_BLUE, linewidth=0)
         else:
-            axes.vlines(steps, row - 0.3, row + 0.3, color=_BLUE, linewidth=1.0)
+            # Ticks too many to tell apart get thinner, and so melt into a pale bar, not a full one.
+            width = min(1.0, 200 / max(len(steps), 1))
+            axes.vlines(steps, row - 0.3, row + 0.3, color=_BLUE, linewidth=width, snap=width == 1)
     axes.set_ylim(len(levels) - 0.4, -0.6)
     axes.set_yticks(range(len(labels)), labels, fontsize=8.5)
     axes.tick_params(axis="y", length=0)
@@ -271,13 +264,17 @@ def _add_token_axis(axes: Any, records: list[Record]) -> None:
     top.set_xlabel("tokens")
 
 
-def _smoothed(losses: np.ndarray) -> np.ndarray:
-    """Centred mean over about 2 % of the run, narrower near the ends: it does not lag."""
+def _smoothed(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (about 1000 at most) and the median loss of about 4 % of the run around each.
+
+    A median, so that one spike does not become a plateau; and a window that is centred and
+    narrower near the start, so that the steep part neither lags nor flattens.
+    """
     count = len(losses)
-    sums = np.concatenate([[0.0], np.cumsum(losses)])
-    index = np.arange(count)
-    half = np.minimum(np.minimum(index, count - 1 - index), count // 100)
-    return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
+    centres = np.unique(np.linspace(0, count - 1, min(count, 1000)).astype(int))
+    halves = np.minimum(centres, count // 50)
+    medians = [np.median(losses[c - h : c + h + 1]) for c, h in zip(centres, halves, strict=True)]
+    return centres, np.array(medians)
 
 
 def _unigram_nats(run_dir: Path, validation: list[Record]) -> float | None:

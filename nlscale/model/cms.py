@@ -68,7 +68,7 @@ class CMS(nn.Module):
                 x = x + mlp(norm(x))
             return x
         normed = self.norms[0](x)
-        weights = torch.softmax(self.mixture.float(), 0).to(x.dtype) * len(self.mlps)
+        weights = torch.softmax(self.mixture.float(), 0).to(x.dtype)
         partial = torch.stack(
             [F.linear(w * m.hidden(normed), m.down.weight) for w, m in zip(weights, self.mlps)]
         ).sum(0)

@@ -102,20 +102,16 @@ def memory_scan(
     start, current, position = state.start, state.current, state.position
     maker = None if weights is None else _stack(weights)
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    pieces = _pieces(position, length, rules.chunk)
+    # split, not slices: the backward of a slice fills a tensor of the whole length with zeros
+    parts = zip(*(x.split(pieces, dim=2) for x in (a, b, q, eta, alpha)), strict=True)
     reads = []
-    done = 0
-    while done < length:
-        size = min(rules.chunk - position, length - done)
-        piece = slice(done, done + size)
-        read, current = _chunk(
-            a[:, :, piece], b[:, :, piece], q[:, :, piece], eta[:, :, piece], alpha[:, :, piece],
-            start, current, maker, weights, rules, eye,
-        )  # fmt: skip
+    for size, part in zip(pieces, parts, strict=True):
+        read, current = _chunk(*part, start, current, maker, weights, rules, eye)
         reads.append(read)
-        done, position = done + size, position + size
-        if position == rules.chunk:
-            position = 0
-            start = None if start is None else current[:, :, : a.shape[-1]]
+        position = (position + size) % rules.chunk
+        if position == 0 and start is not None:
+            start = current.split(a.shape[-1], dim=2)[0]
     return torch.cat(reads, dim=2).to(dtype), MemoryState(start, current, position)
 
 
@@ -127,6 +123,13 @@ def _initial_state(a: Tensor, weights: MemoryWeights | None, rules: MemoryRules)
     if rules.main_memory:
         parts.append(a.new_zeros(batch, heads, d, d))
     return MemoryState(parts[0] if weights is not None else None, torch.cat(parts, dim=2), 0)
+
+
+def _pieces(position: int, length: int, chunk: int) -> list[int]:
+    """Lengths into which a piece of a sequence is cut at the ends of chunks."""
+    first = min(chunk - position, length)
+    rest = length - first
+    return [first] + [chunk] * (rest // chunk) + ([rest % chunk] if rest % chunk else [])
 
 
 def _stack(weights: MemoryWeights) -> Tensor:
@@ -153,9 +156,10 @@ def _chunk(
         k, v = a, b
     else:
         modified = maker.to(a.dtype) @ start  # M Pi: the memories as they are in this chunk
-        made = a @ modified[:, :, : d + 2].transpose(-1, -2)
-        k, v = made[..., :d], b @ modified[:, :, d + 2 :].transpose(-1, -2)
-        eta, alpha = eta + made[..., d], alpha + made[..., d + 1]
+        for_key, for_value = modified.split([d + 2, d], dim=2)
+        k, eta_made, alpha_made = (a @ for_key.transpose(-1, -2)).split([d, 1, 1], dim=-1)
+        v = b @ for_value.transpose(-1, -2)
+        eta, alpha = eta + eta_made.squeeze(-1), alpha + alpha_made.squeeze(-1)
         if weights.lambda_key is not None and weights.lambda_value is not None:
             k = torch.addcmul(a, k, weights.lambda_key.to(a.dtype)[:, None, None])
             v = torch.addcmul(b, v, weights.lambda_value.to(a.dtype)[:, None, None])
@@ -185,8 +189,9 @@ def _chunk(
 
     scores = _lower(g.unsqueeze(-1) - g.unsqueeze(-2), 0) * (q @ k.transpose(-1, -2))
     decay = torch.exp(g).unsqueeze(-1)
-    memory = slice(-d, None)  # S where there is one, else Pi: the last d rows of the states
-    read = decay * (q @ current[:, :, memory].transpose(-1, -2)) + scores @ writes[..., memory]
+    # the main memory is S where there is one, else Pi: the last d rows of the states
+    main, written = current.split(d, dim=2)[-1], writes.split(d, dim=-1)[-1]
+    read = decay * (q @ main.transpose(-1, -2)) + scores @ written
     if not rules.main_memory:
         assert weights is not None and weights.read is not None
         if rules.anchored:

@@ -1,0 +1,140 @@
+"""The index of a built data folder: what `index.json` holds, and reading and writing it.
+
+A data folder is
+
+    index.json              written last: a folder without it is not a finished build
+    tokenizer.json          see `nlscale.data.tokenizer`
+    train-000000.tar ...    webdataset shards, one block of token ids a member
+    validation-000000.tar
+    .verified.json          which shards were already checked (see `nlscale.data.shards`)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+from nlscale.errors import UserError
+
+FORMAT = 1
+INDEX_NAME = "index.json"
+BUILDING_NAME = ".building"  # present while a build writes; left behind by one that was killed
+SPLITS = ("train", "validation")
+DEFAULT_HELD_OUT = 0.01
+DEFAULT_SHARD_TOKENS = 1 << 26
+DEFAULT_BLOCK_TOKENS = 8192
+TAR_RECORD = 512  # a tar header is one record, and data is padded to whole records
+
+
+class Shard(TypedDict):
+    """One tar file. The data of its block i begins at byte `offset + i * stride`.
+
+    All blocks hold `Index.block_tokens` ids, except the last of a split, which may be shorter;
+    two numbers therefore locate every block, and the index stays small for any corpus.
+    """
+
+    name: str
+    tokens: int
+    blocks: int
+    size_bytes: int
+    sha256: str
+    offset: int
+    stride: int
+
+
+class Split(TypedDict):
+    """One split: `bytes` counts UTF-8 bytes of text, `tokens` includes one separator a document."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    shards: list[Shard]
+
+
+class SkippedDocument(TypedDict):
+    """A document that could not be read, and why."""
+
+    document: str
+    reason: str
+
+
+class Skipped(TypedDict):
+    """How many documents could not be read, and the first few of them."""
+
+    count: int
+    first: list[SkippedDocument]
+
+
+class Index(TypedDict):
+    """The content of `index.json`.
+
+    `dtype` is uint8, uint16 or uint32, little-endian on disk. `unigram_bits_per_byte` is the
+    cross-entropy of the validation tokens under the add-one smoothed unigram distribution of
+    the train tokens, in bits per UTF-8 byte of validation text: what a model that learns
+    nothing but frequencies would reach. `empty_documents` counts documents without a character,
+    which are left out.
+    """
+
+    format: int
+    fingerprint: str
+    sources: list[str]
+    tokenizer: str
+    vocabulary: int
+    separator: int
+    dtype: str
+    block_tokens: int
+    splits: dict[str, Split]
+    skipped: Skipped
+    empty_documents: int
+    unigram_bits_per_byte: float
+
+
+def read_index(directory: str | Path) -> Index:
+    """The index of the data folder `directory`.
+
+    Raises UserError when there is no finished build there, or one of another format.
+    """
+    directory = Path(directory)
+    path = directory / INDEX_NAME
+    try:
+        index: Any = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        if (directory / BUILDING_NAME).exists():
+            raise UserError(
+                f"the data at {directory} was never finished (no {INDEX_NAME}); "
+                "run the same `nlscale data build` again"
+            ) from None
+        raise UserError(
+            f"no data at {directory}; build it with: "
+            f"nlscale data build --source PATH --tokenizer bytes --out {directory}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; build it again with --overwrite") from None
+    found = index.get("format") if isinstance(index, dict) else None
+    if found != FORMAT:
+        raise UserError(
+            f"{path} has format {found}, this version reads format {FORMAT}; "
+            "build it again with --overwrite"
+        )
+    return cast(Index, index)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` so that a reader sees the old file or the whole new one, never part.
+
+    Raises OSError when the folder cannot be written.
+    """
+    # Not tempfile: its files are private to the user, and data folders are shared.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

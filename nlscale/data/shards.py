@@ -1,0 +1,194 @@
+"""Random access to the tokens of a built data folder, after checking that it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlscale.data.index import Index, Shard, read_index, write_json
+from nlscale.errors import UserError
+
+VERIFIED_NAME = ".verified.json"
+_OPEN_FILES = 64  # a large corpus has more shards than a process may hold open files
+
+
+class TokenShards:
+    """The tokens of one split, as one long sequence.
+
+    directory: a folder made by `nlscale data build`
+    split: "train" or "validation"
+    verify: also compare each shard's sha256, unless `.verified.json` beside the index records
+        that a file of this size and modification time has passed before. The first time reads
+        every byte: with many ranks on one file system, let one of them verify.
+
+    Fields: `tokens` (int), `documents` (int), `vocabulary` (int), `separator` (the id that
+    follows each document), `bytes_per_token` (UTF-8 bytes of text a token, separators counted
+    as tokens), `index`.
+
+    Safe to use after a fork, pickled, and from several processes at once, not from several threads.
+
+    Raises UserError for a missing folder, an unknown split, and a missing or altered shard.
+    """
+
+    def __init__(self, directory: str | Path, split: str = "train", verify: bool = True) -> None:
+        self.directory = Path(directory)
+        self.split = split
+        self.index: Index = read_index(directory)
+        if split not in self.index["splits"]:
+            raise UserError(f"no split {split!r}; use one of {', '.join(self.index['splits'])}")
+        entry = self.index["splits"][split]
+        self._shards = entry["shards"]
+        self._check_shards(verify)
+        self.tokens = entry["tokens"]
+        self.documents = entry["documents"]
+        self.vocabulary = self.index["vocabulary"]
+        self.separator = self.index["separator"]
+        self.bytes_per_token = entry["bytes"] / entry["tokens"]
+        self._dtype = np.dtype(self.index["dtype"]).newbyteorder("<")
+        # _starts[i] is the position in the split of the first token of shard i.
+        self._starts = np.cumsum([0] + [shard["tokens"] for shard in self._shards])
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        """Tokens start .. start + count - 1 of the split: int64 [count].
+
+        Raises IndexError outside the split, and UserError when a shard has become unreadable.
+        """
+        if start < 0 or count < 0 or start + count > self.tokens:
+            raise IndexError(f"tokens {start} .. {start + count} of {self.tokens}")
+        result = np.empty(count, dtype=np.int64)
+        done = 0
+        while done < count:
+            number = int(np.searchsorted(self._starts, start + done, side="right")) - 1
+            local = start + done - int(self._starts[number])
+            here = min(count - done, self._shards[number]["tokens"] - local)
+            self._read_shard(number, local, result[done : done + here])
+            done += here
+        return result
+
+    def _read_shard(self, number: int, start: int, result: NDArray[np.int64]) -> None:
+        """Fill `result` with the tokens of one shard from `start` on, in one read call."""
+        shard, block, width = self._shards[number], self.index["block_tokens"], self._dtype.itemsize
+
+        def place(token: int) -> int:
+            return shard["offset"] + token // block * shard["stride"] + token % block * width
+
+        begin = place(start)
+        size = place(start + len(result) - 1) + width - begin
+        data = self._pread(number, begin, size)
+        done = 0
+        while done < len(result):  # step over the tar header between one block and the next
+            token = start + done
+            here = min(len(result) - done, block - token % block)
+            result[done : done + here] = np.frombuffer(
+                data, self._dtype, count=here, offset=place(token) - begin
+            )
+            done += here
+
+    def _pread(self, number: int, offset: int, size: int) -> bytes:
+        # Not a memory map: a shard truncated or a file system lost during training would then
+        # kill the process with SIGBUS instead of raising an error that names the shard.
+        path = self.directory / self._shards[number]["name"]
+        try:
+            descriptor = self._descriptor(number, path)
+            data = b""
+            while len(data) < size:
+                part = os.pread(descriptor, size - len(data), offset + len(data))
+                if not part:
+                    raise OSError("the file is shorter than when it was opened")
+                data += part
+        except OSError as error:
+            raise UserError(f"cannot read shard {path}: {error}; restore or rebuild it") from error
+        return data
+
+    def _descriptor(self, number: int, path: Path) -> int:
+        if number in self._open:
+            self._open.move_to_end(number)
+        else:
+            if len(self._open) >= _OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._open[number]
+
+    def close(self) -> None:
+        """Close the shard files; a later `read` opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # In a spawned process the same descriptor numbers would be other files.
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        if hasattr(self, "_open"):  # absent when the constructor refused the folder
+            self.close()
+
+    def _check_shards(self, verify: bool) -> None:
+        # Sizes first: a missing shard is reported at once, not after an hour of hashing.
+        states = {shard["name"]: self._check_size(shard) for shard in self._shards}
+        if not verify:
+            return
+        cache_path = self.directory / VERIFIED_NAME
+        cache = _read_cache(cache_path)
+        unknown = [s for s in self._shards if cache.get(s["name"]) != states[s["name"]]]
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            for shard, digest in zip(unknown, pool.map(self._sha256, unknown), strict=True):
+                if digest != shard["sha256"]:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise self._altered(shard, "its sha256 differs from the index")
+                cache[shard["name"]] = states[shard["name"]]
+        if unknown:
+            # A read-only data folder is legitimate: it is only checked again next time.
+            with contextlib.suppress(OSError):
+                write_json(cache_path, cache)
+
+    def _check_size(self, shard: Shard) -> list[Any]:
+        """What the cache remembers of a verified shard: size, modification time, sha256."""
+        path = self.directory / shard["name"]
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise UserError(
+                f"shard {path} is missing ({error.strerror}); restore it, or build the data again "
+                "with --overwrite"
+            ) from None
+        if stat.st_size != shard["size_bytes"]:
+            raise self._altered(
+                shard, f"it has {stat.st_size:,} bytes, the index says {shard['size_bytes']:,}"
+            )
+        return [stat.st_size, stat.st_mtime_ns, shard["sha256"]]
+
+    def _sha256(self, shard: Shard) -> str:
+        digest = hashlib.sha256()
+        path = self.directory / shard["name"]
+        try:
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        except OSError as error:
+            raise UserError(f"cannot read shard {path}: {error}; restore or rebuild it") from error
+        return digest.hexdigest()
+
+    def _altered(self, shard: Shard, how: str) -> UserError:
+        return UserError(
+            f"shard {self.directory / shard['name']} was altered: {how}; restore it, or build the "
+            "data again with --overwrite"
+        )
+
+
+def _read_cache(path: Path) -> dict[str, Any]:
+    # A cache that cannot be read only costs time: the shards are hashed again.
+    try:
+        cache = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return cache if isinstance(cache, dict) else {}

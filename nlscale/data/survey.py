@@ -1,0 +1,123 @@
+"""The first pass over the text: what there is, and which documents are held out."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from nlscale.data.index import SkippedDocument
+from nlscale.data.sources import Document, SourceFile, read_documents
+from nlscale.errors import UserError
+
+_NAMED_SKIPPED = 20
+_BPE_SAMPLE_CHARACTERS = 64 << 20
+_BPE_DOCUMENT_CHARACTERS = 1 << 20  # so that no single document is the sample
+
+
+class _Key(NamedTuple):
+    """What the hash of a document decides: its split, and its place in the BPE's sample."""
+
+    split: int  # uniform in [0, 2**64), as is the other
+    sample: int
+
+
+def _key(data: bytes, seed: int) -> _Key:
+    salt = (seed % (1 << 64)).to_bytes(8, "little")
+    digest = hashlib.blake2b(data, digest_size=16, salt=salt).digest()
+    return _Key(int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little"))
+
+
+class Survey:
+    """Counts, the threshold of the split, and the text to train a BPE on.
+
+    files: what is surveyed
+    held_out: share of the documents for validation
+    seed: of the hash
+    sample: whether to gather text to train a BPE on
+
+    Fields: `documents`, `bytes` (UTF-8), `empty`, `skipped_count`, `skipped` (the first few),
+    and after `settle`, `sample`.
+    """
+
+    def __init__(self, files: list[SourceFile], held_out: float, seed: int, sample: bool) -> None:
+        self.documents = 0
+        self.bytes = 0
+        self.empty = 0
+        self.skipped_count = 0
+        self.skipped: list[SkippedDocument] = []
+        self.sample: list[str] = []
+        self._files = files
+        self._seed = seed
+        self._threshold = int(held_out * (1 << 64))
+        self._lowest, self._highest = 1 << 64, -1
+        self._content = hashlib.sha256()
+        self._want_sample = sample
+        # The documents with the smallest sample keys, the largest of them on top:
+        # (-sample key, number, split key, text).
+        self._heap: list[tuple[int, int, int, str]] = []
+        self._heap_size = 0
+
+    def add(self, document: Document) -> None:
+        """Take note of the next document of `files`."""
+        if document.error:
+            self.skipped_count += 1
+            if len(self.skipped) < _NAMED_SKIPPED:
+                named = SkippedDocument(document=document.name, reason=document.error)
+                self.skipped.append(named)
+            return
+        if not document.data:
+            self.empty += 1
+            return
+        key = _key(document.data, self._seed)
+        self.documents += 1
+        self.bytes += len(document.data)
+        self._content.update(key.split.to_bytes(8, "little"))
+        self._lowest = min(self._lowest, key.split)
+        self._highest = max(self._highest, key.split)
+        if self._want_sample:
+            text = document.text[:_BPE_DOCUMENT_CHARACTERS]
+            heapq.heappush(self._heap, (-key.sample, self.documents, key.split, text))
+            self._heap_size += len(text)
+            while self._heap_size - len(self._heap[0][3]) >= _BPE_SAMPLE_CHARACTERS:
+                self._heap_size -= len(heapq.heappop(self._heap)[3])
+
+    def settle(self) -> None:
+        """Fix the split, so that neither side is empty, and the sample (train documents only).
+
+        Raises UserError when there are no documents, or only copies of one.
+        """
+        if not self.documents:
+            message = "the sources hold no documents"
+            if self.skipped:
+                message += f"; {self.skipped_count} could not be read, the first because "
+                message += "{document}: {reason}".format(**self.skipped[0])
+            raise UserError(f"{message}; name sources with text")
+        if self._lowest == self._highest:
+            raise UserError(
+                f"the sources hold only one distinct document ({self.documents} in all), but "
+                "training and validation need one each; add more text or split the file"
+            )
+        if self._lowest >= self._threshold:
+            self._threshold = self._lowest + 1
+        elif self._highest < self._threshold:
+            self._threshold = self._highest
+        kept = sorted((n, text) for _, n, split, text in self._heap if split >= self._threshold)
+        self.sample = [text for _, text in kept]
+        self._heap.clear()
+
+    def split(self, data: bytes) -> str:
+        """Where the document with these UTF-8 bytes belongs: "train" or "validation"."""
+        held_out = _key(data, self._seed).split < self._threshold
+        return "validation" if held_out else "train"
+
+    def again(self) -> Iterator[Document]:
+        """The readable documents a second time; at the end, UserError if they have changed."""
+        content = hashlib.sha256()
+        for document in read_documents(self._files):
+            if document.data:
+                content.update(_key(document.data, self._seed).split.to_bytes(8, "little"))
+                yield document
+        if content.digest() != self._content.digest():
+            raise UserError("the sources changed while they were being read; build again")

@@ -1,0 +1,171 @@
+"""Tokenizers: plain UTF-8 bytes, and byte-level BPE trained on the text itself."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers as hf
+from numpy.typing import ArrayLike, NDArray
+
+from nlscale.errors import UserError
+
+TOKENIZER_NAME = "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_BPE = 257  # the 256 bytes and the separator
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back, without loss: decode(encode(text)) == text.
+
+    name: as given to `--tokenizer`
+    vocabulary: number of ids; ids are 0 .. vocabulary - 1
+    separator: the id that follows each document; `encode` never produces it
+    """
+
+    name: str
+    vocabulary: int
+    separator: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest of uint8, uint16, uint32 that holds every id, little-endian."""
+        for name, ids in (("<u1", 1 << 8), ("<u2", 1 << 16)):
+            if self.vocabulary <= ids:
+                return np.dtype(name)
+        return np.dtype("<u4")
+
+    def encode(self, text: str) -> NDArray:
+        """The ids of `text` as `dtype` [tokens], without a separator."""
+        return self.encode_batch([text])[0]
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray]:
+        """One array a text, as `encode` gives; BPE uses all cores."""
+
+    @abstractmethod
+    def decode(self, ids: ArrayLike) -> str:
+        """The text of `ids`, separators left out; incomplete UTF-8 becomes U+FFFD.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+
+    @abstractmethod
+    def save(self, directory: str | Path) -> None:
+        """Write `tokenizer.json` into `directory`, for `load_tokenizer`."""
+
+    def _checked(self, ids: ArrayLike) -> NDArray:
+        array = np.asarray(ids, dtype=np.int64).reshape(-1)
+        if array.size and not 0 <= array.min() <= array.max() < self.vocabulary:
+            raise ValueError(
+                f"ids run from {array.min()} to {array.max()}, the vocabulary has {self.vocabulary}"
+            )
+        return array[array != self.separator]
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes. The separator is byte 0xFF, which never occurs in UTF-8."""
+
+    name = "bytes"
+    vocabulary = 256
+    separator = 0xFF
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+    def decode(self, ids: ArrayLike) -> str:
+        return self._checked(ids).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def save(self, directory: str | Path) -> None:
+        (Path(directory) / TOKENIZER_NAME).write_text('{"nlscale": "bytes"}\n')
+
+
+class BpeTokenizer(Tokenizer):
+    """Byte-level BPE, carried by Hugging Face `tokenizers`, whose file format `save` writes."""
+
+    def __init__(self, carrier: hf.Tokenizer) -> None:
+        separator = carrier.token_to_id(END_OF_TEXT)
+        if separator is None:
+            raise UserError(f"the tokenizer has no {END_OF_TEXT}; train it with `nlscale data`")
+        # Otherwise a document that merely mentions <|endoftext|> would be cut in two there.
+        # The saved file does not carry this setting.
+        carrier.encode_special_tokens = True
+        self._carrier = carrier
+        self.separator = separator
+        self.vocabulary = carrier.get_vocab_size()
+        self.name = f"bpe:{self.vocabulary}"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray]:
+        encodings = self._carrier.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+    def decode(self, ids: ArrayLike) -> str:
+        return self._carrier.decode(self._checked(ids).tolist(), skip_special_tokens=False)
+
+    def save(self, directory: str | Path) -> None:
+        self._carrier.save(str(Path(directory) / TOKENIZER_NAME))
+
+
+def bpe_vocabulary(spec: str) -> int | None:
+    """The vocabulary N of "bpe:N"; None for "bytes". Raises UserError for anything else."""
+    if spec == "bytes":
+        return None
+    kind, _, size = spec.partition(":")
+    if kind != "bpe" or not size.isdecimal():
+        raise UserError(f"unknown tokenizer {spec!r}; use bytes, or bpe:N such as bpe:32000")
+    if int(size) < SMALLEST_BPE:
+        raise UserError(
+            f"tokenizer {spec}: a byte-level BPE needs at least {SMALLEST_BPE} ids (256 bytes and "
+            f"the separator); use bpe:{SMALLEST_BPE} or more, or bytes"
+        )
+    return int(size)
+
+
+def train_bpe(texts: Iterable[str], vocabulary: int) -> BpeTokenizer:
+    """A byte-level BPE of exactly `vocabulary` ids, the separator included.
+
+    Raises UserError when the texts are too small to give that many ids.
+    """
+    carrier = hf.Tokenizer(hf.models.BPE())
+    carrier.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    carrier.decoder = hf.decoders.ByteLevel()
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(hf.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    carrier.train_from_iterator(texts, trainer)
+    found = carrier.get_vocab_size()
+    if found < vocabulary:
+        raise UserError(
+            f"the text gives a BPE vocabulary of only {found}, not {vocabulary}; "
+            f"use bpe:{found} or more text"
+        )
+    return BpeTokenizer(carrier)
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer saved in `directory` (a data folder, for example).
+
+    Raises UserError when there is none, or it cannot be read.
+    """
+    path = Path(directory) / TOKENIZER_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+        if json.loads(text) == {"nlscale": "bytes"}:
+            return ByteTokenizer()
+    except FileNotFoundError:
+        raise UserError(
+            f"no tokenizer at {path}; name a folder made by `nlscale data build`"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; restore or rebuild it") from None
+    try:
+        carrier = hf.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"cannot read {path}: {error}; restore or rebuild it") from None
+    return BpeTokenizer(carrier)

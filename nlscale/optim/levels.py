@@ -1,0 +1,202 @@
+"""Stepping the levels: each sync group when it is due, by its own window gradient (MATH 1).
+
+One megatron-core `DistributedOptimizer` a sync group, sharded over the data-parallel ranks of a
+node. Adam's step count and bias correction are those of the group: they count its updates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nlscale.config import ClipScope, Config, Dtype, OptimizerConfig
+from nlscale.levels import Level, SyncGroup, sync_group
+from nlscale.model.hope import Hope
+from nlscale.optim.schedule import learning_rate
+from nlscale.parallel import cpu
+from nlscale.parallel.layout import Layout
+from nlscale.parallel.window import Window
+
+
+@dataclass
+class GroupOptimizer:
+    """A sync group's window and the optimizer that applies it."""
+
+    window: Window
+    optimizer: DistributedOptimizer
+    updates: int = 0
+    reductions: int = 0
+
+    @property
+    def group(self) -> SyncGroup:
+        return self.window.group
+
+
+class LevelOptimizer:
+    """All sync groups of a rank's part of the model."""
+
+    def __init__(
+        self,
+        config: Config,
+        levels: list[Level],
+        model: Hope,
+        mc: TransformerConfig,
+        layout: Layout,
+    ) -> None:
+        self.config, self.levels, self.layout = config, levels, layout
+        self.groups = [
+            _group_optimizer(group, parameters, config, mc, layout)
+            for group, parameters in split_by_group(config, levels, model).items()
+        ]
+
+    @property
+    def windows(self) -> list[Window]:
+        return [g.window for g in self.groups]
+
+    def start_step(self) -> None:
+        """Before the first backward pass of a step."""
+        for window in self.windows:
+            window.start_step()
+
+    def finish_backward(self) -> Tensor:
+        """Sum the step's gradient inside the node; whether it is finite here, a bool tensor."""
+        for window in self.windows:
+            window.finish_step()
+        return torch.stack([w.finite() for w in self.windows]).all()
+
+    def admit(self, tokens: int) -> None:
+        """Add the step's gradient, of that many tokens over all ranks, to every window."""
+        for window in self.windows:
+            window.admit(tokens)
+
+    def update(self, step: int) -> dict[int, dict[str, float]]:
+        """Step the groups that are due after this step, counted from 1; all of them at the end.
+
+        Returns:
+            For each level that updated: its learning rate and the norm of its window gradient
+            before clipping.
+        """
+        last = step == self.config.train.steps
+        due = [g for g in self.groups if (g.group.due(step) or last) and g.window.tokens]
+        for g in due:
+            g.window.close()
+            g.reductions += 1
+            with cpu.cuda_by_name():
+                g.optimizer.prepare_grads()
+        norms = self._norms(due)
+        rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
+        for g in due:
+            clip = self._clip_factor(norms, g.group.level)
+            for param_group in g.optimizer.optimizer.param_groups:
+                param_group["lr"] = rate * self.levels[g.group.level].learning_rate_scale
+                if clip < 1.0:
+                    torch._foreach_mul_([p.grad for p in param_group["params"]], clip)
+            with cpu.cuda_by_name():
+                g.optimizer.step_with_ready_grads()
+            g.updates += 1
+        return {
+            level.index: {
+                "learning_rate": rate * level.learning_rate_scale,
+                "grad_norm": norms[level.index],
+            }
+            for level in self.levels
+            if any(g.group.level == level.index for g in due)
+        }
+
+    def counts(self, level: int) -> tuple[int, int]:
+        """Updates and reductions of a level: of that of its sync groups that made most."""
+        mine = [g for g in self.groups if g.group.level == level]
+        return max(g.updates for g in mine), max(g.reductions for g in mine)
+
+    def _norms(self, due: list[GroupOptimizer]) -> list[float]:
+        """Norm of the window gradient of what updates now, per level."""
+        squares = torch.zeros(len(self.levels), dtype=torch.float64, device=self.layout.device)
+        for g in due:
+            grads = [
+                p.grad
+                for param_group in g.optimizer.optimizer.param_groups
+                for p in param_group["params"]
+                # a parameter that every tensor-parallel rank holds counts once
+                if p.tensor_model_parallel or self.layout.tensor_rank == 0
+            ]
+            if grads:
+                squares[g.group.level] += torch.stack(torch._foreach_norm(grads)).square().sum()
+        dist.all_reduce(squares, group=self.layout.replica)
+        return squares.sqrt().tolist()
+
+    def _clip_factor(self, norms: list[float], level: int) -> float:
+        clip = self.config.optimizer.clip
+        joint = self.config.optimizer.clip_scope == ClipScope.joint
+        norm = sum(n * n for n in norms) ** 0.5 if joint else norms[level]
+        return min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+
+
+def split_by_group(
+    config: Config, levels: list[Level], model: Hope
+) -> dict[SyncGroup, dict[str, nn.Parameter]]:
+    """The model's parameters by sync group, in the order of levels and phases."""
+    split: dict[SyncGroup, dict[str, nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        level, depth = model.level_and_depth(name)
+        group = sync_group(levels[level], depth, config.model.layers, config.levels.stagger)
+        split.setdefault(group, {})[name] = parameter
+    return dict(sorted(split.items()))
+
+
+def _group_optimizer(
+    group: SyncGroup,
+    parameters: dict[str, nn.Parameter],
+    config: Config,
+    mc: TransformerConfig,
+    layout: Layout,
+) -> GroupOptimizer:
+    window = Window(
+        group, parameters, mc, layout, config.parallel.overlap, config.levels.reduction
+    )
+    inner = _adamw(config.optimizer, parameters)
+    with cpu.cuda_by_name():
+        optimizer = DistributedOptimizer(
+            inner,
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.optimizer.learning_rate,
+                bf16=config.train.dtype == Dtype.bf16,
+                params_dtype=mc.params_dtype,
+                use_distributed_optimizer=True,
+                clip_grad=0.0,
+            ),
+            None,  # no loss scale: bf16 and fp32 need none
+            None,
+            [window.ddp],
+            {0: window.ddp.buffers},
+            data_parallel_group=layout.within_node.dp,
+            data_parallel_group_gloo=None,
+            data_parallel_group_idx=0,
+            distributed_optimizer_instance_id=0,
+        )
+    return GroupOptimizer(window, optimizer)
+
+
+def _adamw(config: OptimizerConfig, parameters: dict[str, nn.Parameter]) -> torch.optim.AdamW:
+    """Weight decay on matrices; vectors (norms, biases, mixing weights) have none."""
+    groups = [
+        {"params": chosen, "weight_decay": decay, "wd_mult": float(decay > 0), "lr_mult": 1.0}
+        for chosen, decay in (
+            ([p for p in parameters.values() if p.dim() > 1], config.weight_decay),
+            ([p for p in parameters.values() if p.dim() <= 1], 0.0),
+        )
+        if chosen
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )

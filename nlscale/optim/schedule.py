@@ -1,0 +1,25 @@
+"""The learning rate as a function of the step; a level samples it when it updates."""
+
+from __future__ import annotations
+
+import math
+
+from nlscale.config import OptimizerConfig, Schedule
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Learning rate at a step counted from 1, in a run of that many steps.
+
+    Linear warm-up, then a cosine to `min_learning_rate` of the peak, or (wsd) the peak until the
+    last `decay_fraction` of the run and a linear decay over it.
+    """
+    peak, floor = config.learning_rate, config.learning_rate * config.min_learning_rate
+    warmup = min(config.warmup_steps, steps)
+    if step <= warmup:
+        return peak * step / warmup
+    if config.schedule == Schedule.cosine:
+        progress = (step - warmup) / max(1, steps - warmup)
+        return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    decay = max(1, round(config.decay_fraction * steps))
+    left = min(1.0, (steps - step) / decay)
+    return floor + (peak - floor) * left

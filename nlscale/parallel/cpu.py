@@ -1,0 +1,64 @@
+"""Lets megatron-core run where there is no CUDA, on CPU and gloo; does nothing where there is.
+
+megatron-core asks for CUDA by name in a few places: the device of a counter, the type string of
+a parameter, streams. With these answers mapped to the CPU its groups, schedules, gradient buffers
+and distributed optimizer compute the same numbers. Tests and the quickstart stand on this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """device="cuda" is the CPU, `.cuda()` is identity, `.type()` names a CUDA tensor."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A stream on a machine where everything is in order already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, other: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+def install() -> None:
+    """Replace the few functions of `torch.cuda` that megatron-core calls unconditionally."""
+    if torch.cuda.is_available():
+        return
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda *args: None
+    cuda.Stream = cuda.ExternalStream = _Stream
+    cuda.current_stream = cuda.default_stream = lambda *args: _Stream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+
+
+@contextlib.contextmanager
+def cuda_by_name() -> Iterator[None]:
+    """For calls into megatron-core that spell "cuda"; a no-op where there is CUDA."""
+    if torch.cuda.is_available():
+        yield
+        return
+    with _CudaMeansCpu():
+        yield

@@ -1,0 +1,148 @@
+"""Process groups: who holds which part of the model, and which ranks share a node."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from nlscale.config import Config
+from nlscale.errors import UserError
+from nlscale.parallel import cpu
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This rank's place. Groups are megatron-core's, hierarchical over nodes."""
+
+    rank: int
+    world: int
+    device: torch.device
+    data_rank: int
+    data_size: int
+    tensor_rank: int
+    tensor_size: int
+    nodes: int
+    """Nodes a data-parallel group spans."""
+    within_node: ProcessGroupCollection
+    """What one gradient buffer and its optimizer shard live in: the data-parallel ranks of a node."""
+    across_nodes: dist.ProcessGroup | None
+    """The ranks that hold the same shard on each node; None on one node."""
+    replica: dist.ProcessGroup
+    """All ranks of one copy of the optimizer state: its tensor, pipeline and within-node ranks."""
+
+    @property
+    def is_writer(self) -> bool:
+        return self.rank == 0
+
+
+def world_size() -> int:
+    """Ranks of the run as torchrun or Slurm says; 1 for a plain process."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def data_parallel_size(config: Config) -> int:
+    """Ranks that share a batch.
+
+    Raises:
+        UserError: the ranks do not divide into tensor x pipeline ranks.
+    """
+    model_ranks = config.parallel.tensor * config.parallel.pipeline
+    if world_size() % model_ranks:
+        raise UserError(
+            f"{world_size()} ranks do not divide by parallel.tensor {config.parallel.tensor} x "
+            f"parallel.pipeline {config.parallel.pipeline}; use a multiple of {model_ranks} ranks"
+        )
+    return world_size() // model_ranks
+
+
+@contextmanager
+def process_groups(config: Config) -> Iterator[Layout]:
+    """Start the process groups of a run, and end them whatever happens."""
+    cpu.install()
+    started_here = not dist.is_initialized()
+    if started_here:
+        _join(config.parallel.timeout_minutes)
+    try:
+        yield _layout(config)
+    finally:
+        parallel_state.destroy_model_parallel()
+        if started_here:
+            dist.destroy_process_group()
+
+
+def _join(timeout_minutes: float) -> None:
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def _layout(config: Config) -> Layout:
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    per_node = config.parallel.ranks_per_node
+    per_node = per_node or int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    nodes = _nodes_of_a_data_group(dist.get_world_size(), per_node, tensor, pipeline)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        num_distributed_optimizer_instances=nodes,
+        create_gloo_process_groups=False,
+    )
+    inside = parallel_state.get_data_parallel_group(
+        with_context_parallel=True, partial_data_parallel=True
+    )
+    groups = ProcessGroupCollection()
+    groups.dp = groups.dp_cp = groups.intra_dp_cp = groups.intra_dist_opt = inside
+    groups.expt_dp = groups.intra_expt_dp = inside  # unused: there are no experts
+    groups.tp = parallel_state.get_tensor_model_parallel_group()
+    groups.pp = parallel_state.get_pipeline_model_parallel_group()
+    groups.ep = parallel_state.get_expert_model_parallel_group()
+    groups.mp = parallel_state.get_model_parallel_group()
+    return Layout(
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        device=torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu"),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=tensor,
+        nodes=nodes,
+        within_node=groups,
+        across_nodes=parallel_state.get_inter_distributed_optimizer_instance_group()
+        if nodes > 1
+        else None,
+        replica=parallel_state.get_intra_distributed_optimizer_instance_group(),
+    )
+
+
+def _nodes_of_a_data_group(world: int, per_node: int, tensor: int, pipeline: int) -> int:
+    """Nodes that a data-parallel group spans; megatron-core numbers tensor, data, pipeline."""
+    if world % per_node:
+        raise UserError(
+            f"{world} ranks do not fill nodes of {per_node}; set parallel.ranks_per_node"
+        )
+    data = world // (tensor * pipeline)
+    first_group = [i * tensor // per_node for i in range(data)]
+    nodes = len(set(first_group))
+    if data % nodes or any(first_group.count(n) != data // nodes for n in set(first_group)):
+        raise UserError(
+            f"the {data} data-parallel ranks do not spread evenly over nodes of {per_node} ranks; "
+            f"choose parallel.tensor and parallel.pipeline so that a node holds whole groups"
+        )
+    return nodes

@@ -1,0 +1,111 @@
+"""The window gradient of a sync group: summed on the spot, reduced across nodes when due.
+
+One megatron-core `DistributedDataParallel` a sync group, over the data-parallel ranks of a node.
+At every step its buffer is reduce-scattered inside the node, and this rank's shard is added to the
+window sum; across nodes the sum goes once a period. Because the sums over steps and over replicas
+commute (MATH 1) that is the same update as reducing at every step. Sums live outside `.grad` and
+outside every norm, and a step is added to them whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.param_and_grad_buffer import shard_buffer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nlscale.config import Reduction
+from nlscale.levels import SyncGroup
+from nlscale.parallel import cpu
+from nlscale.parallel.layout import Layout
+
+
+class ParameterView(nn.Module):
+    """Some parameters of a model under their own names, as the module that DDP wants to see."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        self._named = parameters
+
+    def named_parameters(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Parameter]]:
+        return iter(self._named.items())
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return iter(self._named.values())
+
+
+class Window:
+    """The gradient of one sync group since its last update."""
+
+    def __init__(
+        self,
+        group: SyncGroup,
+        parameters: dict[str, nn.Parameter],
+        mc: TransformerConfig,
+        layout: Layout,
+        overlap: bool,
+        reduction: Reduction,
+    ) -> None:
+        self.group = group
+        self.tokens = 0
+        """Tokens of the steps admitted since the last update, over all ranks."""
+        self._across, self._reduction = layout.across_nodes, reduction
+        with cpu.cuda_by_name():
+            self.ddp = DistributedDataParallel(
+                mc,
+                DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True,
+                    use_distributed_optimizer=True,
+                    overlap_grad_reduce=overlap and layout.device.type == "cuda",
+                ),
+                ParameterView(parameters),
+                pg_collection=layout.within_node,
+            )
+        inside = layout.within_node.dp
+        self.shards = [
+            shard_buffer(bucket.grad_data, inside.size())[inside.rank()]
+            for bucket_group in self.ddp.bucket_groups
+            for bucket in bucket_group.buckets
+        ]
+        """This rank's part of each gradient bucket, fp32."""
+        # With a period of one step the gradient of the step is the window.
+        self.sums = self.shards if group.period == 1 else [torch.zeros_like(s) for s in self.shards]
+
+    def start_step(self) -> None:
+        """Before the first backward pass of a step."""
+        self.ddp.zero_grad_buffer()
+
+    def finish_step(self) -> None:
+        """After the last backward pass: the step's gradient is summed inside the node."""
+        self.ddp.finish_grad_sync()
+
+    def finite(self) -> Tensor:
+        """Whether this rank's shard of the step's gradient is finite, a bool tensor."""
+        return torch.isfinite(torch.stack(torch._foreach_norm(self.shards, torch.inf))).all()
+
+    def admit(self, tokens: int) -> None:
+        """Add the step, of that many tokens over all ranks, to the window."""
+        self.tokens += tokens
+        if self._reduction == Reduction.every_step:
+            self._reduce(self.shards)
+        if self.sums is not self.shards:
+            torch._foreach_add_(self.sums, self.shards)
+
+    def close(self) -> None:
+        """Leave the mean gradient per token of the window in the gradient buffer, ready to step."""
+        if self._reduction == Reduction.deferred:
+            self._reduce(self.sums)
+        if self.sums is not self.shards:
+            torch._foreach_copy_(self.shards, self.sums)
+            torch._foreach_zero_(self.sums)
+        torch._foreach_div_(self.shards, float(self.tokens))
+        self.tokens = 0
+
+    def _reduce(self, tensors: list[Tensor]) -> None:
+        if self._across is not None:
+            for tensor in tensors:
+                dist.all_reduce(tensor, group=self._across)
