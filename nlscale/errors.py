@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exceptions a user is meant to read, and the exit codes of the command line."""
 
 from __future__ import annotations
 
@@ -9,3 +9,14 @@ class UserError(Exception):
     The command line prints the message as one line and exits with code 2, without a traceback.
     The message names what is wrong, where, and what would be right.
     """
+
+    exit_code = 2
+
+
+class TrainingFailed(UserError):
+    """A run that was well asked for but cannot go on, such as one whose loss is not finite.
+
+    Printed the same way, with exit code 3.
+    """
+
+    exit_code = 3

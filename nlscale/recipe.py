@@ -117,6 +117,28 @@ def all_keys(schema: type = Config, prefix: str = "") -> list[str]:
     return keys
 
 
+def describe_keys() -> str:
+    """Every key with its meaning, one paragraph a section."""
+    lines: list[str] = []
+
+    def walk(schema: type, prefix: str) -> None:
+        docs = field_docs(schema)
+        for name, hint in typing.get_type_hints(schema).items():
+            item = typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
+            if is_dataclass(item):
+                suffix = "[i]." if item is not hint else "."
+                lines.append("" if not prefix else f"{prefix}{name}: {docs.get(name, '')}")
+                walk(typing.cast(type, item), f"{prefix}{name}{suffix}")
+            else:
+                choices = ""
+                if isinstance(hint, type) and issubclass(hint, Enum):
+                    choices = f" ({', '.join(member.value for member in hint)})"
+                lines.append(f"{prefix}{name}{choices}: {docs.get(name, '')}")
+
+    walk(Config, "")
+    return "\n".join(lines).strip()
+
+
 def field_docs(schema: type) -> dict[str, str]:
     """The docstring under each field of a configuration class, on one line."""
     module = ast.parse(inspect.getsource(vocabulary))

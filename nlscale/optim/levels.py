@@ -92,11 +92,9 @@ class LevelOptimizer:
         norms = self._norms(due)
         rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
         for g in due:
-            clip = self._clip_factor(norms, g.group.level)
+            g.window.scale(self._clip_factor(norms, g.group.level))
             for param_group in g.optimizer.optimizer.param_groups:
                 param_group["lr"] = rate * self.levels[g.group.level].learning_rate_scale
-                if clip < 1.0:
-                    torch._foreach_mul_([p.grad for p in param_group["params"]], clip)
             with cpu.cuda_by_name():
                 g.optimizer.step_with_ready_grads()
             g.updates += 1
@@ -113,6 +111,11 @@ class LevelOptimizer:
         """Updates and reductions of a level: of that of its sync groups that made most."""
         mine = [g for g in self.groups if g.group.level == level]
         return max(g.updates for g in mine), max(g.reductions for g in mine)
+
+    def window_fill(self, level: int, tokens_per_step: int) -> float:
+        """Share of its period that the fullest window of a level holds now, 0 to 1."""
+        mine = [w for w in self.windows if w.group.level == level]
+        return max(w.tokens / (w.group.period * tokens_per_step) for w in mine)
 
     def _norms(self, due: list[GroupOptimizer]) -> list[float]:
         """Norm of the window gradient of what updates now, per level."""

@@ -102,8 +102,13 @@ class Window:
         if self.sums is not self.shards:
             torch._foreach_copy_(self.shards, self.sums)
             torch._foreach_zero_(self.sums)
-        torch._foreach_div_(self.shards, float(self.tokens))
+        torch._foreach_mul_(self.shards, 1.0 / self.tokens)
         self.tokens = 0
+
+    def scale(self, factor: float) -> None:
+        """Multiply the closed window's gradient: clipping."""
+        if factor != 1.0:
+            torch._foreach_mul_(self.shards, factor)
 
     def _reduce(self, tensors: list[Tensor]) -> None:
         if self._across is not None:

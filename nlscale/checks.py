@@ -1,0 +1,109 @@
+"""Whether a run can start: sizes that divide, data that are there. Before any process group."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from nlscale.config import Config, Mixer
+from nlscale.data import BatchReader, Samples, TokenShards
+from nlscale.errors import UserError
+from nlscale.levels import Level, spectrum
+from nlscale.model.sizes import head_dim, level_hidden
+from nlscale.parallel.layout import data_parallel_size
+
+
+@dataclass
+class Prepared:
+    """What a checked run stands on."""
+
+    levels: list[Level]
+    reader: BatchReader
+    validation: Samples
+    vocabulary: int
+    micro_batches: int
+    """Micro batches a rank passes through the model in a step."""
+    tokens_per_step: int
+
+
+def prepare(config: Config) -> Prepared:
+    """Check sizes, open the data and fill in what follows from them.
+
+    Sets `model.vocabulary` where it was null. Rank 0 of the run verifies the checksums of the
+    shards; the other ranks check that they are there.
+
+    Raises:
+        UserError: one line with the numbers and a fix.
+    """
+    _positive(config)
+    _divides(config)
+    data_parallel = data_parallel_size(config)
+    train, model = config.train, config.model
+    per_pass = train.micro_batch * data_parallel
+    if train.global_batch % per_pass:
+        below, above = train.global_batch // per_pass * per_pass, -(-train.global_batch // per_pass)
+        near = " or ".join(str(n) for n in (below, above * per_pass) if n)
+        raise UserError(
+            f"train.global_batch {train.global_batch} is not divisible by train.micro_batch "
+            f"{train.micro_batch} x {data_parallel} data-parallel ranks; use {near}"
+        )
+    tokens_per_step = train.global_batch * config.data.sequence_length
+    levels = spectrum(config.levels, tokens_per_step)
+    verify = int(os.environ.get("RANK", "0")) == 0
+    shards = TokenShards(Path(config.data.dir), "train", verify=verify)
+    held_out = TokenShards(Path(config.data.dir), "validation", verify=verify)
+    model.vocabulary = model.vocabulary or shards.vocabulary
+    if model.vocabulary < shards.vocabulary:
+        raise UserError(
+            f"model.vocabulary {model.vocabulary} is smaller than the {shards.vocabulary} token ids "
+            f"of {config.data.dir}; leave it null"
+        )
+    if model.vocabulary % config.parallel.tensor:
+        raise UserError(_not_divisible("model.vocabulary", model.vocabulary, config.parallel.tensor))
+    return Prepared(
+        levels=levels,
+        reader=BatchReader(Samples(shards, config.data.sequence_length), config.run.seed),
+        validation=Samples(held_out, config.data.sequence_length),
+        vocabulary=model.vocabulary,
+        micro_batches=train.global_batch // per_pass,
+        tokens_per_step=tokens_per_step,
+    )
+
+
+def _positive(config: Config) -> None:
+    for section in ("data", "model", "train", "parallel", "optimizer"):
+        for name in (
+            "sequence_length", "layers", "d_model", "heads", "steps", "global_batch", "micro_batch",
+            "validate_every", "validation_sequences", "tensor", "pipeline", "learning_rate",
+        ):  # fmt: skip
+            value = getattr(getattr(config, section), name, 1)
+            if value <= 0:
+                raise UserError(f"{section}.{name} is {value}; it must be greater than 0")
+    if config.model.memory.chunk < 1 or config.model.memory.convolution < 1:
+        raise UserError("model.memory.chunk and model.memory.convolution must be at least 1")
+
+
+def _divides(config: Config) -> None:
+    model, tensor = config.model, config.parallel.tensor
+    if model.d_model % model.heads:
+        raise UserError(_not_divisible("model.d_model", model.d_model, model.heads, "model.heads"))
+    if model.mixer == Mixer.attention and head_dim(model) % 2:
+        raise UserError(
+            f"model.d_model / model.heads is {head_dim(model)}; rotary positions need it even"
+        )
+    if model.heads % tensor:
+        raise UserError(_not_divisible("model.heads", model.heads, tensor))
+    for entry, hidden in zip(config.levels.spectrum, level_hidden(config), strict=True):
+        if hidden % tensor:
+            raise UserError(_not_divisible(f"hidden width of level {entry.name!r}", hidden, tensor))
+    if config.parallel.pipeline > 1:
+        raise UserError("parallel.pipeline > 1 is not available yet; use parallel.tensor")
+
+
+def _not_divisible(what: str, number: int, by: int, by_what: str = "parallel.tensor") -> str:
+    near = sorted({number // by * by, -(-number // by) * by} - {0})
+    return (
+        f"{what} {number} is not divisible by {by_what} {by}; "
+        f"use {' or '.join(map(str, near))}, or another {by_what}"
+    )

@@ -1,0 +1,265 @@
+"""The training loop, top to bottom.
+
+    sample order -> batch -> micro batches through the model -> consensus -> windows
+    -> due levels: reduce, clip, step -> telemetry
+
+Nothing goes back up, and every rank takes the same decisions because it sees the same verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nlscale import recipe
+from nlscale.checks import Prepared, prepare
+from nlscale.config import Config
+from nlscale.data import Samples
+from nlscale.errors import TrainingFailed, UserError
+from nlscale.figures import SUMMARY_FILE
+from nlscale.model.hope import Hope
+from nlscale.model.init import initialize
+from nlscale.model.layers import megatron_config
+from nlscale.model.sizes import level_parameters
+from nlscale.optim.levels import LevelOptimizer
+from nlscale.parallel.consensus import Verdict, agree
+from nlscale.parallel.layout import Layout, process_groups
+from nlscale.parallel.schedule import Batch, run_micro_batches
+from nlscale.telemetry import Telemetry, WandbOptions
+
+CONFIG_FILE = "config.yaml"
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train as configured; returns what summary.json holds.
+
+    Raises:
+        UserError: the run cannot start; raised before any process group exists.
+        TrainingFailed: the run started and cannot go on.
+    """
+    prepared = prepare(config)
+    run_dir = Path(config.run.dir)
+    finished = finished_summary(config, run_dir)
+    if finished is not None:
+        return finished
+    with process_groups(config) as layout:
+        if layout.is_writer:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            recipe.write(config, run_dir / CONFIG_FILE)
+        with _telemetry(config, prepared, layout) as telemetry:
+            telemetry.truncate_after(0)
+            return _run(config, prepared, layout, telemetry)
+
+
+def _run(
+    config: Config, prepared: Prepared, layout: Layout, telemetry: Telemetry
+) -> dict[str, Any]:
+    mc = megatron_config(config)
+    model = Hope(config, mc, prepared.vocabulary)
+    initialize(model, config.run.seed, layout.tensor_rank, layout.tensor_size)
+    model.to(layout.device)
+    optimizer = LevelOptimizer(config, prepared.levels, model, mc, layout)
+    parameters = level_parameters(config, prepared.vocabulary)
+    telemetry.note(_describe(config, prepared, layout, parameters))
+
+    tokens, dropped, dropped_in_a_row = 0, 0, 0
+    losses: list[float] = []
+    speeds: list[float] = []
+    held_out = _validate(config, prepared, layout, model, telemetry, 0, tokens)
+    for step in range(1, config.train.steps + 1):
+        started = time.monotonic()
+        optimizer.start_step()
+        batches = read_step(config, prepared, layout, step)
+        loss_sum, seen = run_micro_batches(model, batches, optimizer.windows)
+        finite = optimizer.finish_backward()
+        verdict = agree(layout, loss_sum, seen, finite, stop=False)
+        if verdict.admitted:
+            tokens += verdict.tokens
+            dropped_in_a_row = 0
+            optimizer.admit(verdict.tokens)
+        else:
+            dropped, dropped_in_a_row = dropped + 1, dropped_in_a_row + 1
+            _give_up_after(config, dropped_in_a_row, step)
+        updated = optimizer.update(step)
+        seconds = time.monotonic() - started
+        losses.append(verdict.loss)
+        speeds.append(verdict.tokens / seconds)
+        telemetry.train_step(
+            {
+                "kind": "train",
+                "step": step,
+                "tokens": tokens,
+                "loss": verdict.loss,
+                "tokens_per_second": speeds[-1],
+                "step_seconds": seconds,
+                "dropped_steps": dropped,
+                "levels": _level_records(prepared, optimizer, updated),
+            }
+        )
+        if step % config.train.validate_every == 0 or step == config.train.steps:
+            held_out = _validate(config, prepared, layout, model, telemetry, step, tokens)
+
+    last = [x for x in losses[-max(1, len(losses) // 20) :] if math.isfinite(x)]
+    summary = {
+        "initial_loss": losses[0],
+        "final_train_loss": sum(last) / len(last) if last else math.nan,
+        "final_val_loss": held_out["loss"],
+        "val_bits_per_byte": held_out["bits_per_byte"],
+        "unigram_bits_per_byte": prepared.validation.shards.index["unigram_bits_per_byte"],
+        "steps": config.train.steps,
+        "dropped_steps": dropped,
+        "tokens": tokens,
+        "tokens_per_second": sorted(speeds)[len(speeds) // 2],
+        "parameters": sum(parameters),
+        "levels": [
+            {
+                "name": level.name,
+                "period_steps": level.period,
+                "parameters": parameters[level.index],
+                "updates": optimizer.counts(level.index)[0],
+                "reductions": optimizer.counts(level.index)[1],
+            }
+            for level in prepared.levels
+        ],
+    }
+    telemetry.finish(summary)
+    return summary
+
+
+def read_step(config: Config, prepared: Prepared, layout: Layout, step: int) -> list[Batch]:
+    """This rank's micro batches of a step, counted from 1.
+
+    Sample numbers are global: which rank reads a sample changes with the layout, which samples a
+    step reads does not.
+    """
+    size = config.train.micro_batch
+    first = (step - 1) * config.train.global_batch
+    batches = []
+    for i in range(prepared.micro_batches):
+        offset = (i * layout.data_size + layout.data_rank) * size
+        batches.append(_to_batch(prepared.reader.read(first + offset, size), layout))
+    return batches
+
+
+def _validate(
+    config: Config,
+    prepared: Prepared,
+    layout: Layout,
+    model: Hope,
+    telemetry: Telemetry,
+    step: int,
+    tokens: int,
+) -> dict[str, Any]:
+    verdict = validation_loss(config, prepared.validation, layout, model)
+    bits_per_token = verdict.loss / math.log(2)
+    record = {
+        "kind": "validation",
+        "step": step,
+        "tokens": tokens,
+        "loss": verdict.loss,
+        "bits_per_byte": bits_per_token / prepared.validation.shards.bytes_per_token,
+    }
+    telemetry.validation(record)
+    return record
+
+
+def validation_loss(config: Config, samples: Samples, layout: Layout, model: Hope) -> Verdict:
+    """Loss over the first held-out sequences, shared out over the data-parallel ranks."""
+    size = config.train.micro_batch
+    mine = range(
+        layout.data_rank, min(config.train.validation_sequences, len(samples)), layout.data_size
+    )
+    total, seen = torch.zeros((), device=layout.device), 0
+    for first in range(0, len(mine), size):
+        rows = torch.stack([torch.from_numpy(samples[i]) for i in mine[first : first + size]])
+        loss_sum, count = run_micro_batches(model, [_split(rows.to(layout.device))], None)
+        total, seen = total + loss_sum, seen + count
+    return agree(layout, total, seen, torch.tensor(True, device=layout.device), stop=False)
+
+
+def finished_summary(config: Config, run_dir: Path) -> dict[str, Any] | None:
+    """The summary of the run in that folder, if it is this very run and has finished.
+
+    Raises:
+        UserError: another run has finished there.
+    """
+    summary, written = run_dir / SUMMARY_FILE, run_dir / CONFIG_FILE
+    if not summary.exists():
+        return None
+    same = written.exists() and recipe.to_plain(recipe.load(written).config) == recipe.to_plain(
+        config
+    )
+    if not same:
+        raise UserError(
+            f"{run_dir} holds another finished run; give run.dir=... or remove that folder"
+        )
+    return json.loads(summary.read_text())
+
+
+def _telemetry(config: Config, prepared: Prepared, layout: Layout) -> Telemetry:
+    if not layout.is_writer:
+        return Telemetry.silent()
+    options = WandbOptions(
+        enabled=config.wandb.enabled, project=config.wandb.project, name=config.wandb.name
+    )
+    return Telemetry(
+        Path(config.run.dir),
+        config.train.steps,
+        options,
+        recipe.to_plain(config),
+        prepared.tokens_per_step,
+    )
+
+
+def _level_records(
+    prepared: Prepared, optimizer: LevelOptimizer, updated: dict[int, dict[str, float]]
+) -> dict[str, Any]:
+    records = {}
+    for level in prepared.levels:
+        updates, reductions = optimizer.counts(level.index)
+        records[level.name] = {
+            "period": level.period,
+            "updates": updates,
+            "reductions": reductions,
+            "updated": level.index in updated,
+            "window_fill": optimizer.window_fill(level.index, prepared.tokens_per_step),
+            "learning_rate": None,
+            "grad_norm": None,
+            **updated.get(level.index, {}),
+        }
+    return records
+
+
+def _give_up_after(config: Config, dropped_in_a_row: int, step: int) -> None:
+    if dropped_in_a_row < config.train.max_dropped_steps:
+        return
+    raise TrainingFailed(
+        f"the loss or gradient was not finite in {dropped_in_a_row} steps in a row, the last of "
+        f"them step {step}: {config.model.mixer.value} diverged; lower optimizer.learning_rate "
+        f"({config.optimizer.learning_rate:g}) or use model.mixer=hope"
+    )
+
+
+def _describe(config: Config, prepared: Prepared, layout: Layout, parameters: list[int]) -> str:
+    spectrum = ", ".join(
+        f"{level.name} every {level.period} ({count / 1e6:.2f}M)"
+        for level, count in zip(prepared.levels, parameters, strict=True)
+    )
+    return (
+        f"{config.model.mixer.value}, {sum(parameters) / 1e6:.2f}M parameters; levels: {spectrum}; "
+        f"{layout.world} rank{'s' * (layout.world > 1)} on {layout.device.type}, "
+        f"{config.train.dtype.value}, {prepared.tokens_per_step} tokens a step"
+    )
+
+
+def _to_batch(samples: Any, layout: Layout) -> Batch:
+    return _split(torch.from_numpy(samples).to(layout.device))
+
+
+def _split(rows: torch.Tensor) -> Batch:
+    return rows[:, :-1], rows[:, 1:]
