@@ -30,6 +30,10 @@ class LevelMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.hidden(x))[0]
 
+    def partial(self, weight: Tensor, x: Tensor) -> Tensor:
+        """This rank's part of weight * forward(x), before the reduction over the tensor group."""
+        return F.linear(weight * self.hidden(x), self.down.weight)
+
 
 class CMS(nn.Module):
     """k MLPs, one a level, fastest first; k = 1 is the ordinary feed-forward layer.
@@ -49,9 +53,7 @@ class CMS(nn.Module):
         self.mc, self.independent = mc, model.cms == CmsForm.independent
         self.mlps = nn.ModuleList(LevelMLP(model, mc, h, residual_std) for h in hidden)
         norms = 1 if self.independent else len(hidden)
-        self.norms = nn.ModuleList(
-            RMSNorm(mc, model.d_model, model.norm_eps) for _ in range(norms)
-        )
+        self.norms = nn.ModuleList(RMSNorm(mc, model.d_model, model.norm_eps) for _ in range(norms))
         if self.independent:
             self.mixture = nn.Parameter(torch.empty(len(hidden), dtype=mc.params_dtype))
             tag(self.mixture, constant(0.0))
@@ -69,7 +71,8 @@ class CMS(nn.Module):
             return x
         normed = self.norms[0](x)
         weights = torch.softmax(self.mixture.float(), 0).to(x.dtype)
-        partial = torch.stack(
-            [F.linear(w * m.hidden(normed), m.down.weight) for w, m in zip(weights, self.mlps)]
-        ).sum(0)
-        return x + reduce_output(self.mc, partial)
+        partials = [
+            mlp.partial(weight, normed)  # type: ignore[operator]
+            for weight, mlp in zip(weights, self.mlps, strict=True)
+        ]
+        return x + reduce_output(self.mc, torch.stack(partials).sum(0))

@@ -93,5 +93,3 @@ class Hope(nn.Module):
     def parameter_count(self) -> int:
         """Parameters held by this rank."""
         return sum(p.numel() for p in self.parameters())
-
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,19 +32,18 @@ def tag(
         partition_dim: the dimension that is split; None where every rank holds all of it.
         sections: equal parts stacked along that dimension, each split by itself.
     """
-    setattr(parameter, "initializer", init)  # noqa: B010
-    for name, value in (
-        # the names under which megatron-core looks for the same
-        ("tensor_model_parallel", partition_dim is not None),
-        ("partition_dim", -1 if partition_dim is None else partition_dim),
-        ("partition_stride", sections),
-    ):
-        setattr(parameter, name, value)
+    carrier: Any = parameter
+    carrier.initializer = init
+    # the names under which megatron-core looks for the same
+    carrier.tensor_model_parallel = partition_dim is not None
+    carrier.partition_dim = -1 if partition_dim is None else partition_dim
+    carrier.partition_stride = sections
 
 
 def initialize(model: nn.Module, seed: int, tensor_rank: int, tensor_size: int) -> None:
     """Set every parameter of the model in place."""
     with torch.no_grad():
+        parameter: Any
         for name, parameter in model.named_parameters():
             generator = torch.Generator().manual_seed(_seed(seed, name))
             dim, sections = parameter.partition_dim, parameter.partition_stride

@@ -159,9 +159,7 @@ def _group_optimizer(
     mc: TransformerConfig,
     layout: Layout,
 ) -> GroupOptimizer:
-    window = Window(
-        group, parameters, mc, layout, config.parallel.overlap, config.levels.reduction
-    )
+    window = Window(group, parameters, mc, layout, config.parallel.overlap, config.levels.reduction)
     inner = _adamw(config.optimizer, parameters)
     with cpu.cuda_by_name():
         optimizer = DistributedOptimizer(

@@ -32,7 +32,7 @@ class Layout:
     nodes: int
     """Nodes a data-parallel group spans."""
     within_node: ProcessGroupCollection
-    """What one gradient buffer and its optimizer shard live in: the data-parallel ranks of a node."""
+    """Where a gradient buffer is sharded: the data-parallel ranks of one node."""
     across_nodes: dist.ProcessGroup | None
     """The ranks that hold the same shard on each node; None on one node."""
     replica: dist.ProcessGroup

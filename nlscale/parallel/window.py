@@ -31,7 +31,9 @@ class ParameterView(nn.Module):
         super().__init__()
         self._named = parameters
 
-    def named_parameters(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(
+        self, *args: object, **kwargs: object
+    ) -> Iterator[tuple[str, nn.Parameter]]:
         return iter(self._named.items())
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:

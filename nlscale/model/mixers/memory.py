@@ -7,6 +7,7 @@ the gates. Heads are split over the tensor-parallel group; the scan is local to 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +35,9 @@ class MixerState:
 class MemoryMixer(nn.Module):
     """x [sequence, batch, d_model] -> the same shape, causal, one state a head and sequence.
 
-        a, b  = SiLU(convolution(W_a x)), SiLU(convolution(W_b x))     inputs of k and of v
-        q     = normalize(W_q x)                                       static queries
-        y     = W_o ( RMSNorm(read) * SiLU(W_g x) )                    each if configured
+    a, b  = SiLU(convolution(W_a x)), SiLU(convolution(W_b x))     inputs of k and of v
+    q     = normalize(W_q x)                                       static queries
+    y     = W_o ( RMSNorm(read) * SiLU(W_g x) )                    each if configured
     """
 
     def __init__(self, model: ModelConfig, mc: TransformerConfig, residual_std: float) -> None:
@@ -100,12 +101,13 @@ class MemoryMixer(nn.Module):
 
     def forward(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         projected, _ = self.project(x)
-        length, batch, width = projected.shape
+        length, batch, _ = projected.shape
         local = self.heads * self.head_dim
         sizes = [self.inputs * local, local] + [local] * self.gated
         fed, q, *gate = projected.split(sizes, dim=-1)
         fed, tail = self._convolve(fed, None if state is None else state.tail)
-        a, b = (self._by_head(part) for part in (fed.chunk(2, -1) if self.inputs == 2 else (fed, fed)))
+        parts = fed.chunk(2, -1) if self.inputs == 2 else (fed, fed)
+        a, b = (self._by_head(part) for part in parts)
         a = a * torch.rsqrt(a.square().mean(-1, keepdim=True) + self.norm_eps)
         eta, alpha = self._gate_logits(x)
         read, memory = memory_scan(
@@ -136,11 +138,11 @@ class MemoryMixer(nn.Module):
         """[sequence, batch, heads * d] -> fp32 [batch, heads, sequence, d]."""
         length, batch, _ = x.shape
         split = x.view(length, batch, self.heads, self.head_dim)
-        return split.permute(1, 2, 0, 3).to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+        return split.permute(1, 2, 0, 3).to(_wide(x)).contiguous()
 
     def _gate_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Static logits of eta and alpha, fp32 [batch, heads, sequence]."""
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = _wide(x)
         eta_bias, alpha_bias = (p.to(wide)[:, None] for p in (self.eta_bias, self.alpha_bias))
         if self.gates is None:
             # length of the whole sequence, also where x is split along it
@@ -153,10 +155,21 @@ class MemoryMixer(nn.Module):
     def _weights(self) -> MemoryWeights | None:
         if not self.modifies_itself:
             return None
-        names = ("memory_key", "memory_value", "memory_gates")
-        optional = ("lambda_key", "lambda_value", "memory_read")
-        values = [getattr(self, name) for name in names]
-        values += [getattr(self, name, None) for name in optional]
+
+        def wide(name: str) -> Any:
+            weight = getattr(self, name, None)
+            return weight if weight is None else weight.to(_wide(weight))
+
         return MemoryWeights(
-            *(v if v is None else v.to(torch.promote_types(v.dtype, torch.float32)) for v in values)
+            key=wide("memory_key"),
+            value=wide("memory_value"),
+            gates=wide("memory_gates"),
+            lambda_key=wide("lambda_key"),
+            lambda_value=wide("lambda_value"),
+            read=wide("memory_read"),
         )
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The precision of states and gates: fp32, or that of x where it is more."""
+    return torch.promote_types(x.dtype, torch.float32)

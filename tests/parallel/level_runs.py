@@ -1,0 +1,178 @@
+"""A few training steps on synthetic tokens: the level engine, and an independent oracle of it."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+from nlscale import recipe
+from nlscale.config import Config
+from nlscale.levels import spectrum, sync_group
+from nlscale.model.hope import Hope
+from nlscale.model.init import initialize
+from nlscale.model.layers import megatron_config
+from nlscale.optim.levels import LevelOptimizer
+from nlscale.optim.schedule import learning_rate
+from nlscale.parallel.consensus import agree
+from nlscale.parallel.layout import process_groups
+from nlscale.parallel.schedule import Batch, run_micro_batches
+
+VOCABULARY = 32
+TINY = [
+    "data.dir=none",
+    "model.layers=3",
+    "model.d_model=32",
+    "model.heads=4",
+    "model.memory.chunk=8",
+    "optimizer.warmup_steps=3",
+    # Differences are relative to a parameter's norm, so none may start at zero; and at a learning
+    # rate where this tiny model's training amplifies rounding, rounding is what would be compared.
+    "model.memory.eta_bias=-1",
+    "optimizer.learning_rate=0.001",
+    # Adam steps by g / (|g| + eps): a gradient that is nothing but rounding would make a full step.
+    "optimizer.eps=1e-5",
+    "train.dtype=fp32",
+    "train.global_batch=8",
+]
+
+
+def load(overrides: list[str]) -> Config:
+    return recipe.load(None, TINY + overrides).config
+
+
+def sequences(config: Config, step: int) -> list[Batch]:
+    """The sequences of a step, one a batch, of lengths that differ within and between steps."""
+    out = []
+    for i in range(config.train.global_batch):
+        generator = torch.Generator().manual_seed(1000 * step + i)
+        length = 5 + (7 * step + 5 * i) % 13
+        tokens = torch.randint(0, VOCABULARY, (1, length + 1), generator=generator)
+        out.append((tokens[:, :-1], tokens[:, 1:]))
+    return out
+
+
+def run_engine(overrides: list[str], spoil: dict[int, int] | None = None) -> dict[str, Any]:
+    """Train as configured with the level engine, on this rank of a world.
+
+    Args:
+        overrides: on top of `TINY`.
+        spoil: at step s, rank r gets a NaN into its gradient.
+
+    Returns:
+        losses, the full parameters at the end, a hash of the parameters after each step, the
+        updates and reductions of each level.
+    """
+    config = load(overrides)
+    with process_groups(config) as layout:
+        mc = megatron_config(config)
+        model = Hope(config, mc, VOCABULARY)
+        initialize(model, config.run.seed, layout.tensor_rank, layout.tensor_size)
+        levels = spectrum(config.levels, tokens_per_step=100)
+        optimizer = LevelOptimizer(config, levels, model, mc, layout)
+        losses, hashes, admitted = [], [], []
+        for step in range(1, config.train.steps + 1):
+            optimizer.start_step()
+            mine = sequences(config, step)[layout.data_rank :: layout.data_size]
+            loss, seen = run_micro_batches(model, mine, optimizer.windows)
+            if spoil and spoil.get(step) == layout.rank:
+                buffer = optimizer.windows[-1].ddp.buffers[0].grad_data
+                buffer[: len(buffer)] = float("nan")
+            verdict = agree(layout, loss, seen, optimizer.finish_backward(), stop=False)
+            if verdict.admitted:
+                optimizer.admit(verdict.tokens)
+            optimizer.update(step)
+            losses.append(verdict.loss)
+            admitted.append(verdict.admitted)
+            hashes.append(_hash(model))
+        return {
+            "losses": losses,
+            "admitted": admitted,
+            "hashes": hashes,
+            "parameters": {n: p.detach().clone() for n, p in model.named_parameters()},
+            "counts": [optimizer.counts(level.index) for level in levels],
+        }
+
+
+def run_oracle(overrides: list[str], skip: frozenset[int] = frozenset()) -> dict[str, Any]:
+    """The same training written down plainly: one process, whole tensors, torch's AdamW.
+
+    A dictionary of summed gradients a sync group; nothing of the engine is used.
+    """
+    config = load(overrides)
+    with process_groups(config):
+        model = Hope(config, megatron_config(config), VOCABULARY)
+        initialize(model, config.run.seed, 0, 1)
+        named = dict(model.named_parameters())
+        levels = spectrum(config.levels, tokens_per_step=100)
+        group_of = {}
+        for name in named:
+            level, depth = model.level_and_depth(name)
+            group_of[name] = sync_group(
+                levels[level], depth, config.model.layers, config.levels.stagger
+            )
+        adam = {name: _adam(config, p) for name, p in named.items()}
+        sums = {name: torch.zeros_like(p) for name, p in named.items()}
+        tokens = dict.fromkeys(set(group_of.values()), 0)
+        losses = []
+        for step in range(1, config.train.steps + 1):
+            model.zero_grad()
+            batch = sequences(config, step)
+            loss = sum(model(x, y).sum() for x, y in batch)
+            count = sum(x.numel() for x, _ in batch)
+            loss.backward()
+            losses.append(loss.item() / count)
+            if step not in skip:
+                for name, p in named.items():
+                    sums[name] += p.grad
+                for group in tokens:
+                    tokens[group] += count
+            due = [g for g in tokens if (g.due(step) or step == config.train.steps) and tokens[g]]
+            _step(config, levels, due, group_of, named, sums, tokens, adam, step)
+        return {
+            "losses": losses,
+            "parameters": {n: p.detach().clone() for n, p in named.items()},
+        }
+
+
+def _step(config, levels, due, group_of, named, sums, tokens, adam, step) -> None:
+    means = {name: sums[name] / tokens[group_of[name]] for name in named if group_of[name] in due}
+    for name, mean in means.items():
+        level = group_of[name].level
+        together = [
+            m
+            for other, m in means.items()
+            if config.optimizer.clip_scope.value == "joint" or group_of[other].level == level
+        ]
+        norm = torch.stack([m.norm() for m in together]).norm()
+        clip = config.optimizer.clip
+        factor = min(1.0, clip / (norm.item() + 1e-6)) if clip > 0 else 1.0
+        rate = learning_rate(config.optimizer, step, config.train.steps)
+        adam[name].param_groups[0]["lr"] = rate * levels[level].learning_rate_scale
+        named[name].grad = mean * factor
+        adam[name].step()
+        sums[name].zero_()
+    for group in due:
+        tokens[group] = 0
+
+
+def _adam(config: Config, p: torch.nn.Parameter) -> torch.optim.AdamW:
+    o = config.optimizer
+    decay = o.weight_decay if p.dim() > 1 else 0.0
+    return torch.optim.AdamW(
+        [p], lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=decay, foreach=False
+    )
+
+
+def _hash(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        digest.update(p.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """max over parameters of |a - b| / |b|, by norm."""
+    assert a.keys() == b.keys()
+    return max(((a[n] - b[n]).norm() / (b[n].norm() + 1e-12)).item() for n in a)
