@@ -224,8 +224,11 @@ class TrainConfig:
     """Steps between validations; one is always made before the first and after the last step."""
     validation_sequences: int = 64
     """Held-out sequences a validation reads."""
+    drop_spikes: float | None = None
+    """Drop a step whose loss is more than this many times the median of the last 50 steps; null:
+    only steps whose loss or gradient is not finite are dropped."""
     max_dropped_steps: int = 8
-    """Steps in a row with a non-finite loss or gradient after which training gives up."""
+    """Dropped steps in a row after which training gives up."""
 
 
 @dataclass
@@ -240,6 +243,8 @@ class ParallelConfig:
     """Ranks on one node; null: what torchrun says (LOCAL_WORLD_SIZE), else all of them."""
     overlap: bool = True
     """Overlap the reduction inside the node with the backward pass (on GPUs)."""
+    replica_check_every: int = 200
+    """Steps between comparisons of parameters and optimizer state across replicas; 0: never."""
     timeout_minutes: float = 10.0
     """A collective that takes longer ends the run."""
 

@@ -14,6 +14,7 @@ from nlscale.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+LOSS_FIGURE = "loss.png"
 
 # Okabe-Ito: told apart with every common form of colour blindness.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#8C8C8C"
@@ -107,7 +108,7 @@ def draw_loss(run_dir: Path, out: Path | None = None) -> Path:
     from matplotlib.figure import Figure
 
     run_dir = Path(run_dir)
-    out = Path(out) if out is not None else run_dir / "loss.png"
+    out = Path(out) if out is not None else run_dir / LOSS_FIGURE
     records = read_records(run_dir)
     train = [r for r in records if r.get("kind") == "train"]
     validation = _validated(records)

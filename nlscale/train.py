@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from nlscale.checks import Prepared, prepare
 from nlscale.config import Config
 from nlscale.data import Samples
 from nlscale.errors import TrainingFailed, UserError
-from nlscale.figures import SUMMARY_FILE
+from nlscale.figures import LOSS_FIGURE, SUMMARY_FILE
 from nlscale.model.hope import Hope
 from nlscale.model.init import initialize
 from nlscale.model.layers import megatron_config
@@ -33,6 +34,7 @@ from nlscale.parallel.schedule import Batch, run_micro_batches
 from nlscale.telemetry import Telemetry, WandbOptions
 
 CONFIG_FILE = "config.yaml"
+_FEW_UPDATES = 200
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -46,13 +48,19 @@ def train(config: Config) -> dict[str, Any]:
     run_dir = Path(config.run.dir)
     finished = finished_summary(config, run_dir)
     if finished is not None:
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"{run_dir} has finished before, with validation loss "
+                f"{finished['final_val_loss']:.3f}; remove it to train anew\n"
+                f"figure: {run_dir / LOSS_FIGURE}"
+            )
         return finished
     with process_groups(config) as layout:
         if layout.is_writer:
             run_dir.mkdir(parents=True, exist_ok=True)
             recipe.write(config, run_dir / CONFIG_FILE)
         with _telemetry(config, prepared, layout) as telemetry:
-            telemetry.truncate_after(0)
+            telemetry.truncate_after(-1)  # of a run that did not finish
             return _run(config, prepared, layout, telemetry)
 
 
@@ -67,7 +75,10 @@ def _run(
     parameters = level_parameters(config, prepared.vocabulary)
     telemetry.note(_describe(config, prepared, layout, parameters))
 
-    tokens, dropped, dropped_in_a_row = 0, 0, 0
+    for warning in slow_level_warnings(config, prepared):
+        telemetry.warn(warning)
+
+    tokens, dropped, dropped_in_a_row, bytes_saved = 0, 0, 0, 0.0
     losses: list[float] = []
     speeds: list[float] = []
     held_out = _validate(config, prepared, layout, model, telemetry, 0, tokens)
@@ -78,7 +89,7 @@ def _run(
         loss_sum, seen = run_micro_batches(model, batches, optimizer.windows)
         finite = optimizer.finish_backward()
         verdict = agree(layout, loss_sum, seen, finite, stop=False)
-        if verdict.admitted:
+        if verdict.admitted and not _spikes(config, verdict.loss, losses):
             tokens += verdict.tokens
             dropped_in_a_row = 0
             optimizer.admit(verdict.tokens)
@@ -86,6 +97,8 @@ def _run(
             dropped, dropped_in_a_row = dropped + 1, dropped_in_a_row + 1
             _give_up_after(config, dropped_in_a_row, step)
         updated = optimizer.update(step)
+        bytes_saved += optimizer.bytes_saved(step)
+        _check_replicas(config, optimizer, model, step)
         seconds = time.monotonic() - started
         losses.append(verdict.loss)
         speeds.append(verdict.tokens / seconds)
@@ -98,6 +111,7 @@ def _run(
                 "tokens_per_second": speeds[-1],
                 "step_seconds": seconds,
                 "dropped_steps": dropped,
+                "bytes_saved": bytes_saved,
                 "levels": _level_records(prepared, optimizer, updated),
             }
         )
@@ -230,17 +244,52 @@ def _level_records(
             "window_fill": optimizer.window_fill(level.index, prepared.tokens_per_step),
             "learning_rate": None,
             "grad_norm": None,
+            "update_ratio": None,
             **updated.get(level.index, {}),
         }
     return records
+
+
+def slow_level_warnings(config: Config, prepared: Prepared) -> list[str]:
+    """A line for each level that will hardly learn, because it updates too rarely in this run."""
+    lines = []
+    for level in prepared.levels:
+        updates = config.train.steps // level.period
+        if level.period > 1 and updates < _FEW_UPDATES:
+            lines.append(
+                f"level {level.name!r} updates {updates} times in {config.train.steps} steps of "
+                f"period {level.period}; below {_FEW_UPDATES} a level learns little: "
+                f"train longer or shorten the period"
+            )
+    return lines
+
+
+def _spikes(config: Config, loss: float, losses: list[float]) -> bool:
+    """Whether a finite loss is out of line with the steps before it (train.drop_spikes)."""
+    recent = sorted(x for x in losses[-50:] if math.isfinite(x))
+    limit = config.train.drop_spikes
+    return limit is not None and len(recent) >= 10 and loss > limit * recent[len(recent) // 2]
+
+
+def _check_replicas(config: Config, optimizer: LevelOptimizer, model: Hope, step: int) -> None:
+    every = config.parallel.replica_check_every
+    if not every or step % every:
+        return
+    different = optimizer.replica_difference(model)
+    if different is not None:
+        raise TrainingFailed(
+            f"replicas differ after step {step}, first in {different}: a rank computed something "
+            f"else than the others; check its memory and GPU before going on"
+        )
 
 
 def _give_up_after(config: Config, dropped_in_a_row: int, step: int) -> None:
     if dropped_in_a_row < config.train.max_dropped_steps:
         return
     raise TrainingFailed(
-        f"the loss or gradient was not finite in {dropped_in_a_row} steps in a row, the last of "
-        f"them step {step}: {config.model.mixer.value} diverged; lower optimizer.learning_rate "
+        f"{dropped_in_a_row} steps in a row were dropped, the last of them step {step}: loss or "
+        f"gradient not finite{' or spiking' if config.train.drop_spikes else ''}; "
+        f"{config.model.mixer.value} diverged. Lower optimizer.learning_rate "
         f"({config.optimizer.learning_rate:g}) or use model.mixer=hope"
     )
 

@@ -7,6 +7,7 @@ node. Adam's step count and bias correction are those of the group: they count i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nlscale.config import ClipScope, Config, Dtype, OptimizerConfig
-from nlscale.levels import Level, SyncGroup, sync_group
+from nlscale.levels import Level, SyncGroup, reduction_bytes, sync_group
 from nlscale.model.hope import Hope
 from nlscale.optim.schedule import learning_rate
 from nlscale.parallel import cpu
 from nlscale.parallel.layout import Layout
+from nlscale.parallel.replicas import data_parallel_group, first_difference
 from nlscale.parallel.window import Window
 
 
@@ -30,6 +32,8 @@ class GroupOptimizer:
 
     window: Window
     optimizer: DistributedOptimizer
+    parameters: int
+    """Parameters of this rank's part of the model in the group, over its data-parallel ranks."""
     updates: int = 0
     reductions: int = 0
 
@@ -79,8 +83,8 @@ class LevelOptimizer:
         """Step the groups that are due after this step, counted from 1; all of them at the end.
 
         Returns:
-            For each level that updated: its learning rate and the norm of its window gradient
-            before clipping.
+            For each level that updated: its learning rate, the norm of its window gradient before
+            clipping, and the norm of its update over that of its weights.
         """
         last = step == self.config.train.steps
         due = [g for g in self.groups if (g.group.due(step) or last) and g.window.tokens]
@@ -90,6 +94,7 @@ class LevelOptimizer:
             with cpu.cuda_by_name():
                 g.optimizer.prepare_grads()
         norms = self._norms(due)
+        before = [[p.detach().clone() for p in _main_parameters(g)] for g in due]
         rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
         for g in due:
             g.window.scale(self._clip_factor(norms, g.group.level))
@@ -98,10 +103,12 @@ class LevelOptimizer:
             with cpu.cuda_by_name():
                 g.optimizer.step_with_ready_grads()
             g.updates += 1
+        ratios = self._update_ratios(due, before)
         return {
             level.index: {
                 "learning_rate": rate * level.learning_rate_scale,
                 "grad_norm": norms[level.index],
+                "update_ratio": ratios[level.index],
             }
             for level in self.levels
             if any(g.group.level == level.index for g in due)
@@ -112,32 +119,70 @@ class LevelOptimizer:
         mine = [g for g in self.groups if g.group.level == level]
         return max(g.updates for g in mine), max(g.reductions for g in mine)
 
+    def bytes_saved(self, step: int) -> float:
+        """Inter-node bytes that a node did not send at this step because groups were not due."""
+        nodes = self.layout.nodes
+        waiting = sum(g.parameters for g in self.groups if not g.group.due(step))
+        return reduction_bytes(waiting * self.layout.model_ranks_per_node, nodes)
+
     def window_fill(self, level: int, tokens_per_step: int) -> float:
         """Share of its period that the fullest window of a level holds now, 0 to 1."""
         mine = [w for w in self.windows if w.group.level == level]
         return max(w.tokens / (w.group.period * tokens_per_step) for w in mine)
 
+    def replica_difference(self, model: Hope) -> str | None:
+        """The first parameter, or optimizer state, that replicas do not share bit for bit."""
+        named = {name: p.detach() for name, p in model.named_parameters()}
+        different = first_difference(self.layout, named, data_parallel_group())
+        if different is None and self.layout.across_nodes is not None:
+            state = {
+                f"{key} of the optimizer, level {g.group.level} phase {g.group.phase}, shard {i}": v
+                for g in self.groups
+                for i, p in enumerate(_main_parameters(g))
+                for key, v in {"weights": p, **g.optimizer.optimizer.state[p]}.items()
+                if v.dim() > 0  # the step count of a shard is a scalar, equal by construction
+            }
+            if state:
+                different = first_difference(self.layout, state, self.layout.across_nodes)
+        return different
+
     def _norms(self, due: list[GroupOptimizer]) -> list[float]:
         """Norm of the window gradient of what updates now, per level."""
         squares = torch.zeros(len(self.levels), dtype=torch.float64, device=self.layout.device)
         for g in due:
-            grads = [
-                p.grad
-                for param_group in g.optimizer.optimizer.param_groups
-                for p in param_group["params"]
-                # a parameter that every tensor-parallel rank holds counts once
-                if p.tensor_model_parallel or self.layout.tensor_rank == 0
-            ]
-            if grads:
-                squares[g.group.level] += torch.stack(torch._foreach_norm(grads)).square().sum()
+            squares[g.group.level] += self._square([p.grad for p in _main_parameters(g)], g)
         dist.all_reduce(squares, group=self.layout.replica)
         return squares.sqrt().tolist()
+
+    def _update_ratios(self, due: list[GroupOptimizer], before: list[list[Tensor]]) -> list[float]:
+        """|update| / |weights| of what has just updated, per level."""
+        squares = torch.zeros(2, len(self.levels), dtype=torch.float64, device=self.layout.device)
+        for g, old in zip(due, before, strict=True):
+            squares[1, g.group.level] += self._square(old, g)
+            torch._foreach_sub_(old, _main_parameters(g))
+            squares[0, g.group.level] += self._square(old, g)
+        dist.all_reduce(squares, group=self.layout.replica)
+        return (squares[0] / squares[1].clamp_min(1e-30)).sqrt().tolist()
+
+    def _square(self, tensors: list[Tensor], g: GroupOptimizer) -> Tensor | float:
+        """Sum of squares of one tensor a parameter shard, those on every tensor rank once."""
+        counted = [
+            tensor
+            for tensor, p in zip(tensors, _main_parameters(g), strict=True)
+            if p.tensor_model_parallel or self.layout.tensor_rank == 0
+        ]
+        return torch.stack(torch._foreach_norm(counted)).square().sum() if counted else 0.0
 
     def _clip_factor(self, norms: list[float], level: int) -> float:
         clip = self.config.optimizer.clip
         joint = self.config.optimizer.clip_scope == ClipScope.joint
         norm = sum(n * n for n in norms) ** 0.5 if joint else norms[level]
         return min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+
+
+def _main_parameters(g: GroupOptimizer) -> list[Any]:
+    """This rank's fp32 parameter shards of a group, as the inner optimizer holds them."""
+    return [p for group in g.optimizer.optimizer.param_groups for p in group["params"]]
 
 
 def split_by_group(
@@ -181,7 +226,7 @@ def _group_optimizer(
             data_parallel_group_idx=0,
             distributed_optimizer_instance_id=0,
         )
-    return GroupOptimizer(window, optimizer)
+    return GroupOptimizer(window, optimizer, sum(p.numel() for p in parameters.values()))
 
 
 def _adamw(config: OptimizerConfig, parameters: dict[str, nn.Parameter]) -> torch.optim.AdamW:

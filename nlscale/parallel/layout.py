@@ -31,6 +31,8 @@ class Layout:
     tensor_size: int
     nodes: int
     """Nodes a data-parallel group spans."""
+    model_ranks_per_node: int
+    """Different parts of the model (tensor x pipeline) that one node holds."""
     within_node: ProcessGroupCollection
     """Where a gradient buffer is sharded: the data-parallel ranks of one node."""
     across_nodes: dist.ProcessGroup | None
@@ -123,6 +125,7 @@ def _layout(config: Config) -> Layout:
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=tensor,
         nodes=nodes,
+        model_ranks_per_node=max(1, min(per_node // inside.size(), tensor * pipeline)),
         within_node=groups,
         across_nodes=parallel_state.get_inter_distributed_optimizer_instance_group()
         if nodes > 1

@@ -153,11 +153,12 @@ class Telemetry:
         """
         replace(self._run_dir / SUMMARY_FILE, (to_json(summary, indent=2) + "\n").encode())
         self._screen.stop()
+        figure = ""
         try:
-            draw_loss(self._run_dir)
+            figure = f"figure: {draw_loss(self._run_dir)}"
         except Exception as error:  # the run itself is complete, and its figure can be redrawn
             self.warn(f"loss.png was not drawn: {error}")
-        for line in summary_lines(summary):
+        for line in [*summary_lines(summary), *filter(None, [figure])]:
             self.note(line)
         if self._wandb:
             self._wandb.finish(summary)

@@ -131,6 +131,8 @@ def numbers(record: Mapping[str, Any], validation: float | None) -> str:
     if validation is not None:
         parts.append(f"val {loss_text(validation)}")
     parts.append(f"{human_count(record['tokens_per_second']):>5} tok/s")
+    if record.get("bytes_saved"):
+        parts.append(f"not sent {human_count(record['bytes_saved'])}B")
     if record.get("dropped_steps"):
         parts.append(f"dropped {record['dropped_steps']}")
     return "  ".join(parts)
@@ -178,8 +180,18 @@ def duration(seconds: float) -> str:
 
 
 def summary_lines(summary: Mapping[str, Any]) -> list[str]:
-    """A summary as aligned lines, keys of nested mappings dotted; lists are left to the file."""
+    """A summary as aligned lines, keys of nested mappings dotted, a line for each level."""
     rows = list(_flat(summary, ""))
+    for level in summary.get("levels", ()):
+        every = "step" if level["period_steps"] == 1 else f"{level['period_steps']} steps"
+        rows.append(
+            (
+                f"level {level['name']}",
+                f"every {every}: {_times(level['updates'], 'update')}, "
+                f"{_times(level['reductions'], 'reduction')}, "
+                f"{human_count(level['parameters'])} parameters",
+            )
+        )
     width = max((len(key) for key, _ in rows), default=0)
     return ["summary", *(f"  {key:<{width}}  {value}" for key, value in rows)]
 
@@ -202,3 +214,7 @@ def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
     return str(value)
+
+
+def _times(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

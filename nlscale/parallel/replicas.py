@@ -1,0 +1,45 @@
+"""Are the replicas still the same? Parameters and optimizer state, compared by checksum."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from nlscale.parallel.layout import Layout
+
+
+def first_difference(
+    layout: Layout, state: dict[str, Tensor], group: dist.ProcessGroup
+) -> str | None:
+    """The first of the named tensors that is not bit-identical on all ranks of a group.
+
+    Args:
+        layout: this rank's place.
+        state: tensors by name; the same names in the same order on every rank of the group.
+        group: ranks that must hold the same.
+
+    Returns:
+        The name, or None; the same answer on every rank of the group.
+    """
+    sums = torch.stack([checksum(tensor) for tensor in state.values()]).to(layout.device)
+    lowest, highest = sums.clone(), sums
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    differing = (lowest != highest).nonzero()
+    return list(state)[int(differing[0])] if len(differing) else None
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """An int64 that changes with any bit and with the order of the elements."""
+    size = tensor.element_size()
+    words = tensor.detach().contiguous().view(-1).view({2: torch.int16, 4: torch.int32}[size])
+    # odd weights: a change of any one word changes the sum modulo 2^64
+    weights = torch.arange(1, 2 * words.numel(), 2, device=words.device)
+    return (words * weights).sum()
+
+
+def data_parallel_group() -> dist.ProcessGroup:
+    """All ranks that hold the same part of the model."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
