@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from nlscale.config import Config, Mixer
@@ -36,7 +39,7 @@ def prepare(config: Config) -> Prepared:
     Raises:
         UserError: one line with the numbers and a fix.
     """
-    _positive(config)
+    _ranges(config)
     _divides(config)
     data_parallel = data_parallel_size(config)
     train, model = config.train, config.model
@@ -56,11 +59,13 @@ def prepare(config: Config) -> Prepared:
     model.vocabulary = model.vocabulary or shards.vocabulary
     if model.vocabulary < shards.vocabulary:
         raise UserError(
-            f"model.vocabulary {model.vocabulary} is smaller than the {shards.vocabulary} token ids "
-            f"of {config.data.dir}; leave it null"
+            f"model.vocabulary {model.vocabulary} is smaller than the {shards.vocabulary} "
+            f"token ids of {config.data.dir}; leave it null"
         )
     if model.vocabulary % config.parallel.tensor:
-        raise UserError(_not_divisible("model.vocabulary", model.vocabulary, config.parallel.tensor))
+        raise UserError(
+            _not_divisible("model.vocabulary", model.vocabulary, config.parallel.tensor)
+        )
     return Prepared(
         levels=levels,
         reader=BatchReader(Samples(shards, config.data.sequence_length), config.run.seed),
@@ -71,17 +76,42 @@ def prepare(config: Config) -> Prepared:
     )
 
 
-def _positive(config: Config) -> None:
-    for section in ("data", "model", "train", "parallel", "optimizer"):
-        for name in (
-            "sequence_length", "layers", "d_model", "heads", "steps", "global_batch", "micro_batch",
-            "validate_every", "validation_sequences", "tensor", "pipeline", "learning_rate",
-        ):  # fmt: skip
-            value = getattr(getattr(config, section), name, 1)
-            if value <= 0:
-                raise UserError(f"{section}.{name} is {value}; it must be greater than 0")
-    if config.model.memory.chunk < 1 or config.model.memory.convolution < 1:
-        raise UserError("model.memory.chunk and model.memory.convolution must be at least 1")
+_RANGES: dict[str, tuple[tuple[str, str], ...]] = {
+    "above 0": (
+        ("data", "sequence_length"),
+        ("model", "layers d_model heads hidden vocabulary rope_base norm_eps init_std"),
+        ("model.memory", "chunk convolution"),
+        ("optimizer", "learning_rate eps"),
+        ("train", "steps global_batch micro_batch validate_every validation_sequences"),
+        ("train", "max_dropped_steps"),
+        ("parallel", "tensor pipeline ranks_per_node timeout_minutes"),
+    ),
+    "0 or above": (("optimizer", "warmup_steps weight_decay clip"),),
+    "from 0 to 1": (("optimizer", "min_learning_rate decay_fraction"),),
+    "at least 0 and below 1": (("optimizer", "beta1 beta2"),),
+}
+_WITHIN: dict[str, Callable[[float], bool]] = {
+    "above 0": lambda x: x > 0,
+    "0 or above": lambda x: x >= 0,
+    "from 0 to 1": lambda x: 0 <= x <= 1,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
+}
+
+
+def _ranges(config: Config) -> None:
+    def check(key: str, value: float | None, wanted: str) -> None:
+        # a null follows from other keys; not a number is within no range
+        if value is not None and not (math.isfinite(value) and _WITHIN[wanted](value)):
+            raise UserError(f"{key} is {value}; it must be {wanted}")
+
+    for wanted, sections in _RANGES.items():
+        for section, names in sections:
+            for name in names.split():
+                key = f"{section}.{name}"
+                check(key, attrgetter(key)(config), wanted)
+    for index, level in enumerate(config.levels.spectrum):
+        check(f"levels.spectrum.{index}.hidden", level.hidden, "above 0")
+        check(f"levels.spectrum.{index}.learning_rate", level.learning_rate, "0 or above")
 
 
 def _divides(config: Config) -> None:
@@ -94,9 +124,9 @@ def _divides(config: Config) -> None:
         )
     if model.heads % tensor:
         raise UserError(_not_divisible("model.heads", model.heads, tensor))
-    for entry, hidden in zip(config.levels.spectrum, level_hidden(config), strict=True):
+    for index, hidden in enumerate(level_hidden(config)):
         if hidden % tensor:
-            raise UserError(_not_divisible(f"hidden width of level {entry.name!r}", hidden, tensor))
+            raise UserError(_not_divisible(f"levels.spectrum.{index}.hidden", hidden, tensor))
     if config.parallel.pipeline > 1:
         raise UserError("parallel.pipeline > 1 is not available yet; use parallel.tensor")
 

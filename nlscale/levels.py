@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nlscale.config import LevelsConfig, PeriodRule
+from nlscale.config import LevelConfig, LevelsConfig, PeriodRule
 from nlscale.errors import UserError
 from nlscale.units import Period
 
@@ -53,13 +53,14 @@ def spectrum(config: LevelsConfig, tokens_per_step: int) -> list[Level]:
     """The levels of a configuration, fastest first, periods in steps.
 
     Raises:
-        UserError: no level, two of one name, or a level faster than the one before it.
+        UserError: no level, a period that is none, two of one name, or a level faster than the
+            one before it.
     """
     if not config.spectrum:
         raise UserError("levels.spectrum is empty; the simplest is levels=[1]")
     levels: list[Level] = []
     for index, entry in enumerate(config.spectrum):
-        period = Period.parse(entry.period).in_steps(tokens_per_step)
+        period = declared_period(index, entry).in_steps(tokens_per_step)
         if any(entry.name == level.name for level in levels):
             raise UserError(f"levels.spectrum.{index}.name: {entry.name!r} is taken; rename one")
         if levels and period < levels[-1].period:
@@ -70,6 +71,26 @@ def spectrum(config: LevelsConfig, tokens_per_step: int) -> list[Level]:
         scale = entry.learning_rate * _rule(config.learning_rate_rule, period)
         levels.append(Level(index, entry.name, period, scale))
     return levels
+
+
+def declared_period(index: int, entry: LevelConfig) -> Period:
+    """The period of a level as the recipe has it.
+
+    Raises:
+        UserError: it is not a period; the key is named.
+    """
+    try:
+        return Period.parse(entry.period)
+    except UserError as error:
+        raise UserError(f"levels.spectrum.{index}.{error}") from None
+
+
+def reduction_bytes(parameters: float, nodes: int) -> float:
+    """Bytes that leave a node when the gradient of that many parameters crosses the network once.
+
+    A ring all-reduce in fp32: each node sends 2 (n - 1) / n of the 4 bytes a parameter.
+    """
+    return 2 * (nodes - 1) / nodes * 4 * parameters
 
 
 def phase(level: Level, depth: int, layers: int, stagger: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal
 
 from nlscale.errors import UserError
@@ -28,7 +29,7 @@ class Period:
         """Read ``16``, ``"16 steps"`` or ``"8M tokens"``; a bare number is steps.
 
         Raises:
-            UserError: not of that form, or not at least 1.
+            UserError: not of that form, not whole, or not at least 1.
         """
         match = _PERIOD.fullmatch(str(text))
         if match is None:
@@ -36,10 +37,12 @@ class Period:
                 f"period {text!r} is not a duration; write for example '16 steps' or '8M tokens'"
             )
         number, multiplier, unit = match.groups()
-        count = round(float(number) * _MULTIPLIERS[multiplier])
+        count = Decimal(number) * _MULTIPLIERS[multiplier]
         if count < 1:
             raise UserError(f"period {text!r} is less than 1; the fastest level has '1 step'")
-        return cls(count, "tokens" if (unit or "").startswith("token") else "steps")
+        if count != int(count):
+            raise UserError(f"period {text!r} is not a whole number of steps or tokens")
+        return cls(int(count), "tokens" if (unit or "").startswith("token") else "steps")
 
     def in_steps(self, tokens_per_step: int) -> int:
         """The period in optimizer steps, at least 1, for a global batch of that many tokens."""
