@@ -14,12 +14,10 @@ import warnings
 from nlscale import __version__
 from nlscale.errors import UserError
 
-_OVERRIDES = "KEY=VALUE"
-
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command and exit."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     # megatron-core announces at import, on every rank, which optional packages it does without.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -35,10 +33,22 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes no more positional arguments once an option has come between them.
+    if any(text.startswith("-") for text in rest) or (rest and "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nlscale",
-        description="Pretrain Hope / Nested-Learning models: parts that update at different periods.",
+        description="Pretrain Hope / Nested-Learning models, whose levels update at different "
+        "periods.",
     )
     parser.add_argument("--version", action="version", version=f"nlscale {__version__}")
     verbs = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -46,50 +56,85 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser(
         "train",
         help="train a model from a recipe",
-        description="Train as a recipe says. Under torchrun every rank runs this command; "
-        "without it, it is one process. `nlscale config --keys` lists the keys.",
+        description="Train a model from a recipe, in this process or, started by torchrun, as one "
+        "of its ranks. `nlscale config --keys` lists the keys of a recipe.",
     )
     _add_recipe(train)
     train.set_defaults(func=_train)
 
     config = verbs.add_parser(
         "config",
-        help="show, explain and check a configuration",
-        description="Print the configuration that a recipe and overrides give.",
+        help="show and explain a configuration",
+        description="Print the configuration that a recipe and overrides give, after checking its "
+        "keys and types.",
     )
     _add_recipe(config, optional=True)
     config.add_argument(
         "--explain",
         metavar="KEY",
-        help="say what a key means, its value, and where the value came from",
+        help="print only this key: its value, where the value came from, and what it means",
     )
-    config.add_argument("--keys", action="store_true", help="list every key with its meaning")
+    config.add_argument(
+        "--keys", action="store_true", help="list every key with its default and meaning"
+    )
     config.set_defaults(func=_config)
 
     from nlscale.data.cli import add_arguments
 
     add_arguments(
         verbs.add_parser(
-            "data", help="build and inspect token shards", description="Token shards on disk."
+            "data",
+            help="build and inspect token shards",
+            description="Build and inspect the token shards that training reads.",
         )
     )
     figure = verbs.add_parser(
         "figure",
         help="draw the loss of one run, or compare several",
-        description="Draw loss.png of a run from its metrics.jsonl, or validation curves of several.",
+        description="Draw the loss of one run, or the validation loss of several in one figure, "
+        "from their metrics.jsonl.",
     )
     figure.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    figure.add_argument("--out", metavar="PNG", help="where to write (default: RUN/loss.png)")
+    figure.add_argument(
+        "--out",
+        metavar="PNG",
+        help="the file to write (default: RUN/loss.png, or comparison.png for several runs)",
+    )
     figure.set_defaults(func=_figure)
+
+    from nlscale.bench.cli import add_arguments as add_bench
+    from nlscale.plan.cli import add_arguments as add_plan
+
+    plan = verbs.add_parser(
+        "plan",
+        help="what a recipe will send between the nodes of a cluster",
+        description="Parameters, updates and inter-node traffic of each level on a cluster, beside "
+        "plain data parallel; neither GPUs nor data are needed.",
+    )
+    _add_recipe(plan)
+    add_plan(plan)
+    add_bench(
+        verbs.add_parser(
+            "bench",
+            help="measure what the plan promises",
+            description="Measurements on this machine.",
+        )
+    )
     return parser
 
 
 def _add_recipe(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     parser.add_argument(
-        "recipe", nargs="?" if optional else None, metavar="RECIPE", help="a YAML file of keys"
+        "recipe",
+        nargs="?" if optional else None,
+        metavar="RECIPE",
+        help="a YAML file of keys, such as recipes/quickstart.yaml",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar=_OVERRIDES, help="for example train.steps=100"
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="a key to set otherwise than the recipe, such as train.steps=100",
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nlscale.errors import UserError
+from nlscale.units import human_count
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -76,15 +77,6 @@ def update_steps(records: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
             if level.get("updated"):
                 updated.append(int(record["step"]))
     return steps
-
-
-def human_count(count: float) -> str:
-    """A count in three figures and a unit: 950, 21.3k, 557k, 13.1M, 2.5B, 1T."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        # 999,950 reads "1M", not "1000k": the unit is chosen after rounding.
-        if abs(count) >= size * 0.9995:
-            return f"{float(f'{count / size:.3g}'):g}{unit}"
-    return f"{count:.3g}"
 
 
 def draw_loss(run_dir: Path, out: Path | None = None) -> Path:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from nlscale.config import Config
 from nlscale.data import Samples
 from nlscale.errors import TrainingFailed, UserError
 from nlscale.figures import LOSS_FIGURE, SUMMARY_FILE
+from nlscale.levels import Level
 from nlscale.model.hope import Hope
 from nlscale.model.init import initialize
 from nlscale.model.layers import megatron_config
@@ -35,6 +38,7 @@ from nlscale.telemetry import Telemetry, WandbOptions
 
 CONFIG_FILE = "config.yaml"
 _FEW_UPDATES = 200
+_SPIKE_MEMORY = 50
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -64,17 +68,61 @@ def train(config: Config) -> dict[str, Any]:
             return _run(config, prepared, layout, telemetry)
 
 
+@dataclass
+class Trainer:
+    """A rank's part of the model with its optimizer, and one training step of it."""
+
+    config: Config
+    layout: Layout
+    levels: list[Level]
+    model: Hope
+    optimizer: LevelOptimizer
+    step: int = 0
+    """Steps taken."""
+    recent: list[float] = field(default_factory=list)
+    """Losses of the last steps, for `train.drop_spikes`."""
+
+    @classmethod
+    def build(cls, config: Config, layout: Layout, levels: list[Level], vocabulary: int) -> Trainer:
+        """Make and initialise the model; the same weights on every layout."""
+        mc = megatron_config(config)
+        model = Hope(config, mc, vocabulary)
+        initialize(model, config.run.seed, layout.tensor_rank, layout.tensor_size)
+        model.to(layout.device)
+        return cls(config, layout, levels, model, LevelOptimizer(config, levels, model, mc, layout))
+
+    def take_step(self, batches: list[Batch]) -> tuple[Verdict, dict[int, dict[str, float]]]:
+        """One step on this rank's micro batches: what all ranks saw of it, what was updated.
+
+        A step that is not admitted enters no window. A window that is due closes all the same,
+        with the steps that it holds.
+        """
+        self.step += 1
+        self.optimizer.start_step()
+        loss_sum, seen = run_micro_batches(self.model, batches, self.optimizer.windows)
+        finite = self.optimizer.finish_backward()
+        verdict = agree(self.layout, loss_sum, seen, finite, stop=False)
+        if self._spikes(verdict.loss):
+            verdict = replace(verdict, admitted=False)
+        if verdict.admitted:
+            self.optimizer.admit(verdict.tokens)
+            self.recent = [*self.recent[1 - _SPIKE_MEMORY :], verdict.loss]
+        return verdict, self.optimizer.update(self.step)
+
+    def _spikes(self, loss: float) -> bool:
+        """Whether a loss is out of line with the steps before it (train.drop_spikes)."""
+        limit = self.config.train.drop_spikes
+        enough = len(self.recent) >= _SPIKE_MEMORY // 5
+        return limit is not None and enough and loss > limit * statistics.median(self.recent)
+
+
 def _run(
     config: Config, prepared: Prepared, layout: Layout, telemetry: Telemetry
 ) -> dict[str, Any]:
-    mc = megatron_config(config)
-    model = Hope(config, mc, prepared.vocabulary)
-    initialize(model, config.run.seed, layout.tensor_rank, layout.tensor_size)
-    model.to(layout.device)
-    optimizer = LevelOptimizer(config, prepared.levels, model, mc, layout)
+    trainer = Trainer.build(config, layout, prepared.levels, prepared.vocabulary)
+    model, optimizer = trainer.model, trainer.optimizer
     parameters = level_parameters(config, prepared.vocabulary)
     telemetry.note(_describe(config, prepared, layout, parameters))
-
     for warning in slow_level_warnings(config, prepared):
         telemetry.warn(warning)
 
@@ -84,19 +132,12 @@ def _run(
     held_out = _validate(config, prepared, layout, model, telemetry, 0, tokens)
     for step in range(1, config.train.steps + 1):
         started = time.monotonic()
-        optimizer.start_step()
-        batches = read_step(config, prepared, layout, step)
-        loss_sum, seen = run_micro_batches(model, batches, optimizer.windows)
-        finite = optimizer.finish_backward()
-        verdict = agree(layout, loss_sum, seen, finite, stop=False)
-        if verdict.admitted and not _spikes(config, verdict.loss, losses):
-            tokens += verdict.tokens
-            dropped_in_a_row = 0
-            optimizer.admit(verdict.tokens)
+        verdict, updated = trainer.take_step(read_step(config, prepared, layout, step))
+        if verdict.admitted:
+            tokens, dropped_in_a_row = tokens + verdict.tokens, 0
         else:
             dropped, dropped_in_a_row = dropped + 1, dropped_in_a_row + 1
             _give_up_after(config, dropped_in_a_row, step)
-        updated = optimizer.update(step)
         bytes_saved += optimizer.bytes_saved(step)
         _check_replicas(config, optimizer, model, step)
         seconds = time.monotonic() - started
@@ -128,7 +169,7 @@ def _run(
         "steps": config.train.steps,
         "dropped_steps": dropped,
         "tokens": tokens,
-        "tokens_per_second": sorted(speeds)[len(speeds) // 2],
+        "tokens_per_second": statistics.median(speeds),
         "parameters": sum(parameters),
         "levels": [
             {
@@ -262,13 +303,6 @@ def slow_level_warnings(config: Config, prepared: Prepared) -> list[str]:
                 f"train longer or shorten the period"
             )
     return lines
-
-
-def _spikes(config: Config, loss: float, losses: list[float]) -> bool:
-    """Whether a finite loss is out of line with the steps before it (train.drop_spikes)."""
-    recent = sorted(x for x in losses[-50:] if math.isfinite(x))
-    limit = config.train.drop_spikes
-    return limit is not None and len(recent) >= 10 and loss > limit * recent[len(recent) // 2]
 
 
 def _check_replicas(config: Config, optimizer: LevelOptimizer, model: Hope, step: int) -> None:

@@ -55,12 +55,13 @@ class Period:
         return f"{human_count(self.count) if self.unit == 'tokens' else self.count} {unit}"
 
 
-def human_count(number: float) -> str:
-    """``8400000`` as ``8.4M``; decimal prefixes, three significant digits."""
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= limit:
-            return f"{number / limit:.3g}{suffix}"
-    return f"{number:.3g}"
+def human_count(count: float) -> str:
+    """A count in three figures and a unit: 950, 21.3k, 557k, 13.1M, 2.5B, 1T."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        # 999,950 reads "1M", not "1000k": the unit is chosen after rounding.
+        if abs(count) >= size * 0.9995:
+            return f"{float(f'{count / size:.3g}'):g}{unit}"
+    return f"{count:.3g}"
 
 
 def human_bytes(number: float) -> str:

@@ -54,9 +54,11 @@ class CMS(nn.Module):
         self.mlps = nn.ModuleList(LevelMLP(model, mc, h, residual_std) for h in hidden)
         norms = 1 if self.independent else len(hidden)
         self.norms = nn.ModuleList(RMSNorm(mc, model.d_model, model.norm_eps) for _ in range(norms))
-        if self.independent:
+        if self.independent and len(hidden) > 1:
             self.mixture = nn.Parameter(torch.empty(len(hidden), dtype=mc.params_dtype))
             tag(self.mixture, constant(0.0))
+        else:
+            self.register_parameter("mixture", None)
 
     def level_of(self, name: str) -> int:
         """The level of a parameter of this module, by its name inside it."""
@@ -65,12 +67,12 @@ class CMS(nn.Module):
         return int(rest.split(".")[0]) if belongs else 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.independent:
+        if self.mixture is None:
             for norm, mlp in zip(self.norms, self.mlps, strict=True):
                 x = x + mlp(norm(x))
             return x
         normed = self.norms[0](x)
-        weights = torch.softmax(self.mixture.float(), 0).to(x.dtype)
+        weights = torch.softmax(self.mixture, 0)
         partials = [
             mlp.partial(weight, normed)  # type: ignore[operator]
             for weight, mlp in zip(weights, self.mlps, strict=True)

@@ -46,21 +46,29 @@ def level_hidden(config: Config) -> list[int]:
     """
     model, spectrum = config.model, config.levels.spectrum
     given = [level.hidden for level in spectrum]
+    chosen = sum(h for h in given if h is not None)
     open_levels = given.count(None)
     if open_levels == 0:
+        if model.hidden not in (None, chosen):
+            raise UserError(
+                f"model.hidden {model.hidden} is not the sum of the levels' own, {chosen}; "
+                f"leave it null"
+            )
         return [h for h in given if h is not None]
     total = model.hidden
     if total is None:
         left = _BLOCK_BUDGET * model.d_model**2 - mixer_parameters(model)
-        total = left // (3 * model.d_model)
-    share = (total - sum(h for h in given if h is not None)) / open_levels
-    width = round(share / _HIDDEN_MULTIPLE) * _HIDDEN_MULTIPLE
-    if width < _HIDDEN_MULTIPLE:
+        total = round(left / (3 * model.d_model))
+    # in units of the multiple, the first levels take one more where it does not come out even
+    units, more = divmod(round((total - chosen) / _HIDDEN_MULTIPLE), open_levels)
+    if units < 1:
         raise UserError(
-            f"model.hidden: {total} units leave {share:.0f} for each of {open_levels} levels; "
-            f"use fewer levels, a larger d_model or set model.hidden"
+            f"model.hidden: {total} units leave {max(0, total - chosen)} for the levels without a "
+            f"width of their own, {open_levels} in number; use fewer levels, a larger d_model or "
+            f"set model.hidden"
         )
-    return [width if h is None else h for h in given]
+    widths = iter([(units + (i < more)) * _HIDDEN_MULTIPLE for i in range(open_levels)])
+    return [next(widths) if h is None else h for h in given]
 
 
 def level_parameters(config: Config, vocabulary: int) -> list[int]:
@@ -75,6 +83,7 @@ def level_parameters(config: Config, vocabulary: int) -> list[int]:
         model.layers * (3 * d * hidden + (d if not independent else 0))
         for hidden in level_hidden(config)
     ]
-    counts[0] += model.layers * (mixer_parameters(model) + (d + k if independent else 0))
+    mixture = k if k > 1 else 0
+    counts[0] += model.layers * (mixer_parameters(model) + (d + mixture if independent else 0))
     counts[0] += 2 * vocabulary * d + d
     return counts

@@ -23,7 +23,7 @@ from time import monotonic
 from typing import Any
 
 from nlscale.errors import UserError
-from nlscale.figures import METRICS_FILE, SUMMARY_FILE, draw_loss, human_count
+from nlscale.figures import METRICS_FILE, SUMMARY_FILE, draw_loss
 from nlscale.telemetry.files import LineFile, replace, to_json
 from nlscale.telemetry.terminal import (
     LiveScreen,
@@ -36,6 +36,7 @@ from nlscale.telemetry.terminal import (
     validation_line,
 )
 from nlscale.telemetry.tracking import WandbOptions, WandbRun
+from nlscale.units import human_count
 
 __all__ = ["LOG_FILE", "Telemetry", "WandbOptions"]
 

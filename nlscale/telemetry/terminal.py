@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from nlscale.figures import human_count
+from nlscale.units import human_bytes, human_count
 
 _LINES = 40
 
@@ -132,7 +132,7 @@ def numbers(record: Mapping[str, Any], validation: float | None) -> str:
         parts.append(f"val {loss_text(validation)}")
     parts.append(f"{human_count(record['tokens_per_second']):>5} tok/s")
     if record.get("bytes_saved"):
-        parts.append(f"not sent {human_count(record['bytes_saved'])}B")
+        parts.append(f"not sent {human_bytes(record['bytes_saved'])}")
     if record.get("dropped_steps"):
         parts.append(f"dropped {record['dropped_steps']}")
     return "  ".join(parts)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,11 +15,10 @@ from nlscale.levels import spectrum, sync_group
 from nlscale.model.hope import Hope
 from nlscale.model.init import initialize
 from nlscale.model.layers import megatron_config
-from nlscale.optim.levels import LevelOptimizer
 from nlscale.optim.schedule import learning_rate
-from nlscale.parallel.consensus import agree
 from nlscale.parallel.layout import process_groups
-from nlscale.parallel.schedule import Batch, run_micro_batches
+from nlscale.parallel.schedule import Batch
+from nlscale.train import Trainer
 
 VOCABULARY = 32
 TINY = [
@@ -66,23 +67,15 @@ def run_engine(overrides: list[str], spoil: dict[int, int] | None = None) -> dic
     """
     config = load(overrides)
     with process_groups(config) as layout:
-        mc = megatron_config(config)
-        model = Hope(config, mc, VOCABULARY)
-        initialize(model, config.run.seed, layout.tensor_rank, layout.tensor_size)
         levels = spectrum(config.levels, tokens_per_step=100)
-        optimizer = LevelOptimizer(config, levels, model, mc, layout)
+        trainer = Trainer.build(config, layout, levels, VOCABULARY)
+        model = trainer.model
         losses, hashes, admitted = [], [], []
         for step in range(1, config.train.steps + 1):
-            optimizer.start_step()
             mine = sequences(config, step)[layout.data_rank :: layout.data_size]
-            loss, seen = run_micro_batches(model, mine, optimizer.windows)
-            if spoil and spoil.get(step) == layout.rank:
-                buffer = optimizer.windows[-1].ddp.buffers[0].grad_data
-                buffer[: len(buffer)] = float("nan")
-            verdict = agree(layout, loss, seen, optimizer.finish_backward(), stop=False)
-            if verdict.admitted:
-                optimizer.admit(verdict.tokens)
-            optimizer.update(step)
+            spoils = spoil is not None and spoil.get(step) == layout.rank
+            with spoiled_gradient(model) if spoils else nullcontext():
+                verdict, _ = trainer.take_step(mine)
             losses.append(verdict.loss)
             admitted.append(verdict.admitted)
             hashes.append(_hash(model))
@@ -91,8 +84,25 @@ def run_engine(overrides: list[str], spoil: dict[int, int] | None = None) -> dic
             "admitted": admitted,
             "hashes": hashes,
             "parameters": {n: p.detach().clone() for n, p in model.named_parameters()},
-            "counts": [optimizer.counts(level.index) for level in levels],
+            "counts": [trainer.optimizer.counts(level.index) for level in levels],
         }
+
+
+@contextmanager
+def spoiled_gradient(model: torch.nn.Module) -> Iterator[None]:
+    """One element of one gradient of this rank is NaN."""
+    last = list(model.parameters())[-1]
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient.view(-1)[3] = float("nan")
+        return gradient
+
+    handle = last.register_hook(spoil)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def run_oracle(overrides: list[str], skip: frozenset[int] = frozenset()) -> dict[str, Any]:

@@ -122,16 +122,21 @@ def test_the_summary_is_aligned_and_readable() -> None:
         "final_loss": 1.34567,
         "tokens_per_second": 21034.7,
         "unigram": None,
-        "levels": {"slow": {"updates": 25}},
+        "data": {"bytes": 25},
         "losses": [1, 2],
-    }
+        "levels": [
+            {"name": "slow", "period_steps": 16, "parameters": 92_500, "updates": 25,
+             "reductions": 1},
+        ],
+    }  # fmt: skip
     assert summary_lines(summary) == [
         "summary",
-        "  tokens               13,107,200",
-        "  final loss           1.346",
-        "  tokens per second    21,035",
-        "  unigram              -",
-        "  levels.slow.updates  25",
+        "  tokens             13,107,200",
+        "  final loss         1.346",
+        "  tokens per second  21,035",
+        "  unigram            -",
+        "  data.bytes         25",
+        "  level slow         every 16 steps: 25 updates, 1 reduction, 92.5k parameters",
     ]
 
 

@@ -116,7 +116,7 @@ class MemoryMixer(nn.Module):
         )  # fmt: skip
         if self.read_norm is not None:
             read = F.rms_norm(read, (self.head_dim,), None, self.norm_eps)
-            read = read * self.read_norm.float()[:, None]
+            read = read * self.read_norm.to(_wide(x))[:, None]
         read = read.permute(2, 0, 1, 3).reshape(length, batch, local).to(x.dtype)
         if gate:
             read = read * F.silu(gate[0])

@@ -1,0 +1,1 @@
+"""Measurements of what the plan promises, on this machine."""

@@ -1,0 +1,68 @@
+"""`nlscale bench sync`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from nlscale.errors import UserError
+
+DEFAULT_RECIPE = Path("recipes/bench-sync.yaml")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Hang the `sync` sub-parser under `parser`; it sets `func(args) -> int`."""
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    sync = verbs.add_parser(
+        "sync",
+        help="bytes between emulated nodes, against the plan",
+        description="Train a small model on emulated nodes (network namespaces of this machine) "
+        "with and without deferral and staggering, and compare the bytes that leave a node with "
+        "what `nlscale plan` says. Needs root, and ip and tc of iproute2.",
+    )
+    sync.add_argument(
+        "--recipe", default=DEFAULT_RECIPE, metavar="YAML", help="default: %(default)s"
+    )
+    sync.add_argument("--nodes", type=int, default=2, metavar="N", help="default: %(default)s")
+    sync.add_argument(
+        "--ranks-per-node", type=int, default=2, metavar="N", help="default: %(default)s"
+    )
+    sync.add_argument(
+        "--rate",
+        default="200mbit",
+        metavar="RATE",
+        help="what a node can send, in the units of tc (default: %(default)s)",
+    )
+    sync.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="steps to measure, whole cycles of the periods (default: one cycle, at least 16)",
+    )
+    sync.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    sync.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a recipe's key")
+    sync.set_defaults(func=_sync)
+
+
+def _sync(args: argparse.Namespace) -> int:
+    from nlscale import recipe
+    from nlscale.bench.modes import prepare
+    from nlscale.bench.netns import EmulatedNodes
+
+    if args.nodes < 2 or args.ranks_per_node < 1:
+        raise UserError("bench sync needs --nodes 2 or more and --ranks-per-node 1 or more")
+    config = recipe.load(args.recipe, args.overrides).config
+    nodes = EmulatedNodes(args.nodes, args.rate)
+    bench = prepare(config, nodes, args.ranks_per_node, args.steps)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # emulated nodes speak gloo
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # addresses in there have no names
+    from nlscale.bench.sync import measure, print_result  # imports torch: only once all is well
+
+    result = measure(bench)
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_result(result)
+    return 0

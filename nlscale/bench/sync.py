@@ -1,0 +1,230 @@
+"""Bytes that really leave a node, against the plan, with and without deferral and staggering.
+
+Each mode trains the project's own model by the project's own windows and optimizers on emulated
+nodes, on the same random tokens. A rank of each node reads the counter of its link right after
+the ranks have agreed on a step: by then all that the step before sent has arrived. The first step
+is left out, and so is the last, which applies unfinished windows; between them lie whole cycles of
+the periods, so that the mean is exact.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from nlscale.bench.modes import MODES, WARMUP, Bench, Mode
+from nlscale.bench.netns import sent_bytes
+from nlscale.bench.ranks import run_ranks
+from nlscale.checks import Prepared
+from nlscale.config import Config
+from nlscale.data import BatchReader, Samples
+from nlscale.errors import TrainingFailed
+from nlscale.model.hope import Hope
+from nlscale.model.init import initialize
+from nlscale.model.layers import megatron_config
+from nlscale.optim.levels import LevelOptimizer
+from nlscale.parallel.consensus import agree
+from nlscale.parallel.layout import process_groups
+from nlscale.parallel.schedule import run_micro_batches
+from nlscale.plan import traffic
+from nlscale.train import read_step
+from nlscale.units import human_bytes
+
+
+class RandomReader:
+    """Stands in for the data: sample number g is a pure function of seed and g."""
+
+    def __init__(self, vocabulary: int, sequence_length: int, seed: int) -> None:
+        self._vocabulary, self._length, self._seed = vocabulary, sequence_length, seed
+
+    def read(self, first: int, count: int) -> NDArray[np.int64]:
+        """Global sample numbers first .. first + count - 1: int64 [count, S + 1]."""
+        rows = [
+            np.random.default_rng([self._seed, number]).integers(
+                self._vocabulary, size=self._length + 1
+            )
+            for number in range(first, first + count)
+        ]
+        return np.stack(rows)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one rank saw."""
+
+    node: int
+    sent: list[int]
+    """The link's counter after the warm-up and after each measured step, bytes."""
+    seconds: float
+    """A measured step, mean."""
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    """Measure every mode; progress goes to standard error.
+
+    Returns:
+        `nodes`, `ranks_per_node`, `rate`, `steps`, and `modes`, a list of
+        - `mode`: every-step, deferred, every-step-staggered or deferred-staggered
+        - `measured_bytes_per_step`: leaving a node, mean over steps and nodes
+        - `planned_bytes_per_step`: the same by the plan
+        - `ratio`: measured to planned
+        - `peak_bytes`: of the largest step of any node; `planned_peak_bytes`: by the plan
+        - `bytes_per_step_by_node`: the mean of each node
+        - `step_seconds`; `step_time_ratio`: to `every-step`
+        - `max_relative_difference`: after the last step, max over parameters of |a - b| / |b|,
+          where b are those of the every-step mode with the same phases
+
+    Raises:
+        UserError: nodes cannot be emulated here.
+        TrainingFailed: a step was not finite.
+    """
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="nlscale-bench-") as temporary, bench.nodes:
+        folder = Path(temporary)
+        for mode, config in bench.configurations():
+            started = time.monotonic()
+            work = partial(_train_and_measure, config, bench, mode.name, folder)
+            measured = run_ranks(bench.nodes, bench.ranks_per_node, work)
+            _note(f"{mode.name}: done in {time.monotonic() - started:.0f} s")
+            planned = traffic(config, bench.levels, bench.vocabulary, bench.nodes.count)
+            results.append(_result(mode, measured, planned.mean, planned.peak))
+        for mode, result in zip(MODES, results, strict=True):
+            result["step_time_ratio"] = result["step_seconds"] / results[0]["step_seconds"]
+            result["max_relative_difference"] = _difference(folder, mode, bench.ranks)
+    return {
+        "nodes": bench.nodes.count,
+        "ranks_per_node": bench.ranks_per_node,
+        "rate": bench.nodes.rate,
+        "steps": bench.steps,
+        "modes": results,
+    }
+
+
+def _train_and_measure(config: Config, bench: Bench, name: str, folder: Path) -> Measured:
+    """On every rank: train, read the counter, leave the parameters in `folder`."""
+    torch.set_num_threads(1)
+    sent: list[int] = []
+    times: list[float] = []
+    with process_groups(config) as layout:
+        prepared = Prepared(
+            levels=bench.levels,
+            reader=cast(
+                BatchReader,
+                RandomReader(bench.vocabulary, config.data.sequence_length, config.run.seed),
+            ),
+            validation=cast(Samples, None),
+            vocabulary=bench.vocabulary,
+            micro_batches=config.train.global_batch
+            // (config.train.micro_batch * layout.data_size),
+            tokens_per_step=config.train.global_batch * config.data.sequence_length,
+        )
+        mc = megatron_config(config)
+        model = Hope(config, mc, bench.vocabulary)
+        initialize(model, config.run.seed, layout.tensor_rank, layout.tensor_size)
+        optimizer = LevelOptimizer(config, prepared.levels, model, mc, layout)
+        for step in range(1, config.train.steps + 1):
+            optimizer.start_step()
+            batches = read_step(config, prepared, layout, step)
+            loss_sum, seen = run_micro_batches(model, batches, optimizer.windows)
+            verdict = agree(layout, loss_sum, seen, optimizer.finish_backward(), stop=False)
+            if step > WARMUP:
+                sent.append(sent_bytes())
+                times.append(time.monotonic())
+                # The ranks of a node wait for the reading, so that nothing of this step is in it;
+                # they do so on `lo`, which no link counts.
+                dist.barrier(group=layout.replica)
+            if not verdict.admitted:
+                raise TrainingFailed(f"{name}: step {step} was not finite; nothing was measured")
+            optimizer.admit(verdict.tokens)
+            optimizer.update(step)
+            if layout.is_writer and step % max(1, config.train.steps // 4) == 0:
+                _note(f"{name}: step {step}/{config.train.steps}")
+        parameters = {n: p.detach().clone() for n, p in model.named_parameters()}
+        torch.save(parameters, folder / f"{name}-{layout.rank}.pt")
+        node = layout.rank // bench.ranks_per_node
+    return Measured(node, sent, (times[-1] - times[0]) / (len(times) - 1))
+
+
+def _result(
+    mode: Mode, measured: list[Measured], planned_mean: float, planned_peak: float
+) -> dict[str, Any]:
+    # the first rank of each node speaks for its link
+    by_node = {m.node: np.diff(m.sent) for m in reversed(measured)}
+    means = [float(by_node[node].mean()) for node in sorted(by_node)]
+    mean = sum(means) / len(means)
+    return {
+        "mode": mode.name,
+        "measured_bytes_per_step": mean,
+        "planned_bytes_per_step": planned_mean,
+        "ratio": mean / planned_mean,
+        "peak_bytes": max(int(sent.max()) for sent in by_node.values()),
+        "planned_peak_bytes": planned_peak,
+        "bytes_per_step_by_node": means,
+        "step_seconds": measured[0].seconds,
+    }
+
+
+def _difference(folder: Path, mode: Mode, ranks: int) -> float:
+    """Max over ranks and parameters of |a - b| / |b|, 0 for a mode that is its own reference."""
+    worst = 0.0
+    for rank in range(ranks):
+        mine = torch.load(folder / f"{mode.name}-{rank}.pt")
+        reference = torch.load(folder / f"{mode.reference}-{rank}.pt")
+        for name, b in reference.items():
+            gap = (mine[name].double() - b.double()).norm().item()
+            worst = max(worst, gap / b.double().norm().item() if gap else 0.0)
+    return worst
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Print the table of a finished bench."""
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 100)
+    console.print(
+        f"{result['nodes']} emulated nodes of {result['ranks_per_node']} ranks, "
+        f"{result['rate']} a node, {result['steps']} steps\n"
+    )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    table.add_column("\nmode", no_wrap=True)
+    for column in (
+        "bytes,\nmean", "\nplanned", "\nratio", "bytes,\npeak", "\nplanned", "step\ntime",
+        "of every-\nstep", "parameters\ndiffer by",
+    ):  # fmt: skip
+        table.add_column(column, justify="right", no_wrap=True)
+    for mode in result["modes"]:
+        own = mode["mode"].startswith("every-step")
+        table.add_row(
+            mode["mode"],
+            human_bytes(mode["measured_bytes_per_step"]),
+            human_bytes(mode["planned_bytes_per_step"]),
+            f"{mode['ratio']:.3f}",
+            human_bytes(mode["peak_bytes"]),
+            human_bytes(mode["planned_peak_bytes"]),
+            f"{1e3 * mode['step_seconds']:.0f} ms",
+            f"{mode['step_time_ratio']:.2f}",
+            "reference" if own else f"{mode['max_relative_difference']:.1e}",
+        )
+    console.print(table)
+    staggered = next(m for m in result["modes"] if m["mode"] == "deferred-staggered")
+    console.print(
+        "\nBytes are those leaving one node in a step, TCP/IP headers and acknowledgements "
+        "included.\nA deferred mode differs from the every-step mode of the same phases.\n"
+        "The largest step of deferred-staggered sends "
+        f"{staggered['peak_bytes'] / staggered['measured_bytes_per_step']:.2f} times its mean."
+    )
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,51 @@
+"""`nlscale plan`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from nlscale.errors import UserError
+
+_FILE_WIDTH = 100  # columns, where there is no terminal to ask
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `plan` takes, beside the recipe and its overrides; sets `func(args) -> int`."""
+    parser.add_argument(
+        "--cluster",
+        required=True,
+        metavar="YAML",
+        help="the machines, for example recipes/clusters/two-nodes.yaml",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--figure", type=Path, metavar="PNG", help="draw the bytes of each step of a cycle"
+    )
+    parser.set_defaults(func=_plan)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from nlscale import recipe
+    from nlscale.plan import load_cluster, make_plan
+    from nlscale.plan.report import draw_plan, print_plan
+
+    plan = make_plan(recipe.load(args.recipe, args.overrides).config, load_cluster(args.cluster))
+    if args.figure and plan.cluster.nodes == 1:
+        raise UserError(f"--figure: {plan.cluster.name} is one node, nothing crosses the network")
+    if args.json:
+        print(json.dumps(plan.to_plain(), indent=1))
+    else:
+        width = None if sys.stdout.isatty() else _FILE_WIDTH
+        print_plan(plan, Console(highlight=False, markup=False, width=width))
+    if args.figure:
+        try:
+            written = draw_plan(plan, args.figure)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--figure {args.figure}: {error}") from None
+        print(written, file=sys.stderr if args.json else sys.stdout)
+    return 0

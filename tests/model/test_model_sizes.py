@@ -1,0 +1,101 @@
+"""Sizes computed from the configuration are those of the built model."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from nlscale import recipe
+from nlscale.config import Config, Mixer
+from nlscale.errors import UserError
+from nlscale.model.sizes import level_hidden, level_parameters, mixer_parameters
+
+SPECTRA = ["[1]", "[1,4,16]", "[1,{period: 4, hidden: 40},8,64]", "[{hidden: 24},{hidden: 8}]"]
+
+
+def config_of(*overrides: str) -> Config:
+    return recipe.load(None, ["data.dir=none", *overrides]).config
+
+
+def counted(model, levels: int) -> list[int]:
+    counts = [0] * levels
+    for name, parameter in model.named_parameters():
+        counts[model.level_and_depth(name)[0]] += parameter.numel()
+    return counts
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_parameters_a_level_are_counted_right(build, mixer, cms, spectrum: str) -> None:
+    sizes = ["model.d_model=48", "model.heads=3", "model.layers=3", "model.hidden=80"]
+    choice = [mixer, cms, f"levels={spectrum}", *sizes]
+    config, model = config_of(*choice), build(*choice)
+    vocabulary = model.embedding.weight.shape[0]
+    expected = level_parameters(config, vocabulary)
+    assert counted(model, len(config.levels.spectrum)) == expected
+    assert model.parameter_count() == sum(expected)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        "{separate_inputs: false, output_gate: false}",
+        "{static_gates: false, read_norm: false, convolution: 7}",
+    ],
+)
+def test_parameters_are_counted_right_whatever_the_memory(build, mixer, memory: str) -> None:
+    choice = [mixer, f"model.memory={memory}", "model.d_model=32", "model.heads=2"]
+    block = build(*choice).blocks["0"]
+    count = sum(p.numel() for part in (block.norm, block.mixer) for p in part.parameters())
+    assert mixer_parameters(config_of(*choice).model) == count
+
+
+@pytest.mark.parametrize("spectrum", ["[1]", "[1,4,16]", "[1,4,16,64]"])
+@pytest.mark.parametrize(("width", "heads"), [(256, 4), (512, 8), (768, 12), (2048, 16)])
+def test_mixers_compare_at_equal_parameters(width: int, heads: int, spectrum: str) -> None:
+    totals = {}
+    for mixer in Mixer:
+        config = config_of(
+            f"model.mixer={mixer.value}",
+            f"model.d_model={width}",
+            f"model.heads={heads}",
+            f"levels={spectrum}",
+        )
+        totals[mixer] = sum(level_parameters(config, vocabulary=256))
+    transformer = config_of("model.mixer=attention", f"model.d_model={width}", "levels=[1]")
+    budget = transformer.model.layers * 12 * width**2 + 2 * 256 * width
+    assert max(totals.values()) < 1.02 * min(totals.values())
+    assert all(total == pytest.approx(budget, rel=0.02) for total in totals.values())
+
+
+def test_levels_share_the_hidden_units() -> None:
+    assert level_hidden(config_of("model.hidden=96", "levels=[1,4,16]")) == [32, 32, 32]
+    given = "levels=[{hidden: 48},{period: 4},{period: 16}]"
+    assert level_hidden(config_of("model.hidden=96", given)) == [48, 24, 24]
+    # a Transformer's: 8 d^2 of feed-forward with three matrices
+    transformer = config_of("model.mixer=attention", "model.d_model=768", "model.heads=12")
+    assert level_hidden(transformer) == [2048]
+
+
+def test_no_room_for_a_level_is_an_error_with_the_numbers() -> None:
+    with pytest.raises(UserError, match=r"^model\.hidden: 96 units leave -4 for each of 1 levels"):
+        level_hidden(config_of("model.hidden=96", "levels=[{hidden: 100},{period: 4}]"))
+    with pytest.raises(UserError, match="use fewer levels"):
+        level_hidden(config_of("model.hidden=8", "levels=[1,2,4]"))
+
+
+def test_each_parameter_has_the_level_and_depth_of_its_place(build, cms) -> None:
+    model = build(cms, "levels=[1,4,16]", "model.layers=3")
+    of = model.level_and_depth
+    assert of("embedding.weight") == (0, 0)
+    assert of("head.weight") == of("norm.weight") == (0, 2)
+    for depth, level in itertools.product(range(3), range(3)):
+        block = f"blocks.{depth}"
+        assert of(f"{block}.mixer.project.weight") == (0, depth)
+        assert of(f"{block}.norm.weight") == (0, depth)
+        assert of(f"{block}.cms.mlps.{level}.up.weight") == (level, depth)
+        assert of(f"{block}.cms.mlps.{level}.down.weight") == (level, depth)
+        if "sequential" in cms:
+            assert of(f"{block}.cms.norms.{level}.weight") == (level, depth)
+        else:
+            assert of(f"{block}.cms.norms.0.weight") == of(f"{block}.cms.mixture") == (0, depth)
