@@ -126,7 +126,8 @@ def _run(
     for warning in slow_level_warnings(config, prepared):
         telemetry.warn(warning)
 
-    tokens, dropped, dropped_in_a_row, bytes_saved = 0, 0, 0, 0.0
+    tokens, dropped, dropped_in_a_row = 0, 0, 0
+    bytes_sent, bytes_saved = 0.0, 0.0
     losses: list[float] = []
     speeds: list[float] = []
     held_out = _validate(config, prepared, layout, model, telemetry, 0, tokens)
@@ -138,7 +139,8 @@ def _run(
         else:
             dropped, dropped_in_a_row = dropped + 1, dropped_in_a_row + 1
             _give_up_after(config, dropped_in_a_row, step)
-        bytes_saved += optimizer.bytes_saved(step)
+        sent, saved = optimizer.traffic(step)
+        bytes_sent, bytes_saved = bytes_sent + sent, bytes_saved + saved
         _check_replicas(config, optimizer, model, step)
         seconds = time.monotonic() - started
         losses.append(verdict.loss)
@@ -152,6 +154,7 @@ def _run(
                 "tokens_per_second": speeds[-1],
                 "step_seconds": seconds,
                 "dropped_steps": dropped,
+                "bytes_sent": bytes_sent,
                 "bytes_saved": bytes_saved,
                 "levels": _level_records(prepared, optimizer, updated),
             }

@@ -8,17 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from nlscale.bench.sync import random_tokens
+from nlscale.bench.tokens import random_tokens
 from nlscale.config import Config
 from nlscale.errors import UserError
 from nlscale.levels import spectrum
-from nlscale.model.hope import Hope
-from nlscale.model.init import initialize
-from nlscale.model.layers import megatron_config
-from nlscale.optim.levels import LevelOptimizer
-from nlscale.parallel.consensus import agree
 from nlscale.parallel.layout import process_groups
-from nlscale.parallel.schedule import run_micro_batches
+from nlscale.train import Trainer
 
 _WARM_UP = 5
 
@@ -27,8 +22,8 @@ def bench_step(config: Config, steps: int) -> dict[str, Any]:
     """Time whole steps: micro batches, consensus, windows, updates of what is due.
 
     Returns:
-        tokens_per_second at the median step, the median and the fastest step in seconds, the
-        share of it spent in forward and backward, parameters, threads, dtype, device.
+        `tokens_per_second` at the median step and at the fastest, their seconds, and what was
+        run: parameters, mixer, dtype, device, threads.
 
     Raises:
         UserError: `model.vocabulary` is not set (no data are read).
@@ -37,36 +32,25 @@ def bench_step(config: Config, steps: int) -> dict[str, Any]:
         raise UserError("bench step reads no data: give model.vocabulary=256, for example")
     tokens = config.train.global_batch * config.data.sequence_length
     with process_groups(config) as layout:
-        mc = megatron_config(config)
-        model = Hope(config, mc, config.model.vocabulary)
-        initialize(model, config.run.seed, layout.tensor_rank, layout.tensor_size)
-        model.to(layout.device)
-        levels = spectrum(config.levels, tokens)
-        optimizer = LevelOptimizer(config, levels, model, mc, layout)
-        whole, passes = [], []
+        trainer = Trainer.build(
+            config, layout, spectrum(config.levels, tokens), config.model.vocabulary
+        )
+        seconds = []
         for step in range(1, _WARM_UP + steps + 1):
-            batches = [
-                batch for batch in random_tokens(config, step, layout.data_rank, layout.data_size)
-            ]
+            batches = random_tokens(config, step, layout.data_rank, layout.data_size, layout.device)
             started = _now(layout.device)
-            optimizer.start_step()
-            loss, seen = run_micro_batches(model, batches, optimizer.windows)
-            between = _now(layout.device)
-            verdict = agree(layout, loss, seen, optimizer.finish_backward(), stop=False)
-            if verdict.admitted:
-                optimizer.admit(verdict.tokens)
-            optimizer.update(step)
-            whole.append(_now(layout.device) - started)
-            passes.append(between - started)
-    median = float(np.median(whole[_WARM_UP:]))
+            trainer.take_step(batches)
+            seconds.append(_now(layout.device) - started)
+        seconds = seconds[_WARM_UP:]
+    median = float(np.median(seconds))
     return {
         "tokens_per_second": tokens / median,
+        "tokens_per_second_fastest": tokens / min(seconds),
         "median_step_seconds": median,
-        "fastest_step_seconds": min(whole[_WARM_UP:]),
-        "forward_backward_share": float(np.median(passes[_WARM_UP:])) / median,
+        "fastest_step_seconds": min(seconds),
         "steps": steps,
         "tokens_per_step": tokens,
-        "parameters": model.parameter_count(),
+        "parameters": trainer.model.parameter_count(),
         "mixer": config.model.mixer.value,
         "dtype": config.train.dtype.value,
         "device": layout.device.type,

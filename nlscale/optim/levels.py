@@ -16,7 +16,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nlscale.config import ClipScope, Config, Dtype, OptimizerConfig
+from nlscale.config import ClipScope, Config, Dtype, OptimizerConfig, Reduction
 from nlscale.levels import Level, SyncGroup, reduction_bytes, sync_group
 from nlscale.model.hope import Hope
 from nlscale.optim.schedule import learning_rate
@@ -119,11 +119,17 @@ class LevelOptimizer:
         mine = [g for g in self.groups if g.group.level == level]
         return max(g.updates for g in mine), max(g.reductions for g in mine)
 
-    def bytes_saved(self, step: int) -> float:
-        """Inter-node bytes that a node did not send at this step because groups were not due."""
-        nodes = self.layout.nodes
-        waiting = sum(g.parameters for g in self.groups if not g.group.due(step))
-        return reduction_bytes(waiting * self.layout.model_ranks_per_node, nodes)
+    def traffic(self, step: int) -> tuple[float, float]:
+        """Inter-node bytes that a node sends at this step, and that it does not have to send.
+
+        Gradients only, as `nlscale plan` counts them; the second because groups are not due.
+        """
+        waiting = 0
+        if self.config.levels.reduction == Reduction.deferred:
+            waiting = sum(g.parameters for g in self.groups if not g.group.due(step))
+        crossing = sum(g.parameters for g in self.groups) - waiting
+        scale, nodes = self.layout.model_ranks_per_node, self.layout.nodes
+        return reduction_bytes(scale * crossing, nodes), reduction_bytes(scale * waiting, nodes)
 
     def window_fill(self, level: int, tokens_per_step: int) -> float:
         """Share of its period that the fullest window of a level holds now, 0 to 1."""

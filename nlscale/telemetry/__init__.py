@@ -5,7 +5,8 @@ nothing. A train record (units as written):
 
     {"kind": "train", "step": 17, "tokens": 557056, "loss": 2.31,   # steps and tokens done so far,
      "tokens_per_second": 21000.0, "step_seconds": 0.4,             # nats per token over the batch
-     "dropped_steps": 0, "bytes_saved": 123456,                     # inter-node bytes not sent
+     "dropped_steps": 0,
+     "bytes_sent": 654321, "bytes_saved": 123456,     # so far, inter-node, by a node; or not sent
      "levels": {"slow": {"period": 16, "learning_rate": 3e-3, "grad_norm": None, "updates": 1,
                          "reductions": 1, "updated": False, "window_fill": 0.06,
                          "update_ratio": None}}}
