@@ -14,7 +14,6 @@ from nlscale.data import BatchReader, Samples, TokenShards
 from nlscale.errors import UserError
 from nlscale.levels import Level, spectrum
 from nlscale.model.sizes import head_dim, level_hidden
-from nlscale.parallel.layout import data_parallel_size
 
 
 @dataclass
@@ -39,18 +38,8 @@ def prepare(config: Config) -> Prepared:
     Raises:
         UserError: one line with the numbers and a fix.
     """
-    _ranges(config)
-    _divides(config)
-    data_parallel = data_parallel_size(config)
     train, model = config.train, config.model
-    per_pass = train.micro_batch * data_parallel
-    if train.global_batch % per_pass:
-        below, above = train.global_batch // per_pass * per_pass, -(-train.global_batch // per_pass)
-        near = " or ".join(str(n) for n in (below, above * per_pass) if n)
-        raise UserError(
-            f"train.global_batch {train.global_batch} is not divisible by train.micro_batch "
-            f"{train.micro_batch} x {data_parallel} data-parallel ranks; use {near}"
-        )
+    data_parallel = check_sizes(config, int(os.environ.get("WORLD_SIZE", "1")))
     tokens_per_step = train.global_batch * config.data.sequence_length
     levels = spectrum(config.levels, tokens_per_step)
     verify = int(os.environ.get("RANK", "0")) == 0
@@ -71,9 +60,39 @@ def prepare(config: Config) -> Prepared:
         reader=BatchReader(Samples(shards, config.data.sequence_length), config.run.seed),
         validation=Samples(held_out, config.data.sequence_length),
         vocabulary=model.vocabulary,
-        micro_batches=train.global_batch // per_pass,
+        micro_batches=train.global_batch // (train.micro_batch * data_parallel),
         tokens_per_step=tokens_per_step,
     )
+
+
+def check_sizes(config: Config, ranks: int) -> int:
+    """Check every number of the configuration, for that many ranks; no data are needed.
+
+    Returns:
+        The data-parallel ranks, those that share a batch.
+
+    Raises:
+        UserError: one line with the numbers and a fix.
+    """
+    _ranges(config)
+    _divides(config)
+    train, parallel = config.train, config.parallel
+    model_ranks = parallel.tensor * parallel.pipeline
+    if ranks % model_ranks:
+        raise UserError(
+            f"{ranks} ranks do not divide by parallel.tensor {parallel.tensor} x "
+            f"parallel.pipeline {parallel.pipeline}; use a multiple of {model_ranks} ranks"
+        )
+    data_parallel = ranks // model_ranks
+    per_pass = train.micro_batch * data_parallel
+    if train.global_batch % per_pass:
+        below, above = train.global_batch // per_pass * per_pass, -(-train.global_batch // per_pass)
+        near = " or ".join(str(n) for n in (below, above * per_pass) if n)
+        raise UserError(
+            f"train.global_batch {train.global_batch} is not divisible by train.micro_batch "
+            f"{train.micro_batch} x {data_parallel} data-parallel ranks; use {near}"
+        )
+    return data_parallel
 
 
 _RANGES: dict[str, tuple[tuple[str, str], ...]] = {

@@ -140,11 +140,13 @@ def _add_recipe(parser: argparse.ArgumentParser, optional: bool = False) -> None
 
 def _train(args: argparse.Namespace) -> int:
     from nlscale import recipe
+    from nlscale.checks import prepare
 
-    loaded = recipe.load(args.recipe, args.overrides)
-    from nlscale.train import train  # imports torch: only after the recipe is known to be good
+    config = recipe.load(args.recipe, args.overrides).config
+    prepared = prepare(config)
+    from nlscale.train import train  # imports torch: only what has been checked waits for it
 
-    train(loaded.config)
+    train(config, prepared)
     return 0
 
 

@@ -15,6 +15,9 @@ from nlscale.config import LevelConfig, LevelsConfig, PeriodRule
 from nlscale.errors import UserError
 from nlscale.units import Period
 
+FEW_UPDATES = 200
+"""A slow level that updates less often than this in a run is warned about."""
+
 
 @dataclass(frozen=True)
 class Level:
@@ -106,6 +109,25 @@ def phase(level: Level, depth: int, layers: int, stagger: bool) -> int:
 def sync_group(level: Level, depth: int, layers: int, stagger: bool) -> SyncGroup:
     """The sync group of a level's parameters in the block at that depth."""
     return SyncGroup(level.index, phase(level, depth, layers, stagger), level.period)
+
+
+def planned_updates(level: Level, layers: int, stagger: bool, steps: int) -> int:
+    """Updates of a level in a run: of that of its sync groups that makes most."""
+    groups = {sync_group(level, depth, layers, stagger) for depth in range(layers)}
+    return max(group.updates(steps) for group in groups)
+
+
+def slow_level_warnings(levels: list[Level], layers: int, stagger: bool, steps: int) -> list[str]:
+    """A line for each level that will hardly learn, because it updates too rarely in the run."""
+    lines = []
+    for level in levels:
+        updates = planned_updates(level, layers, stagger, steps)
+        if level.period > 1 and updates < FEW_UPDATES:
+            lines.append(
+                f"level {level.name!r} makes {updates} updates in {steps} steps, fewer than "
+                f"{FEW_UPDATES}: it will learn little; train longer or shorten its period"
+            )
+    return lines
 
 
 def _rule(rule: PeriodRule, period: int) -> float:

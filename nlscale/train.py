@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from nlscale import recipe
-from nlscale.checks import Prepared, prepare
+from nlscale.checks import Prepared
 from nlscale.config import Config
 from nlscale.data import Samples
 from nlscale.errors import TrainingFailed, UserError
 from nlscale.figures import LOSS_FIGURE, SUMMARY_FILE
-from nlscale.levels import Level
+from nlscale.levels import Level, slow_level_warnings
 from nlscale.model.hope import Hope
 from nlscale.model.init import initialize
 from nlscale.model.layers import megatron_config
@@ -37,18 +37,20 @@ from nlscale.parallel.schedule import Batch, run_micro_batches
 from nlscale.telemetry import Telemetry, WandbOptions
 
 CONFIG_FILE = "config.yaml"
-_FEW_UPDATES = 200
 _SPIKE_MEMORY = 50
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config, prepared: Prepared) -> dict[str, Any]:
     """Train as configured; returns what summary.json holds.
 
+    Args:
+        config: the run.
+        prepared: what `nlscale.checks.prepare` made of it.
+
     Raises:
-        UserError: the run cannot start; raised before any process group exists.
+        UserError: run.dir holds another run; raised before any process group exists.
         TrainingFailed: the run started and cannot go on.
     """
-    prepared = prepare(config)
     run_dir = Path(config.run.dir)
     finished = finished_summary(config, run_dir)
     if finished is not None:
@@ -123,7 +125,8 @@ def _run(
     model, optimizer = trainer.model, trainer.optimizer
     parameters = level_parameters(config, prepared.vocabulary)
     telemetry.note(_describe(config, prepared, layout, parameters))
-    for warning in slow_level_warnings(config, prepared):
+    layers, stagger = config.model.layers, config.levels.stagger
+    for warning in slow_level_warnings(prepared.levels, layers, stagger, config.train.steps):
         telemetry.warn(warning)
 
     tokens, dropped, dropped_in_a_row = 0, 0, 0
@@ -292,20 +295,6 @@ def _level_records(
             **updated.get(level.index, {}),
         }
     return records
-
-
-def slow_level_warnings(config: Config, prepared: Prepared) -> list[str]:
-    """A line for each level that will hardly learn, because it updates too rarely in this run."""
-    lines = []
-    for level in prepared.levels:
-        updates = config.train.steps // level.period
-        if level.period > 1 and updates < _FEW_UPDATES:
-            lines.append(
-                f"level {level.name!r} updates {updates} times in {config.train.steps} steps of "
-                f"period {level.period}; below {_FEW_UPDATES} a level learns little: "
-                f"train longer or shorten the period"
-            )
-    return lines
 
 
 def _check_replicas(config: Config, optimizer: LevelOptimizer, model: Hope, step: int) -> None:

@@ -138,8 +138,13 @@ def remove_leftovers() -> None:
     """Remove the nodes of processes that are no more."""
     for name in _namespaces(_PREFIX):
         owner = re.match(rf"{_PREFIX}(\d+)-", name)
-        if owner and not Path(f"/proc/{owner[1]}").exists():
+        if owner and not is_alive(owner[1]):
             _ip("netns", "del", name, check=False)
+
+
+def is_alive(pid: str) -> bool:
+    """Whether there is a process of that number."""
+    return Path(f"/proc/{pid}").exists()
 
 
 def check_tools() -> None:

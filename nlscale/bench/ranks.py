@@ -5,16 +5,18 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
+import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nlscale.bench.netns import LINK, EmulatedNodes
+from nlscale.bench.netns import LINK, EmulatedNodes, is_alive
 from nlscale.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
@@ -37,8 +39,7 @@ def run_ranks(nodes: EmulatedNodes, ranks_per_node: int, work: Callable[[], Any]
     world = nodes.count * ranks_per_node
     sys.stdout.flush()
     sys.stderr.flush()
-    with tempfile.TemporaryDirectory(prefix="nlscale-bench-") as folder:
-        out = Path(folder)
+    with scratch() as out:
         children: dict[int, int] = {}
         parent = os.getpid()
         try:
@@ -54,6 +55,17 @@ def run_ranks(nodes: EmulatedNodes, ranks_per_node: int, work: Callable[[], Any]
             for pid in children:
                 os.waitpid(pid, 0)
         return [pickle.loads((out / f"{rank}.result").read_bytes()) for rank in range(world)]
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder; those of killed processes are removed first."""
+    prefix = "nlscale-bench-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
+        if not is_alive(left.name.removeprefix(prefix).split("-")[0]):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-") as folder:
+        yield Path(folder)
 
 
 def _wait(children: dict[int, int], out: Path) -> None:

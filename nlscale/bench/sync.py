@@ -10,27 +10,24 @@ the periods, so that the mean is exact.
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from nlscale.bench.modes import MODES, WARMUP, Bench, Mode
 from nlscale.bench.netns import sent_bytes
-from nlscale.bench.ranks import run_ranks
-from nlscale.checks import Prepared
+from nlscale.bench.ranks import run_ranks, scratch
+from nlscale.bench.tokens import random_tokens
 from nlscale.config import Config
-from nlscale.data import BatchReader, Samples
 from nlscale.errors import TrainingFailed
 from nlscale.model.hope import Hope
 from nlscale.model.init import initialize
@@ -40,25 +37,7 @@ from nlscale.parallel.consensus import agree
 from nlscale.parallel.layout import process_groups
 from nlscale.parallel.schedule import run_micro_batches
 from nlscale.plan import traffic
-from nlscale.train import read_step
 from nlscale.units import human_bytes
-
-
-class RandomReader:
-    """Stands in for the data: sample number g is a pure function of seed and g."""
-
-    def __init__(self, vocabulary: int, sequence_length: int, seed: int) -> None:
-        self._vocabulary, self._length, self._seed = vocabulary, sequence_length, seed
-
-    def read(self, first: int, count: int) -> NDArray[np.int64]:
-        """Global sample numbers first .. first + count - 1: int64 [count, S + 1]."""
-        rows = [
-            np.random.default_rng([self._seed, number]).integers(
-                self._vocabulary, size=self._length + 1
-            )
-            for number in range(first, first + count)
-        ]
-        return np.stack(rows)
 
 
 @dataclass(frozen=True)
@@ -92,8 +71,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         TrainingFailed: a step was not finite.
     """
     results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="nlscale-bench-") as temporary, bench.nodes:
-        folder = Path(temporary)
+    with scratch() as folder, bench.nodes:
         for mode, config in bench.configurations():
             started = time.monotonic()
             work = partial(_train_and_measure, config, bench, mode.name, folder)
@@ -119,25 +97,13 @@ def _train_and_measure(config: Config, bench: Bench, name: str, folder: Path) ->
     sent: list[int] = []
     times: list[float] = []
     with process_groups(config) as layout:
-        prepared = Prepared(
-            levels=bench.levels,
-            reader=cast(
-                BatchReader,
-                RandomReader(bench.vocabulary, config.data.sequence_length, config.run.seed),
-            ),
-            validation=cast(Samples, None),
-            vocabulary=bench.vocabulary,
-            micro_batches=config.train.global_batch
-            // (config.train.micro_batch * layout.data_size),
-            tokens_per_step=config.train.global_batch * config.data.sequence_length,
-        )
         mc = megatron_config(config)
         model = Hope(config, mc, bench.vocabulary)
         initialize(model, config.run.seed, layout.tensor_rank, layout.tensor_size)
-        optimizer = LevelOptimizer(config, prepared.levels, model, mc, layout)
+        optimizer = LevelOptimizer(config, bench.levels, model, mc, layout)
         for step in range(1, config.train.steps + 1):
             optimizer.start_step()
-            batches = read_step(config, prepared, layout, step)
+            batches = random_tokens(config, step, layout.data_rank, layout.data_size)
             loss_sum, seen = run_micro_batches(model, batches, optimizer.windows)
             verdict = agree(layout, loss_sum, seen, optimizer.finish_backward(), stop=False)
             if step > WARMUP:
@@ -185,7 +151,7 @@ def _difference(folder: Path, mode: Mode, ranks: int) -> float:
         reference = torch.load(folder / f"{mode.reference}-{rank}.pt")
         for name, b in reference.items():
             gap = (mine[name].double() - b.double()).norm().item()
-            worst = max(worst, gap / b.double().norm().item() if gap else 0.0)
+            worst = max(worst, gap / max(b.double().norm().item(), 1e-30))
     return worst
 
 
@@ -193,7 +159,7 @@ def print_result(result: dict[str, Any]) -> None:
     """Print the table of a finished bench."""
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 100)
     console.print(
-        f"{result['nodes']} emulated nodes of {result['ranks_per_node']} ranks, "
+        f"{result['nodes']} emulated nodes, ranks on each: {result['ranks_per_node']}, "
         f"{result['rate']} a node, {result['steps']} steps\n"
     )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)

@@ -45,26 +45,6 @@ class Layout:
         return self.rank == 0
 
 
-def world_size() -> int:
-    """Ranks of the run as torchrun or Slurm says; 1 for a plain process."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def data_parallel_size(config: Config) -> int:
-    """Ranks that share a batch.
-
-    Raises:
-        UserError: the ranks do not divide into tensor x pipeline ranks.
-    """
-    model_ranks = config.parallel.tensor * config.parallel.pipeline
-    if world_size() % model_ranks:
-        raise UserError(
-            f"{world_size()} ranks do not divide by parallel.tensor {config.parallel.tensor} x "
-            f"parallel.pipeline {config.parallel.pipeline}; use a multiple of {model_ranks} ranks"
-        )
-    return world_size() // model_ranks
-
-
 @contextmanager
 def process_groups(config: Config) -> Iterator[Layout]:
     """Start the process groups of a run, and end them whatever happens."""

@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nlscale.checks import check_sizes
 from nlscale.config import Config, Reduction
 from nlscale.data.index import read_index
 from nlscale.errors import UserError
-from nlscale.levels import reduction_bytes, spectrum
-from nlscale.model.sizes import level_hidden, level_parameters
+from nlscale.levels import planned_updates, reduction_bytes, slow_level_warnings, spectrum
+from nlscale.model.sizes import level_parameters
 from nlscale.plan.cluster import Cluster
-from nlscale.plan.traffic import Traffic, cycle_steps, group_parameters, traffic
-
-FEW_UPDATES = 200
-"""A level that updates less often in a run is warned about."""
+from nlscale.plan.traffic import Traffic, cycle_steps, traffic
 
 
 @dataclass(frozen=True)
@@ -137,14 +135,13 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     tokens_per_step = config.train.global_batch * config.data.sequence_length
     levels = spectrum(config.levels, tokens_per_step)
     parameters = level_parameters(config, vocabulary)
-    groups = group_parameters(config, levels, vocabulary, config.levels.stagger)
     steps = config.train.steps
     level_plans = [
         LevelPlan(
             name=level.name,
             parameters=parameters[level.index],
             period=level.period,
-            updates=max(g.updates(steps) for g in groups if g.level == level.index),
+            updates=planned_updates(level, config.model.layers, config.levels.stagger, steps),
         )
         for level in levels
     ]
@@ -160,12 +157,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
         plain=reduction_bytes(sum(parameters), cluster.nodes),
         staggers=config.levels.stagger,
         defers=config.levels.reduction == deferred,
-        warnings=[
-            f"level {p.name!r} makes {p.updates} updates in {steps} steps, fewer than "
-            f"{FEW_UPDATES}: it will learn little; train longer or shorten its period"
-            for p in level_plans
-            if p.updates < FEW_UPDATES
-        ],
+        warnings=slow_level_warnings(levels, config.model.layers, config.levels.stagger, steps),
     )
 
 
@@ -189,52 +181,17 @@ def check(config: Config, cluster: Cluster) -> None:
     Raises:
         UserError: the numbers that do not fit and what would.
     """
-    tensor, pipeline, train = config.parallel.tensor, config.parallel.pipeline, config.train
-    for key, value in {
-        "parallel.tensor": tensor,
-        "parallel.pipeline": pipeline,
-        "train.global_batch": train.global_batch,
-        "train.micro_batch": train.micro_batch,
-        "train.steps": train.steps,
-        "data.sequence_length": config.data.sequence_length,
-        "model.layers": config.model.layers,
-        "model.heads": config.model.heads,
-        "model.d_model": config.model.d_model,
-    }.items():
-        if value <= 0:
-            raise UserError(f"{key} is {value}; it must be greater than 0")
-    ranks, where = cluster.ranks, f"{cluster.name} ({cluster.nodes} x {cluster.gpus_per_node})"
+    check_sizes(config, cluster.ranks)
+    tensor = config.parallel.tensor
+    where = f"{cluster.name} ({cluster.nodes} x {cluster.gpus_per_node})"
     per_node = config.parallel.ranks_per_node
     if per_node not in (None, cluster.gpus_per_node):
         raise UserError(
             f"parallel.ranks_per_node is {per_node}, but {where} has {cluster.gpus_per_node} GPUs "
             f"a node; leave it null"
         )
-    if ranks % (tensor * pipeline):
-        raise UserError(
-            f"the {ranks} ranks of {where} do not divide by parallel.tensor {tensor} x "
-            f"parallel.pipeline {pipeline}; choose two whose product divides {ranks}"
-        )
-    if pipeline > 1:
-        raise UserError("parallel.pipeline > 1 cannot be planned yet; use parallel.tensor")
     if cluster.gpus_per_node % tensor:
         raise UserError(
             f"parallel.tensor {tensor} does not divide the {cluster.gpus_per_node} GPUs of a node "
             f"of {where}: layers would cross the network; use a divisor of {cluster.gpus_per_node}"
-        )
-    data_parallel = ranks // tensor
-    at_once = f"train.micro_batch {train.micro_batch} x {data_parallel} data-parallel ranks"
-    _divides("train.global_batch", train.global_batch, train.micro_batch * data_parallel, at_once)
-    _divides("model.d_model", config.model.d_model, config.model.heads, "model.heads")
-    _divides("model.heads", config.model.heads, tensor, "parallel.tensor")
-    for level, hidden in zip(config.levels.spectrum, level_hidden(config), strict=True):
-        _divides(f"hidden width of level {level.name!r}", hidden, tensor, "parallel.tensor")
-
-
-def _divides(what: str, number: int, by: int, by_what: str) -> None:
-    if number % by:
-        near = sorted({number // by * by, -(-number // by) * by} - {0})
-        raise UserError(
-            f"{what} {number} is not divisible by {by_what} ({by}); "
-            f"use {' or '.join(map(str, near))}"
         )
