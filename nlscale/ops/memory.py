@@ -20,11 +20,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-NORMALIZE_EPS = 1e-6
-"""Added to the squared norm of k and v before the root."""
+from nlscale.ops.chunk import NORMALIZE_EPS as NORMALIZE_EPS
+from nlscale.ops.chunk import ChunkWrites
+from nlscale.ops.chunk_reads import ChunkReads
 
 
 @dataclass(frozen=True)
@@ -95,24 +95,42 @@ def memory_scan(
         The reads [batch, heads, time, d], in the dtype of `a`, and the state after the piece.
         Feeding a sequence in pieces of any length gives what feeding it at once gives.
     """
-    dtype, length = a.dtype, a.shape[2]
-    a, b, q, eta, alpha = (x.float() if x.dtype != torch.float64 else x for x in (a, b, q, eta, alpha))
+    dtype, (batch, heads, length, d) = a.dtype, a.shape
+    a, b, q, eta, alpha = (
+        x if x.dtype == torch.float64 else x.float() for x in (a, b, q, eta, alpha)
+    )
     if state is None:
         state = _initial_state(a, weights, rules)
     start, current, position = state.start, state.current, state.position
-    maker = None if weights is None else _stack(weights)
-    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    pieces = _pieces(position, length, rules.chunk)
+    for_key = for_value = None
+    if weights is not None:
+        for_key, for_value = (_each_sequence(x, batch) for x in _makers(weights, a.dtype))
+    additive = weights is None or weights.lambda_key is not None
+    runs = _runs(position, length, rules.chunk)
     # split, not slices: the backward of a slice fills a tensor of the whole length with zeros
-    parts = zip(*(x.split(pieces, dim=2) for x in (a, b, q, eta, alpha)), strict=True)
+    lengths = [count * size for count, size in runs]
+    parts = zip(
+        *(x.split(lengths, dim=2) for x in (a, b, q, torch.stack([eta, alpha], -1))), strict=True
+    )
     reads = []
-    for size, part in zip(pieces, parts, strict=True):
-        read, current = _chunk(*part, start, current, maker, weights, rules, eye)
-        reads.append(read)
-        position = (position + size) % rules.chunk
+    for (count, size), part in zip(runs, parts, strict=True):
+        xa, xb, xq, logits = (_by_chunk(x, count, size) for x in part)
+        begun = start.flatten(0, 1) if start is not None and position else None
+        k, g, fade, main, written, last = ChunkWrites.apply(
+            xa, xb, logits, current.flatten(0, 1), begun,
+            for_key, for_value, additive, rules,
+        )  # fmt: skip
+        anchored = rules.anchored and not rules.main_memory
+        read = ChunkReads.apply(xq, k, g, fade, main, written, anchored)
+        reads.append(read.movedim(0, 1).reshape(batch, heads, count * size, d))
+        current = last.view_as(current)
+        position = (position + count * size) % rules.chunk
         if position == 0 and start is not None:
-            start = current.split(a.shape[-1], dim=2)[0]
-    return torch.cat(reads, dim=2).to(dtype), MemoryState(start, current, position)
+            start = current.split(d, dim=2)[0]
+    out = reads[0] if len(reads) == 1 else torch.cat(reads, dim=2)
+    if weights is not None and weights.read is not None:
+        out = out @ weights.read.to(a.dtype).mT
+    return out.to(dtype), MemoryState(start, current, position)
 
 
 def _initial_state(a: Tensor, weights: MemoryWeights | None, rules: MemoryRules) -> MemoryState:
@@ -125,95 +143,35 @@ def _initial_state(a: Tensor, weights: MemoryWeights | None, rules: MemoryRules)
     return MemoryState(parts[0] if weights is not None else None, torch.cat(parts, dim=2), 0)
 
 
-def _pieces(position: int, length: int, chunk: int) -> list[int]:
-    """Lengths into which a piece of a sequence is cut at the ends of chunks."""
-    first = min(chunk - position, length)
-    rest = length - first
-    return [first] + [chunk] * (rest // chunk) + ([rest % chunk] if rest % chunk else [])
+def _runs(position: int, length: int, chunk: int) -> list[tuple[int, int]]:
+    """Cuts a piece of a sequence into runs of equal chunks, (number, tokens of each).
+
+    The rest of a chunk begun before, the whole chunks, and the beginning of one more.
+    """
+    first = min(-position % chunk, length)
+    whole, rest = divmod(length - first, chunk)
+    return [(n, size) for n, size in ((1, first), (whole, chunk), (1, rest)) if n * size]
 
 
-def _stack(weights: MemoryWeights) -> Tensor:
-    """[M_k; m_eta; m_alpha; M_v], [heads, 2d + 2, d]: one product with Pi makes them all."""
-    return torch.cat([weights.key, weights.gates, weights.value], dim=1)
+def _makers(weights: MemoryWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[lambda_k M_k; m_eta; m_alpha] and lambda_v M_v: what makes k with the gates, and v."""
+    key, gates, value = (x.to(dtype) for x in (weights.key, weights.gates, weights.value))
+    if weights.lambda_key is not None and weights.lambda_value is not None:
+        key = weights.lambda_key.to(dtype)[:, None, None] * key
+        value = weights.lambda_value.to(dtype)[:, None, None] * value
+    return torch.cat([key, gates], dim=1), value
 
 
-def _chunk(
-    a: Tensor,
-    b: Tensor,
-    q: Tensor,
-    eta: Tensor,
-    alpha: Tensor,
-    start: Tensor | None,
-    current: Tensor,
-    maker: Tensor | None,
-    weights: MemoryWeights | None,
-    rules: MemoryRules,
-    eye: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Reads of one chunk (or a part of one) and the stacked states after it."""
-    d = a.shape[-1]
-    if maker is None or weights is None or start is None:
-        k, v = a, b
-    else:
-        modified = maker.to(a.dtype) @ start  # M Pi: the memories as they are in this chunk
-        for_key, for_value = modified.split([d + 2, d], dim=2)
-        k, eta_made, alpha_made = (a @ for_key.transpose(-1, -2)).split([d, 1, 1], dim=-1)
-        v = b @ for_value.transpose(-1, -2)
-        eta, alpha = eta + eta_made.squeeze(-1), alpha + alpha_made.squeeze(-1)
-        if weights.lambda_key is not None and weights.lambda_value is not None:
-            k = torch.addcmul(a, k, weights.lambda_key.to(a.dtype)[:, None, None])
-            v = torch.addcmul(b, v, weights.lambda_value.to(a.dtype)[:, None, None])
-    k = normalize(k)
-    eta = torch.sigmoid(eta).unsqueeze(-1)
-    log_alpha = F.logsigmoid(alpha)
-    g = torch.cumsum(log_alpha, dim=-1)
-    before = g - log_alpha  # decay from the start to just before each token
-    decay_before = torch.exp(before).unsqueeze(-1)
+def _each_sequence(x: Tensor, batch: int) -> Tensor:
+    """[heads, ...] -> [batch * heads, ...]."""
+    return x.expand(batch, *x.shape).flatten(0, 1)
 
-    # (I + L) D = eta * (target - decayed read of the state at the start), L strictly lower.
-    coupling = _lower(before.unsqueeze(-1) - g.unsqueeze(-2), -1) * (k @ k.transpose(-1, -2))
-    residual = -decay_before * (k @ current.transpose(-1, -2))
-    targets = []
-    if start is not None:
-        target = normalize(v) if rules.normalize_value else v
-        if rules.c != 0:
-            target = target - rules.c * k
-        target = target @ start.transpose(-1, -2)
-        targets.append(target + (decay_before - 1) * k if rules.anchored else target)
-    if rules.main_memory:
-        targets.append(v)
-    right = eta * (torch.cat(targets, dim=-1) + residual)
-    writes = torch.linalg.solve_triangular(
-        eta * coupling, right, upper=False, unitriangular=True
-    )  # unitriangular: the ones of I + L are not stored
 
-    scores = _lower(g.unsqueeze(-1) - g.unsqueeze(-2), 0) * (q @ k.transpose(-1, -2))
-    decay = torch.exp(g).unsqueeze(-1)
-    # the main memory is S where there is one, else Pi: the last d rows of the states
-    main, written = current.split(d, dim=2)[-1], writes.split(d, dim=-1)[-1]
-    read = decay * (q @ main.transpose(-1, -2)) + scores @ written
-    if not rules.main_memory:
-        assert weights is not None and weights.read is not None
-        if rules.anchored:
-            read = read + (1 - decay) * q
-        read = read @ weights.read.to(a.dtype).transpose(-1, -2)
-
-    last = g[..., -1:]
-    kept = torch.exp(last).unsqueeze(-1)
-    after = kept * current + (torch.exp(last - g).unsqueeze(-1) * writes).transpose(-1, -2) @ k
-    if start is not None and rules.anchored:
-        anchor = (1 - kept) * eye
-        after = after + (F.pad(anchor, (0, 0, 0, d)) if rules.main_memory else anchor)
-    return read, after
+def _by_chunk(x: Tensor, count: int, size: int) -> Tensor:
+    """[batch, heads, time, ...] -> [chunk, batch * heads, size, ...]."""
+    return x.unflatten(2, (count, size)).movedim(2, 0).flatten(1, 2)
 
 
 def normalize(x: Tensor) -> Tensor:
     """x / sqrt(|x|^2 + eps) along the last dimension."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + NORMALIZE_EPS)
-
-
-def _lower(exponent: Tensor, diagonal: int) -> Tensor:
-    """exp of the lower triangle; what lies above is masked before exp, where it may overflow."""
-    size = exponent.shape[-1]
-    keep = torch.ones(size, size, dtype=torch.bool, device=exponent.device).tril(diagonal)
-    return torch.exp(exponent.masked_fill(~keep, float("-inf")))
