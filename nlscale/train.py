@@ -93,7 +93,7 @@ class Trainer:
         model.to(layout.device)
         return cls(config, layout, levels, model, LevelOptimizer(config, levels, model, mc, layout))
 
-    def take_step(self, batches: list[Batch]) -> tuple[Verdict, dict[int, dict[str, float]]]:
+    def take_step(self, batches: list[Batch]) -> tuple[Verdict, dict[int, dict[str, float | None]]]:
         """One step on this rank's micro batches: what all ranks saw of it, what was updated.
 
         A step that is not admitted enters no window. A window that is due closes all the same,
@@ -278,7 +278,7 @@ def _telemetry(config: Config, prepared: Prepared, layout: Layout) -> Telemetry:
 
 
 def _level_records(
-    prepared: Prepared, optimizer: LevelOptimizer, updated: dict[int, dict[str, float]]
+    prepared: Prepared, optimizer: LevelOptimizer, updated: dict[int, dict[str, float | None]]
 ) -> dict[str, Any]:
     records = {}
     for level in prepared.levels:

@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nlscale.ops.threads import on_one_thread
+
 if TYPE_CHECKING:
     from nlscale.ops.memory import MemoryRules
 
@@ -68,6 +70,7 @@ class ChunkWrites(torch.autograd.Function):
     """
 
     @staticmethod
+    @on_one_thread
     def forward(
         ctx: Any,
         a: Tensor,
@@ -164,6 +167,7 @@ class ChunkWrites(torch.autograd.Function):
         return k, g, fade, states[:-1, :, -d:], writes[..., -d:], states[-1].clone()
 
     @staticmethod
+    @on_one_thread
     @once_differentiable
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         a, b, start, for_key, for_value, k, fade, writes, states, *kept = ctx.saved_tensors

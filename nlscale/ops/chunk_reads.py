@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nlscale.ops.chunk import row_dot
+from nlscale.ops.threads import on_one_thread
 
 
 class ChunkReads(torch.autograd.Function):
@@ -26,6 +27,7 @@ class ChunkReads(torch.autograd.Function):
     """
 
     @staticmethod
+    @on_one_thread
     def forward(
         ctx: Any,
         q: Tensor,
@@ -51,6 +53,7 @@ class ChunkReads(torch.autograd.Function):
         return out
 
     @staticmethod
+    @on_one_thread
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, g, fade, main, written, scores = ctx.saved_tensors

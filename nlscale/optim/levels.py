@@ -25,6 +25,9 @@ from nlscale.parallel.layout import Layout
 from nlscale.parallel.replicas import data_parallel_group, first_difference
 from nlscale.parallel.window import Window
 
+_RATIO_EVERY = 10
+"""Updates between two measurements of the update-to-weight ratio of a level of period 1."""
+
 
 @dataclass
 class GroupOptimizer:
@@ -72,19 +75,20 @@ class LevelOptimizer:
         """Sum the step's gradient inside the node; whether it is finite here, a bool tensor."""
         for window in self.windows:
             window.finish_step()
-        return torch.stack([w.finite() for w in self.windows]).all()
+        return torch.isfinite(torch.stack([w.square() for w in self.windows])).all()
 
     def admit(self, tokens: int) -> None:
         """Add the step's gradient, of that many tokens over all ranks, to every window."""
         for window in self.windows:
             window.admit(tokens)
 
-    def update(self, step: int) -> dict[int, dict[str, float]]:
+    def update(self, step: int) -> dict[int, dict[str, float | None]]:
         """Step the groups that are due after this step, counted from 1; all of them at the end.
 
         Returns:
             For each level that updated: its learning rate, the norm of its window gradient before
-            clipping, and the norm of its update over that of its weights.
+            clipping, and the norm of its update over that of its weights (None at the steps at
+            which that is not measured: for a level of period 1, all but every tenth).
         """
         last = step == self.config.train.steps
         due = [g for g in self.groups if (g.group.due(step) or last) and g.window.tokens]
@@ -94,7 +98,8 @@ class LevelOptimizer:
             with cpu.cuda_by_name():
                 g.optimizer.prepare_grads()
         norms = self._norms(due)
-        before = [[p.detach().clone() for p in _main_parameters(g)] for g in due]
+        measured = [g for g in due if g.group.period > 1 or g.updates % _RATIO_EVERY == 0]
+        before = [[p.detach().clone() for p in _main_parameters(g)] for g in measured]
         rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
         for g in due:
             g.window.scale(self._clip_factor(norms, g.group.level))
@@ -103,7 +108,7 @@ class LevelOptimizer:
             with cpu.cuda_by_name():
                 g.optimizer.step_with_ready_grads()
             g.updates += 1
-        ratios = self._update_ratios(due, before)
+        ratios = self._update_ratios(measured, before)
         return {
             level.index: {
                 "learning_rate": rate * level.learning_rate_scale,
@@ -156,19 +161,30 @@ class LevelOptimizer:
         """Norm of the window gradient of what updates now, per level."""
         squares = torch.zeros(len(self.levels), dtype=torch.float64, device=self.layout.device)
         for g in due:
-            squares[g.group.level] += self._square([p.grad for p in _main_parameters(g)], g)
+            squares[g.group.level] += g.window.square()
+            if self.layout.tensor_rank > 0:
+                # what every tensor-parallel rank holds counts once, on the first of them
+                shared = [p.grad for p in _main_parameters(g) if not p.tensor_model_parallel]
+                squares[g.group.level] -= sum(torch.dot(grad, grad) for grad in shared)
         dist.all_reduce(squares, group=self.layout.replica)
         return squares.sqrt().tolist()
 
-    def _update_ratios(self, due: list[GroupOptimizer], before: list[list[Tensor]]) -> list[float]:
-        """|update| / |weights| of what has just updated, per level."""
+    def _update_ratios(
+        self, due: list[GroupOptimizer], before: list[list[Tensor]]
+    ) -> list[float | None]:
+        """|update| / |weights| of what has just updated, per level; None where nothing has.
+
+        A reduction over the replica: every rank of it takes part, whether or not it holds a part
+        of what has updated.
+        """
         squares = torch.zeros(2, len(self.levels), dtype=torch.float64, device=self.layout.device)
         for g, old in zip(due, before, strict=True):
             squares[1, g.group.level] += self._square(old, g)
             torch._foreach_sub_(old, _main_parameters(g))
             squares[0, g.group.level] += self._square(old, g)
         dist.all_reduce(squares, group=self.layout.replica)
-        return (squares[0] / squares[1].clamp_min(1e-30)).sqrt().tolist()
+        moved, weights = squares.sqrt().tolist()
+        return [m / w if w else None for m, w in zip(moved, weights, strict=True)]
 
     def _square(self, tensors: list[Tensor], g: GroupOptimizer) -> Tensor | float:
         """Sum of squares of one tensor a parameter shard, those on every tensor rank once."""

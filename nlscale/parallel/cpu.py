@@ -8,6 +8,7 @@ and distributed optimizer compute the same numbers. Tests and the quickstart sta
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,10 +40,21 @@ class _Stream:
     def synchronize(self) -> None: ...
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_torch_zeros = torch.zeros
+
+
+def _zeros(*args: Any, **kwargs: Any) -> torch.Tensor:
+    if str(kwargs.get("device", "")).startswith("cuda"):
+        kwargs["device"] = "cpu"
+    return _torch_zeros(*args, **kwargs)
+
+
 def install() -> None:
     """Replace the few functions of `torch.cuda` that megatron-core calls unconditionally."""
     if torch.cuda.is_available():
         return
+    _keep_freed_memory()
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.synchronize = lambda *args: None
@@ -52,6 +64,22 @@ def install() -> None:
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.manual_seed = torch.manual_seed
+    # The schedules make their token counter on "cuda". Everything that runs inside a schedule,
+    # the whole model, would pay for a function mode, so this one function is replaced instead.
+    any_torch: Any = torch
+    any_torch.zeros = _zeros
+
+
+def _keep_freed_memory() -> None:
+    """Where the C library is glibc: do not give large freed tensors back to the kernel.
+
+    The same sizes are asked for again in every step, and memory that comes from the kernel has to
+    be mapped and zeroed page by page first.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nlscale.model.hope import Hope
-from nlscale.parallel import cpu
 from nlscale.parallel.window import Window
 
 Batch = tuple[Tensor, Tensor]
@@ -48,16 +47,15 @@ def run_micro_batches(
 
     size, length = batches[0][0].shape
     model.config.no_sync_func = None if windows is None else lambda: _no_sync(windows)
-    with cpu.cuda_by_name():
-        get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=iter(batches),
-            model=model,
-            num_microbatches=len(batches),
-            seq_length=length,
-            micro_batch_size=size,
-            forward_only=windows is None,
-        )
+    get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iter(batches),
+        model=model,
+        num_microbatches=len(batches),
+        seq_length=length,
+        micro_batch_size=size,
+        forward_only=windows is None,
+    )
     device = batches[0][0].device
     total = torch.stack(sums).sum() if sums else torch.zeros((), device=device)
     return total, sum(tokens.numel() for tokens, _ in batches)

@@ -85,9 +85,9 @@ class Window:
         """After the last backward pass: the step's gradient is summed inside the node."""
         self.ddp.finish_grad_sync()
 
-    def finite(self) -> Tensor:
-        """Whether this rank's shard of the step's gradient is finite, a bool tensor."""
-        return torch.isfinite(torch.stack(torch._foreach_norm(self.shards, torch.inf))).all()
+    def square(self) -> Tensor:
+        """Sum of squares of this rank's gradient shard; not finite where the shard is not."""
+        return torch.stack([torch.dot(shard, shard) for shard in self.shards]).sum()
 
     def admit(self, tokens: int) -> None:
         """Add the step, of that many tokens over all ranks, to the window."""
