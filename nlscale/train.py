@@ -38,6 +38,7 @@ from nlscale.telemetry import Telemetry, WandbOptions
 
 CONFIG_FILE = "config.yaml"
 _SPIKE_MEMORY = 50
+_STANDS_STILL = 1e-7
 
 
 def train(config: Config, prepared: Prepared) -> dict[str, Any]:
@@ -131,6 +132,7 @@ def _run(
 
     tokens, dropped, dropped_in_a_row = 0, 0, 0
     bytes_sent, bytes_saved = 0.0, 0.0
+    warned: set[int] = set()
     losses: list[float] = []
     speeds: list[float] = []
     held_out = _validate(config, prepared, layout, model, telemetry, 0, tokens)
@@ -142,6 +144,12 @@ def _run(
         else:
             dropped, dropped_in_a_row = dropped + 1, dropped_in_a_row + 1
             _give_up_after(config, dropped_in_a_row, step)
+        for level in _standing_still(updated) - warned:
+            telemetry.warn(
+                f"level {prepared.levels[level].name!r} hardly moves: its update at step {step} is "
+                f"{updated[level]['update_ratio']:.1e} of its weights; raise its learning_rate"
+            )
+            warned.add(level)
         sent, saved = optimizer.traffic(step)
         bytes_sent, bytes_saved = bytes_sent + sent, bytes_saved + saved
         _check_replicas(config, optimizer, model, step)
@@ -295,6 +303,12 @@ def _level_records(
             **updated.get(level.index, {}),
         }
     return records
+
+
+def _standing_still(updated: dict[int, dict[str, float | None]]) -> set[int]:
+    """Levels whose update is next to nothing beside their weights."""
+    ratios = {level: seen["update_ratio"] for level, seen in updated.items()}
+    return {level for level, ratio in ratios.items() if ratio is not None and ratio < _STANDS_STILL}
 
 
 def _check_replicas(config: Config, optimizer: LevelOptimizer, model: Hope, step: int) -> None:

@@ -1,0 +1,139 @@
+"""Whole runs through the training loop, on small text made here."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import world
+
+from nlscale import recipe
+from nlscale.checks import prepare
+from nlscale.data.build import build
+from nlscale.errors import TrainingFailed, UserError
+from nlscale.levels import spectrum
+from nlscale.parallel.layout import process_groups
+from nlscale.train import Trainer, train
+
+SMALL = [
+    "data.sequence_length=32", "model.layers=2", "model.d_model=64", "model.heads=2",
+    "model.memory.chunk=16", "levels=[1,2,4]", "train.global_batch=8", "train.micro_batch=2",
+    "train.steps=9", "train.validate_every=4", "train.validation_sequences=8", "train.dtype=fp32",
+    "optimizer.warmup_steps=3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    draw = random.Random(0)
+    words = ["level", "window", "period", "phase", "memory", "slow", "fast", "node"]
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(" ".join(draw.choices(words, k=400)))
+    out = folder / "shards"
+    build([str(folder)], "bytes", out, held_out=0.1)
+    return out
+
+
+def run(overrides: list[str]) -> dict[str, Any]:
+    """What `nlscale train` does, on this rank; an error of the user's as its text and code."""
+    config = recipe.load(None, [*SMALL, *overrides]).config
+    try:
+        return train(config, prepare(config))
+    except UserError as error:
+        return {"error": str(error), "code": error.exit_code}
+
+
+def records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def test_a_run_leaves_what_it_says(data: Path, tmp_path: Path) -> None:
+    (summary,) = world.run(1, run, [f"data.dir={data}", f"run.dir={tmp_path}"])
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    steps = records(tmp_path, "train")
+    assert [r["step"] for r in steps] == list(range(1, 10))
+    assert [r["step"] for r in records(tmp_path, "validation")] == [0, 4, 8, 9]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
+    assert steps[-1]["tokens"] == 9 * 8 * 32
+    counts = [(level["updates"], level["reductions"]) for level in summary["levels"]]
+    # 9 steps of periods 1, 2, 4; staggered blocks of the last start at step 2 or 4, and the
+    # partial windows at the end are applied
+    assert counts == [(9, 9), (5, 5), (3, 3)]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_run_is_not_run_again_nor_overwritten(data: Path, tmp_path: Path) -> None:
+    here = [f"data.dir={data}", f"run.dir={tmp_path}"]
+    (first,) = world.run(1, run, here)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    (again,) = world.run(1, run, here)
+    (other,) = world.run(1, run, [*here, "optimizer.learning_rate=0.002"])
+    assert again == first
+    assert "holds another finished run" in other["error"] and other["code"] == 2
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_loss_does_not_depend_on_the_number_of_ranks(data: Path, tmp_path: Path) -> None:
+    curves = {}
+    for ranks in (1, 2, 4):
+        folder = tmp_path / str(ranks)
+        world.run(
+            ranks, run, [f"data.dir={data}", f"run.dir={folder}"], ranks_per_node=min(2, ranks)
+        )
+        curves[ranks] = [r["loss"] for r in records(folder, "train")]
+        curves[ranks] += [r["loss"] for r in records(folder, "validation")]
+    assert curves[2] == pytest.approx(curves[1], rel=2e-5)
+    assert curves[4] == pytest.approx(curves[1], rel=2e-5)
+
+
+def test_a_run_that_diverges_ends_with_a_clear_error(data: Path, tmp_path: Path) -> None:
+    overrides = [f"data.dir={data}", f"run.dir={tmp_path}", "optimizer.learning_rate=1e30"]
+    results = world.run(2, run, [*overrides, "train.max_dropped_steps=3", "train.steps=40"])
+    assert all(r["code"] == TrainingFailed.exit_code for r in results)
+    assert "3 steps in a row were dropped" in results[0]["error"]
+    assert "lower optimizer.learning_rate" in results[0]["error"].lower()
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_spikes_are_dropped_where_asked_for(data: Path, tmp_path: Path) -> None:
+    # a "spike" is anything above a hundredth of the median: every step, once there are enough
+    overrides = [f"data.dir={data}", f"run.dir={tmp_path}", "train.drop_spikes=0.01"]
+    (result,) = world.run(1, run, [*overrides, "train.steps=14", "train.max_dropped_steps=9"])
+    assert result["dropped_steps"] == 4
+    assert [r["dropped_steps"] for r in records(tmp_path, "train")] == [0] * 10 + [1, 2, 3, 4]
+    assert result["tokens"] == 10 * 8 * 32
+
+
+def spoil_a_replica(where: str) -> str | None:
+    config = recipe.load(None, [*SMALL, "data.dir=none"]).config
+    with process_groups(config) as layout:
+        trainer = Trainer.build(config, layout, spectrum(config.levels, 256), 256)
+        tokens = torch.arange(64).view(2, 32) + layout.rank
+        trainer.take_step([(tokens, tokens)])
+        if layout.rank == layout.world - 1 and where == "parameter":
+            weight = trainer.model.blocks["1"].cms.mlps[2].down.weight
+            weight.data.view(-1)[5] += 1e-6
+        if layout.rank == layout.world - 1 and where == "optimizer":
+            inner = trainer.optimizer.groups[0].optimizer.optimizer
+            next(iter(inner.state.values()))["exp_avg"].view(-1)[5] += 1e-3
+        return trainer.optimizer.replica_difference(trainer.model)
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ("nowhere", None),
+        ("parameter", "blocks.1.cms.mlps.2.down.weight"),
+        ("optimizer", "exp_avg of the optimizer, level 0 phase 0"),
+    ],
+)
+def test_the_replica_check_names_what_differs(where: str, says: str | None) -> None:
+    results = world.run(2, spoil_a_replica, where, ranks_per_node=1)
+    assert len(set(results)) == 1, "every rank comes to the same verdict"
+    assert results[0] == says or says in results[0]
