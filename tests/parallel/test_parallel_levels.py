@@ -51,10 +51,10 @@ def test_deferred_equals_every_step(seed: int) -> None:
 def test_the_same_holds_where_adam_is_momentum_sgd() -> None:
     # With an eps far above the gradients Adam steps by lr / eps times the momentum: SGD.
     overrides = ["levels=[1,2,5]", "train.steps=11", "optimizer.eps=1e3", "optimizer.clip=0"]
-    overrides.append("optimizer.learning_rate=30")
+    overrides.append("optimizer.learning_rate=5")
     results = world.run(4, run_engine, overrides, ranks_per_node=2)
     (oracle,) = world.run(1, run_oracle, overrides)
-    assert oracle["losses"][-1] < oracle["losses"][0] - 0.005, "it must move to be a comparison"
+    assert oracle["losses"][-1] < oracle["losses"][0] - 0.001, "it must move to be a comparison"
     difference = largest_difference(results[0]["parameters"], oracle["parameters"])
     assert difference <= TOLERANCE
 
