@@ -181,7 +181,6 @@ def check(config: Config, cluster: Cluster) -> None:
     Raises:
         UserError: the numbers that do not fit and what would.
     """
-    check_sizes(config, cluster.ranks)
     tensor = config.parallel.tensor
     where = f"{cluster.name} ({cluster.nodes} x {cluster.gpus_per_node})"
     per_node = config.parallel.ranks_per_node
@@ -195,3 +194,4 @@ def check(config: Config, cluster: Cluster) -> None:
             f"parallel.tensor {tensor} does not divide the {cluster.gpus_per_node} GPUs of a node "
             f"of {where}: layers would cross the network; use a divisor of {cluster.gpus_per_node}"
         )
+    check_sizes(config, cluster.ranks)

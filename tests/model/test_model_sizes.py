@@ -27,7 +27,9 @@ def counted(model, levels: int) -> list[int]:
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_parameters_a_level_are_counted_right(build, mixer, cms, spectrum: str) -> None:
-    sizes = ["model.d_model=48", "model.heads=3", "model.layers=3", "model.hidden=80"]
+    sizes = ["model.d_model=48", "model.heads=3", "model.layers=3"]
+    # where every level has its own width, theirs is the sum
+    sizes.append("model.hidden=32" if spectrum.count("hidden") == 2 else "model.hidden=80")
     choice = [mixer, cms, f"levels={spectrum}", *sizes]
     config, model = config_of(*choice), build(*choice)
     vocabulary = model.embedding.weight.shape[0]
@@ -78,8 +80,10 @@ def test_levels_share_the_hidden_units() -> None:
 
 
 def test_no_room_for_a_level_is_an_error_with_the_numbers() -> None:
-    with pytest.raises(UserError, match=r"^model\.hidden: 96 units leave -4 for each of 1 levels"):
+    with pytest.raises(UserError, match=r"^model\.hidden: 96 units leave 0 for the levels"):
         level_hidden(config_of("model.hidden=96", "levels=[{hidden: 100},{period: 4}]"))
+    with pytest.raises(UserError, match="is not the sum of the levels' own, 32"):
+        level_hidden(config_of("model.hidden=80", "levels=[{hidden: 24},{hidden: 8}]"))
     with pytest.raises(UserError, match="use fewer levels"):
         level_hidden(config_of("model.hidden=8", "levels=[1,2,4]"))
 

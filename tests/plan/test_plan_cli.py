@@ -124,7 +124,7 @@ def test_the_vocabulary_comes_from_the_data(room: Room) -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("parallel.tensor=3", "4 ranks do not divide by parallel.tensor 3"),
+        ("parallel.tensor=3", "parallel.tensor 3 does not divide the 2 GPUs of a node"),
         ("parallel.tensor=4", "parallel.tensor 4 does not divide the 2 GPUs of a node"),
         ("train.global_batch=6", "train.global_batch 6 is not divisible"),
         ("parallel.ranks_per_node=4", "has 2 GPUs a node"),

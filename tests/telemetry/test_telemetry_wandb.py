@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -209,4 +210,8 @@ def test_a_real_offline_run_leaves_a_run_file(
     assert "warning" not in capsys.readouterr().out
     files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 1
-    assert b"levels/slow/learning_rate" in files[0].read_bytes()
+    # wandb's own process writes the file, and may still be at it when the run has ended
+    deadline = time.monotonic() + 30
+    while b"levels/slow/learning_rate" not in files[0].read_bytes():
+        assert time.monotonic() < deadline, "the record never reached the file"
+        time.sleep(0.1)
