@@ -105,7 +105,7 @@ _RANGES: dict[str, tuple[tuple[str, str], ...]] = {
         ("train", "max_dropped_steps"),
         ("parallel", "tensor pipeline ranks_per_node timeout_minutes"),
     ),
-    "0 or above": (("optimizer", "warmup_steps weight_decay clip"),),
+    "0 or above": (("optimizer", "warmup_steps warmup_updates weight_decay clip"),),
     "from 0 to 1": (("optimizer", "min_learning_rate decay_fraction"),),
     "at least 0 and below 1": (("optimizer", "beta1 beta2"),),
 }

@@ -191,7 +191,10 @@ class OptimizerConfig:
     schedule: Schedule = Schedule.cosine
     """cosine, or wsd: warm-up, stable, linear decay."""
     warmup_steps: int = 100
-    """Steps of linear warm-up, counted in steps of the run."""
+    """Steps of linear warm-up of the whole run."""
+    warmup_updates: int = 0
+    """Updates over which each level warms up beside that, linearly, counted in its own updates:
+    a slow level makes its first ones when the run's warm-up is long over. 0: none."""
     decay_fraction: float = 0.2
     """Share of the steps that wsd spends decaying."""
     beta1: float = 0.9

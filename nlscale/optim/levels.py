@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nlscale.config import ClipScope, Config, Dtype, OptimizerConfig, Reduction
 from nlscale.levels import Level, SyncGroup, reduction_bytes, sync_group
 from nlscale.model.hope import Hope
-from nlscale.optim.schedule import learning_rate
+from nlscale.optim.schedule import learning_rate, update_warmup
 from nlscale.parallel import cpu
 from nlscale.parallel.layout import Layout
 from nlscale.parallel.replicas import data_parallel_group, first_difference
@@ -101,22 +101,25 @@ class LevelOptimizer:
         measured = [g for g in due if g.group.period > 1 or g.updates % _RATIO_EVERY == 0]
         before = [[p.detach().clone() for p in _main_parameters(g)] for g in measured]
         rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
+        rates: dict[int, float] = {}
         for g in due:
+            warmup = update_warmup(self.config.optimizer, g.updates)
+            rates[g.group.level] = rate * self.levels[g.group.level].learning_rate_scale * warmup
             g.window.scale(self._clip_factor(norms, g.group.level))
             for param_group in g.optimizer.optimizer.param_groups:
-                param_group["lr"] = rate * self.levels[g.group.level].learning_rate_scale
+                param_group["lr"] = rates[g.group.level]
             with cpu.cuda_by_name():
                 g.optimizer.step_with_ready_grads()
             g.updates += 1
         ratios = self._update_ratios(measured, before)
         return {
             level.index: {
-                "learning_rate": rate * level.learning_rate_scale,
+                "learning_rate": rates[level.index],
                 "grad_norm": norms[level.index],
                 "update_ratio": ratios[level.index],
             }
             for level in self.levels
-            if any(g.group.level == level.index for g in due)
+            if level.index in rates
         }
 
     def counts(self, level: int) -> tuple[int, int]:

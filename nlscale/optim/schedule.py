@@ -23,3 +23,8 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     decay = max(1, round(config.decay_fraction * steps))
     left = min(1.0, (steps - step) / decay)
     return floor + (peak - floor) * left
+
+
+def update_warmup(config: OptimizerConfig, updates: int) -> float:
+    """Factor on the learning rate of a group that has made that many updates."""
+    return min(1.0, (updates + 1) / (config.warmup_updates + 1))

@@ -159,7 +159,9 @@ def _step(config, levels, due, group_of, named, sums, tokens, adam, step) -> Non
         clip = config.optimizer.clip
         factor = min(1.0, clip / (norm.item() + 1e-6)) if clip > 0 else 1.0
         rate = learning_rate(config.optimizer, step, config.train.steps)
-        adam[name].param_groups[0]["lr"] = rate * levels[level].learning_rate_scale
+        made = len(adam[name].state) and int(adam[name].state[named[name]]["step"])
+        warm = min(1.0, (made + 1) / (config.optimizer.warmup_updates + 1))
+        adam[name].param_groups[0]["lr"] = rate * levels[level].learning_rate_scale * warm
         named[name].grad = mean * factor
         adam[name].step()
         sums[name].zero_()

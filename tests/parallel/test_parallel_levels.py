@@ -22,6 +22,8 @@ def random_run(seed: int) -> list[str]:
         f"levels.stagger={draw.choice(['true', 'false'])}",
         f"optimizer.clip={draw.choice([0, 0.05])}",
         f"optimizer.clip_scope={draw.choice(['level', 'joint'])}",
+        f"optimizer.warmup_updates={draw.choice([0, 4])}",
+        f"levels.learning_rate_rule={draw.choice(['none', 'sqrt', 'linear'])}",
         f"train.steps={draw.randint(9, 14)}",
         f"run.seed={seed}",
     ]
