@@ -154,7 +154,6 @@ with Telemetry(Path({run_dir!r}), 40, WandbOptions(), {{}}, 1024) as telemetry:
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_a_terminal_gets_a_live_display_and_the_log_the_plain_lines(tmp_path: Path) -> None:
     import pty
 

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from nlscale.errors import UserError
 from nlscale.figures import read_records
 from nlscale.telemetry import Telemetry, WandbOptions
 from nlscale.telemetry.tracking import has_api_key
-
-wandb = pytest.importorskip("wandb")
 
 CALLS = ("init", "define_metric", "log", "finish")
 
