@@ -11,6 +11,7 @@ so what the link counts is what crosses between nodes, headers included.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import shutil
@@ -39,24 +40,25 @@ class EmulatedNodes:
     when the next one starts.
     """
 
-    def __init__(self, count: int, rate: str = "200mbit") -> None:
+    def __init__(self, count: int, rate: str | None = "200mbit") -> None:
         """Check what is needed.
 
         Args:
             count: nodes, at most 250.
-            rate: what a node can send: a number and kbit, mbit or gbit (a second).
+            rate: what a node can send: a number and kbit, mbit or gbit (a second); None: no limit.
 
         Raises:
             UserError: not root, no ip or tc, or not a rate.
         """
-        match = _RATE.fullmatch(rate)
-        if match is None or float(match[1]) <= 0:
-            raise UserError(f"--rate {rate!r} is not a rate; write for example 200mbit")
+        self.count, self.rate, self.bits_per_second = count, rate, math.inf
+        if rate is not None:
+            match = _RATE.fullmatch(rate)
+            if match is None or float(match[1]) <= 0:
+                raise UserError(f"--rate {rate!r} is not a rate; write for example 200mbit")
+            self.bits_per_second = float(match[1]) * _UNITS[match[2]]
         if not 1 <= count <= 250:
             raise UserError(f"{count} nodes cannot be emulated; use 1 to 250")
         check_tools()
-        self.count, self.rate = count, rate
-        self.bits_per_second = float(match[1]) * _UNITS[match[2]]
         self._prefix = f"{_PREFIX}{os.getpid()}-"
         self._old_handler: Any = None
 
@@ -117,6 +119,8 @@ class EmulatedNodes:
             _ip("-n", name, "address", "add", f"{self.address(node)}/24", "dev", LINK)
             _ip("-n", name, "link", "set", LINK, "up")
             _ip("-n", name, "link", "set", "lo", "up")
+            if self.rate is None:
+                continue
             limit = ("qdisc", "add", "dev", LINK, "root", "tbf", "rate", self.rate, *_BUCKET)
             _run("tc", "-n", name, *limit)
 

@@ -5,6 +5,9 @@ nodes, on the same random tokens. A rank of each node reads the counter of its l
 the ranks have agreed on a step: by then all that the step before sent has arrived. The first step
 is left out, and so is the last, which applies unfinished windows; between them lie whole cycles of
 the periods, so that the mean is exact.
+
+Every mode is run once more with links that nothing limits: what the limit adds to a step is the
+time that the step spends on the link, and only that can shrink with the bytes.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nlscale.bench.modes import MODES, WARMUP, Bench, Mode
-from nlscale.bench.netns import sent_bytes
+from nlscale.bench.modes import WARMUP, Bench, Mode
+from nlscale.bench.netns import EmulatedNodes, sent_bytes
 from nlscale.bench.ranks import run_ranks, scratch
 from nlscale.bench.tokens import random_tokens
 from nlscale.config import Config
@@ -63,6 +66,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         - `peak_bytes`: of the largest step of any node; `planned_peak_bytes`: by the plan
         - `bytes_per_step_by_node`: the mean of each node
         - `step_seconds`; `step_time_ratio`: to `every-step`
+        - `link_seconds`: what the limited link adds to a step; `link_time_ratio`: to `every-step`
         - `max_relative_difference`: after the last step, max over parameters of |a - b| / |b|,
           where b are those of the every-step mode with the same phases
 
@@ -71,16 +75,19 @@ def measure(bench: Bench) -> dict[str, Any]:
         TrainingFailed: a step was not finite.
     """
     results: list[dict[str, Any]] = []
-    with scratch() as folder, bench.nodes:
-        for mode, config in bench.configurations():
-            started = time.monotonic()
-            work = partial(_train_and_measure, config, bench, mode.name, folder)
-            measured = run_ranks(bench.nodes, bench.ranks_per_node, work)
-            _note(f"{mode.name}: done in {time.monotonic() - started:.0f} s")
+    with scratch() as folder:
+        unlimited = _run_modes(bench, EmulatedNodes(bench.nodes.count, rate=None), folder)
+        limited = _run_modes(bench, bench.nodes, folder)
+        for (mode, config), measured, free in zip(
+            bench.configurations(), limited, unlimited, strict=True
+        ):
             planned = traffic(config, bench.levels, bench.vocabulary, bench.nodes.count)
-            results.append(_result(mode, measured, planned.mean, planned.peak))
-        for mode, result in zip(MODES, results, strict=True):
-            result["step_time_ratio"] = result["step_seconds"] / results[0]["step_seconds"]
+            result = _result(mode, measured, planned.mean, planned.peak)
+            result["link_seconds"] = result["step_seconds"] - free[0].seconds
+            results.append(result)
+            for key in ("step", "link"):
+                to = results[0][f"{key}_seconds"]
+                result[f"{key}_time_ratio"] = result[f"{key}_seconds"] / to
             result["max_relative_difference"] = _difference(folder, mode, bench.ranks)
     return {
         "nodes": bench.nodes.count,
@@ -91,7 +98,22 @@ def measure(bench: Bench) -> dict[str, Any]:
     }
 
 
-def _train_and_measure(config: Config, bench: Bench, name: str, folder: Path) -> Measured:
+def _run_modes(bench: Bench, nodes: EmulatedNodes, folder: Path) -> list[list[Measured]]:
+    """What every rank saw, mode by mode; the parameters are left in `folder`."""
+    measured = []
+    with nodes:
+        for mode, config in bench.configurations():
+            started = time.monotonic()
+            name = f"{mode.name}, {nodes.rate or 'no limit'}"
+            work = partial(_train_and_measure, config, bench, mode.name, name, folder)
+            measured.append(run_ranks(nodes, bench.ranks_per_node, work))
+            _note(f"{name}: done in {time.monotonic() - started:.0f} s")
+    return measured
+
+
+def _train_and_measure(
+    config: Config, bench: Bench, mode: str, name: str, folder: Path
+) -> Measured:
     """On every rank: train, read the counter, leave the parameters in `folder`."""
     torch.set_num_threads(1)
     sent: list[int] = []
@@ -119,7 +141,7 @@ def _train_and_measure(config: Config, bench: Bench, name: str, folder: Path) ->
             if layout.is_writer and step % max(1, config.train.steps // 4) == 0:
                 _note(f"{name}: step {step}/{config.train.steps}")
         parameters = {n: p.detach().clone() for n, p in model.named_parameters()}
-        torch.save(parameters, folder / f"{name}-{layout.rank}.pt")
+        torch.save(parameters, folder / f"{mode}-{layout.rank}.pt")
         node = layout.rank // bench.ranks_per_node
     return Measured(node, sent, (times[-1] - times[0]) / (len(times) - 1))
 
@@ -166,7 +188,7 @@ def print_result(result: dict[str, Any]) -> None:
     table.add_column("\nmode", no_wrap=True)
     for column in (
         "bytes,\nmean", "\nplanned", "\nratio", "bytes,\npeak", "\nplanned", "step\ntime",
-        "of every-\nstep", "parameters\ndiffer by",
+        "of every-\nstep", "link time of\nevery-step", "parameters\ndiffer by",
     ):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
     for mode in result["modes"]:
@@ -180,13 +202,15 @@ def print_result(result: dict[str, Any]) -> None:
             human_bytes(mode["planned_peak_bytes"]),
             f"{1e3 * mode['step_seconds']:.0f} ms",
             f"{mode['step_time_ratio']:.2f}",
+            f"{mode['link_time_ratio']:.2f}",
             "reference" if own else f"{mode['max_relative_difference']:.1e}",
         )
     console.print(table)
     staggered = next(m for m in result["modes"] if m["mode"] == "deferred-staggered")
     console.print(
         "\nBytes are those leaving one node in a step, TCP/IP headers and acknowledgements "
-        "included.\nA deferred mode differs from the every-step mode of the same phases.\n"
+        "included.\nLink time is what the limit of the link adds to a step of the same mode.\n"
+        "A deferred mode differs from the every-step mode of the same phases.\n"
         "The largest step of deferred-staggered sends "
         f"{staggered['peak_bytes'] / staggered['measured_bytes_per_step']:.2f} times its mean."
     )

@@ -23,7 +23,7 @@ from nlscale.optim.schedule import learning_rate, update_warmup
 from nlscale.parallel import cpu
 from nlscale.parallel.layout import Layout
 from nlscale.parallel.replicas import data_parallel_group, first_difference
-from nlscale.parallel.window import Window
+from nlscale.parallel.window import Window, reduce_across_nodes
 
 _RATIO_EVERY = 10
 """Updates between two measurements of the update-to-weight ratio of a level of period 1."""
@@ -79,6 +79,8 @@ class LevelOptimizer:
 
     def admit(self, tokens: int) -> None:
         """Add the step's gradient, of that many tokens over all ranks, to every window."""
+        if self.config.levels.reduction == Reduction.every_step:
+            reduce_across_nodes(self.layout, [s for w in self.windows for s in w.shards])
         for window in self.windows:
             window.admit(tokens)
 
@@ -92,6 +94,8 @@ class LevelOptimizer:
         """
         last = step == self.config.train.steps
         due = [g for g in self.groups if (g.group.due(step) or last) and g.window.tokens]
+        if self.config.levels.reduction == Reduction.deferred:
+            reduce_across_nodes(self.layout, [s for g in due for s in g.window.sums])
         for g in due:
             g.window.close()
             g.reductions += 1
@@ -229,7 +233,7 @@ def _group_optimizer(
     mc: TransformerConfig,
     layout: Layout,
 ) -> GroupOptimizer:
-    window = Window(group, parameters, mc, layout, config.parallel.overlap, config.levels.reduction)
+    window = Window(group, parameters, mc, layout, config.parallel.overlap)
     inner = _adamw(config.optimizer, parameters)
     with cpu.cuda_by_name():
         optimizer = DistributedOptimizer(

@@ -18,7 +18,6 @@ from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nlscale.config import Reduction
 from nlscale.levels import SyncGroup
 from nlscale.parallel import cpu
 from nlscale.parallel.layout import Layout
@@ -50,19 +49,17 @@ class Window:
         mc: TransformerConfig,
         layout: Layout,
         overlap: bool,
-        reduction: Reduction,
     ) -> None:
         self.group = group
         self.tokens = 0
         """Tokens of the steps admitted since the last update, over all ranks."""
-        self._across, self._reduction = layout.across_nodes, reduction
         with cpu.cuda_by_name():
             self.ddp = DistributedDataParallel(
                 mc,
                 DistributedDataParallelConfig(
                     grad_reduce_in_fp32=True,
                     use_distributed_optimizer=True,
-                    overlap_grad_reduce=overlap and layout.device.type == "cuda",
+                    overlap_grad_reduce=overlap,
                 ),
                 ParameterView(parameters),
                 pg_collection=layout.within_node,
@@ -92,15 +89,14 @@ class Window:
     def admit(self, tokens: int) -> None:
         """Add the step, of that many tokens over all ranks, to the window."""
         self.tokens += tokens
-        if self._reduction == Reduction.every_step:
-            self._reduce(self.shards)
         if self.sums is not self.shards:
             torch._foreach_add_(self.sums, self.shards)
 
     def close(self) -> None:
-        """Leave the mean gradient per token of the window in the gradient buffer, ready to step."""
-        if self._reduction == Reduction.deferred:
-            self._reduce(self.sums)
+        """Leave the mean gradient per token of the window in the gradient buffer, ready to step.
+
+        The sums must be those of all nodes by now.
+        """
         if self.sums is not self.shards:
             torch._foreach_copy_(self.shards, self.sums)
             torch._foreach_zero_(self.sums)
@@ -112,7 +108,12 @@ class Window:
         if factor != 1.0:
             torch._foreach_mul_(self.shards, factor)
 
-    def _reduce(self, tensors: list[Tensor]) -> None:
-        if self._across is not None:
-            for tensor in tensors:
-                dist.all_reduce(tensor, group=self._across)
+
+def reduce_across_nodes(layout: Layout, shards: list[Tensor]) -> None:
+    """Sum shards over the nodes, in place; all of them are under way at once."""
+    if layout.across_nodes is None:
+        return
+    group = layout.across_nodes
+    works = [dist.all_reduce(shard, group=group, async_op=True) for shard in shards]
+    for work in works:
+        work.wait()
