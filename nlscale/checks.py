@@ -14,6 +14,7 @@ from nlscale.data import BatchReader, Samples, TokenShards
 from nlscale.errors import UserError
 from nlscale.levels import Level, spectrum
 from nlscale.model.sizes import head_dim, level_hidden
+from nlscale.model.stages import stage_blocks
 
 
 @dataclass
@@ -92,7 +93,25 @@ def check_sizes(config: Config, ranks: int) -> int:
             f"train.global_batch {train.global_batch} is not divisible by train.micro_batch "
             f"{train.micro_batch} x {data_parallel} data-parallel ranks; use {near}"
         )
+    _enough_micro_batches(config, data_parallel)
     return data_parallel
+
+
+def _enough_micro_batches(config: Config, data_parallel: int) -> None:
+    """The interleaved schedule passes micro batches in groups of the pipeline's size."""
+    parallel, train = config.parallel, config.train
+    micro_batches = train.global_batch // (train.micro_batch * data_parallel)
+    if parallel.virtual_stages == 1 or micro_batches % parallel.pipeline == 0:
+        return
+    group = train.micro_batch * data_parallel * parallel.pipeline
+    below, above = train.global_batch // group * group, -(-train.global_batch // group) * group
+    near = " or ".join(str(n) for n in sorted({below, above} - {0}))
+    raise UserError(
+        f"train.global_batch {train.global_batch} makes {micro_batches} micro batches a rank; with "
+        f"parallel.virtual_stages {parallel.virtual_stages} they must be a multiple of "
+        f"parallel.pipeline {parallel.pipeline}; use train.global_batch={near}, or another "
+        f"train.micro_batch"
+    )
 
 
 _RANGES: dict[str, tuple[tuple[str, str], ...]] = {
@@ -103,7 +122,7 @@ _RANGES: dict[str, tuple[tuple[str, str], ...]] = {
         ("optimizer", "learning_rate eps"),
         ("train", "steps global_batch micro_batch validate_every validation_sequences"),
         ("train", "max_dropped_steps"),
-        ("parallel", "tensor pipeline ranks_per_node timeout_minutes"),
+        ("parallel", "tensor pipeline virtual_stages ranks_per_node timeout_minutes"),
     ),
     "0 or above": (("optimizer", "warmup_steps warmup_updates weight_decay clip"),),
     "from 0 to 1": (("optimizer", "min_learning_rate decay_fraction"),),
@@ -146,8 +165,31 @@ def _divides(config: Config) -> None:
     for index, hidden in enumerate(level_hidden(config)):
         if hidden % tensor:
             raise UserError(_not_divisible(f"levels.spectrum.{index}.hidden", hidden, tensor))
-    if config.parallel.pipeline > 1:
-        raise UserError("parallel.pipeline > 1 is not available yet; use parallel.tensor")
+    _sequence_parallel(config)
+    _pipeline(config)
+
+
+def _sequence_parallel(config: Config) -> None:
+    tensor, length = config.parallel.tensor, config.data.sequence_length
+    if not config.parallel.sequence:
+        return
+    if tensor == 1:
+        raise UserError(
+            "parallel.sequence splits the sequence over the tensor-parallel ranks; "
+            "use parallel.tensor=2 or more, or leave parallel.sequence out"
+        )
+    if length % tensor:
+        raise UserError(_not_divisible("data.sequence_length", length, tensor))
+
+
+def _pipeline(config: Config) -> None:
+    parallel = config.parallel
+    if parallel.virtual_stages > 1 and parallel.pipeline == 1:
+        raise UserError(
+            "parallel.virtual_stages interleaves the stages of pipeline ranks; "
+            "use parallel.pipeline=2 or more, or leave it at 1"
+        )
+    stage_blocks(config, config.model.vocabulary or 0)
 
 
 def _not_divisible(what: str, number: int, by: int, by_what: str = "parallel.tensor") -> str:

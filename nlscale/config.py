@@ -65,6 +65,15 @@ class Reduction(str, Enum):
     every_step = "every-step"
 
 
+class Recompute(str, Enum):
+    """A part of a block whose activations are computed again in the backward pass."""
+
+    mixer = "mixer"
+    """The memory scan, or softmax attention, from its projected inputs."""
+    cms = "cms"
+    """The hidden units of every CMS MLP, from the normalised residual stream."""
+
+
 @dataclass
 class RunConfig:
     """Where a run writes and what makes it reproducible."""
@@ -223,6 +232,9 @@ class TrainConfig:
     """Sequences a rank passes through the model at once."""
     dtype: Dtype = Dtype.bf16
     """bf16 or fp32 parameters and activations."""
+    recompute: list[Recompute] = field(default_factory=list)
+    """Parts of each block that are computed again in the backward pass instead of kept: `mixer`,
+    `cms`. Same numbers, less memory, more time."""
     validate_every: int = 100
     """Steps between validations; one is always made before the first and after the last step."""
     validation_sequences: int = 64
@@ -242,10 +254,18 @@ class ParallelConfig:
     """Ranks that share every layer (tensor parallel)."""
     pipeline: int = 1
     """Ranks that share the stack of layers (pipeline parallel)."""
+    sequence: bool = False
+    """Split the residual stream along the sequence between the tensor-parallel regions (sequence
+    parallel): activations shrink, the bytes sent stay the same. Needs tensor > 1."""
+    virtual_stages: int = 1
+    """Model stages a pipeline rank holds; above 1 the schedule is interleaved."""
+    stages: list[int] | None = None
+    """Blocks of each of the pipeline x virtual_stages model stages, first stage first; null: cut
+    so that the costliest stage costs least."""
     ranks_per_node: int | None = None
     """Ranks on one node; null: what torchrun says (LOCAL_WORLD_SIZE), else all of them."""
     overlap: bool = True
-    """Overlap the reduction inside the node with the backward pass (on GPUs)."""
+    """Overlap the reduction inside the node with the backward pass."""
     replica_check_every: int = 200
     """Steps between comparisons of parameters and optimizer state across replicas; 0: never."""
     timeout_minutes: float = 10.0

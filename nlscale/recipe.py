@@ -8,6 +8,7 @@ Everything here runs before a process group exists, so that a mistake costs a se
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import inspect
 import io
@@ -135,10 +136,11 @@ def describe_keys() -> str:
                 lines.extend([""] * (not prefix) + [f"{prefix}{name}: {docs[name]}"])
                 walk(typing.cast(type, item), f"{prefix}{name}{'.N' * (item is not hint)}.")
                 continue
-            default = "required" if f.default == MISSING else yaml.safe_dump(to_plain(f.default))
+            value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            default = "required" if value == MISSING else yaml.safe_dump(to_plain(value))
             notes = [default.strip().removesuffix("\n...")]
-            if isinstance(hint, type) and issubclass(hint, Enum):
-                notes.append("of " + ", ".join(member.value for member in hint))
+            if isinstance(item, type) and issubclass(item, Enum):
+                notes.append("of " + ", ".join(member.value for member in item))
             lines.append(f"{prefix}{name} ({'; '.join(notes)}): {docs[name]}")
 
     walk(Config, "")
@@ -315,25 +317,39 @@ def _check_keys(tree: Any, schema: type, prefix: str, sources: dict[str, str]) -
         key = f"{prefix}{name}"
         if name not in hints:
             raise UserError(_unknown(key, str(name), sources))
-        hint = hints[name]
-        if is_dataclass(hint):
-            _check_keys(value, typing.cast(type, hint), f"{key}.", sources)
-        elif typing.get_origin(hint) is list:
-            _check_list(value, typing.get_args(hint)[0], key, sources)
-        elif isinstance(hint, type) and issubclass(hint, Enum):
-            choices = [member.value for member in hint]
-            if value not in choices:
-                shown = "null" if value is None else repr(value)
-                raise UserError(
-                    f"{key}: {shown} is not one of {', '.join(choices)}{_where(key, sources)}"
-                )
-            tree[name] = hint(value)
+        tree[name] = _checked(value, hints[name], key, sources)
 
 
-def _check_list(items: Any, schema: type, key: str, sources: dict[str, str]) -> None:
-    if not isinstance(items, list):
-        shown = "empty" if items is None else repr(items)
-        raise UserError(f"{key} is {shown}{_where(key, sources)}; it must be {_LEVELS}")
+def _checked(value: Any, hint: Any, key: str, sources: dict[str, str]) -> Any:
+    """The value of a key; sections and lists are checked all the way down."""
+    if type(None) in typing.get_args(hint):
+        if value is None:
+            return None
+        (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
+    if is_dataclass(hint):
+        _check_keys(value, typing.cast(type, hint), f"{key}.", sources)
+    elif isinstance(hint, type) and issubclass(hint, Enum):
+        choices = [member.value for member in hint]
+        if value not in choices:
+            shown = "null" if value is None else repr(value)
+            raise UserError(
+                f"{key}: {shown} is not one of {', '.join(choices)}{_where(key, sources)}"
+            )
+        return hint(value)
+    elif typing.get_origin(hint) is list:
+        (item,) = typing.get_args(hint)
+        if not isinstance(value, list):
+            shown = "empty" if value is None else repr(value)
+            right = _LEVELS if is_dataclass(item) else f"a list such as [{value or ''}]"
+            raise UserError(f"{key} is {shown}{_where(key, sources)}; it must be {right}")
+        if is_dataclass(item):
+            _check_entries(value, typing.cast(type, item), key, sources)
+        else:
+            return [_checked(v, item, f"{key}.{i}", sources) for i, v in enumerate(value)]
+    return value
+
+
+def _check_entries(items: list[Any], schema: type, key: str, sources: dict[str, str]) -> None:
     for index, item in enumerate(items):
         _check_keys(item, schema, f"{key}.{index}.", sources)
         try:  # by itself, because OmegaConf's errors do not say which entry they are about

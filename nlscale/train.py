@@ -13,11 +13,15 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import nn
 
 from nlscale import recipe
 from nlscale.checks import Prepared
@@ -26,10 +30,11 @@ from nlscale.data import Samples
 from nlscale.errors import TrainingFailed, UserError
 from nlscale.figures import LOSS_FIGURE, SUMMARY_FILE
 from nlscale.levels import Level, slow_level_warnings
-from nlscale.model.hope import Hope
+from nlscale.model.hope import Hope, named_parameters
 from nlscale.model.init import initialize
 from nlscale.model.layers import megatron_config
 from nlscale.model.sizes import level_parameters
+from nlscale.model.stages import stage_blocks
 from nlscale.optim.levels import LevelOptimizer
 from nlscale.parallel.consensus import Verdict, agree
 from nlscale.parallel.layout import Layout, process_groups
@@ -78,7 +83,8 @@ class Trainer:
     config: Config
     layout: Layout
     levels: list[Level]
-    model: Hope
+    stages: list[Hope]
+    """What this rank holds of the model: all of it, or one or several pipeline stages."""
     optimizer: LevelOptimizer
     step: int = 0
     """Steps taken."""
@@ -89,28 +95,41 @@ class Trainer:
     def build(cls, config: Config, layout: Layout, levels: list[Level], vocabulary: int) -> Trainer:
         """Make and initialise the model; the same weights on every layout."""
         mc = megatron_config(config)
-        model = Hope(config, mc, vocabulary)
-        initialize(model, config.run.seed, layout.tensor_rank, layout.tensor_size)
-        model.to(layout.device)
-        return cls(config, layout, levels, model, LevelOptimizer(config, levels, model, mc, layout))
+        cut = stage_blocks(config, vocabulary)
+        mine = cut[layout.pipeline_rank :: layout.pipeline_size]
+        stages = [Hope(config, mc, vocabulary, blocks) for blocks in mine]
+        for stage in stages:
+            initialize(stage, config.run.seed, layout.tensor_rank, layout.tensor_size)
+            stage.to(layout.device)
+        optimizer = LevelOptimizer(config, levels, stages, vocabulary, mc, layout)
+        return cls(config, layout, levels, stages, optimizer)
 
-    def take_step(self, batches: list[Batch]) -> tuple[Verdict, dict[int, dict[str, float | None]]]:
+    def take_step(
+        self, batches: list[Batch], on_verdict: Callable[[Verdict], None] | None = None
+    ) -> tuple[Verdict, dict[int, dict[str, float | None]]]:
         """One step on this rank's micro batches: what all ranks saw of it, what was updated.
 
         A step that is not admitted enters no window. A window that is due closes all the same,
-        with the steps that it holds.
+        with the steps that it holds. `on_verdict` is called once the ranks have agreed, before
+        anything is updated.
         """
         self.step += 1
         self.optimizer.start_step()
-        loss_sum, seen = run_micro_batches(self.model, batches, self.optimizer.windows)
+        loss_sum, seen = run_micro_batches(self.stages, batches, self.optimizer.windows)
         finite = self.optimizer.finish_backward()
         verdict = agree(self.layout, loss_sum, seen, finite, stop=False)
+        if on_verdict is not None:
+            on_verdict(verdict)
         if self._spikes(verdict.loss):
             verdict = replace(verdict, admitted=False)
         if verdict.admitted:
             self.optimizer.admit(verdict.tokens)
             self.recent = [*self.recent[1 - _SPIKE_MEMORY :], verdict.loss]
         return verdict, self.optimizer.update(self.step)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters by their names in the whole model."""
+        return named_parameters(self.stages)
 
     def _spikes(self, loss: float) -> bool:
         """Whether a loss is out of line with the steps before it (train.drop_spikes)."""
@@ -123,7 +142,7 @@ def _run(
     config: Config, prepared: Prepared, layout: Layout, telemetry: Telemetry
 ) -> dict[str, Any]:
     trainer = Trainer.build(config, layout, prepared.levels, prepared.vocabulary)
-    model, optimizer = trainer.model, trainer.optimizer
+    optimizer = trainer.optimizer
     parameters = level_parameters(config, prepared.vocabulary)
     telemetry.note(_describe(config, prepared, layout, parameters))
     layers, stagger = config.model.layers, config.levels.stagger
@@ -135,7 +154,7 @@ def _run(
     warned: set[int] = set()
     losses: list[float] = []
     speeds: list[float] = []
-    held_out = _validate(config, prepared, layout, model, telemetry, 0, tokens)
+    held_out = _validate(prepared, trainer, telemetry, tokens)
     for step in range(1, config.train.steps + 1):
         started = time.monotonic()
         verdict, updated = trainer.take_step(read_step(config, prepared, layout, step))
@@ -152,7 +171,7 @@ def _run(
             warned.add(level)
         sent, saved = optimizer.traffic(step)
         bytes_sent, bytes_saved = bytes_sent + sent, bytes_saved + saved
-        _check_replicas(config, optimizer, model, step)
+        _check_replicas(trainer)
         seconds = time.monotonic() - started
         losses.append(verdict.loss)
         speeds.append(verdict.tokens / seconds)
@@ -171,7 +190,7 @@ def _run(
             }
         )
         if step % config.train.validate_every == 0 or step == config.train.steps:
-            held_out = _validate(config, prepared, layout, model, telemetry, step, tokens)
+            held_out = _validate(prepared, trainer, telemetry, tokens)
 
     last = [x for x in losses[-max(1, len(losses) // 20) :] if math.isfinite(x)]
     summary = {
@@ -211,24 +230,18 @@ def read_step(config: Config, prepared: Prepared, layout: Layout, step: int) -> 
     batches = []
     for i in range(prepared.micro_batches):
         offset = (i * layout.data_size + layout.data_rank) * size
-        batches.append(_to_batch(prepared.reader.read(first + offset, size), layout))
+        batches.append(_to_batch(prepared.reader.read(first + offset, size), layout, size))
     return batches
 
 
 def _validate(
-    config: Config,
-    prepared: Prepared,
-    layout: Layout,
-    model: Hope,
-    telemetry: Telemetry,
-    step: int,
-    tokens: int,
+    prepared: Prepared, trainer: Trainer, telemetry: Telemetry, tokens: int
 ) -> dict[str, Any]:
-    verdict = validation_loss(config, prepared.validation, layout, model)
+    verdict = validation_loss(trainer, prepared.validation)
     bits_per_token = verdict.loss / math.log(2)
     record = {
         "kind": "validation",
-        "step": step,
+        "step": trainer.step,
         "tokens": tokens,
         "loss": verdict.loss,
         "bits_per_byte": bits_per_token / prepared.validation.shards.bytes_per_token,
@@ -237,18 +250,23 @@ def _validate(
     return record
 
 
-def validation_loss(config: Config, samples: Samples, layout: Layout, model: Hope) -> Verdict:
-    """Loss over the first held-out sequences, shared out over the data-parallel ranks."""
-    size = config.train.micro_batch
-    mine = range(
-        layout.data_rank, min(config.train.validation_sequences, len(samples)), layout.data_size
-    )
-    total, seen = torch.zeros((), device=layout.device), 0
-    for first in range(0, len(mine), size):
-        rows = torch.stack([torch.from_numpy(samples[i]) for i in mine[first : first + size]])
-        loss_sum, count = run_micro_batches(model, [_split(rows.to(layout.device))], None)
-        total, seen = total + loss_sum, seen + count
-    return agree(layout, total, seen, torch.tensor(True, device=layout.device), stop=False)
+def validation_loss(trainer: Trainer, samples: Samples) -> Verdict:
+    """Loss over the first held-out sequences, shared out over the data-parallel ranks.
+
+    Every rank passes as many micro batches of one size as the schedule wants; rows beyond its
+    share are read again to fill them and are not counted.
+    """
+    config, layout = trainer.config, trainer.layout
+    size, group = config.train.micro_batch, config.parallel.pipeline
+    count = min(config.train.validation_sequences, len(samples))
+    mine = range(layout.data_rank, count, layout.data_size)
+    batches = []
+    for i in range(-(-count // (size * layout.data_size * group)) * group):
+        numbers = mine[i * size : (i + 1) * size]
+        filled = [*numbers, *[0] * (size - len(numbers))]
+        batches.append(_to_batch(np.stack([samples[n] for n in filled]), layout, len(numbers)))
+    loss_sum, seen = run_micro_batches(trainer.stages, batches, None)
+    return agree(layout, loss_sum, seen, torch.tensor(True, device=layout.device), stop=False)
 
 
 def finished_summary(config: Config, run_dir: Path) -> dict[str, Any] | None:
@@ -311,15 +329,15 @@ def _standing_still(updated: dict[int, dict[str, float | None]]) -> set[int]:
     return {level for level, ratio in ratios.items() if ratio is not None and ratio < _STANDS_STILL}
 
 
-def _check_replicas(config: Config, optimizer: LevelOptimizer, model: Hope, step: int) -> None:
-    every = config.parallel.replica_check_every
-    if not every or step % every:
+def _check_replicas(trainer: Trainer) -> None:
+    every = trainer.config.parallel.replica_check_every
+    if not every or trainer.step % every:
         return
-    different = optimizer.replica_difference(model)
+    different = trainer.optimizer.replica_difference(trainer.named_parameters())
     if different is not None:
         raise TrainingFailed(
-            f"replicas differ after step {step}, first in {different}: a rank computed something "
-            f"else than the others; check its memory and GPU before going on"
+            f"replicas differ after step {trainer.step}, first in {different}: a rank computed "
+            f"something else than the others; check its memory and GPU before going on"
         )
 
 
@@ -346,9 +364,6 @@ def _describe(config: Config, prepared: Prepared, layout: Layout, parameters: li
     )
 
 
-def _to_batch(samples: Any, layout: Layout) -> Batch:
-    return _split(torch.from_numpy(samples).to(layout.device))
-
-
-def _split(rows: torch.Tensor) -> Batch:
-    return rows[:, :-1], rows[:, 1:]
+def _to_batch(samples: NDArray[np.int64], layout: Layout, counted: int) -> Batch:
+    rows = torch.from_numpy(samples).to(layout.device)
+    return Batch(rows[:, :-1], rows[:, 1:], counted)

@@ -12,6 +12,7 @@ from nlscale.bench.tokens import random_tokens
 from nlscale.config import Config
 from nlscale.errors import UserError
 from nlscale.levels import spectrum
+from nlscale.model.sizes import level_parameters
 from nlscale.parallel.layout import process_groups
 from nlscale.train import Trainer
 
@@ -50,7 +51,7 @@ def bench_step(config: Config, steps: int) -> dict[str, Any]:
         "fastest_step_seconds": min(seconds),
         "steps": steps,
         "tokens_per_step": tokens,
-        "parameters": trainer.model.parameter_count(),
+        "parameters": sum(level_parameters(config, config.model.vocabulary)),
         "mixer": config.model.mixer.value,
         "dtype": config.train.dtype.value,
         "device": layout.device.type,

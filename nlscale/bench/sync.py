@@ -32,14 +32,10 @@ from nlscale.bench.ranks import run_ranks, scratch
 from nlscale.bench.tokens import random_tokens
 from nlscale.config import Config
 from nlscale.errors import TrainingFailed
-from nlscale.model.hope import Hope
-from nlscale.model.init import initialize
-from nlscale.model.layers import megatron_config
-from nlscale.optim.levels import LevelOptimizer
-from nlscale.parallel.consensus import agree
+from nlscale.parallel.consensus import Verdict
 from nlscale.parallel.layout import process_groups
-from nlscale.parallel.schedule import run_micro_batches
 from nlscale.plan import traffic
+from nlscale.train import Trainer
 from nlscale.units import human_bytes
 
 
@@ -119,28 +115,24 @@ def _train_and_measure(
     sent: list[int] = []
     times: list[float] = []
     with process_groups(config) as layout:
-        mc = megatron_config(config)
-        model = Hope(config, mc, bench.vocabulary)
-        initialize(model, config.run.seed, layout.tensor_rank, layout.tensor_size)
-        optimizer = LevelOptimizer(config, bench.levels, model, mc, layout)
-        for step in range(1, config.train.steps + 1):
-            optimizer.start_step()
-            batches = random_tokens(config, step, layout.data_rank, layout.data_size)
-            loss_sum, seen = run_micro_batches(model, batches, optimizer.windows)
-            verdict = agree(layout, loss_sum, seen, optimizer.finish_backward(), stop=False)
-            if step > WARMUP:
+        trainer = Trainer.build(config, layout, bench.levels, bench.vocabulary)
+
+        def read_counter(verdict: Verdict) -> None:
+            if trainer.step > WARMUP:
                 sent.append(sent_bytes())
                 times.append(time.monotonic())
                 # The ranks of a node wait for the reading, so that nothing of this step is in it;
                 # they do so on `lo`, which no link counts.
                 dist.barrier(group=layout.replica)
+
+        for step in range(1, config.train.steps + 1):
+            batches = random_tokens(config, step, layout.data_rank, layout.data_size)
+            verdict, _ = trainer.take_step(batches, read_counter)
             if not verdict.admitted:
                 raise TrainingFailed(f"{name}: step {step} was not finite; nothing was measured")
-            optimizer.admit(verdict.tokens)
-            optimizer.update(step)
             if layout.is_writer and step % max(1, config.train.steps // 4) == 0:
                 _note(f"{name}: step {step}/{config.train.steps}")
-        parameters = {n: p.detach().clone() for n, p in model.named_parameters()}
+        parameters = {n: p.detach().clone() for n, p in trainer.named_parameters().items()}
         torch.save(parameters, folder / f"{mode}-{layout.rank}.pt")
         node = layout.rank // bench.ranks_per_node
     return Measured(node, sent, (times[-1] - times[0]) / (len(times) - 1))

@@ -29,7 +29,7 @@ def random_tokens(
         start = first + (i * data_size + data_rank) * size
         rows = np.stack([_sample(config, number) for number in range(start, start + size)])
         tokens = torch.from_numpy(rows).to(device)
-        batches.append((tokens[:, :-1], tokens[:, 1:]))
+        batches.append(Batch(tokens[:, :-1], tokens[:, 1:], size))
     return batches
 
 

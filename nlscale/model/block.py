@@ -7,7 +7,7 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nlscale.config import Mixer, ModelConfig
+from nlscale.config import Mixer, ModelConfig, Recompute
 from nlscale.model.cms import CMS
 from nlscale.model.layers import RMSNorm
 from nlscale.model.mixers.attention import Attention
@@ -17,14 +17,20 @@ from nlscale.model.mixers.memory import MemoryMixer
 class Block(nn.Module):
     """x <- x + mixer(norm(x)); x <- CMS(x). x is [sequence, batch, d_model]."""
 
-    def __init__(self, model: ModelConfig, mc: TransformerConfig, hidden: list[int]) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        mc: TransformerConfig,
+        hidden: list[int],
+        recompute: frozenset[Recompute],
+    ) -> None:
         super().__init__()
         # two additions to the residual stream a block, whatever the number of levels
         residual_std = model.init_std / (2 * model.layers) ** 0.5
         make = Attention if model.mixer == Mixer.attention else MemoryMixer
         self.norm = RMSNorm(mc, model.d_model, model.norm_eps)
-        self.mixer = make(model, mc, residual_std)
-        self.cms = CMS(model, mc, hidden, residual_std)
+        self.mixer = make(model, mc, residual_std, Recompute.mixer in recompute)
+        self.cms = CMS(model, mc, hidden, residual_std, Recompute.cms in recompute)
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         mixed, state = self.mixer(self.norm(x), state)

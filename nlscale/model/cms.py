@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -9,30 +11,50 @@ from torch import Tensor, nn
 
 from nlscale.config import CmsForm, ModelConfig
 from nlscale.model.init import constant, normal, tag
-from nlscale.model.layers import RMSNorm, column_linear, reduce_output, row_linear
+from nlscale.model.layers import (
+    RMSNorm,
+    column_linear,
+    gather_input,
+    recomputed,
+    reduce_output,
+    row_linear,
+)
 
 
 class LevelMLP(nn.Module):
     """SwiGLU: W_down ( SiLU(W_gate x) * W_up x ), hidden units split over the tensor group."""
 
     def __init__(
-        self, model: ModelConfig, mc: TransformerConfig, hidden: int, residual_std: float
+        self,
+        model: ModelConfig,
+        mc: TransformerConfig,
+        hidden: int,
+        residual_std: float,
+        recompute: bool,
     ) -> None:
         super().__init__()
         d = model.d_model
-        self.up = column_linear(mc, d, 2 * hidden, normal(model.init_std), sections=2)
+        self.up = column_linear(mc, d, [hidden, hidden], normal(model.init_std))
         self.down = row_linear(mc, hidden, d, normal(residual_std))
-
-    def hidden(self, x: Tensor) -> Tensor:
-        gate, up = self.up(x)[0].chunk(2, dim=-1)
-        return F.silu(gate) * up
+        self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.hidden(x))[0]
+        return self.down(self._hidden(lambda x: self.up(x)[0], x))[0]
 
     def partial(self, weight: Tensor, x: Tensor) -> Tensor:
-        """This rank's part of weight * forward(x), before the reduction over the tensor group."""
-        return F.linear(weight * self.hidden(x), self.down.weight)
+        """This rank's part of weight * MLP(x), for x that `gather_input` returned.
+
+        To be summed over the levels and then, once, over the tensor group.
+        """
+        hidden = self._hidden(lambda x: F.linear(x, self.up.weight), x)
+        return F.linear(weight * hidden, self.down.weight)
+
+    def _hidden(self, up_projection: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        def hidden(x: Tensor) -> Tensor:
+            gate, up = up_projection(x).chunk(2, dim=-1)
+            return F.silu(gate) * up
+
+        return recomputed(hidden, x) if self.recompute else hidden(x)
 
 
 class CMS(nn.Module):
@@ -48,15 +70,17 @@ class CMS(nn.Module):
         mc: TransformerConfig,
         hidden: list[int],
         residual_std: float,
+        recompute: bool,
     ) -> None:
         super().__init__()
         self.mc, self.independent = mc, model.cms == CmsForm.independent
-        self.mlps = nn.ModuleList(LevelMLP(model, mc, h, residual_std) for h in hidden)
+        self.mlps = nn.ModuleList(LevelMLP(model, mc, h, residual_std, recompute) for h in hidden)
         norms = 1 if self.independent else len(hidden)
         self.norms = nn.ModuleList(RMSNorm(mc, model.d_model, model.norm_eps) for _ in range(norms))
         if self.independent and len(hidden) > 1:
             self.mixture = nn.Parameter(torch.empty(len(hidden), dtype=mc.params_dtype))
-            tag(self.mixture, constant(0.0))
+            # a rank sees what its own hidden units make of each weight
+            tag(self.mixture, constant(0.0), partial_gradient=mc.tensor_model_parallel_size > 1)
         else:
             self.register_parameter("mixture", None)
 
@@ -71,7 +95,7 @@ class CMS(nn.Module):
             for norm, mlp in zip(self.norms, self.mlps, strict=True):
                 x = x + mlp(norm(x))
             return x
-        normed = self.norms[0](x)
+        normed = gather_input(self.mc, self.norms[0](x))
         weights = torch.softmax(self.mixture, 0)
         partials = [
             mlp.partial(weight, normed)  # type: ignore[operator]

@@ -39,10 +39,11 @@ class Hope(nn.Module):
         self.layers = model.layers
         self.is_first, self.is_last = blocks.start == 0, blocks.stop == model.layers
         self.embedding = embedding(mc, vocabulary, model.init_std) if self.is_first else None
-        self.blocks = nn.ModuleDict({str(i): Block(model, mc, hidden) for i in blocks})
+        recompute = frozenset(config.train.recompute)
+        self.blocks = nn.ModuleDict({str(i): Block(model, mc, hidden, recompute) for i in blocks})
         if self.is_last:
             self.norm = RMSNorm(mc, model.d_model, model.norm_eps)
-            self.head = column_linear(mc, model.d_model, vocabulary, normal(model.init_std))
+            self.head = column_linear(mc, model.d_model, [vocabulary], normal(model.init_std))
         self._input: Tensor | None = None
 
     def set_input_tensor(self, tensor: Tensor | list[Tensor | None] | None) -> None:
@@ -90,6 +91,7 @@ class Hope(nn.Module):
             return x
         return cross_entropy(self.logits(x).float(), targets.transpose(0, 1).contiguous())
 
-    def parameter_count(self) -> int:
-        """Parameters held by this rank."""
-        return sum(p.numel() for p in self.parameters())
+
+def named_parameters(stages: list[Hope]) -> dict[str, nn.Parameter]:
+    """The parameters of some stages by their names in the whole model."""
+    return {name: p for stage in stages for name, p in stage.named_parameters()}

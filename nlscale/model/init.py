@@ -8,7 +8,7 @@ seed gives the same model on every layout of tensor and pipeline ranks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ def tag(
     parameter: nn.Parameter,
     init: Initializer,
     partition_dim: int | None = None,
-    sections: int = 1,
+    sections: Sequence[int] = (),
+    partial_gradient: bool = False,
 ) -> None:
     """Say how a parameter is initialised and split over the tensor-parallel group.
 
@@ -30,14 +31,19 @@ def tag(
         parameter: this rank's part.
         init: fills the full tensor.
         partition_dim: the dimension that is split; None where every rank holds all of it.
-        sections: equal parts stacked along that dimension, each split by itself.
+        sections: sizes, in the full tensor, of what is stacked along that dimension, each split by
+            itself; none: one section.
+        partial_gradient: every rank holds all of it, but sees only a part of its gradient: the
+            gradient must be summed over the tensor-parallel group.
     """
     carrier: Any = parameter
     carrier.initializer = init
+    carrier.sections = tuple(sections)
+    carrier.partial_gradient = partial_gradient
     # the names under which megatron-core looks for the same
     carrier.tensor_model_parallel = partition_dim is not None
     carrier.partition_dim = -1 if partition_dim is None else partition_dim
-    carrier.partition_stride = sections
+    carrier.partition_stride = 1
 
 
 def initialize(model: nn.Module, seed: int, tensor_rank: int, tensor_size: int) -> None:
@@ -46,19 +52,38 @@ def initialize(model: nn.Module, seed: int, tensor_rank: int, tensor_size: int) 
         parameter: Any
         for name, parameter in model.named_parameters():
             generator = torch.Generator().manual_seed(_seed(seed, name))
-            dim, sections = parameter.partition_dim, parameter.partition_stride
-            shape = list(parameter.shape)
-            if dim >= 0:
-                shape[dim] *= tensor_size
-            full = torch.empty(shape)
+            full = torch.empty(full_shape(parameter, tensor_size))
             parameter.initializer(full, generator)
-            if dim >= 0 and tensor_size > 1:
-                parts = [
-                    section.chunk(tensor_size, dim)[tensor_rank]
-                    for section in full.chunk(sections, dim)
-                ]
-                full = torch.cat(parts, dim)
-            parameter.copy_(full)
+            parameter.copy_(split(full, parameter, tensor_size)[tensor_rank])
+
+
+def full_shape(parameter: Any, tensor_size: int) -> list[int]:
+    """Shape of the whole parameter of which this is one rank's part."""
+    shape = list(parameter.shape)
+    if parameter.tensor_model_parallel:
+        shape[parameter.partition_dim] *= tensor_size
+    return shape
+
+
+def split(full: Tensor, parameter: Any, tensor_size: int) -> list[Tensor]:
+    """The parts of a whole tensor that is split as the (tagged) parameter is, by tensor rank."""
+    if not parameter.tensor_model_parallel:
+        return [full] * tensor_size
+    dim = parameter.partition_dim
+    sections = full.split(parameter.sections or (full.shape[dim],), dim)
+    pieces = zip(*(section.chunk(tensor_size, dim) for section in sections), strict=True)
+    return [torch.cat(piece, dim) for piece in pieces]
+
+
+def join(parts: list[Tensor], parameter: Any) -> Tensor:
+    """The whole tensor of which these are the parts by tensor rank; undoes `split`."""
+    if not parameter.tensor_model_parallel:
+        return parts[0]
+    dim = parameter.partition_dim
+    sizes = parameter.sections or (parts[0].shape[dim] * len(parts),)
+    local = [size // len(parts) for size in sizes]
+    by_section = zip(*(part.split(local, dim) for part in parts), strict=True)
+    return torch.cat([torch.cat(section, dim) for section in by_section], dim)
 
 
 def normal(std: float) -> Initializer:

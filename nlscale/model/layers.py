@@ -5,7 +5,7 @@ The only file of the model that names megatron-core. Tensors are [sequence, batc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,24 +19,32 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nlscale.config import Config, Dtype
 from nlscale.model.init import Initializer, normal, ones, tag
 
 
-def megatron_config(config: Config, **schedule: Any) -> TransformerConfig:
+def megatron_config(config: Config) -> TransformerConfig:
     """What megatron-core's layers and schedules need to know of the run.
 
     The loss is a sum over tokens (`calculate_per_token_loss`): windows are divided by their
     token count only when they are applied (MATH 1).
     """
-    bf16 = config.train.dtype == Dtype.bf16
+    bf16, parallel = config.train.dtype == Dtype.bf16, config.parallel
+    interleaved = parallel.virtual_stages > 1
     return TransformerConfig(
-        num_layers=config.model.layers,
+        num_layers=parallel.pipeline * parallel.virtual_stages,  # ours are cut by model.stages
         hidden_size=config.model.d_model,
         num_attention_heads=config.model.heads,
-        tensor_model_parallel_size=config.parallel.tensor,
-        pipeline_model_parallel_size=config.parallel.pipeline,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_stages if interleaved else None,
+        # Interleaved over two ranks, both neighbours are the same rank: a batch of sends to it
+        # would mix up activations and gradients.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        sequence_parallel=parallel.sequence,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         bf16=bf16,
@@ -44,22 +52,21 @@ def megatron_config(config: Config, **schedule: Any) -> TransformerConfig:
         perform_initialization=False,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
-        **schedule,
     )
 
 
 def column_linear(
-    mc: TransformerConfig, inputs: int, outputs: int, init: Initializer, sections: int = 1
+    mc: TransformerConfig, inputs: int, outputs: Sequence[int], init: Initializer
 ) -> ColumnParallelLinear:
     """y = x W^T with the rows of W split over the tensor-parallel group.
 
-    `sections` outputs of equal size are stacked in W; each is split by itself, so that a rank
-    holds the same part of every section.
+    Outputs of these sizes are stacked in W; each is split by itself, so that a rank holds the same
+    part of every one.
     """
     layer = ColumnParallelLinear(
-        inputs, outputs, config=mc, init_method=_unused, bias=False, gather_output=False
+        inputs, sum(outputs), config=mc, init_method=_unused, bias=False, gather_output=False
     )
-    tag(layer.weight, init, partition_dim=0, sections=sections)
+    tag(layer.weight, init, partition_dim=0, sections=outputs)
     return layer
 
 
@@ -78,6 +85,16 @@ def row_linear(
     )
     tag(layer.weight, init, partition_dim=1)
     return layer
+
+
+def gather_input(mc: TransformerConfig, x: Tensor) -> Tensor:
+    """The input side of `column_linear` alone, for several products of one input.
+
+    Gathers the sequence where it is split; the gradient is summed over the tensor-parallel group.
+    """
+    if mc.sequence_parallel:
+        return mappings.gather_from_sequence_parallel_region(x)
+    return mappings.copy_to_tensor_model_parallel_region(x)
 
 
 def reduce_output(mc: TransformerConfig, partial: Tensor) -> Tensor:
@@ -112,10 +129,15 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, dtype=mc.params_dtype))
-        tag(self.weight, ones)
+        tag(self.weight, ones, partial_gradient=mc.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """function(*inputs), keeping only the inputs for the backward pass."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _unused(weight: Tensor) -> None:

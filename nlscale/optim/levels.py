@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from nlscale.config import ClipScope, Config, Dtype, OptimizerConfig, Reduction
 from nlscale.levels import Level, SyncGroup, reduction_bytes, sync_group
-from nlscale.model.hope import Hope
+from nlscale.model.groups import group_parameters
+from nlscale.model.hope import Hope, named_parameters
 from nlscale.optim.schedule import learning_rate, update_warmup
 from nlscale.parallel import cpu
 from nlscale.parallel.layout import Layout
@@ -35,32 +36,44 @@ class GroupOptimizer:
 
     window: Window
     optimizer: DistributedOptimizer
-    parameters: int
-    """Parameters of this rank's part of the model in the group, over its data-parallel ranks."""
-    updates: int = 0
-    reductions: int = 0
 
     @property
     def group(self) -> SyncGroup:
         return self.window.group
 
 
+@dataclass
+class Progress:
+    """Where a sync group stands; the same on every rank, also on those that hold none of it."""
+
+    tokens: int = 0
+    """Tokens in the window, of the steps admitted since the last update, over all ranks."""
+    updates: int = 0
+    reductions: int = 0
+    """Across nodes; fewer than steps only where they are deferred."""
+
+
 class LevelOptimizer:
-    """All sync groups of a rank's part of the model."""
+    """All sync groups of a rank's part of the model, and the progress of all of the model."""
 
     def __init__(
         self,
         config: Config,
         levels: list[Level],
-        model: Hope,
+        stages: list[Hope],
+        vocabulary: int,
         mc: TransformerConfig,
         layout: Layout,
     ) -> None:
         self.config, self.levels, self.layout = config, levels, layout
         self.groups = [
             _group_optimizer(group, parameters, config, mc, layout)
-            for group, parameters in split_by_group(config, levels, model).items()
+            for group, parameters in split_by_group(config, levels, stages).items()
         ]
+        self._sizes = group_parameters(config, levels, vocabulary, config.levels.stagger)
+        self.progress = {group: Progress() for group in self._sizes}
+        held: dict[str, Any] = named_parameters(stages)
+        self._partial = [p for p in held.values() if p.partial_gradient]
 
     @property
     def windows(self) -> list[Window]:
@@ -75,14 +88,19 @@ class LevelOptimizer:
         """Sum the step's gradient inside the node; whether it is finite here, a bool tensor."""
         for window in self.windows:
             window.finish_step()
+        self._sum_partial_gradients()
         return torch.isfinite(torch.stack([w.square() for w in self.windows])).all()
 
     def admit(self, tokens: int) -> None:
         """Add the step's gradient, of that many tokens over all ranks, to every window."""
         if self.config.levels.reduction == Reduction.every_step:
             reduce_across_nodes(self.layout, [s for w in self.windows for s in w.shards])
+            for progress in self.progress.values():
+                progress.reductions += 1
         for window in self.windows:
-            window.admit(tokens)
+            window.admit()
+        for progress in self.progress.values():
+            progress.tokens += tokens
 
     def update(self, step: int) -> dict[int, dict[str, float | None]]:
         """Step the groups that are due after this step, counted from 1; all of them at the end.
@@ -93,65 +111,85 @@ class LevelOptimizer:
             which that is not measured: for a level of period 1, all but every tenth).
         """
         last = step == self.config.train.steps
-        due = [g for g in self.groups if (g.group.due(step) or last) and g.window.tokens]
+        closing = {
+            group: progress
+            for group, progress in self.progress.items()
+            if (group.due(step) or last) and progress.tokens
+        }
+        due = [g for g in self.groups if g.group in closing]
         if self.config.levels.reduction == Reduction.deferred:
             reduce_across_nodes(self.layout, [s for g in due for s in g.window.sums])
+            for progress in closing.values():
+                progress.reductions += 1
         for g in due:
-            g.window.close()
-            g.reductions += 1
+            g.window.close(closing[g.group].tokens)
             with cpu.cuda_by_name():
                 g.optimizer.prepare_grads()
         norms = self._norms(due)
-        measured = [g for g in due if g.group.period > 1 or g.updates % _RATIO_EVERY == 0]
+        measured = [
+            g for g in due if g.group.period > 1 or closing[g.group].updates % _RATIO_EVERY == 0
+        ]
         before = [[p.detach().clone() for p in _main_parameters(g)] for g in measured]
         rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
-        rates: dict[int, float] = {}
+        rates: dict[SyncGroup, float] = {}
+        for group, progress in closing.items():
+            warmup = update_warmup(self.config.optimizer, progress.updates)
+            rates[group] = rate * self.levels[group.level].learning_rate_scale * warmup
+            progress.tokens, progress.updates = 0, progress.updates + 1
         for g in due:
-            warmup = update_warmup(self.config.optimizer, g.updates)
-            rates[g.group.level] = rate * self.levels[g.group.level].learning_rate_scale * warmup
             g.window.scale(self._clip_factor(norms, g.group.level))
             for param_group in g.optimizer.optimizer.param_groups:
-                param_group["lr"] = rates[g.group.level]
+                param_group["lr"] = rates[g.group]
             with cpu.cuda_by_name():
                 g.optimizer.step_with_ready_grads()
-            g.updates += 1
         ratios = self._update_ratios(measured, before)
         return {
-            level.index: {
-                "learning_rate": rates[level.index],
-                "grad_norm": norms[level.index],
-                "update_ratio": ratios[level.index],
+            group.level: {
+                "learning_rate": rate,
+                "grad_norm": norms[group.level],
+                "update_ratio": ratios[group.level],
             }
-            for level in self.levels
-            if level.index in rates
+            for group, rate in rates.items()
         }
 
     def counts(self, level: int) -> tuple[int, int]:
         """Updates and reductions of a level: of that of its sync groups that made most."""
-        mine = [g for g in self.groups if g.group.level == level]
-        return max(g.updates for g in mine), max(g.reductions for g in mine)
+        mine = [p for group, p in self.progress.items() if group.level == level]
+        return max(p.updates for p in mine), max(p.reductions for p in mine)
 
     def traffic(self, step: int) -> tuple[float, float]:
         """Inter-node bytes that a node sends at this step, and that it does not have to send.
 
-        Gradients only, as `nlscale plan` counts them; the second because groups are not due.
+        Gradients only, mean over the nodes, as `nlscale plan` counts them; the second because
+        groups are not due.
         """
         waiting = 0
         if self.config.levels.reduction == Reduction.deferred:
-            waiting = sum(g.parameters for g in self.groups if not g.group.due(step))
-        crossing = sum(g.parameters for g in self.groups) - waiting
-        scale, nodes = self.layout.model_ranks_per_node, self.layout.nodes
-        return reduction_bytes(scale * crossing, nodes), reduction_bytes(scale * waiting, nodes)
+            waiting = sum(n for group, n in self._sizes.items() if not group.due(step))
+        crossing = sum(self._sizes.values()) - waiting
+        nodes = self.layout.nodes
+        share = nodes / self.layout.all_nodes
+        return share * reduction_bytes(crossing, nodes), share * reduction_bytes(waiting, nodes)
 
     def window_fill(self, level: int, tokens_per_step: int) -> float:
         """Share of its period that the fullest window of a level holds now, 0 to 1."""
-        mine = [w for w in self.windows if w.group.level == level]
-        return max(w.tokens / (w.group.period * tokens_per_step) for w in mine)
+        return max(
+            progress.tokens / (group.period * tokens_per_step)
+            for group, progress in self.progress.items()
+            if group.level == level
+        )
 
-    def replica_difference(self, model: Hope) -> str | None:
-        """The first parameter, or optimizer state, that replicas do not share bit for bit."""
-        named = {name: p.detach() for name, p in model.named_parameters()}
+    def replica_difference(self, parameters: dict[str, Any]) -> str | None:
+        """The first parameter, or optimizer state, that replicas do not share bit for bit.
+
+        Args:
+            parameters: this rank's, by name.
+        """
+        named = {name: p.detach() for name, p in parameters.items()}
+        whole = {n: p for n, p in named.items() if not parameters[n].tensor_model_parallel}
         different = first_difference(self.layout, named, data_parallel_group())
+        if different is None and whole:
+            different = first_difference(self.layout, whole, self.layout.tensor_group)
         if different is None and self.layout.across_nodes is not None:
             state = {
                 f"{key} of the optimizer, level {g.group.level} phase {g.group.phase}, shard {i}": v
@@ -163,6 +201,21 @@ class LevelOptimizer:
             if state:
                 different = first_difference(self.layout, state, self.layout.across_nodes)
         return different
+
+    def _sum_partial_gradients(self) -> None:
+        """Sum over the tensor-parallel group what its ranks see parts of.
+
+        Of the buffers that the reduction inside the node has gone over: it changes other elements
+        of them on other data-parallel ranks, but the same ones on all ranks of a tensor group.
+        """
+        if not self._partial:
+            return
+        gradients = [p.main_grad for p in self._partial]
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        dist.all_reduce(flat, group=self.layout.tensor_group)
+        sums = flat.split([g.numel() for g in gradients])
+        for gradient, summed in zip(gradients, sums, strict=True):
+            gradient.copy_(summed.view_as(gradient))
 
     def _norms(self, due: list[GroupOptimizer]) -> list[float]:
         """Norm of the window gradient of what updates now, per level."""
@@ -215,14 +268,15 @@ def _main_parameters(g: GroupOptimizer) -> list[Any]:
 
 
 def split_by_group(
-    config: Config, levels: list[Level], model: Hope
+    config: Config, levels: list[Level], stages: list[Hope]
 ) -> dict[SyncGroup, dict[str, nn.Parameter]]:
-    """The model's parameters by sync group, in the order of levels and phases."""
+    """The parameters of some stages by sync group, in the order of levels and phases."""
     split: dict[SyncGroup, dict[str, nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        level, depth = model.level_and_depth(name)
-        group = sync_group(levels[level], depth, config.model.layers, config.levels.stagger)
-        split.setdefault(group, {})[name] = parameter
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            level, depth = stage.level_and_depth(name)
+            group = sync_group(levels[level], depth, config.model.layers, config.levels.stagger)
+            split.setdefault(group, {})[name] = parameter
     return dict(sorted(split.items()))
 
 
@@ -255,7 +309,7 @@ def _group_optimizer(
             data_parallel_group_idx=0,
             distributed_optimizer_instance_id=0,
         )
-    return GroupOptimizer(window, optimizer, sum(p.numel() for p in parameters.values()))
+    return GroupOptimizer(window, optimizer)
 
 
 def _adamw(config: OptimizerConfig, parameters: dict[str, nn.Parameter]) -> torch.optim.AdamW:

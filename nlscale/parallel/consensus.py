@@ -36,8 +36,8 @@ def agree(
         finite: whether loss and gradient were finite here.
         stop: whether this rank was asked to stop.
     """
-    # The same batch is seen by every rank of a tensor-parallel group; one of them speaks for it.
-    speaks = layout.tensor_rank == 0
+    # Every rank of a copy of the model sees the same batch; one of them speaks for it.
+    speaks = layout.speaks
     ok = finite & torch.isfinite(loss_sum)
     report = torch.zeros(4, dtype=torch.float64, device=layout.device)
     report[0] = torch.where(ok, loss_sum, torch.zeros_like(loss_sum)) if speaks else 0.0

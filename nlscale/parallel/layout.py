@@ -29,12 +29,16 @@ class Layout:
     data_size: int
     tensor_rank: int
     tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
     nodes: int
     """Nodes a data-parallel group spans."""
-    model_ranks_per_node: int
-    """Different parts of the model (tensor x pipeline) that one node holds."""
+    all_nodes: int
+    """Nodes of the run."""
     within_node: ProcessGroupCollection
     """Where a gradient buffer is sharded: the data-parallel ranks of one node."""
+    tensor_group: dist.ProcessGroup
+    """The ranks that share every layer."""
     across_nodes: dist.ProcessGroup | None
     """The ranks that hold the same shard on each node; None on one node."""
     replica: dist.ProcessGroup
@@ -43,6 +47,11 @@ class Layout:
     @property
     def is_writer(self) -> bool:
         return self.rank == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank reports the loss of its data-parallel rank: it sees it, alone."""
+        return self.tensor_rank == 0 and self.pipeline_rank == self.pipeline_size - 1
 
 
 @contextmanager
@@ -75,12 +84,14 @@ def _join(timeout_minutes: float) -> None:
 
 def _layout(config: Config) -> Layout:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    virtual = config.parallel.virtual_stages
     per_node = config.parallel.ranks_per_node
     per_node = per_node or int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     nodes = _nodes_of_a_data_group(dist.get_world_size(), per_node, tensor, pipeline)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         num_distributed_optimizer_instances=nodes,
         create_gloo_process_groups=False,
     )
@@ -104,9 +115,12 @@ def _layout(config: Config) -> Layout:
         data_size=parallel_state.get_data_parallel_world_size(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=tensor,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=pipeline,
         nodes=nodes,
-        model_ranks_per_node=max(1, min(per_node // inside.size(), tensor * pipeline)),
+        all_nodes=dist.get_world_size() // per_node,
         within_node=groups,
+        tensor_group=groups.tp,
         across_nodes=parallel_state.get_inter_distributed_optimizer_instance_group()
         if nodes > 1
         else None,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -12,53 +14,62 @@ from torch import Tensor
 from nlscale.model.hope import Hope
 from nlscale.parallel.window import Window
 
-Batch = tuple[Tensor, Tensor]
-"""Tokens and targets, int64 [micro batch, sequence]."""
+
+class Batch(NamedTuple):
+    """A micro batch."""
+
+    tokens: Tensor
+    """int64 [rows, sequence]."""
+    targets: Tensor
+    """int64 [rows, sequence]: the tokens that follow."""
+    counted: int
+    """The first rows, whose loss counts; what lies below only fills the shape."""
 
 
 def run_micro_batches(
-    model: Hope,
+    stages: list[Hope],
     batches: list[Batch],
     windows: list[Window] | None,
 ) -> tuple[Tensor, int]:
     """Pass the micro batches of this rank through the model.
 
     Args:
-        model: this rank's part of the model.
-        batches: what the rank reads in this step.
+        stages: what this rank holds of the model: one stage, or several interleaved.
+        batches: what the rank reads in this step; with several pipeline ranks all of one shape.
         windows: where gradients go; None for a forward pass only (validation).
 
     Returns:
-        The sum of the losses over this rank's tokens (0 on an earlier stage) and their number.
+        The sum of the losses over the counted tokens (0 where the rank does not hold the last
+        stage) and the number of those tokens.
     """
     sums: list[Tensor] = []
 
-    def loss_of(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        total = losses.sum()
+    def loss_of(losses: Tensor, counted: int) -> tuple[Tensor, Tensor, Tensor]:
+        total = losses[:, :counted].sum()
         # The schedule works on `total` in place: what is reported is a copy.
         sums.append(total.detach().clone())
         return total, torch.tensor(losses.numel(), dtype=torch.int), sums[-1]
 
     def forward(
-        iterator: Iterator[Batch], model: Hope
+        iterator: Iterator[Batch], stage: Hope
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
-        tokens, targets = next(iterator)
-        return model(tokens, targets), loss_of
+        batch = next(iterator)
+        return stage(batch.tokens, batch.targets), partial(loss_of, counted=batch.counted)
 
-    size, length = batches[0][0].shape
-    model.config.no_sync_func = None if windows is None else lambda: _no_sync(windows)
+    size, length = batches[0].tokens.shape
+    stages[0].config.no_sync_func = None if windows is None else lambda: _no_sync(windows)
     get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=iter(batches),
-        model=model,
+        data_iterator=[iter(batches) for _ in stages],
+        model=stages,
         num_microbatches=len(batches),
         seq_length=length,
         micro_batch_size=size,
         forward_only=windows is None,
     )
-    device = batches[0][0].device
+    device = batches[0].tokens.device
     total = torch.stack(sums).sum() if sums else torch.zeros((), device=device)
-    return total, sum(tokens.numel() for tokens, _ in batches)
+    return total, sum(b.counted * b.tokens.shape[1] for b in batches)
 
 
 def _no_sync(windows: list[Window]) -> ExitStack:

@@ -51,8 +51,6 @@ class Window:
         overlap: bool,
     ) -> None:
         self.group = group
-        self.tokens = 0
-        """Tokens of the steps admitted since the last update, over all ranks."""
         with cpu.cuda_by_name():
             self.ddp = DistributedDataParallel(
                 mc,
@@ -86,22 +84,20 @@ class Window:
         """Sum of squares of this rank's gradient shard; not finite where the shard is not."""
         return torch.stack([torch.dot(shard, shard) for shard in self.shards]).sum()
 
-    def admit(self, tokens: int) -> None:
-        """Add the step, of that many tokens over all ranks, to the window."""
-        self.tokens += tokens
+    def admit(self) -> None:
+        """Add the step to the window."""
         if self.sums is not self.shards:
             torch._foreach_add_(self.sums, self.shards)
 
-    def close(self) -> None:
-        """Leave the mean gradient per token of the window in the gradient buffer, ready to step.
+    def close(self, tokens: int) -> None:
+        """Leave the mean gradient of the window's tokens in the gradient buffer, ready to step.
 
         The sums must be those of all nodes by now.
         """
         if self.sums is not self.shards:
             torch._foreach_copy_(self.shards, self.sums)
             torch._foreach_zero_(self.sums)
-        torch._foreach_mul_(self.shards, 1.0 / self.tokens)
-        self.tokens = 0
+        torch._foreach_mul_(self.shards, 1.0 / tokens)
 
     def scale(self, factor: float) -> None:
         """Multiply the closed window's gradient: clipping."""

@@ -4,10 +4,16 @@ Gradients cross in fp32. Each data-parallel rank of a node reduces its shard ove
 hold the same shard on the other nodes, so that together they send what one ring all-reduce over
 the nodes would (`nlscale.levels.reduction_bytes`).
 
+Ranks are numbered tensor first, then data, then pipeline. With a pipeline over several nodes a
+node holds some of its ranks only, and a data-parallel group spans some of the nodes only; the
+bytes are then the mean over all nodes. The largest step of one node may be larger than that of the
+mean, since the blocks of a stage have phases that lie close together.
+
 A sync group is reduced at the end of its window (MATH 1); plain data parallel, or
 `levels.reduction=every-step`, reduces every group at every step. Not counted: the few numbers
 that all ranks agree on after a step, what starts and checkpoints a run, and the last step, which
-applies every unfinished window. Under tensor parallelism the parameters that each rank holds
+applies every unfinished window; activations between pipeline ranks, which cross besides
+(`activation_bytes`). Under tensor parallelism the parameters that each rank holds
 whole (norms and biases, below a thousandth) cross once a tensor rank and are counted once.
 """
 
@@ -19,9 +25,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nlscale.config import Config, Reduction
-from nlscale.levels import Level, SyncGroup, reduction_bytes, sync_group
-from nlscale.model.sizes import level_parameters
+from nlscale.config import Config, Dtype, Reduction
+from nlscale.levels import Level, reduction_bytes
+from nlscale.model.groups import group_parameters
 
 _LONGEST_SERIES = 1_000_000
 
@@ -61,6 +67,7 @@ def traffic(
     nodes: int,
     stagger: bool | None = None,
     reduction: Reduction | None = None,
+    group_nodes: int | None = None,
 ) -> Traffic:
     """The traffic of a configuration between nodes.
 
@@ -68,9 +75,10 @@ def traffic(
         config: the run.
         levels: its spectrum, periods in steps.
         vocabulary: token ids of the model.
-        nodes: nodes that a data-parallel group spans.
+        nodes: of the run.
         stagger: null: `config.levels.stagger`.
         reduction: null: `config.levels.reduction`.
+        group_nodes: nodes that a data-parallel group spans; null: all.
     """
     stagger = config.levels.stagger if stagger is None else stagger
     reduction = config.levels.reduction if reduction is None else reduction
@@ -78,7 +86,7 @@ def traffic(
     series = np.zeros((len(levels), steps))
     means = np.zeros(len(levels))
     for group, parameters in group_parameters(config, levels, vocabulary, stagger).items():
-        sent = reduction_bytes(parameters, nodes)
+        sent = node_bytes(parameters, nodes, group_nodes)
         if reduction == Reduction.every_step:
             first, every = 1, 1
         else:
@@ -89,6 +97,38 @@ def traffic(
     return Traffic(series, means)
 
 
+def node_bytes(parameters: float, nodes: int, group_nodes: int | None = None) -> float:
+    """Bytes leaving a node, the mean over all, when these parameters of the model cross once.
+
+    Each is reduced over the `group_nodes` nodes (null: all) that its data-parallel groups span.
+    """
+    group_nodes = group_nodes or nodes
+    return reduction_bytes(parameters, group_nodes) * group_nodes / nodes
+
+
+def activation_bytes(config: Config, nodes: int, ranks_per_node: int) -> float:
+    """Bytes of activations and their gradients leaving a node in a step, the mean over all nodes.
+
+    Every micro batch passes from each model stage to the next and its gradient back; without
+    sequence parallelism each tensor-parallel rank sends the whole residual stream to its like.
+    """
+    parallel, train = config.parallel, config.train
+    ranks = nodes * ranks_per_node
+    of_a_pipeline_rank = ranks // parallel.pipeline
+    crossings = sum(
+        rank // ranks_per_node != (rank + of_a_pipeline_rank) % ranks // ranks_per_node
+        # the last pipeline rank sends to the first where stages are interleaved
+        for rank in range(ranks)
+        for _ in range(parallel.virtual_stages - (rank >= ranks - of_a_pipeline_rank))
+    )
+    data_parallel = of_a_pipeline_rank // parallel.tensor
+    sequences = train.global_batch / data_parallel
+    residual = config.data.sequence_length * config.model.d_model
+    element = 2 if train.dtype == Dtype.bf16 else 4
+    part = parallel.tensor if parallel.sequence else 1
+    return 2 * crossings * sequences * residual * element / part / nodes
+
+
 def cycle_steps(levels: list[Level]) -> int:
     """Steps after which the pattern of updates repeats: the longest period where each divides it.
 
@@ -97,31 +137,3 @@ def cycle_steps(levels: list[Level]) -> int:
     cycle = math.lcm(*(level.period for level in levels))
     longest = max(level.period for level in levels)
     return cycle if cycle <= _LONGEST_SERIES else -(-_LONGEST_SERIES // longest) * longest
-
-
-def group_parameters(
-    config: Config, levels: list[Level], vocabulary: int, stagger: bool
-) -> dict[SyncGroup, int]:
-    """Parameters of each sync group, in the order of levels and phases."""
-    layers = config.model.layers
-    counts: dict[SyncGroup, int] = {}
-    for level, depths in zip(levels, _parameters_by_depth(config, vocabulary), strict=True):
-        for depth, parameters in enumerate(depths):
-            group = sync_group(level, depth, layers, stagger)
-            counts[group] = counts.get(group, 0) + parameters
-    return dict(sorted(counts.items()))
-
-
-def _parameters_by_depth(config: Config, vocabulary: int) -> list[list[int]]:
-    """[level][depth]; the embedding counts with the first block, last norm and head with the last.
-
-    All blocks are alike, so what a block holds is what `level_parameters` counts for a model
-    without vocabulary, less its last norm, divided by the layers.
-    """
-    layers, width = config.model.layers, config.model.d_model
-    blocks = level_parameters(config, vocabulary=0)
-    blocks[0] -= width
-    table = [[total // layers] * layers for total in blocks]
-    table[0][0] += vocabulary * width
-    table[0][-1] += vocabulary * width + width
-    return table

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from nlscale.model.init import constant, initialize, normal, orthogonal, spread, tag
+from nlscale.model.init import (
+    constant,
+    initialize,
+    join,
+    normal,
+    orthogonal,
+    split,
+    spread,
+    tag,
+)
 
 LEVELS = "levels=[1,4]"
 
@@ -88,7 +97,7 @@ class Toy(nn.Module):
         self.scale = nn.Parameter(torch.empty(2))
         tag(self.rows, normal(1.0), 0)
         tag(self.columns, normal(1.0), 1)
-        tag(self.stacked, normal(1.0), 0, sections=3)
+        tag(self.stacked, normal(1.0), 0, sections=[8, 12, 4])
         tag(self.heads, orthogonal, 0)
         tag(self.bias, spread(4.0, 1.0), 0)
         tag(self.whole, normal(1.0))
@@ -104,9 +113,17 @@ def test_the_parts_of_the_ranks_make_the_whole(size: int) -> None:
     for name, dim in (("rows", 0), ("columns", 1), ("heads", 0), ("bias", 0)):
         joined = torch.cat([getattr(part, name) for part in parts], dim)
         assert torch.equal(joined, getattr(full, name)), name
-    for section in range(3):  # each section is split by itself
-        joined = torch.cat([part.stacked.chunk(3)[section] for part in parts])
-        assert torch.equal(joined, full.stacked.chunk(3)[section])
+    sizes = [8, 12, 4]
+    local = [part.stacked.split([s // size for s in sizes]) for part in parts]
+    for section, whole in enumerate(full.stacked.split(sizes)):  # each is split by itself
+        assert torch.equal(torch.cat([sections[section] for sections in local]), whole)
+    for name, parameter in full.named_parameters():
+        pieces = split(parameter.detach(), getattr(parts[0], name), size)
+        assert all(
+            torch.equal(piece, getattr(part, name))
+            for piece, part in zip(pieces, parts, strict=True)
+        )
+        assert torch.equal(join(pieces, getattr(parts[0], name)), parameter)
     for part in parts:
         assert torch.equal(part.whole, full.whole) and torch.equal(part.scale, full.scale)
 

@@ -35,7 +35,7 @@ def test_parameters_a_level_are_counted_right(build, mixer, cms, spectrum: str) 
     vocabulary = model.embedding.weight.shape[0]
     expected = level_parameters(config, vocabulary)
     assert counted(model, len(config.levels.spectrum)) == expected
-    assert model.parameter_count() == sum(expected)
+    assert sum(p.numel() for p in model.parameters()) == sum(expected)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def real_groups() -> list[dict[tuple[int, int], int]]:
         config = make(*overrides)
         with process_groups(config):
             model = Hope(config, megatron_config(config), VOCABULARY)
-            split = split_by_group(config, spectrum(config.levels, 1), model)
+            split = split_by_group(config, spectrum(config.levels, 1), [model])
         found.append(
             {(g.level, g.phase): sum(p.numel() for p in ps.values()) for g, ps in split.items()}
         )

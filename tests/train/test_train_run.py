@@ -17,6 +17,7 @@ from nlscale.data.build import build
 from nlscale.errors import TrainingFailed, UserError
 from nlscale.levels import spectrum
 from nlscale.parallel.layout import process_groups
+from nlscale.parallel.schedule import Batch
 from nlscale.train import Trainer, train
 
 SMALL = [
@@ -115,14 +116,14 @@ def spoil_a_replica(where: str) -> str | None:
     with process_groups(config) as layout:
         trainer = Trainer.build(config, layout, spectrum(config.levels, 256), 256)
         tokens = torch.arange(64).view(2, 32) + layout.rank
-        trainer.take_step([(tokens, tokens)])
+        trainer.take_step([Batch(tokens, tokens, 2)])
         if layout.rank == layout.world - 1 and where == "parameter":
-            weight = trainer.model.blocks["1"].cms.mlps[2].down.weight
+            weight = trainer.stages[0].blocks["1"].cms.mlps[2].down.weight
             weight.data.view(-1)[5] += 1e-6
         if layout.rank == layout.world - 1 and where == "optimizer":
             inner = trainer.optimizer.groups[0].optimizer.optimizer
             next(iter(inner.state.values()))["exp_avg"].view(-1)[5] += 1e-3
-        return trainer.optimizer.replica_difference(trainer.model)
+        return trainer.optimizer.replica_difference(trainer.named_parameters())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from nlscale.config import ModelConfig
 from nlscale.model.init import normal
-from nlscale.model.layers import column_linear, row_linear
+from nlscale.model.layers import column_linear, recomputed, row_linear
 from nlscale.model.sizes import head_dim
 
 
@@ -26,19 +27,28 @@ class AttentionState:
 class Attention(nn.Module):
     """x [sequence, batch, d_model] -> the same shape; heads split over the tensor group."""
 
-    def __init__(self, model: ModelConfig, mc: TransformerConfig, residual_std: float) -> None:
+    def __init__(
+        self, model: ModelConfig, mc: TransformerConfig, residual_std: float, recompute: bool
+    ) -> None:
         super().__init__()
         self.heads = model.heads // mc.tensor_model_parallel_size
         self.head_dim, self.rope_base = head_dim(model), model.rope_base
-        self.project = column_linear(
-            mc, model.d_model, 3 * model.d_model, normal(model.init_std), sections=3
-        )
+        self.project = column_linear(mc, model.d_model, [model.d_model] * 3, normal(model.init_std))
         self.output = row_linear(mc, model.d_model, model.d_model, normal(residual_std))
+        self.recompute = recompute
 
     def forward(
         self, x: Tensor, state: AttentionState | None = None
     ) -> tuple[Tensor, AttentionState]:
         projected, _ = self.project(x)
+        mix = partial(recomputed, self._mix) if self.recompute else self._mix
+        mixed, state = mix(projected, state)
+        return self.output(mixed)[0], state
+
+    def _mix(
+        self, projected: Tensor, state: AttentionState | None
+    ) -> tuple[Tensor, AttentionState]:
+        """q, k and v side by side -> what the heads read, [sequence, batch, local width]."""
         length, batch, _ = projected.shape
         shape = (length, batch, 3, self.heads, self.head_dim)
         q, k, v = projected.view(shape).permute(2, 1, 3, 0, 4)
@@ -48,10 +58,9 @@ class Attention(nn.Module):
             k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
         mask = None
         if past:
-            mask = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)
+            mask = torch.ones(length, past + length, dtype=torch.bool, device=k.device).tril(past)
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
-        out, _ = self.output(out.permute(2, 0, 1, 3).reshape(length, batch, -1))
-        return out, AttentionState(k, v)
+        return out.permute(2, 0, 1, 3).reshape(length, batch, -1), AttentionState(k, v)
 
     def _rotate(self, x: Tensor, first: int) -> Tensor:
         """Rotary position embedding of [batch, heads, time, d], halves rotated together."""

@@ -7,6 +7,7 @@ the gates. Heads are split over the tensor-parallel group; the scan is local to 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from nlscale.config import Mixer, ModelConfig
 from nlscale.model.init import constant, normal, orthogonal, spread, tag
-from nlscale.model.layers import column_linear, row_linear
+from nlscale.model.layers import column_linear, recomputed, row_linear
 from nlscale.model.sizes import head_dim
 from nlscale.ops.memory import MemoryRules, MemoryState, MemoryWeights, memory_scan, normalize
 
@@ -40,7 +41,9 @@ class MemoryMixer(nn.Module):
     y     = W_o ( RMSNorm(read) * SiLU(W_g x) )                    each if configured
     """
 
-    def __init__(self, model: ModelConfig, mc: TransformerConfig, residual_std: float) -> None:
+    def __init__(
+        self, model: ModelConfig, mc: TransformerConfig, residual_std: float, recompute: bool
+    ) -> None:
         super().__init__()
         memory, d, tp = model.memory, model.d_model, mc.tensor_model_parallel_size
         self.heads, self.head_dim = model.heads // tp, head_dim(model)
@@ -54,19 +57,16 @@ class MemoryMixer(nn.Module):
             normalize_value=bool(memory.normalize_value),
             main_memory=model.mixer in (Mixer.hope, Mixer.gated_delta),
         )
-        sections = self.inputs + 1 + self.gated
+        self.static_gates = bool(memory.static_gates)
+        self.recompute = recompute
         local, dtype = self.heads * self.head_dim, mc.params_dtype
-        self.project = column_linear(mc, d, sections * d, normal(model.init_std), sections)
+        outputs = [d] * (self.inputs + 1 + self.gated) + [model.heads] * (2 * self.static_gates)
+        self.project = column_linear(mc, d, outputs, normal(model.init_std))
         self.output = row_linear(mc, d, d, normal(residual_std))
         self.convolution = nn.Parameter(
             torch.empty(memory.convolution, self.inputs * local, dtype=dtype)
         )
-        tag(self.convolution, normal(memory.convolution**-0.5), 1, self.inputs)
-        self.gates = (
-            column_linear(mc, d, 2 * model.heads, normal(model.init_std), 2)
-            if memory.static_gates
-            else None
-        )
+        tag(self.convolution, normal(memory.convolution**-0.5), 1, [d] * self.inputs)
         self.eta_bias = nn.Parameter(torch.empty(self.heads, dtype=dtype))
         self.alpha_bias = nn.Parameter(torch.empty(self.heads, dtype=dtype))
         tag(self.eta_bias, constant(float(memory.eta_bias or 0.0)), 0)
@@ -101,27 +101,33 @@ class MemoryMixer(nn.Module):
 
     def forward(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         projected, _ = self.project(x)
+        mix = partial(recomputed, self._mix) if self.recompute else self._mix
+        read, state = mix(projected, state)
+        return self.output(read)[0], state
+
+    def _mix(self, projected: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
+        """Inputs, queries and gates side by side -> the gated read, [sequence, batch, local]."""
         length, batch, _ = projected.shape
         local = self.heads * self.head_dim
         sizes = [self.inputs * local, local] + [local] * self.gated
-        fed, q, *gate = projected.split(sizes, dim=-1)
+        logits = 2 * self.heads * self.static_gates
+        fed, q, *gate, static = projected.split([*sizes, logits], dim=-1)
         fed, tail = self._convolve(fed, None if state is None else state.tail)
         parts = fed.chunk(2, -1) if self.inputs == 2 else (fed, fed)
         a, b = (self._by_head(part) for part in parts)
         a = a * torch.rsqrt(a.square().mean(-1, keepdim=True) + self.norm_eps)
-        eta, alpha = self._gate_logits(x)
+        eta, alpha = self._gate_logits(static)
         read, memory = memory_scan(
             a, b, normalize(self._by_head(q)), eta, alpha, self._weights(), self.rules,
             None if state is None else state.memory,
         )  # fmt: skip
         if self.read_norm is not None:
             read = F.rms_norm(read, (self.head_dim,), None, self.norm_eps)
-            read = read * self.read_norm.to(_wide(x))[:, None]
-        read = read.permute(2, 0, 1, 3).reshape(length, batch, local).to(x.dtype)
+            read = read * self.read_norm.to(read.dtype)[:, None]
+        read = read.permute(2, 0, 1, 3).reshape(length, batch, local).to(q.dtype)
         if gate:
             read = read * F.silu(gate[0])
-        out, _ = self.output(read)
-        return out, MixerState(tail, memory)
+        return read, MixerState(tail, memory)
 
     def _convolve(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
         """Causal depthwise convolution and SiLU; returns also the tail to carry on."""
@@ -140,15 +146,13 @@ class MemoryMixer(nn.Module):
         split = x.view(length, batch, self.heads, self.head_dim)
         return split.permute(1, 2, 0, 3).to(_wide(x)).contiguous()
 
-    def _gate_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _gate_logits(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Static logits of eta and alpha, fp32 [batch, heads, sequence]."""
-        wide = _wide(x)
+        wide = _wide(logits)
         eta_bias, alpha_bias = (p.to(wide)[:, None] for p in (self.eta_bias, self.alpha_bias))
-        if self.gates is None:
-            # length of the whole sequence, also where x is split along it
-            shape = (x.shape[1], self.heads, x.shape[0])
+        if not self.static_gates:
+            shape = (logits.shape[1], self.heads, logits.shape[0])
             return eta_bias.expand(shape), alpha_bias.expand(shape)
-        logits, _ = self.gates(x)
         eta, alpha = logits.to(wide).permute(1, 2, 0).chunk(2, dim=1)
         return eta + eta_bias, alpha + alpha_bias
 
