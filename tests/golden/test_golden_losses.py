@@ -1,0 +1,36 @@
+"""Every layout of ranks reproduces the recorded loss curves."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import world
+from golden.make import FAMILIES, FOLDER, losses
+
+# Nats; sums in another order, or another processor, over twenty steps. Seen: at most 2e-5.
+TOLERANCE = 1e-4
+
+LAYOUTS = {
+    "one-process": (1, []),
+    "dp2": (2, []),
+    "tp2-sp": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "pp2": (2, ["parallel.pipeline=2"]),
+    "pp2x2": (2, ["parallel.pipeline=2", "parallel.virtual_stages=2"]),
+    "tp2-sp-pp2-dp2": (
+        8,
+        ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"],
+    ),
+    "two-nodes": (4, ["parallel.ranks_per_node=2"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_recorded_losses_are_reproduced(family: str, layout: str) -> None:
+    ranks, overrides = LAYOUTS[layout]
+    recorded = json.loads((FOLDER / f"{family}.json").read_text())["loss"]
+    results = world.run(ranks, losses, family, overrides, ranks_per_node=ranks)
+    assert len(recorded) == 20 and recorded[-1] < recorded[0] - 0.5, "it must learn to be a guard"
+    for curve in results:
+        assert curve == pytest.approx(recorded, abs=TOLERANCE)
