@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -79,7 +80,7 @@ def prepare(
     config = copy.deepcopy(config)
     # the plan's checks are those of a run
     gbit = nodes.bits_per_second / 1e9
-    make_plan(config, Cluster("emulated nodes", nodes.count, ranks_per_node, gbit))
+    make_plan(config, Cluster("emulated nodes", nodes.count, ranks_per_node, gbit, math.inf))
     levels = spectrum(config.levels, config.train.global_batch * config.data.sequence_length)
     steps = _whole_cycles(steps, cycle_steps(levels))
     vocabulary = config.model.vocabulary = vocabulary_of(config)

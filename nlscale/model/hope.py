@@ -62,11 +62,12 @@ class Hope(nn.Module):
         return cms.level_of(".".join(parts[3:])), depth  # type: ignore[operator, union-attr]
 
     def hidden(
-        self, tokens: Tensor, states: dict[str, Any] | None = None
+        self, tokens: Tensor, states: dict[str, Any] | None = None, carry: bool = True
     ) -> tuple[Tensor, dict[str, Any]]:
         """tokens [batch, sequence] -> residual stream [sequence, batch, d_model], new states.
 
         `states` are those an earlier piece of the same sequences returned; None at their start.
+        Without `carry` no new ones are returned, and what they hold is freed block by block.
         """
         if self.embedding is not None:
             x = self.embedding(tokens)
@@ -77,7 +78,9 @@ class Hope(nn.Module):
             x = self._input
         carried: dict[str, Any] = {}
         for index, block in self.blocks.items():
-            x, carried[index] = block(x, None if states is None else states[index])
+            x, state = block(x, None if states is None else states[index])
+            if carry:
+                carried[index] = state
         return x, carried
 
     def logits(self, x: Tensor) -> Tensor:
@@ -86,7 +89,7 @@ class Hope(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Loss of each token in nats, fp32 [sequence, batch]; on an earlier stage its output."""
-        x, _ = self.hidden(tokens)
+        x, _ = self.hidden(tokens, carry=False)
         if not self.is_last:
             return x
         return cross_entropy(self.logits(x).float(), targets.transpose(0, 1).contiguous())

@@ -6,7 +6,7 @@ from nlscale.config import Config
 from nlscale.errors import UserError
 from nlscale.model.sizes import level_parameters
 
-_EMBEDDING_COST = 0.5
+EMBEDDING_COST = 0.5
 """Of an embedding row beside a row of the head **[choice]**: a lookup needs no arithmetic, but its
 gradient and optimizer state take the same memory."""
 
@@ -46,7 +46,7 @@ def _balanced(config: Config, vocabulary: int, count: int) -> list[int]:
     block = sum(level_parameters(config, vocabulary=0)) / config.model.layers
     head = vocabulary * config.model.d_model / block
     costs = [1.0] * count
-    costs[0] += _EMBEDDING_COST * head
+    costs[0] += EMBEDDING_COST * head
     costs[-1] += head
     sizes = [1] * count
     for _ in range(config.model.layers - count):

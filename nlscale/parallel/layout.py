@@ -129,15 +129,23 @@ def _layout(config: Config) -> Layout:
 
 
 def _nodes_of_a_data_group(world: int, per_node: int, tensor: int, pipeline: int) -> int:
-    """Nodes that a data-parallel group spans; megatron-core numbers tensor, data, pipeline."""
+    """Nodes that a data-parallel group spans; megatron-core numbers tensor, data, pipeline.
+
+    Raises:
+        UserError: nodes that are not full, or a group that does not fill its nodes evenly.
+    """
     if world % per_node:
         raise UserError(
             f"{world} ranks do not fill nodes of {per_node}; set parallel.ranks_per_node"
         )
     data = world // (tensor * pipeline)
-    first_group = [i * tensor // per_node for i in range(data)]
-    nodes = len(set(first_group))
-    if data % nodes or any(first_group.count(n) != data // nodes for n in set(first_group)):
+    shares = set()
+    for stage in range(pipeline):
+        for i in range(tensor):
+            group = [((stage * data + j) * tensor + i) // per_node for j in range(data)]
+            shares.add(tuple(sorted(group.count(node) for node in set(group))))
+    nodes = len(max(shares, key=len))
+    if shares != {(data // nodes,) * nodes}:
         raise UserError(
             f"the {data} data-parallel ranks do not spread evenly over nodes of {per_node} ranks; "
             f"choose parallel.tensor and parallel.pipeline so that a node holds whole groups"

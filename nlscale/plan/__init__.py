@@ -1,15 +1,18 @@
 """What a configuration will do on a cluster, before renting it (no torch is imported)."""
 
 from nlscale.plan.cluster import Cluster, load_cluster
+from nlscale.plan.memory import Memory, RankMemory, memory
 from nlscale.plan.plan import Plan, make_plan
-from nlscale.plan.traffic import Traffic, group_parameters, traffic
+from nlscale.plan.traffic import Traffic, traffic
 
 __all__ = [
     "Cluster",
+    "Memory",
     "Plan",
+    "RankMemory",
     "Traffic",
-    "group_parameters",
     "load_cluster",
     "make_plan",
+    "memory",
     "traffic",
 ]

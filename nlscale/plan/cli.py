@@ -32,11 +32,15 @@ def _plan(args: argparse.Namespace) -> int:
 
     from nlscale import recipe
     from nlscale.plan import load_cluster, make_plan
-    from nlscale.plan.report import draw_plan, print_plan
+    from nlscale.plan.advice import does_not_fit
+    from nlscale.plan.figure import draw_plan
+    from nlscale.plan.report import print_plan
 
-    plan = make_plan(recipe.load(args.recipe, args.overrides).config, load_cluster(args.cluster))
-    if args.figure and plan.cluster.nodes == 1:
-        raise UserError(f"--figure: {plan.cluster.name} is one node, nothing crosses the network")
+    config, cluster = recipe.load(args.recipe, args.overrides).config, load_cluster(args.cluster)
+    plan = make_plan(config, cluster)
+    if args.figure and not plan.plain:
+        where = "is one node" if cluster.nodes == 1 else "holds each data-parallel group in a node"
+        raise UserError(f"--figure: {cluster.name} {where}, no gradient crosses the network")
     if args.json:
         print(json.dumps(plan.to_plain(), indent=1))
     else:
@@ -48,4 +52,6 @@ def _plan(args: argparse.Namespace) -> int:
         except (OSError, ValueError) as error:
             raise UserError(f"--figure {args.figure}: {error}") from None
         print(written, file=sys.stderr if args.json else sys.stdout)
+    if not plan.fits:
+        raise UserError(does_not_fit(plan, config))
     return 0

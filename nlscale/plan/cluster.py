@@ -30,10 +30,28 @@ class Cluster:
     """GPUs of a node; one rank runs on each."""
     inter_node_gbit: float = MISSING
     """What one node can send to the others, Gbit/s (10^9 bits a second), all its links together."""
+    gpu_memory_gib: float = MISSING
+    """Memory of one GPU, GiB (2^30 bytes)."""
 
     @property
     def ranks(self) -> int:
         return self.nodes * self.gpus_per_node
+
+    def nodes_of_a_data_group(self, tensor: int, pipeline: int) -> int:
+        """Nodes that a data-parallel group spans; megatron-core numbers tensor, data, pipeline.
+
+        Raises:
+            UserError: the groups do not spread evenly over the nodes.
+        """
+        of_a_pipeline_rank = self.ranks // pipeline
+        if of_a_pipeline_rank % self.gpus_per_node and self.gpus_per_node % of_a_pipeline_rank:
+            raise UserError(
+                f"parallel.pipeline {pipeline} gives each pipeline rank {of_a_pipeline_rank} GPUs "
+                f"({of_a_pipeline_rank // tensor} data-parallel x {tensor} tensor-parallel), which "
+                f"do not spread evenly over nodes of {self.gpus_per_node}; use a pipeline for "
+                f"which they fill whole nodes, or several fill one"
+            )
+        return max(1, of_a_pipeline_rank // self.gpus_per_node)
 
     def link_seconds(self, bytes_leaving: float) -> float:
         """Seconds a node needs to send that many bytes at the full rate of its links."""
@@ -66,7 +84,7 @@ def load_cluster(path: str | Path) -> Cluster:
         wanted = _KINDS.get(get_type_hints(Cluster).get(key, str))
         raise UserError(f"{path}: {key}: {tree.get(key)!r} is not {wanted}") from None
     assert isinstance(cluster, Cluster)
-    for name in ("nodes", "gpus_per_node", "inter_node_gbit"):
+    for name in ("nodes", "gpus_per_node", "inter_node_gbit", "gpu_memory_gib"):
         value = getattr(cluster, name)
         if not 0 < value < math.inf:
             raise UserError(f"{path}: {name} is {value}; it must be greater than 0")

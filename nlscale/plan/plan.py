@@ -1,18 +1,20 @@
-"""A configuration on a cluster: parameters, updates and inter-node traffic of each level."""
+"""A configuration on a cluster: updates and traffic of each level, memory, pipeline."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from nlscale.checks import check_sizes
 from nlscale.config import Config, Reduction
 from nlscale.data.index import read_index
 from nlscale.errors import UserError
-from nlscale.levels import planned_updates, reduction_bytes, slow_level_warnings, spectrum
+from nlscale.levels import planned_updates, slow_level_warnings, spectrum
 from nlscale.model.sizes import level_parameters
 from nlscale.plan.cluster import Cluster
-from nlscale.plan.traffic import Traffic, cycle_steps, traffic
+from nlscale.plan.memory import GIB, USABLE, Memory, memory
+from nlscale.plan.pipeline import Pipeline, pipeline
+from nlscale.plan.traffic import Traffic, activation_bytes, cycle_steps, node_bytes, traffic
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class LevelPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do on a cluster. All traffic is in bytes leaving one node."""
+    """What a run will do on a cluster. Traffic is in bytes leaving a node, the mean over nodes."""
 
     cluster: Cluster
     levels: list[LevelPlan]
@@ -48,6 +50,10 @@ class Plan:
     """Whether the configuration asks for staggered phases."""
     defers: bool
     """Whether it reduces when due; if not, it sends what plain data parallel sends."""
+    activations: float
+    """Bytes of activations between pipeline ranks, a step; not in the traffic of the levels."""
+    memory: Memory
+    pipeline: Pipeline
     warnings: list[str]
 
     @property
@@ -58,6 +64,11 @@ class Plan:
     def fewer(self) -> float | None:
         """How many times fewer bytes than plain data parallel on average; None on one node."""
         return self.plain / self.aligned.mean if self.plain else None
+
+    @property
+    def fits(self) -> bool:
+        """Whether every GPU has the memory for it."""
+        return self.memory.fits
 
     def to_plain(self) -> dict[str, Any]:
         """The plan for JSON.
@@ -72,9 +83,17 @@ class Plan:
         - `plain`: `bytes_per_step`, `link_seconds_per_step` of plain data parallel
         - `ratio`: `plain_to_mean` (times fewer bytes), `peak_aligned_to_plain`,
           `peak_staggered_to_plain`; null on one node
+        - `activation_bytes_per_step`: of activations and their gradients between pipeline ranks,
+          not part of the above
+        - `memory`: `ranks`, a list over the pipeline ranks of the bytes on one GPU, `weights`,
+          `gradients`, `windows`, `optimizer`, `activations` and `total`; `fullest`, the one that
+          needs most; `gpu_bytes`, what a GPU has; `usable_share`, how much of it counts
+        - `fits`: whether `total` of the fullest is within the usable share
+        - `pipeline`: `ranks`, `virtual_stages`, `micro_batches`, `bubble` (share of a step in
+          which a rank waits), `imbalance` (cost of the costliest stage over the mean)
         - `warnings`: list of sentences
 
-        Bytes are those leaving one node; link seconds are those bytes at the full rate.
+        Bytes of traffic are those leaving one node; link seconds are those bytes at the full rate.
         """
         seconds = self.cluster.link_seconds
         levels = [
@@ -97,6 +116,7 @@ class Plan:
                 "nodes": self.cluster.nodes,
                 "gpus_per_node": self.cluster.gpus_per_node,
                 "inter_node_gbit": self.cluster.inter_node_gbit,
+                "gpu_memory_gib": self.cluster.gpu_memory_gib,
             },
             "steps": self.steps,
             "tokens_per_step": self.tokens_per_step,
@@ -120,18 +140,30 @@ class Plan:
                 "peak_aligned_to_plain": plain and self.aligned.peak / plain,
                 "peak_staggered_to_plain": plain and self.staggered.peak / plain,
             },
+            "activation_bytes_per_step": self.activations,
+            "memory": {
+                "ranks": [{**rank.terms, "total": rank.total} for rank in self.memory.ranks],
+                "fullest": self.memory.fullest,
+                "gpu_bytes": self.memory.gpu_gib * GIB,
+                "usable_share": USABLE,
+            },
+            "fits": self.fits,
+            "pipeline": asdict(self.pipeline),
             "warnings": self.warnings,
         }
 
 
 def make_plan(config: Config, cluster: Cluster) -> Plan:
-    """Plan a run.
+    """Plan a run, also one that needs more memory than there is; `Plan.fits` says so.
 
     Raises:
-        UserError: the configuration does not fit the cluster, or its vocabulary is unknown.
+        UserError: the configuration cannot be spread over the cluster, or its vocabulary is
+            unknown.
     """
-    check(config, cluster)
     vocabulary = vocabulary_of(config)
+    data_parallel = check(config, cluster, vocabulary)
+    parallel, nodes = config.parallel, cluster.nodes
+    group_nodes = cluster.nodes_of_a_data_group(parallel.tensor, parallel.pipeline)
     tokens_per_step = config.train.global_batch * config.data.sequence_length
     levels = spectrum(config.levels, tokens_per_step)
     parameters = level_parameters(config, vocabulary)
@@ -145,20 +177,47 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
         )
         for level in levels
     ]
-    deferred = Reduction.deferred
+
+    def deferred(stagger: bool) -> Traffic:
+        reduction = Reduction.deferred
+        return traffic(config, levels, vocabulary, nodes, stagger, reduction, group_nodes)
+
     return Plan(
         cluster=cluster,
         levels=level_plans,
         steps=steps,
         tokens_per_step=tokens_per_step,
         cycle=cycle_steps(levels),
-        aligned=traffic(config, levels, vocabulary, cluster.nodes, False, deferred),
-        staggered=traffic(config, levels, vocabulary, cluster.nodes, True, deferred),
-        plain=reduction_bytes(sum(parameters), cluster.nodes),
+        aligned=deferred(stagger=False),
+        staggered=deferred(stagger=True),
+        plain=node_bytes(sum(parameters), nodes, group_nodes),
         staggers=config.levels.stagger,
-        defers=config.levels.reduction == deferred,
+        defers=config.levels.reduction == Reduction.deferred,
+        activations=activation_bytes(config, nodes, cluster.gpus_per_node),
+        memory=memory_on(config, cluster),
+        pipeline=pipeline(config, vocabulary, _micro_batches(config, data_parallel)),
         warnings=slow_level_warnings(levels, config.model.layers, config.levels.stagger, steps),
     )
+
+
+def memory_on(config: Config, cluster: Cluster) -> Memory:
+    """The memory alone of a run on a cluster.
+
+    Raises:
+        UserError: as `make_plan`.
+    """
+    vocabulary = vocabulary_of(config)
+    data_parallel = check(config, cluster, vocabulary)
+    group_nodes = cluster.nodes_of_a_data_group(config.parallel.tensor, config.parallel.pipeline)
+    levels = spectrum(config.levels, config.train.global_batch * config.data.sequence_length)
+    micro_batches, in_node = _micro_batches(config, data_parallel), data_parallel // group_nodes
+    return Memory(
+        memory(config, levels, vocabulary, in_node, micro_batches), cluster.gpu_memory_gib
+    )
+
+
+def _micro_batches(config: Config, data_parallel: int) -> int:
+    return config.train.global_batch // (config.train.micro_batch * data_parallel)
 
 
 def vocabulary_of(config: Config) -> int:
@@ -175,8 +234,11 @@ def vocabulary_of(config: Config) -> int:
         raise UserError(f"{error}; or give model.vocabulary=N to plan without data") from None
 
 
-def check(config: Config, cluster: Cluster) -> None:
-    """Whether the configuration can run on the cluster.
+def check(config: Config, cluster: Cluster, vocabulary: int) -> int:
+    """Whether the configuration can be spread over the cluster.
+
+    Returns:
+        The data-parallel ranks, those that share a batch.
 
     Raises:
         UserError: the numbers that do not fit and what would.
@@ -194,4 +256,9 @@ def check(config: Config, cluster: Cluster) -> None:
             f"parallel.tensor {tensor} does not divide the {cluster.gpus_per_node} GPUs of a node "
             f"of {where}: layers would cross the network; use a divisor of {cluster.gpus_per_node}"
         )
-    check_sizes(config, cluster.ranks)
+    if vocabulary % tensor:
+        raise UserError(
+            f"model.vocabulary {vocabulary} is not divisible by parallel.tensor {tensor}; use "
+            f"{-(-vocabulary // tensor) * tensor}"
+        )
+    return check_sizes(config, cluster.ranks)

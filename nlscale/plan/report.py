@@ -1,24 +1,18 @@
-"""A plan as a person reads it: a table, and a figure of the bytes of every step."""
+"""A plan as a person reads it: tables of the levels and of a GPU's memory, and what they mean."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from nlscale.plan.memory import GIB, USABLE
 from nlscale.plan.plan import Plan
-from nlscale.plan.traffic import Traffic
 from nlscale.units import human_bytes, human_count
-
-_BLUE, _PALE, _GREY = "#0072B2", "#EFB48A", "#8C8C8C"
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Print the table, what it means, and the warnings."""
+    """Print the tables, what they mean, and the warnings."""
     cluster = plan.cluster
     nodes = f"{cluster.nodes} node{'s' * (cluster.nodes > 1)} of {cluster.gpus_per_node} GPUs"
     console.print(
@@ -26,14 +20,27 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"{human_count(plan.parameters)} parameters, {human_count(plan.tokens_per_step)} tokens a "
         f"step, {plan.steps:,} steps"
     )
-    crosses = cluster.nodes > 1
+    crosses = plan.plain > 0
     console.print()
     console.print(_levels(plan, crosses))
     console.print()
     if crosses:
         _summarise(plan, console)
+    elif cluster.nodes > 1:
+        console.print("Data-parallel groups are within a node: no gradient crosses the network.")
     else:
         console.print("One node: nothing crosses the network.")
+    if plan.activations:
+        console.print(
+            f"Beside gradients, {human_bytes(plan.activations)} of activations a step leave a node "
+            f"for other pipeline ranks."
+        )
+    console.print()
+    console.print(_memory(plan))
+    console.print()
+    _explain_memory(plan, console)
+    if plan.pipeline.ranks > 1:
+        _explain_pipeline(plan, console)
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow")
 
@@ -81,7 +88,7 @@ def _levels(plan: Plan, crosses: bool) -> Table:
 def _summarise(plan: Plan, console: Console) -> None:
     assert plan.fewer is not None
     console.print(
-        f"Bytes are those leaving one node in a step; plain is plain data parallel. Levels send "
+        f"Bytes are gradients leaving a node in a step; plain is plain data parallel. Levels send "
         f"{plan.fewer:.2f} times fewer; their largest step is "
         f"{plan.aligned.peak / plan.plain:.2f} of plain when aligned, "
         f"{plan.staggered.peak / plan.plain:.2f} when staggered."
@@ -97,80 +104,42 @@ def _summarise(plan: Plan, console: Console) -> None:
         )
 
 
+def _memory(plan: Plan) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    rank = plan.memory.largest
+    table.add_column("memory", no_wrap=True)
+    for name in (*rank.terms, "total", "of"):
+        table.add_column(name, justify="right", no_wrap=True)
+    decimals = 2 if rank.total >= GIB else 4
+    sizes = [f"{size / GIB:.{decimals}f}" for size in (*rank.terms.values(), rank.total)]
+    table.add_row("GiB", *sizes, f"{plan.memory.gpu_gib:g}")
+    return table
+
+
+def _explain_memory(plan: Plan, console: Console) -> None:
+    memory = plan.memory
+    which = "a GPU"
+    if len(memory.ranks) > 1:
+        which = f"a GPU of pipeline rank {memory.fullest}, the fullest"
+    console.print(
+        f"Of {which}. {USABLE:.0%} of the memory, {memory.usable_gib:.3g} GiB, counts as usable; "
+        f"the rest is for NCCL, fragmentation and what is not counted."
+    )
+
+
+def _explain_pipeline(plan: Plan, console: Console) -> None:
+    pipeline = plan.pipeline
+    stages = pipeline.ranks * pipeline.virtual_stages
+    console.print(
+        f"Pipeline of {pipeline.ranks} ranks, {stages} stages, {pipeline.micro_batches} micro "
+        f"batches a step: a rank waits {pipeline.bubble:.1%} of a step; the costliest stage costs "
+        f"{pipeline.imbalance:.2f} times the mean."
+    )
+
+
 def human_seconds(seconds: float) -> str:
     """``0.0123`` as ``12.3 ms``; three significant digits."""
     for limit, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
         if seconds >= limit:
             return f"{seconds / limit:.3g} {unit}"
     return f"{seconds * 1e6:.2g} us"
-
-
-def draw_plan(plan: Plan, out: Path) -> Path:
-    """Draw the bytes leaving a node at each step of a longest period: aligned, staggered, plain.
-
-    Args:
-        plan: on more than one node.
-        out: the image to write, in the format its suffix names.
-
-    Returns:
-        The path written.
-    """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    assert plan.fewer is not None
-    unit, scale = _unit(max(plan.plain, plan.aligned.peak))
-    aligned, staggered = _window(plan, plan.aligned), _window(plan, plan.staggered)
-    steps = np.arange(1, len(aligned) + 1)
-    style = {"font.size": 10, "axes.spines.right": False, "axes.spines.top": False}
-    with rc_context(style):
-        figure = Figure(figsize=(8.0, 4.4), dpi=160, layout="constrained")
-        axes = figure.subplots()
-        axes.axhline(
-            plan.plain / scale, color=_GREY, linestyle=(0, (5, 3)), linewidth=1.4,
-            label=f"plain data parallel: {plan.plain / scale:.3g}",
-        )  # fmt: skip
-        # lines, not bars: a single high step of a long period must stay visible
-        axes.vlines(
-            steps, 0, aligned / scale, color=_PALE, linewidth=max(0.7, 280 / len(steps)),
-        )  # fmt: skip
-        axes.plot([], [], color=_PALE, linewidth=5, label=_peak("aligned", plan.aligned, scale))
-        axes.stairs(
-            staggered / scale, np.arange(len(steps) + 1) + 0.5, baseline=None, color=_BLUE,
-            linewidth=0.9 if len(steps) > 200 else 1.6,
-            label=_peak("staggered", plan.staggered, scale),
-        )  # fmt: skip
-        axes.axhline(
-            plan.aligned.mean / scale, color="black", linewidth=1.0, linestyle=":",
-            label=f"mean of both: {plan.aligned.mean / scale:.3g}",
-        )  # fmt: skip
-        axes.set_xlim(0.5, len(steps) + 0.5)
-        axes.set_ylim(0, 1.05 * max(plan.plain, plan.aligned.peak) / scale)
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.set_xlabel("step")
-        axes.set_ylabel(f"{unit} leaving a node in a step")
-        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-        figure.suptitle(
-            f"{plan.cluster.name}, {plan.cluster.nodes} nodes: on average {plan.fewer:.2f} times "
-            f"fewer bytes than plain data parallel",
-            x=0.02, ha="left", fontsize=11, fontweight="bold",
-        )  # fmt: skip
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out)
-    return out
-
-
-def _window(plan: Plan, traffic: Traffic) -> NDArray[np.float64]:
-    """The last longest period of a cycle, where the aligned levels all meet; 32 steps at least."""
-    shown = max(32, *(level.period for level in plan.levels))
-    return np.tile(traffic.per_step, -(-shown // plan.cycle))[-shown:]
-
-
-def _peak(name: str, traffic: Traffic, scale: float) -> str:
-    return f"{name}: at most {traffic.peak / scale:.3g}"
-
-
-def _unit(number: float) -> tuple[str, float]:
-    text = human_bytes(number).split()[1]
-    return text, {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}[text]

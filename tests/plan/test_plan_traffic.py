@@ -10,9 +10,12 @@ import world
 
 from nlscale import recipe
 from nlscale.config import Config, Reduction
+from nlscale.errors import UserError
 from nlscale.levels import spectrum, sync_group
+from nlscale.model.groups import group_parameters, parameters_by_depth
 from nlscale.model.sizes import level_parameters
-from nlscale.plan import group_parameters, traffic
+from nlscale.model.stages import stage_blocks
+from nlscale.plan import Cluster, make_plan, traffic
 from nlscale.plan.traffic import cycle_steps
 
 VOCABULARY = 40
@@ -89,6 +92,52 @@ def test_the_mean_is_exact_where_periods_hardly_divide_each_other() -> None:
         assert planned.mean_per_level[level.index] == pytest.approx(
             4 * sizes[level.index] / level.period
         )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "per_node", "tensor", "pipeline", "virtual"),
+    [(4, 2, 1, 1, 1), (4, 2, 1, 2, 1), (4, 2, 2, 4, 1), (2, 4, 2, 4, 1), (4, 4, 2, 2, 2)],
+)
+def test_with_a_pipeline_bytes_are_the_mean_over_nodes(
+    nodes: int, per_node: int, tensor: int, pipeline: int, virtual: int
+) -> None:
+    config = make(
+        f"model.vocabulary={VOCABULARY}", "levels=[1,4]", "train.global_batch=64",
+        "train.micro_batch=1", "data.sequence_length=16", f"parallel.tensor={tensor}",
+        f"parallel.pipeline={pipeline}", f"parallel.virtual_stages={virtual}",
+        f"parallel.sequence={'true' if tensor > 1 else 'false'}", "train.dtype=bf16",
+    )  # fmt: skip
+    plan = make_plan(config, Cluster("c", nodes, per_node, 1.0, 80.0))
+
+    # every rank by itself: tensor ranks are numbered first, then data, then pipeline
+    data = nodes * per_node // (tensor * pipeline)
+    ranks = list(itertools.product(range(pipeline), range(data), range(tensor)))
+    node = {place: i // per_node for i, place in enumerate(ranks)}
+    stages = stage_blocks(config, VOCABULARY)
+    held = np.array(parameters_by_depth(config, VOCABULARY)).sum(axis=0)
+    gradients = activations = 0.0
+    for p, d, t in ranks:
+        blocks = [depth for stage in stages[p::pipeline] for depth in stage]
+        spanned = {node[p, other, t] for other in range(data)}
+        in_node = sum(node[p, other, t] == node[p, d, t] for other in range(data))
+        n = len(spanned)
+        gradients += 2 * (n - 1) / n * 4 * held[blocks].sum() / tensor / in_node
+        for stage in range(p, len(stages), pipeline):
+            for to in (stage - 1, stage + 1):  # gradients back, activations on
+                if 0 <= to < len(stages) and node[to % pipeline, d, t] != node[p, d, t]:
+                    activations += 64 / data * 16 * config.model.d_model * 2 / tensor
+    assert plan.plain == pytest.approx(gradients / nodes)
+    assert plan.activations == pytest.approx(activations / nodes)
+    assert plan.aligned.peak == pytest.approx(plan.plain)
+
+
+def test_data_parallel_groups_that_straddle_nodes_unevenly_are_refused() -> None:
+    config = make(
+        "model.vocabulary=40", "parallel.pipeline=4", "train.global_batch=24",
+        "train.micro_batch=1",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"6 GPUs .* do not spread evenly over nodes of 8"):
+        make_plan(config, Cluster("c", 3, 8, 1.0, 80.0))
 
 
 MODELS = [

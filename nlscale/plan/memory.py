@@ -1,0 +1,141 @@
+"""Memory of a GPU, term by term, from the configuration alone.
+
+    weights       2 bytes (bf16) or 4 (fp32) a parameter that the rank holds
+    gradients     4 bytes a parameter: megatron-core's buffer, in fp32
+    windows       4 bytes a parameter of a level of period above 1, sharded over a node
+    optimizer     8 bytes a parameter, Adam's moments, and with bf16 4 more, the fp32 weights;
+                  sharded over a node
+    activations   what `nlscale.plan.activations` counts, for the micro batches in flight
+
+Sharded over a node: divided by the data-parallel ranks of one node. `USABLE` of the memory counts
+as usable. The rest is for what is not counted: the CUDA context, NCCL's buffers, fragmentation,
+and the gradients that pass between the parts of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from nlscale.config import CmsForm, Config, Dtype
+from nlscale.levels import Level
+from nlscale.model.groups import parameters_by_depth
+from nlscale.model.stages import stage_blocks
+from nlscale.plan.activations import MicroBatch
+from nlscale.plan.pipeline import most_kept
+
+USABLE = 0.9
+"""Share of a GPU's memory that a run may fill by this count **[choice]**."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on a GPU of one pipeline rank, at the fullest moment of a step."""
+
+    weights: float
+    gradients: float
+    windows: float
+    optimizer: float
+    activations: float
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Bytes of each term by its name."""
+        return asdict(self)
+
+    @property
+    def total(self) -> float:
+        return sum(self.terms.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of every pipeline rank, and what a GPU has."""
+
+    ranks: list[RankMemory]
+    gpu_gib: float
+
+    @property
+    def fullest(self) -> int:
+        """The pipeline rank that needs most."""
+        return max(range(len(self.ranks)), key=lambda rank: self.ranks[rank].total)
+
+    @property
+    def largest(self) -> RankMemory:
+        return self.ranks[self.fullest]
+
+    @property
+    def usable_gib(self) -> float:
+        return USABLE * self.gpu_gib
+
+    @property
+    def fits(self) -> bool:
+        return self.largest.total <= self.usable_gib * GIB
+
+
+def memory(
+    config: Config, levels: list[Level], vocabulary: int, in_node: int, micro_batches: int
+) -> list[RankMemory]:
+    """The memory of a configuration on a GPU of each pipeline rank.
+
+    Args:
+        config: the run.
+        levels: its spectrum, periods in steps.
+        vocabulary: token ids of the model.
+        in_node: data-parallel ranks of one node, over which state is sharded.
+        micro_batches: of a rank in a step.
+
+    Raises:
+        UserError: fewer blocks than stages, or `parallel.stages` that do not fit.
+    """
+    bf16 = config.train.dtype == Dtype.bf16
+    ranks, batch = config.parallel.pipeline, MicroBatch(config, vocabulary)
+    stages = stage_blocks(config, vocabulary)
+    result = []
+    for rank in range(ranks):
+        mine = stages[rank::ranks]
+        held = _held(config, vocabulary, mine)
+        parameters = sum(held)
+        waiting = sum(n for level, n in zip(levels, held, strict=True) if level.period > 1)
+        last = mine[-1].stop == config.model.layers
+        kept = most_kept([_stage(batch, blocks) for blocks in mine], ranks, rank, micro_batches)
+        result.append(
+            RankMemory(
+                weights=parameters * (2 if bf16 else 4),
+                gradients=parameters * 4,
+                windows=waiting * 4 / in_node,
+                optimizer=parameters * (12 if bf16 else 8) / in_node,
+                activations=kept + batch.transient(last) + batch.gathered(),
+            )
+        )
+    return result
+
+
+def _stage(batch: MicroBatch, blocks: range) -> float:
+    """Bytes that one micro batch keeps in a model stage."""
+    kept = len(blocks) * batch.block()
+    if blocks.start == 0:
+        kept += batch.embedding()
+    # the schedule holds on to what an earlier stage has sent
+    return kept + (batch.head() if blocks.stop == batch.config.model.layers else batch.residual)
+
+
+def _held(config: Config, vocabulary: int, stages: list[range]) -> list[float]:
+    """Parameters of each level that a rank holds of these model stages, fastest level first.
+
+    Norms and the weights of a mixture are whole on every tensor-parallel rank.
+    """
+    model, tensor, count = config.model, config.parallel.tensor, len(config.levels.spectrum)
+    independent = model.cms == CmsForm.independent
+    whole = [0 if independent else model.d_model] * count
+    whole[0] += model.d_model
+    if independent:
+        whole[0] += model.d_model + (count if count > 1 else 0)
+    depths = [depth for blocks in stages for depth in blocks]
+    held = []
+    for level, by_depth in enumerate(parameters_by_depth(config, vocabulary)):
+        on_every = whole[level] * len(depths)
+        if level == 0 and model.layers - 1 in depths:
+            on_every += model.d_model  # the last norm
+        held.append((sum(by_depth[depth] for depth in depths) - on_every) / tensor + on_every)
+    return held

@@ -1,0 +1,225 @@
+"""Memory of a GPU and the pipeline, against real models and megatron-core's schedules."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import world
+
+from nlscale import recipe
+from nlscale.config import Config
+from nlscale.levels import spectrum
+from nlscale.model.sizes import level_parameters
+from nlscale.model.stages import stage_blocks
+from nlscale.plan import memory
+from nlscale.plan.activations import MicroBatch
+from nlscale.plan.advice import fitting_overrides
+from nlscale.plan.cluster import Cluster
+from nlscale.plan.memory import GIB
+from nlscale.plan.pipeline import most_kept, pipeline
+from nlscale.plan.plan import memory_on
+
+VOCABULARY = 64
+
+
+def make(*overrides: str) -> Config:
+    return recipe.load(
+        None,
+        [
+            "data.dir=none",
+            "data.sequence_length=64",
+            "model.vocabulary=64",
+            "model.layers=5",
+            "model.d_model=64",
+            "model.heads=4",
+            "levels=[1,4,16]",
+            "train.global_batch=64",
+            "train.micro_batch=2",
+            *overrides,
+        ],
+    ).config
+
+
+SPREAD = [
+    ("parallel.tensor=2", "parallel.pipeline=2"),
+    ("parallel.tensor=2", "parallel.pipeline=2", "model.cms=independent", "model.mixer=attention"),
+    ("parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_stages=2"),
+    ("parallel.tensor=2", "parallel.pipeline=2", "parallel.stages=[1,4]", "model.mixer=hope-pure"),
+]
+
+
+def parameters_of_stages() -> list[list[list[int]]]:
+    """[configuration][pipeline rank][level]: what a tensor-parallel rank really holds."""
+    from nlscale.model.hope import Hope
+    from nlscale.model.layers import megatron_config
+    from nlscale.parallel.layout import process_groups
+
+    found = []
+    with process_groups(make("parallel.tensor=2")):
+        for overrides in SPREAD:
+            cut = make(*overrides)
+            config = make(*overrides, "parallel.pipeline=1", "parallel.virtual_stages=1")
+            counts = [[0] * 3 for _ in range(cut.parallel.pipeline)]
+            for stage, blocks in enumerate(stage_blocks(cut, VOCABULARY)):
+                model = Hope(config, megatron_config(config), VOCABULARY, blocks)
+                for name, parameter in model.named_parameters():
+                    level, _ = model.level_and_depth(name)
+                    counts[stage % cut.parallel.pipeline][level] += parameter.numel()
+            found.append(counts)
+    return found
+
+
+def test_weights_and_state_are_those_of_the_parameters_a_rank_holds() -> None:
+    for overrides, held in zip(SPREAD, world.run(2, parameters_of_stages)[0], strict=True):
+        for dtype, weight, state in (("bf16", 2, 12), ("fp32", 4, 8)):
+            config = make(*overrides, f"train.dtype={dtype}")
+            ranks = memory(config, spectrum(config.levels, 1), VOCABULARY, 4, 8)
+            for rank, levels in zip(ranks, held, strict=True):
+                assert rank.weights == weight * sum(levels), overrides
+                assert rank.gradients == 4 * sum(levels)
+                assert rank.windows == 4 * sum(levels[1:]) / 4
+                assert rank.optimizer == state * sum(levels) / 4
+                assert rank.total == pytest.approx(sum(rank.terms.values()))
+
+
+STATE = [
+    ("train.dtype=bf16",),
+    ("train.dtype=fp32",),
+    ("train.dtype=bf16", "parallel.tensor=2"),
+    ("train.dtype=bf16", "parallel.pipeline=2"),
+]
+
+
+def steady(*overrides: str) -> Config:
+    return make("levels=[1,2]", "data.sequence_length=16", "train.global_batch=4", *overrides)
+
+
+def bytes_between_steps(*overrides: str) -> tuple[int, int]:
+    """Pipeline rank of this rank, and bytes of all its tensors once every level has updated."""
+    import gc
+
+    import torch
+
+    from nlscale.parallel.layout import process_groups
+    from nlscale.parallel.schedule import Batch
+    from nlscale.train import Trainer
+
+    config = steady(*overrides)
+    with process_groups(config) as layout:
+        trainer = Trainer.build(config, layout, spectrum(config.levels, 1), VOCABULARY)
+        tokens = torch.zeros(2, 16, dtype=torch.long)
+        for _ in range(3):
+            trainer.take_step([Batch(tokens, tokens, 2)] * (2 // layout.data_size))
+        gc.collect()
+        held = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+        for group in trainer.optimizer.groups:
+            for parameter, state in group.optimizer.optimizer.state.items():
+                held += [parameter, *(x for x in state.values() if isinstance(x, torch.Tensor))]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
+    return layout.pipeline_rank, sum(storages.values())
+
+
+@pytest.mark.parametrize("overrides", STATE, ids=" ".join)
+def test_between_steps_a_rank_holds_what_is_planned(overrides: tuple[str, ...]) -> None:
+    config = steady(*overrides)
+    in_node = 2 // (config.parallel.tensor * config.parallel.pipeline)
+    planned = memory(config, spectrum(config.levels, 1), VOCABULARY, in_node, 1)
+    for rank, real in world.run(2, bytes_between_steps, *overrides):
+        assert planned[rank].total - planned[rank].activations == pytest.approx(real, rel=0.02)
+
+
+def test_a_pipeline_rank_keeps_the_micro_batches_in_flight() -> None:
+    config = make("parallel.pipeline=2", "parallel.stages=[2,3]")
+    batch = MicroBatch(config, VOCABULARY)
+    first, last = memory(config, spectrum(config.levels, 1), VOCABULARY, 1, 8)
+    sent = batch.residual
+    assert first.activations == 2 * (batch.embedding() + 2 * batch.block() + sent)
+    softmax = 2 * 64 * VOCABULARY * 4
+    assert last.activations == 3 * batch.block() + batch.head() + batch.transient(last=True)
+    assert batch.head() > softmax and batch.transient(last=True) >= softmax / 2
+    alone = memory(config, spectrum(config.levels, 1), VOCABULARY, 1, 1)
+    assert alone[0].activations == first.activations / 2
+
+
+def test_sequence_parallelism_and_recomputing_take_less() -> None:
+    def activations(*overrides: str) -> float:
+        config = make("parallel.tensor=2", *overrides)
+        return memory(config, spectrum(config.levels, 1), VOCABULARY, 1, 1)[0].activations
+
+    whole = activations()
+    for override in (
+        "parallel.sequence=true",
+        "train.recompute=[cms]",
+        "train.recompute=[mixer]",
+        "train.micro_batch=1",
+    ):
+        assert activations(override) < whole, override
+    both = activations("train.recompute=[mixer,cms]")
+    assert both < activations("train.recompute=[mixer]")
+
+
+@pytest.mark.parametrize("virtual", [1, 2, 3])
+@pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 2), (2, 8), (4, 4), (4, 12)])
+def test_in_flight_as_megatron_core_schedules_them(
+    ranks: int, micro_batches: int, virtual: int
+) -> None:
+    from megatron.core.pipeline_parallel.schedules import (
+        get_pp_rank_microbatches,
+        get_schedule_table,
+    )
+
+    stages = [1.0, 10.0, 100.0][:virtual]
+    for rank in range(ranks):
+        group = SimpleNamespace(size=lambda: ranks, rank=lambda rank=rank: rank)
+        communicator = SimpleNamespace(
+            pp_group=group, virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None
+        )
+        total, _, warmup, _ = get_pp_rank_microbatches(
+            micro_batches, virtual, ranks, p2p_communicator=communicator
+        )
+        order = [stage for _, stage in get_schedule_table(micro_batches, virtual, ranks)]
+        forward = [stages[stage] for stage in order]
+        backward = [stages[virtual - 1 - stage] for stage in order]
+        ahead = [sum(forward[: i + 1]) - sum(backward[: max(0, i - warmup)]) for i in range(total)]
+        assert most_kept(stages, ranks, rank, micro_batches) == max(ahead)
+        count = min(warmup + 1, total)
+        assert most_kept([1.0] * virtual, ranks, rank, micro_batches) == count
+
+
+def test_the_bubble_and_the_imbalance() -> None:
+    assert pipeline(make(), VOCABULARY, 8).bubble == 0
+    config = make("parallel.pipeline=2", "model.layers=8")
+    assert pipeline(config, VOCABULARY, 7).bubble == 1 / 8
+    config.parallel.virtual_stages = 2
+    assert pipeline(config, VOCABULARY, 8).bubble == 1 / 17
+    config = make("parallel.pipeline=2", "parallel.stages=[1,4]")
+    assert pipeline(config, 0, 8).imbalance == pytest.approx(4 / 2.5, rel=0.01)
+    # a head as large as many blocks; the embedding counts half
+    config = make("parallel.pipeline=2", "parallel.stages=[4,1]")
+    head = 40000 * 64 / (sum(level_parameters(config, 0)) / 5)
+    expected = (1 + head) / (5 + 1.5 * head) * 2
+    assert pipeline(config, 40000, 8).imbalance == pytest.approx(expected)
+
+
+def test_what_is_advised_fits_and_changes_as_little_as_it_can() -> None:
+    large = ("data.sequence_length=512", "train.micro_batch=4", "model.layers=8")
+    config = make(*large)
+    alternatives = [
+        ("train.recompute=[cms]",),
+        ("train.micro_batch=2",),
+        ("train.micro_batch=1", "train.recompute=[mixer,cms]"),
+        ("parallel.tensor=4", "parallel.sequence=true", "train.micro_batch=1"),
+    ]
+    changes = []
+    for overrides in alternatives:
+        # a GPU for which these would do
+        needs = memory_on(make(*large, *overrides), Cluster("c", 1, 8, 1.0, 1.0)).largest.total
+        cluster = Cluster("c", 1, 8, 1.0, needs / GIB / 0.9 * 1.0001)
+        advised = fitting_overrides(config, cluster)
+        assert advised is not None
+        assert memory_on(make(*large, *advised), cluster).fits
+        changes.append([text.split("=")[0] for text in advised])
+    assert changes[0] == ["train.recompute"]
+    assert not any("parallel.tensor" in keys for keys in changes[:3])
+    assert fitting_overrides(config, Cluster("c", 1, 8, 1.0, 1e-4)) is None
