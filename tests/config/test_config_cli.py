@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,37 @@ def test_train_counts_the_ranks_of_the_run(
     assert "5 ranks" in line and "multiple of 2" in line
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ("parallel.tensor=4 model.heads=2", "model.heads 2 is not divisible by"),
+        ("parallel.tensor=2 model.heads=2 model.vocabulary=257", "use 256 or 258"),
+        (
+            "parallel.tensor=4 parallel.sequence=true model.heads=4 model.d_model=32 "
+            "data.sequence_length=30",
+            "28 or 32",
+        ),
+        ("parallel.pipeline=4 model.layers=2", "use at least 4 layers or fewer stages"),
+        (
+            "parallel.pipeline=2 parallel.virtual_stages=2 model.layers=4 "
+            "train.global_batch=12 train.micro_batch=2",
+            "makes 3 micro batches a rank.*multiple of parallel.pipeline 2; "
+            "use train.global_batch=8 or 16",
+        ),
+    ],
+)
+def test_train_refuses_what_does_not_fit_four_ranks(
+    nlscale: Nlscale,
+    recipe_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: str,
+    says: str,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    line = refused(nlscale("train", str(recipe_file), "train.global_batch=8", *overrides.split()))
+    assert re.search(says, line), line
+
+
 def test_train_refuses_missing_data(nlscale: Nlscale, recipe_file: Path) -> None:
     line = refused(nlscale("train", str(recipe_file), "data.dir=elsewhere"))
     assert "elsewhere" in line and "nlscale data build" in line
@@ -153,7 +185,12 @@ def test_train_refuses_a_missing_shard(nlscale: Nlscale, recipe_file: Path, spli
         ("levels=[]", "levels=[1]"),
         ("levels=[4,1]", "list the fastest level first"),
         ("levels=[{name: a}, {name: a}]", "levels.spectrum.1.name"),
-        ("parallel.pipeline=2", "parallel.pipeline"),
+        ("parallel.pipeline=2", "model.layers 1 are fewer than the 2 stages"),
+        ("parallel.sequence=true", "use parallel.tensor=2 or more"),
+        ("parallel.virtual_stages=2", "use parallel.pipeline=2 or more"),
+        ("train.recompute=mixer", "a list such as [mixer]"),
+        ("train.recompute=[mixr]", "'mixr' is not one of mixer, cms"),
+        ("parallel.stages=[1,9]", "must be 1 numbers"),
     ],
 )
 def test_train_refuses_impossible_sizes(
