@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from nlscale.config import Config, Mixer
 from nlscale.data import BatchReader, Samples, TokenShards
+from nlscale.data.index import Index
 from nlscale.errors import UserError
 from nlscale.levels import Level, spectrum
 from nlscale.model.sizes import head_dim, level_hidden
 from nlscale.model.stages import stage_blocks
+from nlscale.units import Interval
 
 
 @dataclass
@@ -28,6 +32,8 @@ class Prepared:
     micro_batches: int
     """Micro batches a rank passes through the model in a step."""
     tokens_per_step: int
+    data: dict[str, Any]
+    """What identifies the data: the same data in another folder have the same."""
 
 
 def prepare(config: Config) -> Prepared:
@@ -63,7 +69,20 @@ def prepare(config: Config) -> Prepared:
         vocabulary=model.vocabulary,
         micro_batches=train.global_batch // (train.micro_batch * data_parallel),
         tokens_per_step=tokens_per_step,
+        data=_identity(shards.index),
     )
+
+
+def _identity(index: Index) -> dict[str, Any]:
+    sums = [
+        shard["sha256"]
+        for name in ("train", "validation")
+        for shard in index["splits"][name]["shards"]
+    ]
+    return {
+        "fingerprint": hashlib.sha256("".join(sums).encode()).hexdigest(),
+        "train_tokens": index["splits"]["train"]["tokens"],
+    }
 
 
 def check_sizes(config: Config, ranks: int) -> int:
@@ -76,6 +95,7 @@ def check_sizes(config: Config, ranks: int) -> int:
         UserError: one line with the numbers and a fix.
     """
     _ranges(config)
+    checkpoint_interval(config)
     _divides(config)
     train, parallel = config.train, config.parallel
     model_ranks = parallel.tensor * parallel.pipeline
@@ -114,6 +134,20 @@ def _enough_micro_batches(config: Config, data_parallel: int) -> None:
     )
 
 
+def checkpoint_interval(config: Config) -> Interval | None:
+    """checkpoint.every.
+
+    Raises:
+        UserError: it is not an interval.
+    """
+    if config.checkpoint.every is None:
+        return None
+    try:
+        return Interval.parse(config.checkpoint.every)
+    except UserError as error:
+        raise UserError(f"checkpoint.every: {error}") from None
+
+
 _RANGES: dict[str, tuple[tuple[str, str], ...]] = {
     "above 0": (
         ("data", "sequence_length"),
@@ -122,6 +156,7 @@ _RANGES: dict[str, tuple[tuple[str, str], ...]] = {
         ("optimizer", "learning_rate eps"),
         ("train", "steps global_batch micro_batch validate_every validation_sequences"),
         ("train", "max_dropped_steps"),
+        ("checkpoint", "keep keep_every"),
         ("parallel", "tensor pipeline virtual_stages ranks_per_node timeout_minutes"),
     ),
     "0 or above": (("optimizer", "warmup_steps warmup_updates weight_decay clip"),),

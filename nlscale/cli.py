@@ -9,10 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import warnings
 
 from nlscale import __version__
 from nlscale.errors import UserError
+
+_OTHERS_WAIT_SECONDS = 3.0
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,9 +27,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         sys.exit(args.func(args))
     except UserError as error:
-        # Ranks of a node that fail alike say so once.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"nlscale: {error}", file=sys.stderr)
+        # Ranks of a node that fail alike say so once: when the first has, torchrun ends the others.
+        # What only another rank has to say is said a little later.
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(_OTHERS_WAIT_SECONDS)
+        print(f"nlscale: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("nlscale: interrupted", file=sys.stderr)
@@ -120,6 +125,26 @@ def _parser() -> argparse.ArgumentParser:
             description="Measurements on this machine.",
         )
     )
+    from nlscale.checkpoint.cli import add_arguments as add_checkpoint
+
+    add_checkpoint(
+        verbs.add_parser(
+            "checkpoint",
+            help="list, inspect, verify, compare and export checkpoints",
+            description="Look at the checkpoints of a run, prove them whole, compare them, and "
+            "export their weights.",
+        )
+    )
+    from nlscale.verify.cli import add_arguments as add_verify
+
+    verify = verbs.add_parser(
+        "verify-resume",
+        help="prove that a run that is killed and resumed is the run that never stopped",
+        description="Train without a stop; train again, kill it after the checkpoint at a step, "
+        "resume it on the same layout of ranks and on others; compare.",
+    )
+    _add_recipe(verify)
+    add_verify(verify)
     return parser
 
 

@@ -65,6 +65,15 @@ class Reduction(str, Enum):
     every_step = "every-step"
 
 
+class Pending(str, Enum):
+    """How a checkpoint holds the windows of slow levels that are not full."""
+
+    canonical = "canonical"
+    """Summed over the nodes: loads on any layout. Costs one reduction of the pending groups."""
+    exact = "exact"
+    """Each node's own sums: the run is not touched, but only the same layout can load it."""
+
+
 class Recompute(str, Enum):
     """A part of a block whose activations are computed again in the backward pass."""
 
@@ -82,6 +91,9 @@ class RunConfig:
     """Folder of the run: resolved config, metrics.jsonl, summary.json, loss.png."""
     seed: int = 1234
     """Seed of initial weights and of the order of the data."""
+    weights: str | None = None
+    """Folder of exported weights to start from instead of drawing them (continued pretraining);
+    see `nlscale checkpoint export`."""
 
 
 @dataclass
@@ -273,6 +285,32 @@ class ParallelConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """Checkpoints in run.dir/checkpoints; a run that is started again goes on from the newest."""
+
+    every: str | None = "500 steps"
+    """How often: '500 steps', '2B tokens' or '30 minutes'; null: only at `steps`."""
+    steps: list[int] = field(default_factory=list)
+    """Steps after which to save beside that, such as where a learning rate begins to fall. A run
+    that saves at all saves after its last step too."""
+    keep: int = 2
+    """The newest checkpoints that are kept."""
+    keep_every: int | None = None
+    """Beside them, those of every so many steps are kept for good; null: none."""
+    pending: Pending = Pending.canonical
+    """How unfinished windows are stored: canonical (any layout) or exact (same layout only)."""
+
+
+@dataclass
+class ResumeConfig:
+    """Going on from a checkpoint."""
+
+    allow: list[str] = field(default_factory=list)
+    """Keys whose value may differ from the checkpoint's, `data` for other data. Without it a
+    change that would make it another run is refused."""
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases; metrics.jsonl is written in any case."""
 
@@ -295,6 +333,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 

@@ -13,36 +13,32 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from nlscale import recipe
+from nlscale.checkpoint.resume import check_store, resume
+from nlscale.checkpoint.saver import Saver, saves, store_of
+from nlscale.checkpoint.state import start_from_weights
 from nlscale.checks import Prepared
 from nlscale.config import Config
 from nlscale.data import Samples
 from nlscale.errors import TrainingFailed, UserError
 from nlscale.figures import LOSS_FIGURE, SUMMARY_FILE
-from nlscale.levels import Level, slow_level_warnings
-from nlscale.model.hope import Hope, named_parameters
-from nlscale.model.init import initialize
-from nlscale.model.layers import megatron_config
+from nlscale.levels import slow_level_warnings
 from nlscale.model.sizes import level_parameters
-from nlscale.model.stages import stage_blocks
 from nlscale.optim.levels import LevelOptimizer
-from nlscale.parallel.consensus import Verdict, agree
+from nlscale.parallel.consensus import Requests, Verdict, agree
 from nlscale.parallel.layout import Layout, process_groups
 from nlscale.parallel.schedule import Batch, run_micro_batches
 from nlscale.telemetry import Telemetry, WandbOptions
+from nlscale.trainer import Trainer
 
 CONFIG_FILE = "config.yaml"
-_SPIKE_MEMORY = 50
 _STANDS_STILL = 1e-7
 
 
@@ -67,142 +63,84 @@ def train(config: Config, prepared: Prepared) -> dict[str, Any]:
                 f"figure: {run_dir / LOSS_FIGURE}"
             )
         return finished
+    if saves(config):
+        check_store(config, prepared.data, store_of(config))
     with process_groups(config) as layout:
         if layout.is_writer:
             run_dir.mkdir(parents=True, exist_ok=True)
             recipe.write(config, run_dir / CONFIG_FILE)
         with _telemetry(config, prepared, layout) as telemetry:
-            telemetry.truncate_after(-1)  # of a run that did not finish
             return _run(config, prepared, layout, telemetry)
-
-
-@dataclass
-class Trainer:
-    """A rank's part of the model with its optimizer, and one training step of it."""
-
-    config: Config
-    layout: Layout
-    levels: list[Level]
-    stages: list[Hope]
-    """What this rank holds of the model: all of it, or one or several pipeline stages."""
-    optimizer: LevelOptimizer
-    step: int = 0
-    """Steps taken."""
-    recent: list[float] = field(default_factory=list)
-    """Losses of the last steps, for `train.drop_spikes`."""
-
-    @classmethod
-    def build(cls, config: Config, layout: Layout, levels: list[Level], vocabulary: int) -> Trainer:
-        """Make and initialise the model; the same weights on every layout."""
-        mc = megatron_config(config)
-        cut = stage_blocks(config, vocabulary)
-        mine = cut[layout.pipeline_rank :: layout.pipeline_size]
-        stages = [Hope(config, mc, vocabulary, blocks) for blocks in mine]
-        for stage in stages:
-            initialize(stage, config.run.seed, layout.tensor_rank, layout.tensor_size)
-            stage.to(layout.device)
-        optimizer = LevelOptimizer(config, levels, stages, vocabulary, mc, layout)
-        return cls(config, layout, levels, stages, optimizer)
-
-    def take_step(
-        self, batches: list[Batch], on_verdict: Callable[[Verdict], None] | None = None
-    ) -> tuple[Verdict, dict[int, dict[str, float | None]]]:
-        """One step on this rank's micro batches: what all ranks saw of it, what was updated.
-
-        A step that is not admitted enters no window. A window that is due closes all the same,
-        with the steps that it holds. `on_verdict` is called once the ranks have agreed, before
-        anything is updated.
-        """
-        self.step += 1
-        self.optimizer.start_step()
-        loss_sum, seen = run_micro_batches(self.stages, batches, self.optimizer.windows)
-        finite = self.optimizer.finish_backward()
-        verdict = agree(self.layout, loss_sum, seen, finite, stop=False)
-        if on_verdict is not None:
-            on_verdict(verdict)
-        if self._spikes(verdict.loss):
-            verdict = replace(verdict, admitted=False)
-        if verdict.admitted:
-            self.optimizer.admit(verdict.tokens)
-            self.recent = [*self.recent[1 - _SPIKE_MEMORY :], verdict.loss]
-        return verdict, self.optimizer.update(self.step)
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """This rank's parameters by their names in the whole model."""
-        return named_parameters(self.stages)
-
-    def _spikes(self, loss: float) -> bool:
-        """Whether a loss is out of line with the steps before it (train.drop_spikes)."""
-        limit = self.config.train.drop_spikes
-        enough = len(self.recent) >= _SPIKE_MEMORY // 5
-        return limit is not None and enough and loss > limit * statistics.median(self.recent)
 
 
 def _run(
     config: Config, prepared: Prepared, layout: Layout, telemetry: Telemetry
 ) -> dict[str, Any]:
     trainer = Trainer.build(config, layout, prepared.levels, prepared.vocabulary)
-    optimizer = trainer.optimizer
     parameters = level_parameters(config, prepared.vocabulary)
     telemetry.note(_describe(config, prepared, layout, parameters))
     layers, stagger = config.model.layers, config.levels.stagger
     for warning in slow_level_warnings(prepared.levels, layers, stagger, config.train.steps):
         telemetry.warn(warning)
+    saver = _begin(trainer, prepared, telemetry)
+    counters, optimizer = trainer.counters, trainer.optimizer
 
-    tokens, dropped, dropped_in_a_row = 0, 0, 0
-    bytes_sent, bytes_saved = 0.0, 0.0
     warned: set[int] = set()
-    losses: list[float] = []
     speeds: list[float] = []
-    held_out = _validate(prepared, trainer, telemetry, tokens)
-    for step in range(1, config.train.steps + 1):
+    held_out: dict[str, Any] = {}
+    if counters.step in (0, config.train.steps):
+        held_out = _validate(prepared, trainer, telemetry)
+    while counters.step < config.train.steps:
         started = time.monotonic()
-        verdict, updated = trainer.take_step(read_step(config, prepared, layout, step))
-        if verdict.admitted:
-            tokens, dropped_in_a_row = tokens + verdict.tokens, 0
-        else:
-            dropped, dropped_in_a_row = dropped + 1, dropped_in_a_row + 1
-            _give_up_after(config, dropped_in_a_row, step)
+        requests = Requests(
+            save=saver.wants(counters, prepared.tokens_per_step), failed=saver.failed
+        )
+        verdict, updated = trainer.take_step(read_step(trainer, prepared), requests)
+        step = counters.step
+        if verdict.asked.failed:
+            saver.finish()  # which says what failed
+        _give_up_after(config, counters.dropped_in_a_row, step)
         for level in _standing_still(updated) - warned:
             telemetry.warn(
                 f"level {prepared.levels[level].name!r} hardly moves: its update at step {step} is "
                 f"{updated[level]['update_ratio']:.1e} of its weights; raise its learning_rate"
             )
             warned.add(level)
-        sent, saved = optimizer.traffic(step)
-        bytes_sent, bytes_saved = bytes_sent + sent, bytes_saved + saved
         _check_replicas(trainer)
         seconds = time.monotonic() - started
-        losses.append(verdict.loss)
         speeds.append(verdict.tokens / seconds)
         telemetry.train_step(
             {
                 "kind": "train",
                 "step": step,
-                "tokens": tokens,
+                "tokens": counters.tokens,
                 "loss": verdict.loss,
                 "tokens_per_second": speeds[-1],
                 "step_seconds": seconds,
-                "dropped_steps": dropped,
-                "bytes_sent": bytes_sent,
-                "bytes_saved": bytes_saved,
+                "dropped_steps": counters.dropped,
+                "bytes_sent": counters.bytes_sent,
+                "bytes_saved": counters.bytes_saved,
                 "levels": _level_records(prepared, optimizer, updated),
             }
         )
-        if step % config.train.validate_every == 0 or step == config.train.steps:
-            held_out = _validate(prepared, trainer, telemetry, tokens)
+        last = step == config.train.steps
+        if step % config.train.validate_every == 0 or last:
+            held_out = _validate(prepared, trainer, telemetry)
+        if saves(config) and (verdict.asked.save or last):
+            saver.save()
+    saver.finish()
 
-    last = [x for x in losses[-max(1, len(losses) // 20) :] if math.isfinite(x)]
+    mean = statistics.fmean(counters.last_losses) if counters.last_losses else math.nan
     summary = {
-        "initial_loss": losses[0],
-        "final_train_loss": sum(last) / len(last) if last else math.nan,
+        "initial_loss": counters.first_loss,
+        "final_train_loss": mean,
         "final_val_loss": held_out["loss"],
         "val_bits_per_byte": held_out["bits_per_byte"],
         "unigram_bits_per_byte": prepared.validation.shards.index["unigram_bits_per_byte"],
         "steps": config.train.steps,
-        "dropped_steps": dropped,
-        "tokens": tokens,
-        "tokens_per_second": statistics.median(speeds),
+        "dropped_steps": counters.dropped,
+        "tokens": counters.tokens,
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
         "parameters": sum(parameters),
         "levels": [
             {
@@ -219,14 +157,32 @@ def _run(
     return summary
 
 
-def read_step(config: Config, prepared: Prepared, layout: Layout, step: int) -> list[Batch]:
-    """This rank's micro batches of a step, counted from 1.
+def _begin(trainer: Trainer, prepared: Prepared, telemetry: Telemetry) -> Saver:
+    """Go on from the run's newest checkpoint, or start from weights that were given or drawn."""
+    store = store_of(trainer.config)
+    checkpoint = resume(trainer, prepared.data, store, telemetry.warn)
+    if checkpoint is not None:
+        telemetry.truncate_after(checkpoint.step)
+        telemetry.note(
+            f"resuming from {checkpoint.path}, step {checkpoint.step:,} of "
+            f"{trainer.config.train.steps:,}"
+        )
+    else:
+        telemetry.truncate_after(-1)  # of a run that ended before its first checkpoint
+        if trainer.config.run.weights is not None:
+            start_from_weights(trainer, Path(trainer.config.run.weights))
+            telemetry.note(f"starting from the weights in {trainer.config.run.weights}")
+    return Saver(trainer, prepared.data, telemetry.wandb_id, store, telemetry.note)
+
+
+def read_step(trainer: Trainer, prepared: Prepared) -> list[Batch]:
+    """This rank's micro batches of the next step.
 
     Sample numbers are global: which rank reads a sample changes with the layout, which samples a
     step reads does not.
     """
-    size = config.train.micro_batch
-    first = (step - 1) * config.train.global_batch
+    layout, size = trainer.layout, trainer.config.train.micro_batch
+    first = trainer.counters.samples
     batches = []
     for i in range(prepared.micro_batches):
         offset = (i * layout.data_size + layout.data_rank) * size
@@ -234,15 +190,13 @@ def read_step(config: Config, prepared: Prepared, layout: Layout, step: int) -> 
     return batches
 
 
-def _validate(
-    prepared: Prepared, trainer: Trainer, telemetry: Telemetry, tokens: int
-) -> dict[str, Any]:
+def _validate(prepared: Prepared, trainer: Trainer, telemetry: Telemetry) -> dict[str, Any]:
     verdict = validation_loss(trainer, prepared.validation)
     bits_per_token = verdict.loss / math.log(2)
     record = {
         "kind": "validation",
-        "step": trainer.step,
-        "tokens": tokens,
+        "step": trainer.counters.step,
+        "tokens": trainer.counters.tokens,
         "loss": verdict.loss,
         "bits_per_byte": bits_per_token / prepared.validation.shards.bytes_per_token,
     }
@@ -266,7 +220,7 @@ def validation_loss(trainer: Trainer, samples: Samples) -> Verdict:
         filled = [*numbers, *[0] * (size - len(numbers))]
         batches.append(_to_batch(np.stack([samples[n] for n in filled]), layout, len(numbers)))
     loss_sum, seen = run_micro_batches(trainer.stages, batches, None)
-    return agree(layout, loss_sum, seen, torch.tensor(True, device=layout.device), stop=False)
+    return agree(layout, loss_sum, seen, torch.tensor(True, device=layout.device))
 
 
 def finished_summary(config: Config, run_dir: Path) -> dict[str, Any] | None:
@@ -330,13 +284,13 @@ def _standing_still(updated: dict[int, dict[str, float | None]]) -> set[int]:
 
 
 def _check_replicas(trainer: Trainer) -> None:
-    every = trainer.config.parallel.replica_check_every
-    if not every or trainer.step % every:
+    every, step = trainer.config.parallel.replica_check_every, trainer.counters.step
+    if not every or step % every:
         return
     different = trainer.optimizer.replica_difference(trainer.named_parameters())
     if different is not None:
         raise TrainingFailed(
-            f"replicas differ after step {trainer.step}, first in {different}: a rank computed "
+            f"replicas differ after step {step}, first in {different}: a rank computed "
             f"something else than the others; check its memory and GPU before going on"
         )
 

@@ -55,6 +55,32 @@ class Period:
         return f"{human_count(self.count) if self.unit == 'tokens' else self.count} {unit}"
 
 
+@dataclass(frozen=True)
+class Interval:
+    """How often something is done in a run: every so many steps, tokens or minutes."""
+
+    count: float
+    unit: Literal["steps", "tokens", "minutes"]
+
+    @classmethod
+    def parse(cls, text: str) -> Interval:
+        """Read ``"500 steps"``, ``"2B tokens"`` or ``"30 minutes"``.
+
+        Raises:
+            UserError: not of that form, or not above 0.
+        """
+        minutes = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*minutes?\s*", text)
+        if minutes and float(minutes[1]) > 0:
+            return cls(float(minutes[1]), "minutes")
+        try:
+            period = Period.parse(text)
+        except UserError:
+            raise UserError(
+                f"{text!r} is not an interval; write '500 steps', '2B tokens' or '30 minutes'"
+            ) from None
+        return cls(period.count, period.unit)
+
+
 def human_count(count: float) -> str:
     """A count in three figures and a unit: 950, 21.3k, 557k, 13.1M, 2.5B, 1T."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

@@ -1,4 +1,4 @@
-"""`nlscale bench sync`."""
+"""`nlscale bench sync|step|checkpoint`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEFAULT_RECIPE = Path("recipes/bench-sync.yaml")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Hang the `sync` sub-parser under `parser`; it sets `func(args) -> int`."""
+    """Hang the sub-parsers under `parser`; each sets `func(args) -> int`."""
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     sync = verbs.add_parser(
         "sync",
@@ -58,6 +58,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     step.set_defaults(func=_step)
 
+    checkpoint = verbs.add_parser(
+        "checkpoint",
+        help="what saving costs a run, and loading",
+        description="Save checkpoints of a recipe's model after steps on random tokens, on this "
+        "process or, under torchrun, on all of them: how long training waits, how long writing, "
+        "verifying and loading take, and the size on the disk against that of the state.",
+    )
+    checkpoint.add_argument("recipe", metavar="RECIPE", help="a YAML file of keys")
+    checkpoint.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="override a recipe's key"
+    )
+    checkpoint.add_argument(
+        "--steps",
+        type=int,
+        default=5,
+        metavar="N",
+        help="steps to time before the first save (default: %(default)s)",
+    )
+    checkpoint.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="write and keep the checkpoints there (default: a temporary folder beside run.dir)",
+    )
+    checkpoint.add_argument("--json", action="store_true", help="print JSON instead of text")
+    checkpoint.set_defaults(func=_checkpoint)
+
 
 def _sync(args: argparse.Namespace) -> int:
     from nlscale import recipe
@@ -92,4 +119,23 @@ def _step(args: argparse.Namespace) -> int:
     result = bench_step(config, args.steps)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(result, indent=1))
+    return 0
+
+
+def _checkpoint(args: argparse.Namespace) -> int:
+    from nlscale import recipe
+    from nlscale.checks import check_sizes
+
+    if args.steps < 1:
+        raise UserError(f"--steps {args.steps} is less than 1")
+    config = recipe.load(args.recipe, args.overrides).config
+    check_sizes(config, int(os.environ.get("WORLD_SIZE", "1")))
+    from nlscale.bench.checkpoint import bench_checkpoint, print_result  # imports torch
+
+    result = bench_checkpoint(config, args.steps, args.out)
+    if os.environ.get("RANK", "0") == "0":
+        if args.json:
+            print(json.dumps(result, indent=1))
+        else:
+            print_result(result)
     return 0

@@ -15,7 +15,7 @@ from nlscale.levels import spectrum
 from nlscale.model.sizes import level_parameters
 from nlscale.parallel.layout import process_groups
 from nlscale.plan.memory import memory
-from nlscale.train import Trainer
+from nlscale.trainer import Trainer
 
 _WARM_UP = 5
 

@@ -35,7 +35,7 @@ from nlscale.errors import TrainingFailed
 from nlscale.parallel.consensus import Verdict
 from nlscale.parallel.layout import process_groups
 from nlscale.plan import traffic
-from nlscale.train import Trainer
+from nlscale.trainer import Trainer
 from nlscale.units import human_bytes
 
 
@@ -118,7 +118,7 @@ def _train_and_measure(
         trainer = Trainer.build(config, layout, bench.levels, bench.vocabulary)
 
         def read_counter(verdict: Verdict) -> None:
-            if trainer.step > WARMUP:
+            if trainer.counters.step > WARMUP:
                 sent.append(sent_bytes())
                 times.append(time.monotonic())
                 # The ranks of a node wait for the reading, so that nothing of this step is in it;
@@ -127,7 +127,7 @@ def _train_and_measure(
 
         for step in range(1, config.train.steps + 1):
             batches = random_tokens(config, step, layout.data_rank, layout.data_size)
-            verdict, _ = trainer.take_step(batches, read_counter)
+            verdict, _ = trainer.take_step(batches, on_verdict=read_counter)
             if not verdict.admitted:
                 raise TrainingFailed(f"{name}: step {step} was not finite; nothing was measured")
             if layout.is_writer and step % max(1, config.train.steps // 4) == 0:

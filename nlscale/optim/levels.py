@@ -152,6 +152,21 @@ class LevelOptimizer:
             for group, rate in rates.items()
         }
 
+    def settle_windows(self) -> None:
+        """Bring pending windows into canonical form: the first node holds the sum of all of them.
+
+        What they add up to stays the same, up to rounding. It costs one reduction across nodes of
+        the pending groups.
+        """
+        if self.layout.nodes == 1 or self.config.levels.reduction == Reduction.every_step:
+            return
+        pending = [w for w in self.windows if self.progress[w.group].tokens]
+        sums = [s for window in pending for s in window.sums]
+        reduce_across_nodes(self.layout, sums)
+        if self.layout.node_rank > 0:
+            for tensor in sums:
+                tensor.zero_()
+
     def counts(self, level: int) -> tuple[int, int]:
         """Updates and reductions of a level: of that of its sync groups that made most."""
         mine = [p for group, p in self.progress.items() if group.level == level]

@@ -31,6 +31,8 @@ class Layout:
     tensor_size: int
     pipeline_rank: int
     pipeline_size: int
+    node_rank: int
+    """Which of the nodes that the data-parallel group spans this rank is on."""
     nodes: int
     """Nodes a data-parallel group spans."""
     all_nodes: int
@@ -41,6 +43,8 @@ class Layout:
     """The ranks that share every layer."""
     across_nodes: dist.ProcessGroup | None
     """The ranks that hold the same shard on each node; None on one node."""
+    host: dist.ProcessGroup
+    """All ranks over gloo, for what goes on beside the training: writing checkpoints."""
     replica: dist.ProcessGroup
     """All ranks of one copy of the optimizer state: its tensor, pipeline and within-node ranks."""
 
@@ -98,6 +102,7 @@ def _layout(config: Config) -> Layout:
     inside = parallel_state.get_data_parallel_group(
         with_context_parallel=True, partial_data_parallel=True
     )
+    across = parallel_state.get_inter_distributed_optimizer_instance_group() if nodes > 1 else None
     groups = ProcessGroupCollection()
     groups.dp = groups.dp_cp = groups.intra_dp_cp = groups.intra_dist_opt = inside
     groups.expt_dp = groups.intra_expt_dp = inside  # unused: there are no experts
@@ -117,13 +122,13 @@ def _layout(config: Config) -> Layout:
         tensor_size=tensor,
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=pipeline,
+        node_rank=dist.get_rank(across) if across is not None else 0,
         nodes=nodes,
         all_nodes=dist.get_world_size() // per_node,
         within_node=groups,
         tensor_group=groups.tp,
-        across_nodes=parallel_state.get_inter_distributed_optimizer_instance_group()
-        if nodes > 1
-        else None,
+        across_nodes=across,
+        host=dist.new_group(backend="gloo"),
         replica=parallel_state.get_intra_distributed_optimizer_instance_group(),
     )
 

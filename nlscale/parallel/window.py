@@ -63,10 +63,16 @@ class Window:
                 pg_collection=layout.within_node,
             )
         inside = layout.within_node.dp
+        buckets = {
+            (i, bucket.bucket_id): bucket
+            for i, buffer in enumerate(self.ddp.buffers)
+            for bucket in buffer.buckets
+        }
+        self.places = list(buckets)
+        """Buffer and bucket of each shard."""
         self.shards = [
             shard_buffer(bucket.grad_data, inside.size())[inside.rank()]
-            for bucket_group in self.ddp.bucket_groups
-            for bucket in bucket_group.buckets
+            for bucket in buckets.values()
         ]
         """This rank's part of each gradient bucket, fp32."""
         # With a period of one step the gradient of the step is the window.

@@ -94,6 +94,11 @@ class Telemetry:
         """The telemetry of every rank but the first: same methods, no effect."""
         return _Silent()
 
+    @property
+    def wandb_id(self) -> str | None:
+        """The id under which wandb tracks the run, if it does."""
+        return self._wandb.id if self._wandb else None
+
     def note(self, line: str) -> None:
         """A line in the terminal and, with date and time, in train.log."""
         self._screen.line(line)
@@ -207,6 +212,10 @@ class Telemetry:
 class _Silent(Telemetry):
     def __init__(self) -> None:
         pass
+
+    @property
+    def wandb_id(self) -> str | None:
+        return None
 
     def note(self, line: str) -> None:
         pass

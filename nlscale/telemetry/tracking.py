@@ -121,7 +121,7 @@ class WandbRun:
         self._run = wandb.init(
             project=self._options.project,
             name=self._options.name or self._run_dir.resolve().name,
-            id=self._id() + id_suffix,
+            id=self.id + id_suffix,
             resume="allow" if mode == "online" else None,
             dir=str(self._run_dir),
             mode=mode,
@@ -138,7 +138,9 @@ class WandbRun:
         elif mode != "disabled":
             self._note(f"wandb: {self._run.url}")
 
-    def _id(self) -> str:
+    @property
+    def id(self) -> str:
+        """The id of the run, kept in its directory."""
         path = self._run_dir / _ID_FILE
         if not path.exists():
             path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")

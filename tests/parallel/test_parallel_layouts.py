@@ -9,7 +9,7 @@ import pytest
 import world
 from parallel.level_runs import largest_difference, run_engine
 
-# Sums in another order, through six Adam steps. Seen: 1e-7 to 2e-6.
+# Sums in another order, through six Adam steps.
 TOLERANCE = 1e-5
 
 BASE = [
@@ -17,7 +17,10 @@ BASE = [
     "data.sequence_length=16",
     "levels=[1,2,4]",
     "train.steps=6",
-    "model.init_std=0.1",  # larger gradients: less of each is rounding
+    # Larger gradients than at the usual start, so that less of each is rounding; and an eps to
+    # match: a first update, g / (|g| + eps), makes a whole step of mere rounding that is above it.
+    "model.init_std=0.1",
+    "optimizer.eps=1e-4",
 ]
 # tensor ranks, and whether the sequence is split between them
 SPLITS = [(1, False), (2, False), (2, True), (4, False), (4, True)]
@@ -53,7 +56,14 @@ def kind_keys(kind: tuple[str, str]) -> list[str]:
 def cases() -> list[Any]:
     """Every layout, each with one kind of model, so that all kinds meet all sorts of layout."""
     layouts = list(itertools.product(SPLITS, PIPELINES, [1, 2]))[1:]
-    return [(*one, KINDS[i % len(KINDS)]) for i, one in enumerate(layouts)]
+    out = []
+    for i, (split, pipeline, data) in enumerate(layouts):
+        kind = KINDS[(i + i // len(KINDS)) % len(KINDS)]
+        marks = [pytest.mark.slow] * (split[0] * pipeline[0] * data > 8)
+        stages = f"pp{pipeline[0]}" + "-interleaved" * (pipeline[1] > 1)
+        name = f"tp{split[0]}{'-sp' * split[1]}-{stages}-dp{data}-{'-'.join(kind)}"
+        out.append(pytest.param(split, pipeline, data, kind, marks=marks, id=name))
+    return out
 
 
 @pytest.mark.parametrize(("split", "pipeline", "data", "kind"), cases())

@@ -18,7 +18,8 @@ from nlscale.errors import TrainingFailed, UserError
 from nlscale.levels import spectrum
 from nlscale.parallel.layout import process_groups
 from nlscale.parallel.schedule import Batch
-from nlscale.train import Trainer, train
+from nlscale.train import train
+from nlscale.trainer import Trainer
 
 SMALL = [
     "data.sequence_length=32", "model.layers=2", "model.d_model=64", "model.heads=2",

@@ -1,0 +1,209 @@
+"""`nlscale bench checkpoint`: what saving costs a run here, and getting back what was saved."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from nlscale.bench.tokens import random_tokens
+from nlscale.checkpoint.saver import Saver
+from nlscale.checkpoint.state import restore
+from nlscale.checkpoint.store import Checkpoint, Store
+from nlscale.config import Config, Pending
+from nlscale.errors import TrainingFailed, UserError
+from nlscale.levels import spectrum
+from nlscale.model.groups import group_parameters
+from nlscale.parallel.layout import Layout, process_groups
+from nlscale.trainer import Trainer
+from nlscale.units import human_bytes, human_count
+
+_WARM_UP = 2
+_SAVES = 3
+
+
+def bench_checkpoint(config: Config, steps: int, out: Path | None) -> dict[str, Any]:
+    """Take steps on random tokens, save after each of the last ones, verify and load.
+
+    Args:
+        config: its `run.dir` says on which disk: the checkpoints go to a temporary folder beside
+            it.
+        steps: to time; levels of a longer period have not updated then.
+        out: where to write and keep the checkpoints instead.
+
+    Returns:
+        Medians over the saves, of the slowest rank: `stall_seconds`, for which training waits
+        (the copy to host memory, and the reduction of pending windows across nodes), and
+        `write_seconds`, in the background; `bytes_per_second` of the writing.
+        Of the last checkpoint: `bytes` and `files` on the disk; `theoretical_bytes`: 4 a parameter
+        (fp32 weights), 8 more where it has updated (Adam's moments) and 4 where its window is
+        pending (of each node with checkpoint.pending=exact); `ratio` of these; `verify_seconds`
+        and `load_seconds`, read back at once and so, where they fit, from the system's cache.
+        `median_step_seconds` without saves, `parameters`, `pending_parameters`, `saves`, `ranks`,
+        `device`, `dtype`, and the `folder`, None where it was temporary.
+
+    Raises:
+        UserError: `model.vocabulary` is not set (no data are read), or `out` exists.
+        TrainingFailed: a checkpoint could not be written.
+    """
+    if config.model.vocabulary is None:
+        raise UserError("bench checkpoint reads no data: give model.vocabulary=256, for example")
+    if out is not None and out.exists():
+        raise UserError(f"--out {out} exists; give another folder")
+    last = _WARM_UP + steps + _SAVES
+    # the last step of a run closes all windows; this run is longer, so that some are pending
+    config = replace(config, train=replace(config.train, steps=max(config.train.steps, last + 1)))
+    with process_groups(config) as layout, _folder(config, out, layout) as folder:
+        trainer = _build(config, layout)
+        seconds = [_take_step(trainer, step) for step in range(1, _WARM_UP + steps + 1)]
+        saver = Saver(trainer, {"random": True}, None, Store(folder), lambda line: None)
+        stalls, writes = [], []
+        for step in range(_WARM_UP + steps + 1, last + 1):
+            _take_step(trainer, step)
+            stalled = saver.stalled
+            saver.save()
+            stalls.append(_slowest(layout, saver.stalled - stalled))
+            saver.finish()
+            assert saver.written is not None
+            writes.append(_slowest(layout, saver.written.seconds))
+        written = saver.written
+        assert written is not None
+        held = _held(trainer)
+        del trainer, saver  # the loaded one takes their place
+        gc.collect()
+        checkpoint = Checkpoint(written.path, last)
+        verify_seconds = 0.0
+        if layout.is_writer:
+            started = time.perf_counter()
+            checkpoint.verify()
+            verify_seconds = time.perf_counter() - started
+        trainer = _build(config, layout)
+        dist.barrier(group=layout.host)
+        started = _now(layout)
+        restore(trainer, checkpoint)
+        load_seconds = _now(layout) - started
+        write_seconds = float(np.median(writes))
+        return {
+            "stall_seconds": float(np.median(stalls)),
+            "write_seconds": write_seconds,
+            "bytes_per_second": written.bytes / write_seconds,
+            "bytes": written.bytes,
+            "files": written.files,
+            "theoretical_bytes": held["theoretical_bytes"],
+            "ratio": written.bytes / held["theoretical_bytes"],
+            "verify_seconds": _slowest(layout, verify_seconds),
+            "load_seconds": _slowest(layout, load_seconds),
+            "median_step_seconds": float(np.median(seconds[_WARM_UP:])),
+            "parameters": held["parameters"],
+            "pending_parameters": held["pending_parameters"],
+            "saves": _SAVES,
+            "ranks": layout.world,
+            "device": layout.device.type,
+            "dtype": config.train.dtype.value,
+            "folder": str(out) if out is not None else None,
+        }
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Print what `bench_checkpoint` returns."""
+    share = result["stall_seconds"] / result["median_step_seconds"]
+    pending = human_count(result["pending_parameters"])
+    size, planned = human_bytes(result["bytes"]), human_bytes(result["theoretical_bytes"])
+    ranks = f"{result['ranks']} rank{'s' * (result['ranks'] > 1)}"
+    rows = {
+        "training waits": f"{_time(result['stall_seconds'])}, {share:.2g} of a step's "
+        f"{_time(result['median_step_seconds'])}",
+        "writing": f"{_time(result['write_seconds'])} in the background, "
+        f"{human_bytes(result['bytes_per_second'])}/s",
+        "on the disk": f"{size} in {result['files']} files, {result['ratio']:.3f} x the {planned} "
+        f"of the state",
+        "verifying": f"{_time(result['verify_seconds'])}",
+        "loading": f"{_time(result['load_seconds'])}",
+    }
+    print(
+        f"{human_count(result['parameters'])} parameters ({pending} with a pending window), "
+        f"{ranks} on {result['device']}, median of {result['saves']} saves\n"
+    )
+    for name, text in rows.items():
+        print(f"{name:<16}{text}")
+    if result["folder"] is not None:
+        print(f"\n{result['folder']}")
+
+
+def _build(config: Config, layout: Layout) -> Trainer:
+    assert config.model.vocabulary is not None
+    tokens = config.train.global_batch * config.data.sequence_length
+    return Trainer.build(config, layout, spectrum(config.levels, tokens), config.model.vocabulary)
+
+
+def _take_step(trainer: Trainer, step: int) -> float:
+    layout = trainer.layout
+    batches = random_tokens(trainer.config, step, layout.data_rank, layout.data_size, layout.device)
+    started = _now(layout)
+    verdict, _ = trainer.take_step(batches)
+    if not verdict.admitted:
+        raise TrainingFailed(f"step {step} was not finite; nothing was measured")
+    return _now(layout) - started
+
+
+def _held(trainer: Trainer) -> dict[str, int]:
+    """What a checkpoint of the trainer must hold, of all ranks."""
+    config, progress = trainer.config, trainer.optimizer.progress
+    assert config.model.vocabulary is not None
+    sizes = group_parameters(config, trainer.levels, config.model.vocabulary, config.levels.stagger)
+    total = sum(sizes.values())
+    updated = sum(size for group, size in sizes.items() if progress[group].updates)
+    pending = sum(size for group, size in sizes.items() if progress[group].tokens)
+    exact = config.checkpoint.pending == Pending.exact
+    copies = trainer.layout.nodes if exact else 1
+    return {
+        "parameters": total,
+        "pending_parameters": pending,
+        "theoretical_bytes": 4 * total + 8 * updated + 4 * copies * pending,
+    }
+
+
+@contextlib.contextmanager
+def _folder(config: Config, out: Path | None, layout: Layout) -> Iterator[Path]:
+    """A folder that all ranks see, chosen by the first; removed afterwards, unless it was given."""
+    if out is not None:
+        yield out
+        return
+    beside = Path(config.run.dir).absolute().parent
+    while not beside.exists():
+        beside = beside.parent
+    made = [tempfile.mkdtemp(prefix="nlscale-bench-", dir=beside) if layout.is_writer else None]
+    try:
+        dist.broadcast_object_list(made, src=0, group=layout.host)
+        assert made[0] is not None
+        yield Path(made[0])
+        dist.barrier(group=layout.host)
+    finally:
+        if layout.is_writer and made[0] is not None:
+            shutil.rmtree(made[0], ignore_errors=True)
+
+
+def _slowest(layout: Layout, seconds: float) -> float:
+    most = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=layout.host)
+    return float(most)
+
+
+def _now(layout: Layout) -> float:
+    if layout.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"

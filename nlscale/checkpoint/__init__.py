@@ -1,0 +1,1 @@
+"""Checkpoints: what the state of a run is, and a store that can be trusted with it."""

@@ -1,0 +1,140 @@
+"""When a run saves, and how it goes on meanwhile.
+
+The state is copied to host memory, which is all that training waits for; a thread writes the copy,
+over a process group of its own. At most one save is under way: the next one waits for it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nlscale.checkpoint.pieces import Piece
+from nlscale.checkpoint.state import trainer_pieces, trainer_state
+from nlscale.checkpoint.store import Store, Written
+from nlscale.checks import checkpoint_interval
+from nlscale.config import Config
+from nlscale.errors import TrainingFailed
+from nlscale.trainer import Counters, Trainer
+
+FOLDER = "checkpoints"
+"""Of a run, in its run.dir."""
+
+
+class Saver:
+    """Saves a trainer's state as configured. The same calls on every rank.
+
+    Args:
+        trainer: whose state it is.
+        data: what identifies the data.
+        wandb_id: the id under which the run is tracked, if it is.
+        store: where to.
+        say: takes a line on each finished save; called on the first rank, from the thread.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        data: dict[str, Any],
+        wandb_id: str | None,
+        store: Store,
+        say: Callable[[str], None],
+    ) -> None:
+        self._trainer, self._data, self._wandb_id = trainer, data, wandb_id
+        self._store, self._say = store, say
+        self._config = trainer.config.checkpoint
+        self._every = checkpoint_interval(trainer.config)
+        self._saved_at = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self.stalled = 0.0
+        """Seconds that training has waited for saves."""
+        self.written: Written | None = None
+        """What the last finished save wrote."""
+
+    def wants(self, counters: Counters, tokens_per_step: int) -> bool:
+        """Whether the step about to be taken should be followed by a save.
+
+        The first rank asks for all: clocks differ.
+        """
+        if not self._trainer.layout.is_writer:
+            return False
+        if counters.step + 1 in self._config.steps:
+            return True
+        if self._every is None:
+            return False
+        count, unit = self._every.count, self._every.unit
+        if unit == "minutes":
+            return time.monotonic() - self._saved_at >= 60 * count
+        if unit == "steps":
+            return (counters.step + 1) % count == 0
+        return (counters.tokens + tokens_per_step) // count > counters.tokens // count
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save could not be written."""
+        return self._error is not None
+
+    def save(self) -> None:
+        """Copy the state and write it in the background; waits for the save before.
+
+        Raises:
+            TrainingFailed: the save before could not be written.
+        """
+        started = time.monotonic()
+        self.finish()
+        pieces = [_on_host(piece) for piece in trainer_pieces(self._trainer)]
+        state = trainer_state(self._trainer, self._data, self._wandb_id)
+        stall = time.monotonic() - started
+        self.stalled += stall
+        self._saved_at = time.monotonic()
+        self._thread = threading.Thread(
+            target=self._write, args=(self._trainer.counters.step, pieces, state, stall)
+        )
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for the save under way.
+
+        Raises:
+            TrainingFailed: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            raise TrainingFailed(
+                f"{self._error}; the checkpoints before it are whole: mend that and start again"
+            ) from self._error
+
+    def _write(self, step: int, pieces: list[Piece], state: dict[str, Any], stall: float) -> None:
+        try:
+            layout = self._trainer.layout
+            written = self._store.write(step, pieces, state, layout.host)
+            self.written = written
+            if layout.is_writer:
+                self._store.prune(self._config.keep, self._config.keep_every)
+                self._say(
+                    f"checkpoint at step {step}: {written.bytes / 1e6:.1f} MB in "
+                    f"{written.seconds:.1f} s, training waited {1e3 * stall:.0f} ms"
+                )
+        except Exception as error:  # shown by the training thread, on all ranks at one step
+            self._error = error
+
+
+def saves(config: Config) -> bool:
+    """Whether a run saves at all."""
+    return config.checkpoint.every is not None or bool(config.checkpoint.steps)
+
+
+def store_of(config: Config) -> Store:
+    """Where a run's checkpoints are."""
+    return Store(Path(config.run.dir) / FOLDER)
+
+
+def _on_host(piece: Piece) -> Piece:
+    return replace(piece, data=piece.data.detach().to("cpu", copy=True))

@@ -1,0 +1,78 @@
+"""What a rank holds of each parameter's optimizer state, by the parameter's name.
+
+megatron-core's DistributedOptimizer gives each data-parallel rank of a node a range of every
+gradient bucket, whatever parameters lie in it: of a parameter a rank holds nothing, all, or a range
+of its flattened local part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nlscale.levels import SyncGroup
+from nlscale.optim.levels import LevelOptimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A range of a parameter's flattened local part, with the state that updates it."""
+
+    name: str
+    parameter: Any
+    group: SyncGroup
+    start: int
+    """Where the range begins in the local part."""
+    weights: Tensor
+    """fp32 [length]: what the optimizer updates."""
+    window: Tensor
+    """fp32 [length]: sum of the gradients of the window, on this node."""
+    inner: torch.optim.Optimizer
+
+    def moments(self) -> dict[str, Tensor]:
+        """Adam's moments, fp32 [length] each; none before the first update."""
+        state = self.inner.state.get(self.weights, {})
+        return {name: state[name] for name in MOMENTS if name in state}
+
+    def begin_moments(self, updates: int) -> dict[str, Tensor]:
+        """Moments of zero after that many updates, to be filled."""
+        state = self.inner.state[self.weights]
+        state["step"] = torch.tensor(float(updates), device=self.weights.device)
+        for name in MOMENTS:
+            state[name] = torch.zeros_like(self.weights)
+        return self.moments()
+
+
+def shards(optimizer: LevelOptimizer, parameters: dict[str, Any]) -> list[Shard]:
+    """What this rank holds of its parameters' optimizer state.
+
+    Args:
+        optimizer: of this rank's part of the model.
+        parameters: that part, by name.
+    """
+    names = {parameter: name for name, parameter in parameters.items()}
+    found = []
+    for g in optimizer.groups:
+        distributed: Any = g.optimizer
+        sums = dict(zip(g.window.places, g.window.sums, strict=True))
+        for parameter, (index, order) in distributed.model_param_group_index_map.items():
+            buffer, dtype, bucket = distributed.model_param_gbuf_map[parameter]
+            ranges = distributed.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]
+            local = ranges["gbuf_local"]
+            found.append(
+                Shard(
+                    name=names[parameter],
+                    parameter=parameter,
+                    group=g.group,
+                    start=ranges["param"].start,
+                    weights=distributed.optimizer.param_groups[index]["params"][order],
+                    window=sums[buffer, bucket][local.start : local.end],
+                    inner=distributed.optimizer,
+                )
+            )
+    return found

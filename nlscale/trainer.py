@@ -1,0 +1,133 @@
+"""A rank's part of the model with its optimizer, one training step of it, and where it stands."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from nlscale.config import Config
+from nlscale.levels import Level
+from nlscale.model.hope import Hope, named_parameters
+from nlscale.model.init import initialize
+from nlscale.model.layers import megatron_config
+from nlscale.model.stages import stage_blocks
+from nlscale.optim.levels import LevelOptimizer
+from nlscale.parallel.consensus import Requests, Verdict, agree
+from nlscale.parallel.layout import Layout
+from nlscale.parallel.schedule import Batch, run_micro_batches
+
+_SPIKE_MEMORY = 50
+
+
+@dataclass
+class Counters:
+    """What a run's next step follows from, beside weights, optimizer state and windows.
+
+    The same on every rank; a checkpoint holds it as it is.
+    """
+
+    step: int = 0
+    """Steps taken."""
+    samples: int = 0
+    """Global number of the next sample."""
+    tokens: int = 0
+    """Tokens of the steps that were admitted."""
+    dropped: int = 0
+    dropped_in_a_row: int = 0
+    bytes_sent: float = 0.0
+    """Between nodes, by a node, as `nlscale plan` counts them."""
+    bytes_saved: float = 0.0
+    recent: list[float] = field(default_factory=list)
+    """Losses of the last admitted steps, for `train.drop_spikes`."""
+    first_loss: float | None = None
+    last_losses: list[float] = field(default_factory=list)
+    """Losses of the last admitted steps of the run, as many as its summary averages."""
+
+
+@dataclass
+class Trainer:
+    """A rank's part of the model with its optimizer, and one training step of it."""
+
+    config: Config
+    layout: Layout
+    levels: list[Level]
+    stages: list[Hope]
+    """What this rank holds of the model: all of it, or one or several pipeline stages."""
+    optimizer: LevelOptimizer
+    counters: Counters = field(default_factory=Counters)
+
+    @classmethod
+    def build(cls, config: Config, layout: Layout, levels: list[Level], vocabulary: int) -> Trainer:
+        """Make and initialise the model; the same weights on every layout."""
+        mc = megatron_config(config)
+        cut = stage_blocks(config, vocabulary)
+        mine = cut[layout.pipeline_rank :: layout.pipeline_size]
+        stages = [Hope(config, mc, vocabulary, blocks) for blocks in mine]
+        for stage in stages:
+            initialize(stage, config.run.seed, layout.tensor_rank, layout.tensor_size)
+            stage.to(layout.device)
+        optimizer = LevelOptimizer(config, levels, stages, vocabulary, mc, layout)
+        return cls(config, layout, levels, stages, optimizer)
+
+    def take_step(
+        self,
+        batches: list[Batch],
+        requests: Requests | None = None,
+        on_verdict: Callable[[Verdict], None] | None = None,
+    ) -> tuple[Verdict, dict[int, dict[str, float | None]]]:
+        """One step on this rank's micro batches: what all ranks saw of it, what was updated.
+
+        A step that is not admitted enters no window. A window that is due closes all the same,
+        with the steps that it holds.
+
+        Args:
+            batches: of this rank, `read_step` or the like.
+            requests: what this rank asks of all of them.
+            on_verdict: called once the ranks have agreed, before anything is updated.
+        """
+        counters = self.counters
+        counters.step += 1
+        counters.samples += self.config.train.global_batch
+        self.optimizer.start_step()
+        loss_sum, seen = run_micro_batches(self.stages, batches, self.optimizer.windows)
+        finite = self.optimizer.finish_backward()
+        verdict = agree(self.layout, loss_sum, seen, finite, requests)
+        if on_verdict is not None:
+            on_verdict(verdict)
+        if self._spikes(verdict.loss):
+            verdict = replace(verdict, admitted=False)
+        if verdict.admitted:
+            self.optimizer.admit(verdict.tokens)
+        self._count(verdict)
+        return verdict, self.optimizer.update(counters.step)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters by their names in the whole model."""
+        return named_parameters(self.stages)
+
+    def _count(self, verdict: Verdict) -> None:
+        counters = self.counters
+        sent, saved = self.optimizer.traffic(counters.step)
+        counters.bytes_sent += sent
+        counters.bytes_saved += saved
+        if math.isfinite(verdict.loss) and counters.first_loss is None:
+            counters.first_loss = verdict.loss
+        if not verdict.admitted:
+            counters.dropped += 1
+            counters.dropped_in_a_row += 1
+            return
+        counters.tokens += verdict.tokens
+        counters.dropped_in_a_row = 0
+        counters.recent = [*counters.recent[1 - _SPIKE_MEMORY :], verdict.loss]
+        averaged = max(1, self.config.train.steps // 20)
+        counters.last_losses = [*counters.last_losses, verdict.loss][-averaged:]
+
+    def _spikes(self, loss: float) -> bool:
+        """Whether a loss is out of line with the steps before it (train.drop_spikes)."""
+        limit, recent = self.config.train.drop_spikes, self.counters.recent
+        enough = len(recent) >= _SPIKE_MEMORY // 5
+        return limit is not None and enough and loss > limit * statistics.median(recent)

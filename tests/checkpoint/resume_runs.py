@@ -1,0 +1,57 @@
+"""Training on synthetic tokens that saves, and goes on from what was saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from parallel.level_runs import VOCABULARY, load, sequences, whole_parameters
+
+from nlscale.checkpoint.resume import resume
+from nlscale.checkpoint.saver import Saver
+from nlscale.checkpoint.store import Checkpoint, Store
+from nlscale.levels import spectrum
+from nlscale.parallel.layout import process_groups
+from nlscale.trainer import Trainer
+
+DATA = {"fingerprint": "synthetic"}
+
+
+def train(
+    overrides: list[str], folder: Path, saves: tuple[int, ...] = (), resumes: bool = False
+) -> dict[str, Any]:
+    """On a rank of a world: train to the end, saving after the given steps and the last.
+
+    Args:
+        overrides: of `level_runs.TINY`.
+        folder: of the store.
+        saves: steps after which to save, beside the last.
+        resumes: begin with the newest checkpoint in the folder.
+
+    Returns:
+        losses by step, and the whole parameters.
+    """
+    config = load([*overrides, "checkpoint.keep=100"])
+    with process_groups(config) as layout:
+        levels = spectrum(config.levels, tokens_per_step=100)
+        trainer = Trainer.build(config, layout, levels, VOCABULARY)
+        store = Store(folder)
+        if resumes:
+            assert resume(trainer, DATA, store, lambda line: None) is not None
+        saver = Saver(trainer, DATA, None, store, lambda line: None)
+        losses = {}
+        while trainer.counters.step < config.train.steps:
+            step = trainer.counters.step + 1
+            mine = sequences(config, step)[layout.data_rank :: layout.data_size]
+            losses[step] = trainer.take_step(mine)[0].loss
+            if step in saves or step == config.train.steps:
+                saver.save()
+        saver.finish()
+        return {"losses": losses, "parameters": whole_parameters(trainer)}
+
+
+def checkpoint(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of that step, verified."""
+    (found,) = (c for c in Store(folder).checkpoints() if c.step == step)
+    found.verify()
+    return found

@@ -1,0 +1,154 @@
+"""A run that resumes is the run that never stopped."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import world
+from checkpoint.resume_runs import checkpoint, train
+from parallel.level_runs import largest_difference
+
+from nlscale.checkpoint.diff import compare
+
+STEPS = 13
+BASE = ["levels=[1,3,5]", f"train.steps={STEPS}", "data.sequence_length=16", "model.layers=4"]
+LAYOUTS = {
+    "1": (1, 1, []),
+    "2": (2, 2, []),
+    "4": (4, 4, []),
+    "4-two-nodes": (4, 2, []),
+    "8-four-nodes": (8, 2, []),
+    "tp2": (2, 2, ["parallel.tensor=2"]),
+    "tp2-pp2": (4, 4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "tp2-sp-pp2x2": (
+        4,
+        4,
+        [
+            "parallel.tensor=2",
+            "parallel.sequence=true",
+            "parallel.pipeline=2",
+            "parallel.virtual_stages=2",
+        ],
+    ),
+}
+
+
+def run(layout: str, overrides: list[str], *args: object, **kwargs: object) -> list[dict]:
+    ranks, per_node, spread = LAYOUTS[layout]
+    return world.run(
+        ranks, train, [*BASE, *spread, *overrides], *args, *kwargs.values(), ranks_per_node=per_node
+    )
+
+
+def saved_only_at(folder: Path, step: int, copy: Path) -> Path:
+    """What a run that was killed after that checkpoint leaves behind."""
+    shutil.copytree(folder, copy)
+    for path in copy.iterdir():
+        if path.name not in (checkpoint(folder, step).path.name,):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("layout", "step", "dtype"),
+    [
+        ("1", 1, "bf16"),
+        ("1", 10, "fp32"),
+        ("4-two-nodes", 4, "fp32"),
+        ("4-two-nodes", 7, "bf16"),
+        ("4-two-nodes", 12, "fp32"),
+        ("tp2-pp2", 7, "fp32"),
+        ("tp2-sp-pp2x2", 4, "bf16"),
+    ],
+)
+def test_resuming_on_the_same_layout_is_bitwise(
+    tmp_path: Path, layout: str, step: int, dtype: str
+) -> None:
+    keys = [f"train.dtype={dtype}"]
+    whole = run(layout, keys, tmp_path / "whole", (step,), False)[0]
+    rest = saved_only_at(tmp_path / "whole", step, tmp_path / "rest")
+    resumed = run(layout, keys, rest, (), True)[0]
+    assert list(resumed["losses"]) == list(range(step + 1, STEPS + 1))
+    assert resumed["losses"] == {s: whole["losses"][s] for s in resumed["losses"]}
+    result = compare(checkpoint(rest, STEPS), checkpoint(tmp_path / "whole", STEPS))
+    assert result["bitwise"], result
+    assert largest_difference(resumed["parameters"], whole["parameters"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("tp2-pp2", "4"),
+        ("4", "2"),
+        ("2", "4"),
+        ("4-two-nodes", "tp2-sp-pp2x2"),
+        ("8-four-nodes", "4"),
+        ("4", "8-four-nodes"),
+        ("tp2-sp-pp2x2", "1"),
+    ],
+)
+def test_resuming_on_another_layout_is_within_rounding(
+    tmp_path: Path, one: str, other: str
+) -> None:
+    step = 7  # in the middle of windows of both slow levels
+    whole = run(one, [], tmp_path / "whole", (step,), False)[0]
+    rest = saved_only_at(tmp_path / "whole", step, tmp_path / "rest")
+    resumed = run(other, [], rest, (), True)[0]
+    for s, loss in resumed["losses"].items():
+        assert loss == pytest.approx(whole["losses"][s], rel=1e-6)
+    assert largest_difference(resumed["parameters"], whole["parameters"]) < 1e-6
+    result = compare(checkpoint(rest, STEPS), checkpoint(tmp_path / "whole", STEPS))
+    assert not result["bitwise"], "two layouts that round alike prove nothing"
+    assert result["classes"]["optimizer"]["max_relative_difference"] < 1e-5
+    assert set(result["classes"]["progress"]["differs"]) <= {"bytes_sent", "bytes_saved"}
+    assert result["classes"]["samples"]["bitwise"]
+
+
+@pytest.mark.parametrize(("one", "other"), [("tp2-pp2", "4"), ("4-two-nodes", "tp2-sp-pp2x2")])
+def test_another_layout_loads_the_very_same_state(tmp_path: Path, one: str, other: str) -> None:
+    # no step after resuming: what was loaded, windows half full, is written again by other ranks
+    run(one, [], tmp_path / "whole", (7,), False)
+    again = saved_only_at(tmp_path / "whole", 7, tmp_path / "again")
+    ranks, per_node, spread = LAYOUTS[other]
+    world.run(ranks, load_and_save, [*BASE, *spread], again, ranks_per_node=per_node)
+    before, after = checkpoint(tmp_path / "whole", 7), checkpoint(again, 7)
+    assert before.state["layout"] != after.state["layout"]
+    assert any(name.startswith("window/") for name in before.tensors())
+    result = compare(after, before)
+    assert result["bitwise"], result
+
+
+def load_and_save(overrides: list[str], folder: Path) -> None:
+    from checkpoint.resume_runs import DATA
+    from parallel.level_runs import VOCABULARY, load
+
+    from nlscale.checkpoint.resume import resume
+    from nlscale.checkpoint.saver import Saver
+    from nlscale.checkpoint.store import Store
+    from nlscale.levels import spectrum
+    from nlscale.parallel.layout import process_groups
+    from nlscale.trainer import Trainer
+
+    config = load(overrides)
+    with process_groups(config) as layout:
+        trainer = Trainer.build(config, layout, spectrum(config.levels, 100), VOCABULARY)
+        store = Store(folder)
+        assert resume(trainer, DATA, store, lambda line: None) is not None
+        saver = Saver(trainer, DATA, None, store, lambda line: None)
+        saver.save()
+        saver.finish()
+
+
+def test_windows_kept_exactly_do_not_touch_the_run(tmp_path: Path) -> None:
+    keys = ["checkpoint.pending=exact"]
+    layout = "4-two-nodes"
+    never_saved = run(layout, keys, tmp_path / "never", (), False)[0]
+    run(layout, keys, tmp_path / "whole", (7,), False)
+    rest = saved_only_at(tmp_path / "whole", 7, tmp_path / "rest")
+    resumed = run(layout, keys, rest, (), True)[0]
+    assert largest_difference(resumed["parameters"], never_saved["parameters"]) == 0
+    rest = saved_only_at(tmp_path / "whole", 7, tmp_path / "other")
+    with pytest.raises(AssertionError, match=r"checkpoint\.pending=exact resumes on the same"):
+        run("4", keys, rest, (), True)

@@ -1,0 +1,171 @@
+"""Runs that are killed and started again, as a user would: the same command."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import world
+from train.test_train_run import records, run
+
+from nlscale.checkpoint.diff import compare
+from nlscale.checkpoint.store import Checkpoint, Store
+from nlscale.data.build import build
+from nlscale.verify.resume import family
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    draw = random.Random(0)
+    words = ["level", "window", "period", "phase", "memory", "slow", "fast", "node"]
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(" ".join(draw.choices(words, k=400)))
+    out = folder / "shards"
+    build([str(folder)], "bytes", out, held_out=0.2)
+    return out
+
+
+def keys(data: Path, folder: Path) -> list[str]:
+    return [f"data.dir={data}", f"run.dir={folder}", "checkpoint.every=4 steps"]
+
+
+def only_until(folder: Path, step: int) -> None:
+    """As if the run had been killed after the checkpoint at that step."""
+    (folder / "summary.json").unlink()
+    store = Store(folder / "checkpoints")
+    for checkpoint in store.checkpoints():
+        if checkpoint.step > step:
+            checkpoint.path.rename(folder / f"later-{checkpoint.step}")
+
+
+def test_the_same_command_goes_on_and_ends_the_same(data: Path, tmp_path: Path) -> None:
+    here = [*keys(data, tmp_path), f"train.steps={STEPS}"]
+    (first,) = world.run(1, run, here)
+    index = json.loads((data / "index.json").read_text())
+    assert index["splits"]["train"]["tokens"] // 32 < STEPS * 8, "an epoch must end on the way"
+    assert [c.step for c in Store(tmp_path / "checkpoints").checkpoints()] == [36, 40]
+    whole = records(tmp_path, "train")
+    only_until(tmp_path, 36)
+    (second,) = world.run(1, run, here)
+    assert "resuming from" in (tmp_path / "train.log").read_text()
+    volatile = {"tokens_per_second"}
+    assert {k: v for k, v in second.items() if k not in volatile} == {
+        k: v for k, v in first.items() if k not in volatile
+    }
+    again = records(tmp_path, "train")
+    assert [(r["step"], r["loss"], r["tokens"]) for r in again] == [
+        (r["step"], r["loss"], r["tokens"]) for r in whole
+    ]
+    resumed = Store(tmp_path / "checkpoints").checkpoints()[-1]
+    assert compare(resumed, Checkpoint(tmp_path / "later-40", STEPS))["bitwise"]
+
+
+def test_another_learning_rate_is_refused_before_anything_runs(data: Path, tmp_path: Path) -> None:
+    here = [*keys(data, tmp_path), "train.steps=8"]
+    world.run(1, run, here)
+    only_until(tmp_path, 4)
+    (refused,) = world.run(1, run, [*here, "optimizer.learning_rate=0.5"])
+    assert "optimizer.learning_rate: 0.001 -> 0.5" in refused["error"]
+    assert refused["code"] == 2
+    (allowed,) = world.run(
+        1, run, [*here, "optimizer.learning_rate=0.5", "resume.allow=[optimizer.learning_rate]"]
+    )
+    assert allowed["steps"] == 8
+    assert records(tmp_path, "train")[-1]["levels"]["level0"]["learning_rate"] > 0.01
+
+
+def test_a_broken_checkpoint_is_passed_over_and_said(data: Path, tmp_path: Path) -> None:
+    here = [*keys(data, tmp_path), "train.steps=12", "checkpoint.keep=3"]
+    (first,) = world.run(1, run, here)
+    only_until(tmp_path, 8)
+    newest = Store(tmp_path / "checkpoints").checkpoints()[-1]
+    (shard,) = newest.path.glob("*.distcp")
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    (second,) = world.run(1, run, here)
+    log = (tmp_path / "train.log").read_text()
+    assert "step-00000008" in log and "sha256" in log
+    assert "step-00000004, step 4" in log
+    assert second["final_val_loss"] == first["final_val_loss"]
+
+
+def test_where_checkpoints_cannot_be_written_no_run_starts(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where a folder should be")
+    (result,) = world.run(1, run, [*keys(data, tmp_path), "train.steps=30"])
+    assert result["code"] == 2 and "cannot write checkpoints in" in result["error"]
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.root
+def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    # room for two checkpoints of 2 MB, where three are to be kept
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(folder)], check=True)
+    try:
+        here = [*keys(data, tmp_path), "train.steps=30", "checkpoint.keep=3"]
+        results = world.run(2, run, here)
+        for result in results:
+            assert result["code"] == 3, result
+            assert "No space left on device" in result["error"]
+        assert [c.step for c in Store(folder).checkpoints()] == [4, 8]
+        for checkpoint in Store(folder).checkpoints():
+            checkpoint.verify()
+        assert len(records(tmp_path, "train")) < 20, "it must end soon after the save that failed"
+        subprocess.run(["mount", "-o", "remount,size=50m", str(folder)], check=True)
+        (resumed,) = world.run(1, run, here)
+        assert resumed["steps"] == 30, resumed
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_loses_nothing(data: Path, tmp_path: Path) -> None:
+    """The whole run under torchrun, killed three times at random moments."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "nlscale", "train", "recipes/quickstart.yaml", f"data.dir={data}"),
+        *("data.sequence_length=64", "train.steps=30", "train.validation_sequences=8"),
+        *("checkpoint.every=3 steps", "train.validate_every=10"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    never = tmp_path / "never"
+    began = time.monotonic()
+    subprocess.run([*command, f"run.dir={never}"], check=True, capture_output=True, env=environment)
+    took = time.monotonic() - began
+    draw = random.Random(int(time.time()))
+    killed, ends = tmp_path / "killed", []
+    for _ in range(3):
+        process = subprocess.Popen(
+            [*command, f"run.dir={killed}"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
+        )  # fmt: skip
+        time.sleep(draw.uniform(0.4, 1.0) * took)
+        for pid in family(process.pid):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        process.wait()
+        ends.append([c.step for c in Store(killed / "checkpoints").checkpoints()][-1:])
+    done = subprocess.run(
+        [*command, f"run.dir={killed}"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (never, killed)]
+    assert summaries[0]["final_val_loss"] == summaries[1]["final_val_loss"], ends
+    last = [Store(run / "checkpoints").checkpoints()[-1] for run in (killed, never)]
+    assert compare(*last)["bitwise"], ends
+    steps = [[(r["step"], r["loss"]) for r in records(run, "train")] for run in (never, killed)]
+    assert steps[0] == steps[1], ends
