@@ -72,8 +72,8 @@ def bench_checkpoint(config: Config, steps: int, out: Path | None) -> dict[str, 
             _take_step(trainer, step)
             stalled = saver.stalled
             saver.save()
+            saver.finish()  # the group of `_slowest` is the writer's until then
             stalls.append(_slowest(layout, saver.stalled - stalled))
-            saver.finish()
             assert saver.written is not None
             writes.append(_slowest(layout, saver.written.seconds))
         written = saver.written

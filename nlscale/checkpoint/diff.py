@@ -38,8 +38,9 @@ def compare(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
         `bitwise`: whether all of `classes` are; `max_relative_difference`: over all tensors; and
         `classes`:
         `parameters`, `optimizer`, `windows`, `losses`: each `bitwise`, `max_relative_difference`,
-        `worst` (the name where it is largest; None where nothing differs) and `unlike` (names that
-        one side lacks or has in another shape);
+        `worst` (the name where it is largest; None where nothing differs), `relative_difference`
+        (of all tensors of the class as one) and `unlike` (names that one side lacks or has in
+        another shape);
         `progress` (counters and levels), `samples` (the number of the next): each `bitwise` and
         `differs`, dotted keys.
 
@@ -55,7 +56,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
         if lacking or len({info.shape for info in infos}) > 1:
             classes[kind].cannot_compare(name)
         else:
-            classes[kind].add(name, *_compare(infos[0], (a, sides[0]), (b, sides[1])))
+            classes[kind].add(name, _compare(infos[0], (a, sides[0]), (b, sides[1])))
     apart = {*_LOSSES, *_CIRCUMSTANCES, "samples"}
     progress = differing(*({k: v for k, v in c.state.items() if k not in apart} for c in (a, b)))
     samples = differing(*({"samples": c.state["samples"]} for c in (a, b)))
@@ -91,6 +92,24 @@ def differing(a: Any, b: Any) -> dict[str, list[Any]]:
     }
 
 
+@dataclass(frozen=True)
+class _Gap:
+    """How two tensors, a and b, differ."""
+
+    bitwise: bool
+    squares: tuple[float, float, float]
+    """|a - b|^2, |a|^2, |b|^2."""
+
+    @property
+    def relative(self) -> float:
+        """|a - b| / |b|, or / |a| where b is zero; infinite where one is not finite."""
+        gap, size_a, size_b = self.squares
+        if self.bitwise or gap == 0:
+            return 0.0
+        relative = math.sqrt(gap / (size_b or size_a))
+        return relative if math.isfinite(relative) else math.inf
+
+
 @dataclass
 class _Class:
     """How a class of tensors, or the losses, differ as far as they have been compared."""
@@ -99,21 +118,26 @@ class _Class:
     largest: float = 0.0
     worst: str | None = None
     unlike: list[str] = field(default_factory=list)
+    squares: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
-    def add(self, name: str, bitwise: bool, relative: float) -> None:
-        self.bitwise &= bitwise
-        if relative > self.largest or (not bitwise and self.worst is None):
+    def add(self, name: str, gap: _Gap) -> None:
+        self.bitwise &= gap.bitwise
+        mine = zip(self.squares, gap.squares, strict=True)
+        self.squares = tuple(x + y for x, y in mine)  # type: ignore[assignment]
+        relative = gap.relative
+        if relative > self.largest or (not gap.bitwise and self.worst is None):
             self.largest, self.worst = max(relative, self.largest), name
 
     def cannot_compare(self, name: str) -> None:
         self.unlike.append(name)
-        self.add(name, False, math.inf)
+        self.add(name, _Gap(False, (math.inf, 0.0, 1.0)))
 
     def to_plain(self) -> dict[str, Any]:
         return {
             "bitwise": self.bitwise,
             "max_relative_difference": self.largest,
             "worst": self.worst,
+            "relative_difference": _Gap(self.bitwise, self.squares).relative,
             "unlike": self.unlike,
         }
 
@@ -141,8 +165,8 @@ def _pairs(
 Side = tuple[Checkpoint, list[str]]
 
 
-def _compare(info: TensorInfo, a: Side, b: Side) -> tuple[bool, float]:
-    """Whether two sums of tensors of that shape are equal bit for bit; their difference."""
+def _compare(info: TensorInfo, a: Side, b: Side) -> _Gap:
+    """How two sums of tensors of that shape differ."""
     same = True
     gap = size_a = size_b = 0.0
     for offsets, sizes in _boxes(info.shape):
@@ -154,10 +178,7 @@ def _compare(info: TensorInfo, a: Side, b: Side) -> tuple[bool, float]:
             gap += (x - y).square().sum().item()
         size_a += x.double().square().sum().item()
         size_b += y.double().square().sum().item()
-    if same or gap == 0:
-        return same, 0.0
-    relative = math.sqrt(gap / (size_b or size_a))
-    return False, relative if math.isfinite(relative) else math.inf
+    return _Gap(same, (gap, size_a, size_b))
 
 
 def _sum(side: Side, info: TensorInfo, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
@@ -193,8 +214,8 @@ def _losses(a: dict[str, Any], b: dict[str, Any]) -> _Class:
         if len(left) != len(right):
             found.cannot_compare(key)
             continue
-        gaps = [abs(x - y) / abs(y or x or 1.0) for x, y in zip(left, right, strict=True)]
-        found.add(key, left == right, max(gaps, default=0.0))
+        for x, y in zip(left, right, strict=True):
+            found.add(key, _Gap(x == y, ((x - y) ** 2, x**2, y**2)))
     return found
 
 
