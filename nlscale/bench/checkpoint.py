@@ -19,7 +19,7 @@ import torch.distributed as dist
 from nlscale.bench.tokens import random_tokens
 from nlscale.checkpoint.saver import Saver
 from nlscale.checkpoint.state import restore
-from nlscale.checkpoint.store import Checkpoint, Store
+from nlscale.checkpoint.store import Checkpoint, Store, Written
 from nlscale.config import Config, Pending
 from nlscale.errors import TrainingFailed, UserError
 from nlscale.levels import spectrum
@@ -60,49 +60,29 @@ def bench_checkpoint(config: Config, steps: int, out: Path | None) -> dict[str, 
         raise UserError("bench checkpoint reads no data: give model.vocabulary=256, for example")
     if out is not None and out.exists():
         raise UserError(f"--out {out} exists; give another folder")
-    last = _WARM_UP + steps + _SAVES
+    before = _WARM_UP + steps
     # the last step of a run closes all windows; this run is longer, so that some are pending
-    config = replace(config, train=replace(config.train, steps=max(config.train.steps, last + 1)))
+    longer = max(config.train.steps, before + _SAVES + 1)
+    config = replace(config, train=replace(config.train, steps=longer))
     with process_groups(config) as layout, _folder(config, out, layout) as folder:
         trainer = _build(config, layout)
-        seconds = [_take_step(trainer, step) for step in range(1, _WARM_UP + steps + 1)]
-        saver = Saver(trainer, {"random": True}, None, Store(folder), lambda line: None)
-        stalls, writes = [], []
-        for step in range(_WARM_UP + steps + 1, last + 1):
-            _take_step(trainer, step)
-            stalled = saver.stalled
-            saver.save()
-            saver.finish()  # the group of `_slowest` is the writer's until then
-            stalls.append(_slowest(layout, saver.stalled - stalled))
-            assert saver.written is not None
-            writes.append(_slowest(layout, saver.written.seconds))
-        written = saver.written
-        assert written is not None
+        seconds = [_take_step(trainer) for _ in range(before)]
+        written, stall, write = _save(trainer, folder)
         held = _held(trainer)
-        del trainer, saver  # the loaded one takes their place
+        checkpoint = Checkpoint(written.path, trainer.counters.step)
+        del trainer  # the loaded one takes its place
         gc.collect()
-        checkpoint = Checkpoint(written.path, last)
-        verify_seconds = 0.0
-        if layout.is_writer:
-            started = time.perf_counter()
-            checkpoint.verify()
-            verify_seconds = time.perf_counter() - started
-        trainer = _build(config, layout)
-        dist.barrier(group=layout.host)
-        started = _now(layout)
-        restore(trainer, checkpoint)
-        load_seconds = _now(layout) - started
-        write_seconds = float(np.median(writes))
+        verify, load = _read_back(config, layout, checkpoint)
         return {
-            "stall_seconds": float(np.median(stalls)),
-            "write_seconds": write_seconds,
-            "bytes_per_second": written.bytes / write_seconds,
+            "stall_seconds": stall,
+            "write_seconds": write,
+            "bytes_per_second": written.bytes / write,
             "bytes": written.bytes,
             "files": written.files,
             "theoretical_bytes": held["theoretical_bytes"],
             "ratio": written.bytes / held["theoretical_bytes"],
-            "verify_seconds": _slowest(layout, verify_seconds),
-            "load_seconds": _slowest(layout, load_seconds),
+            "verify_seconds": verify,
+            "load_seconds": load,
             "median_step_seconds": float(np.median(seconds[_WARM_UP:])),
             "parameters": held["parameters"],
             "pending_parameters": held["pending_parameters"],
@@ -146,14 +126,43 @@ def _build(config: Config, layout: Layout) -> Trainer:
     return Trainer.build(config, layout, spectrum(config.levels, tokens), config.model.vocabulary)
 
 
-def _take_step(trainer: Trainer, step: int) -> float:
-    layout = trainer.layout
+def _take_step(trainer: Trainer) -> float:
+    layout, step = trainer.layout, trainer.counters.step + 1
     batches = random_tokens(trainer.config, step, layout.data_rank, layout.data_size, layout.device)
     started = _now(layout)
     verdict, _ = trainer.take_step(batches)
     if not verdict.admitted:
         raise TrainingFailed(f"step {step} was not finite; nothing was measured")
     return _now(layout) - started
+
+
+def _save(trainer: Trainer, folder: Path) -> tuple[Written, float, float]:
+    """Save after each of some steps: the last, and median seconds of stall and of writing."""
+    saver = Saver(trainer, {"random": True}, None, Store(folder), lambda line: None)
+    stalls, writes = [], []
+    for _ in range(_SAVES):
+        _take_step(trainer)
+        stalled = saver.stalled
+        saver.save()
+        saver.finish()  # the group of `_slowest` is the writer's until then
+        assert saver.written is not None
+        stalls.append(_slowest(trainer.layout, saver.stalled - stalled))
+        writes.append(_slowest(trainer.layout, saver.written.seconds))
+    assert saver.written is not None
+    return saver.written, float(np.median(stalls)), float(np.median(writes))
+
+
+def _read_back(config: Config, layout: Layout, checkpoint: Checkpoint) -> tuple[float, float]:
+    """Seconds of verifying, by one rank as a run does it, and of loading by all."""
+    started = _now(layout)
+    if layout.is_writer:
+        checkpoint.verify()
+    verify = _slowest(layout, _now(layout) - started)
+    trainer = _build(config, layout)
+    dist.barrier(group=layout.host)
+    started = _now(layout)
+    restore(trainer, checkpoint)
+    return verify, _slowest(layout, _now(layout) - started)
 
 
 def _held(trainer: Trainer) -> dict[str, int]:

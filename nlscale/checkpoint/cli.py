@@ -103,7 +103,7 @@ def find(path: Path) -> tuple[list[Checkpoint], list[str]]:
 
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; give {_ANY}")
-    named = re.fullmatch(r"step-(\d+)(\.\w+)?", path.resolve().name)
+    named = re.fullmatch(r"step-(\d{8,})(\.\w+)?", path.resolve().name)
     if (path / "manifest.json").exists() or (named and not named[2]):
         step = int(named[1]) if named else Checkpoint(path, 0).manifest["step"]
         return [Checkpoint(path, step)], []

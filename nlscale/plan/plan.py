@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nlscale.checks import check_sizes
-from nlscale.config import Config, Reduction
+from nlscale.config import Config, Pending, Reduction
 from nlscale.data.index import read_index
 from nlscale.errors import UserError
 from nlscale.levels import planned_updates, slow_level_warnings, spectrum
@@ -54,11 +54,28 @@ class Plan:
     """Bytes of activations between pipeline ranks, a step; not in the traffic of the levels."""
     memory: Memory
     pipeline: Pipeline
+    settles: bool
+    """Whether a checkpoint sums pending windows over the nodes (checkpoint.pending=canonical)."""
     warnings: list[str]
 
     @property
     def parameters(self) -> int:
         return sum(level.parameters for level in self.levels)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """A checkpoint on disk, at most: fp32 weights and two moments, and pending windows."""
+        return 12 * self.parameters + 4 * self._slow
+
+    @property
+    def checkpoint_traffic(self) -> float:
+        """Bytes leaving one node for a checkpoint, at most: one reduction of pending windows."""
+        share = self._slow / self.parameters
+        return share * self.plain if self.defers and self.settles else 0.0
+
+    @property
+    def _slow(self) -> int:
+        return sum(level.parameters for level in self.levels if level.period > 1)
 
     @property
     def fewer(self) -> float | None:
@@ -85,6 +102,8 @@ class Plan:
           `peak_staggered_to_plain`; null on one node
         - `activation_bytes_per_step`: of activations and their gradients between pipeline ranks,
           not part of the above
+        - `checkpoint`: `bytes` on disk and `inter_node_bytes`, the reduction of unfinished
+          windows; of one checkpoint, at most
         - `memory`: `ranks`, a list over the pipeline ranks of the bytes on one GPU, `weights`,
           `gradients`, `windows`, `optimizer`, `activations` and `total`; `fullest`, the one that
           needs most; `gpu_bytes`, what a GPU has; `usable_share`, how much of it counts
@@ -141,6 +160,10 @@ class Plan:
                 "peak_staggered_to_plain": plain and self.staggered.peak / plain,
             },
             "activation_bytes_per_step": self.activations,
+            "checkpoint": {
+                "bytes": self.checkpoint_bytes,
+                "inter_node_bytes": self.checkpoint_traffic,
+            },
             "memory": {
                 "ranks": [{**rank.terms, "total": rank.total} for rank in self.memory.ranks],
                 "fullest": self.memory.fullest,
@@ -196,6 +219,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
         activations=activation_bytes(config, nodes, cluster.gpus_per_node),
         memory=memory_on(config, cluster),
         pipeline=pipeline(config, vocabulary, _micro_batches(config, data_parallel)),
+        settles=config.checkpoint.pending == Pending.canonical,
         warnings=slow_level_warnings(levels, config.model.layers, config.levels.stagger, steps),
     )
 

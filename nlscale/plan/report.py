@@ -41,8 +41,19 @@ def print_plan(plan: Plan, console: Console) -> None:
     _explain_memory(plan, console)
     if plan.pipeline.ranks > 1:
         _explain_pipeline(plan, console)
+    console.print(_checkpoint(plan))
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow")
+
+
+def _checkpoint(plan: Plan) -> str:
+    line = f"A checkpoint takes up to {human_bytes(plan.checkpoint_bytes)} on disk"
+    if not plan.checkpoint_traffic:
+        return f"{line}."
+    return (
+        f"{line} and sends up to {human_bytes(plan.checkpoint_traffic)} from a node, to sum "
+        f"unfinished windows."
+    )
 
 
 def _levels(plan: Plan, crosses: bool) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from nlscale.errors import UserError
 
 EXIT_DIFFERS = 3
+_TENSORS = ("parameters", "optimizer", "windows", "losses")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +53,7 @@ def _verify(args: argparse.Namespace) -> int:
     ranks = args.ranks or 2 * config.parallel.tensor * config.parallel.pipeline
     if args.out is not None and args.out.exists():
         raise UserError(f"--out {args.out} exists already; give another folder")
+    from nlscale.telemetry.files import to_json
     from nlscale.verify.resume import Arrangement, verify_resume  # imports torch
 
     layouts = [Arrangement.parse(text) for text in args.layout]
@@ -64,7 +65,7 @@ def _verify(args: argparse.Namespace) -> int:
         entry["max_relative_difference"] <= args.tolerance for entry in result["layouts"]
     )
     if args.json:
-        print(json.dumps(result, indent=1))
+        print(to_json(result, indent=1))
     else:
         _print(result)
     return 0 if result["passed"] else EXIT_DIFFERS
@@ -81,16 +82,17 @@ def _print(result: dict[str, Any]) -> None:
     )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     table.add_column("layout", no_wrap=True)
-    table.add_column("at step", justify="right", no_wrap=True)
-    kinds = list(result["layouts"][0]["classes"])
-    for kind in kinds:
+    table.add_column("step", justify="right", no_wrap=True)
+    for kind in (*_TENSORS, "counters"):
         table.add_column(kind, justify="right", no_wrap=True)
     for entry in result["layouts"]:
         found = [entry]
         if entry["compared_at"] != result["steps"]:
             found.append({"layout": "", "compared_at": result["steps"], **entry["at_end"]})
         for e in found:
-            cells = [_cell(e["classes"][kind]) for kind in kinds]
+            cells = [_cell(e["classes"][kind]) for kind in _TENSORS]
+            same = all(e["classes"][kind]["bitwise"] for kind in ("progress", "samples"))
+            cells.append("same" if same else "differ")
             table.add_row(e["layout"], str(e["compared_at"]), *cells)
     Console(highlight=False, markup=False).print(table)
     print()
@@ -103,7 +105,4 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _cell(found: dict[str, Any]) -> str:
-    if found["bitwise"]:
-        return "bitwise"
-    difference = found.get("relative_difference")
-    return "differs" if difference is None else f"{difference:.1e}"
+    return "bitwise" if found["bitwise"] else f"{found['relative_difference']:.1e}"

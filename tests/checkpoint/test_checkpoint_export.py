@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+import world
+from checkpoint import resume_runs
 from checkpoint.saved_runs import config, contents, save, state
 from checkpoint.stores import flip
+from parallel import level_runs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,10 +26,13 @@ from nlscale import cli
 from nlscale.checkpoint import export as room
 from nlscale.checkpoint.export import export, load_model, read_weights
 from nlscale.checkpoint.pieces import Piece
-from nlscale.checkpoint.store import Checkpoint
+from nlscale.checkpoint.state import start_from_weights
+from nlscale.checkpoint.store import Checkpoint, Store
 from nlscale.config import Dtype
 from nlscale.errors import UserError
+from nlscale.levels import spectrum
 from nlscale.parallel.layout import process_groups
+from nlscale.trainer import Trainer
 
 Tensors = dict[str, Tensor]
 
@@ -147,6 +153,37 @@ def test_boxes_of_any_layout_are_filled(exported: Path, weights: Tensors) -> Non
     assert torch.equal(rows, full[41:61].bfloat16())
     assert torch.equal(columns, full[:, 3:9])
     assert torch.equal(untouched, torch.ones(4))
+
+
+TRAINED = ["model.vocabulary=32", "levels=[1,4]", "train.steps=3", "train.global_batch=4"]
+
+
+def train(folder: Path) -> None:
+    """On a rank of a world: the store is written with a tensor split in two."""
+    resume_runs.train([*TRAINED, "parallel.tensor=2"], folder / "checkpoints")
+
+
+def start(overrides: list[str], folder: Path) -> Tensors:
+    """On a rank of a world: the whole parameters of a trainer that starts from an export."""
+    config = level_runs.load([*TRAINED, *overrides])
+    with process_groups(config) as layout:
+        trainer = Trainer.build(config, layout, spectrum(config.levels, 100), 32)
+        start_from_weights(trainer, folder)
+        return level_runs.whole_parameters(trainer)
+
+
+def test_training_starts_from_an_export_on_any_layout(tmp_path: Path) -> None:
+    world.run(2, train, tmp_path)
+    (checkpoint,) = Store(tmp_path / "checkpoints").checkpoints()
+    export(checkpoint, tmp_path / "out", max_file_bytes=20_000)
+    files = (tmp_path / "out").glob("*.safetensors")
+    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    layouts = [["parallel.tensor=2", "parallel.pipeline=2"], ["train.micro_batch=1"]]
+    for overrides in layouts:
+        for parameters in world.run(4, start, overrides, tmp_path / "out"):
+            assert same(parameters, {name: weights[name] for name in parameters})
+    with pytest.raises(AssertionError, match=r"do not fit the model of .* missing \(blocks\.3"):
+        world.run(1, start, ["model.layers=4"], tmp_path / "out")
 
 
 def test_what_does_not_fit_is_counted_and_named(copied: Path, weights: Tensors) -> None:

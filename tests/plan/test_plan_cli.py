@@ -55,8 +55,8 @@ def test_json_keys_and_how_they_hang_together(room: Room) -> None:
     plan = room.json()
     assert set(plan) == {
         "cluster", "steps", "tokens_per_step", "cycle_steps", "staggered", "reduction", "levels",
-        "total", "plain", "ratio", "activation_bytes_per_step", "memory", "fits", "pipeline",
-        "warnings",
+        "total", "plain", "ratio", "activation_bytes_per_step", "checkpoint", "memory", "fits",
+        "pipeline", "warnings",
     }  # fmt: skip
     assert set(plan["cluster"]) == {
         "name", "nodes", "gpus_per_node", "inter_node_gbit", "gpu_memory_gib"
@@ -220,3 +220,14 @@ def test_planning_imports_no_torch() -> None:
         "nlscale.plan.advice; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_checkpoint_is_planned(room: Room) -> None:
+    plan = room.json()
+    slow = plan["levels"][1]["parameters"]
+    assert plan["checkpoint"] == {
+        "bytes": 12 * plan["total"]["parameters"] + 4 * slow,
+        "inter_node_bytes": pytest.approx(4 * slow),  # a ring over two nodes sends it once
+    }
+    for key in ("checkpoint.pending=exact", "levels.reduction=every-step"):
+        assert room.json(key)["checkpoint"]["inter_node_bytes"] == 0

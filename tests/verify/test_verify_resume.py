@@ -1,0 +1,68 @@
+"""`nlscale verify-resume`: the proof that a user runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nlscale.data.build import build
+from nlscale.errors import UserError
+from nlscale.verify.resume import Arrangement
+
+COMMAND = [sys.executable, "-m", "nlscale", "verify-resume", "recipes/quickstart.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("ranks=4", "ranks=4"),
+        ("tensor=2,ranks=2", "ranks=2,tensor=2"),
+        ("ranks=4,ranks_per_node=2", "ranks=4,ranks_per_node=2"),
+    ],
+)
+def test_a_layout_is_read_and_shown(text: str, shown: str) -> None:
+    layout = Arrangement.parse(text)
+    assert str(layout) == shown
+    assert "parallel.pipeline=1" in layout.overrides  # whatever the recipe says
+
+
+@pytest.mark.parametrize("text", ["tensor=2", "ranks=two", "ranks=2,heads=3", ""])
+def test_what_is_no_layout_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="write ranks=N"):
+        Arrangement.parse(text)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bit_for_bit_and_elsewhere_within_rounding(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(40):
+        (text / f"{i}.txt").write_text(f"{i}: the slow level waits for its window. " * 80)
+    data = tmp_path / "shards"
+    build([str(text)], "bytes", data, held_out=0.2)
+    small = [
+        f"data.dir={data}", "data.sequence_length=64", "levels=[1,2,5]",
+        "train.validation_sequences=8",
+    ]  # fmt: skip
+    arguments = ["--at", "7", "--layout", "ranks=4,tensor=2,pipeline=2", "--json"]
+    done = subprocess.run([*COMMAND, *arguments, *small], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["bitwise"] is True and result["passed"] is True
+    same, other = result["layouts"]
+    assert same["layout"] == "ranks=2" and same["compared_at"] == result["steps"] == 15
+    assert same["bitwise"] and same["max_relative_difference"] == 0
+    assert other["layout"] == "ranks=4,tensor=2,pipeline=2" and other["compared_at"] == 8
+    assert 0 < other["max_relative_difference"] <= 1e-6
+    assert other["classes"]["samples"]["bitwise"] and other["classes"]["progress"]["bitwise"]
+    assert 0 < other["classes"]["windows"]["relative_difference"] <= 1e-6
+
+
+def test_a_step_that_the_run_does_not_have_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run([*COMMAND, "--at", "500"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "use 1 to 400" in done.stderr
