@@ -91,8 +91,8 @@ def _print(result: dict[str, Any]) -> None:
             found.append({"layout": "", "compared_at": result["steps"], **entry["at_end"]})
         for e in found:
             cells = [_cell(e["classes"][kind]) for kind in _TENSORS]
-            same = all(e["classes"][kind]["bitwise"] for kind in ("progress", "samples"))
-            cells.append("same" if same else "differ")
+            equal = all(e["classes"][kind]["bitwise"] for kind in ("progress", "samples"))
+            cells.append("same" if equal else "differ")
             table.add_row(e["layout"], str(e["compared_at"]), *cells)
     Console(highlight=False, markup=False).print(table)
     print()
