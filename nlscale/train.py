@@ -98,7 +98,7 @@ def _run(
         verdict, updated = trainer.take_step(read_step(trainer, prepared), requests)
         step = counters.step
         if verdict.asked.failed:
-            saver.finish()  # which says what failed
+            saver.give_up()
         _give_up_after(config, counters.dropped_in_a_row, step)
         for level in _standing_still(updated) - warned:
             telemetry.warn(

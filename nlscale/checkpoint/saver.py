@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nlscale.checkpoint.pieces import Piece
 from nlscale.checkpoint.state import trainer_pieces, trainer_state
 from nlscale.checkpoint.store import Store, Written
 from nlscale.checks import checkpoint_interval
 from nlscale.config import Config
-from nlscale.errors import TrainingFailed
+from nlscale.errors import TrainingFailed, UserError
 from nlscale.trainer import Counters, Trainer
 
 FOLDER = "checkpoints"
@@ -111,19 +111,36 @@ class Saver:
                 f"{self._error}; the checkpoints before it are whole: mend that and start again"
             ) from self._error
 
+    def give_up(self) -> NoReturn:
+        """End the run, on every rank, because a save failed on some.
+
+        Raises:
+            TrainingFailed: always.
+        """
+        self.finish()
+        raise TrainingFailed("another rank could not write its part of a checkpoint")
+
     def _write(self, step: int, pieces: list[Piece], state: dict[str, Any], stall: float) -> None:
         try:
             layout = self._trainer.layout
             written = self._store.write(step, pieces, state, layout.host)
             self.written = written
             if layout.is_writer:
-                self._store.prune(self._config.keep, self._config.keep_every)
+                self._prune()
                 self._say(
                     f"checkpoint at step {step}: {written.bytes / 1e6:.1f} MB in "
                     f"{written.seconds:.1f} s, training waited {1e3 * stall:.0f} ms"
                 )
         except Exception as error:  # shown by the training thread, on all ranks at one step
             self._error = error
+
+    def _prune(self) -> None:
+        try:
+            self._store.prune(self._config.keep, self._config.keep_every)
+        except (OSError, UserError) as error:
+            # The new one is written. Too many old ones are no reason to end a run, and if the disk
+            # fills up the next save says so.
+            self._say(f"warning: older checkpoints were not removed: {error}")
 
 
 def saves(config: Config) -> bool:
