@@ -1,7 +1,7 @@
 """`nlscale ...`: one subcommand a verb, each a few lines that call a room.
 
 Exit codes: 0 done, 2 something to mend in what was asked (one line says what), 3 the training
-failed, 1 anything else (with a traceback).
+failed, 75 stopped on request with a checkpoint, 1 anything else (with a traceback).
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         # Ranks of a node that fail alike say so once: when the first has, torchrun ends the others.
         # What only another rank has to say is said a little later.
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if not first:
             time.sleep(_OTHERS_WAIT_SECONDS)
-        print(f"nlscale: {error}", file=sys.stderr, flush=True)
+        if first or not error.everywhere:
+            print(f"nlscale: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("nlscale: interrupted", file=sys.stderr)
@@ -145,6 +147,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_recipe(verify)
     add_verify(verify)
+    from nlscale.scaling.cli import add_arguments as add_fit
+
+    add_fit(
+        verbs.add_parser(
+            "fit",
+            help="fit a scaling law to runs, and say what a budget buys",
+            description="Fit L = E + A / N^alpha + B / D^beta to finished runs or a CSV file, with "
+            "bootstrap intervals, compute-optimal sizes and a figure.",
+        )
+    )
     return parser
 
 

@@ -11,6 +11,8 @@ class UserError(Exception):
     """
 
     exit_code = 2
+    everywhere = False
+    """Whether all ranks raise it alike, so that only the first has to say it."""
 
 
 class TrainingFailed(UserError):
@@ -20,3 +22,11 @@ class TrainingFailed(UserError):
     """
 
     exit_code = 3
+
+
+class Stopped(UserError):
+    """The run was asked to stop, and did, after a checkpoint: the same command goes on."""
+
+    everywhere = True
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: not done, and worth starting again."""

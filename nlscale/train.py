@@ -27,7 +27,7 @@ from nlscale.checkpoint.state import start_from_weights
 from nlscale.checks import Prepared
 from nlscale.config import Config
 from nlscale.data import Samples
-from nlscale.errors import TrainingFailed, UserError
+from nlscale.errors import Stopped, TrainingFailed, UserError
 from nlscale.figures import LOSS_FIGURE, SUMMARY_FILE
 from nlscale.levels import slow_level_warnings
 from nlscale.model.sizes import level_parameters
@@ -35,6 +35,7 @@ from nlscale.optim.levels import LevelOptimizer
 from nlscale.parallel.consensus import Requests, Verdict, agree
 from nlscale.parallel.layout import Layout, process_groups
 from nlscale.parallel.schedule import Batch, run_micro_batches
+from nlscale.signals import StopSignals
 from nlscale.telemetry import Telemetry, WandbOptions
 from nlscale.trainer import Trainer
 
@@ -52,6 +53,7 @@ def train(config: Config, prepared: Prepared) -> dict[str, Any]:
     Raises:
         UserError: run.dir holds another run; raised before any process group exists.
         TrainingFailed: the run started and cannot go on.
+        Stopped: it was asked to, by a signal to any rank.
     """
     run_dir = Path(config.run.dir)
     finished = finished_summary(config, run_dir)
@@ -69,12 +71,16 @@ def train(config: Config, prepared: Prepared) -> dict[str, Any]:
         if layout.is_writer:
             run_dir.mkdir(parents=True, exist_ok=True)
             recipe.write(config, run_dir / CONFIG_FILE)
-        with _telemetry(config, prepared, layout) as telemetry:
-            return _run(config, prepared, layout, telemetry)
+        with _telemetry(config, prepared, layout) as telemetry, StopSignals() as signals:
+            return _run(config, prepared, layout, telemetry, signals)
 
 
 def _run(
-    config: Config, prepared: Prepared, layout: Layout, telemetry: Telemetry
+    config: Config,
+    prepared: Prepared,
+    layout: Layout,
+    telemetry: Telemetry,
+    signals: StopSignals,
 ) -> dict[str, Any]:
     trainer = Trainer.build(config, layout, prepared.levels, prepared.vocabulary)
     parameters = level_parameters(config, prepared.vocabulary)
@@ -82,53 +88,54 @@ def _run(
     layers, stagger = config.model.layers, config.levels.stagger
     for warning in slow_level_warnings(prepared.levels, layers, stagger, config.train.steps):
         telemetry.warn(warning)
-    saver = _begin(trainer, prepared, telemetry)
-    counters, optimizer = trainer.counters, trainer.optimizer
-
-    warned: set[int] = set()
-    speeds: list[float] = []
-    held_out: dict[str, Any] = {}
-    if counters.step in (0, config.train.steps):
-        held_out = _validate(prepared, trainer, telemetry)
-    while counters.step < config.train.steps:
-        started = time.monotonic()
-        requests = Requests(
-            save=saver.wants(counters, prepared.tokens_per_step), failed=saver.failed
-        )
-        verdict, updated = trainer.take_step(read_step(trainer, prepared), requests)
-        step = counters.step
-        if verdict.asked.failed:
-            saver.give_up()
-        _give_up_after(config, counters.dropped_in_a_row, step)
-        for level in _standing_still(updated) - warned:
-            telemetry.warn(
-                f"level {prepared.levels[level].name!r} hardly moves: its update at step {step} is "
-                f"{updated[level]['update_ratio']:.1e} of its weights; raise its learning_rate"
-            )
-            warned.add(level)
-        _check_replicas(trainer)
-        seconds = time.monotonic() - started
-        speeds.append(verdict.tokens / seconds)
-        telemetry.train_step(
-            {
-                "kind": "train",
-                "step": step,
-                "tokens": counters.tokens,
-                "loss": verdict.loss,
-                "tokens_per_second": speeds[-1],
-                "step_seconds": seconds,
-                "dropped_steps": counters.dropped,
-                "bytes_sent": counters.bytes_sent,
-                "bytes_saved": counters.bytes_saved,
-                "levels": _level_records(prepared, optimizer, updated),
-            }
-        )
-        last = step == config.train.steps
-        if step % config.train.validate_every == 0 or last:
+    with _begin(trainer, prepared, telemetry) as saver:
+        counters, optimizer = trainer.counters, trainer.optimizer
+        warned: set[int] = set()
+        speeds: list[float] = []
+        held_out: dict[str, Any] = {}
+        if counters.step in (0, config.train.steps):
             held_out = _validate(prepared, trainer, telemetry)
-        if saves(config) and (verdict.asked.save or last):
-            saver.save()
-    saver.finish()
+        while counters.step < config.train.steps:
+            started = time.monotonic()
+            requests = Requests(
+                stop=signals.came,
+                save=saver.wants(counters, prepared.tokens_per_step),
+                failed=saver.failed,
+            )
+            verdict, updated = trainer.take_step(read_step(trainer, prepared), requests)
+            step = counters.step
+            if verdict.asked.failed:
+                saver.give_up()
+            _give_up_after(config, counters.dropped_in_a_row, step)
+            for level in _standing_still(updated) - warned:
+                telemetry.warn(_hardly_moves(prepared.levels[level].name, step, updated[level]))
+                warned.add(level)
+            _check_replicas(trainer)
+            seconds = time.monotonic() - started
+            speeds.append(verdict.tokens / seconds)
+            telemetry.train_step(
+                {
+                    "kind": "train",
+                    "step": step,
+                    "tokens": counters.tokens,
+                    "loss": verdict.loss,
+                    "tokens_per_second": speeds[-1],
+                    "step_seconds": seconds,
+                    "dropped_steps": counters.dropped,
+                    "bytes_sent": counters.bytes_sent,
+                    "bytes_saved": counters.bytes_saved,
+                    "levels": _level_records(prepared, optimizer, updated),
+                }
+            )
+            last = step == config.train.steps
+            if step % config.train.validate_every == 0 or last:
+                held_out = _validate(prepared, trainer, telemetry)
+            if saves(config) and (verdict.asked.save or verdict.asked.stop or last):
+                saver.save()
+            if verdict.asked.stop and not last:
+                saver.finish()
+                raise Stopped(_stopped(config, step, signals))
+        saver.finish()
 
     mean = statistics.fmean(counters.last_losses) if counters.last_losses else math.nan
     summary = {
@@ -281,6 +288,21 @@ def _standing_still(updated: dict[int, dict[str, float | None]]) -> set[int]:
     """Levels whose update is next to nothing beside their weights."""
     ratios = {level: seen["update_ratio"] for level, seen in updated.items()}
     return {level for level, ratio in ratios.items() if ratio is not None and ratio < _STANDS_STILL}
+
+
+def _stopped(config: Config, step: int, signals: StopSignals) -> str:
+    after = f"stopped after step {step:,} of {config.train.steps:,}"
+    why = f" ({signals.name})" if signals.came else ""
+    if not saves(config):
+        return f"{after}{why}; nothing was saved, because checkpoint.every is null"
+    return f"{after}{why} with a checkpoint; the same command goes on from it"
+
+
+def _hardly_moves(level: str, step: int, seen: dict[str, float | None]) -> str:
+    return (
+        f"level {level!r} hardly moves: its update at step {step} is {seen['update_ratio']:.1e} of "
+        f"its weights; raise its learning_rate"
+    )
 
 
 def _check_replicas(trainer: Trainer) -> None:

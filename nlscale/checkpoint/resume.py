@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -114,7 +115,12 @@ def resume(
         raise CheckpointError(broken)
     if step is None:
         return None
-    (checkpoint,) = (c for c in store.checkpoints() if c.step == step)
+    checkpoint = next((c for c in store.checkpoints() if c.step == step), None)
+    if checkpoint is None:
+        raise UserError(
+            f"{store.folder} on {socket.gethostname()} does not hold the checkpoint of step {step} "
+            f"that the first rank sees: run.dir must be a folder that all nodes share"
+        )
     check_same_run(trainer.config, data, checkpoint.state, str(checkpoint.path))
     restore(trainer, checkpoint)
     return checkpoint

@@ -28,6 +28,8 @@ FOLDER = "checkpoints"
 class Saver:
     """Saves a trainer's state as configured. The same calls on every rank.
 
+    A context manager: leaving it waits for the save under way, also when the run has failed.
+
     Args:
         trainer: whose state it is.
         data: what identifies the data.
@@ -55,6 +57,13 @@ class Saver:
         """Seconds that training has waited for saves."""
         self.written: Written | None = None
         """What the last finished save wrote."""
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._thread.join()
 
     def wants(self, counters: Counters, tokens_per_step: int) -> bool:
         """Whether the step about to be taken should be followed by a save.

@@ -24,7 +24,7 @@ from nlscale.optim.schedule import learning_rate, update_warmup
 from nlscale.parallel import cpu
 from nlscale.parallel.layout import Layout
 from nlscale.parallel.replicas import data_parallel_group, first_difference
-from nlscale.parallel.window import Window, reduce_across_nodes
+from nlscale.parallel.window import Window, reduce_across_nodes, sum_of_squares
 
 _RATIO_EVERY = 10
 """Updates between two measurements of the update-to-weight ratio of a level of period 1."""
@@ -240,7 +240,7 @@ class LevelOptimizer:
             if self.layout.tensor_rank > 0:
                 # what every tensor-parallel rank holds counts once, on the first of them
                 shared = [p.grad for p in _main_parameters(g) if not p.tensor_model_parallel]
-                squares[g.group.level] -= sum(torch.dot(grad, grad) for grad in shared)
+                squares[g.group.level] -= sum(sum_of_squares(grad) for grad in shared)
         dist.all_reduce(squares, group=self.layout.replica)
         return squares.sqrt().tolist()
 

@@ -131,6 +131,45 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(data: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("to", ["torchrun", "one rank"])
+def test_a_signal_ends_all_ranks_after_the_same_step_and_changes_nothing(
+    data: Path, tmp_path: Path, to: str
+) -> None:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "nlscale", "train", "recipes/quickstart.yaml", f"data.dir={data}"),
+        *("data.sequence_length=64", "train.steps=60", "train.validation_sequences=8"),
+        *("checkpoint.pending=exact", "train.validate_every=50"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    never, stopped = tmp_path / "never", tmp_path / "stopped"
+    subprocess.run([*command, f"run.dir={never}"], check=True, capture_output=True, env=environment)
+    process = subprocess.Popen(
+        [*command, f"run.dir={stopped}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=environment,
+    )  # fmt: skip
+    while not (stopped / "metrics.jsonl").exists() or len(records(stopped, "train")) < 7:
+        time.sleep(0.02)
+    ranks = [pid for pid in family(process.pid) if pid != process.pid]
+    if to == "torchrun":
+        process.send_signal(signal.SIGTERM)
+    else:
+        os.kill(ranks[-1], signal.SIGUSR1)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    last = records(stopped, "train")[-1]["step"]
+    assert 7 <= last < 60
+    assert f"stopped after step {last}" in said and "the same command goes on from it" in said
+    assert said.count("nlscale: stopped after step") == 1
+    assert [c.step for c in Store(stopped / "checkpoints").checkpoints()] == [last]
+    subprocess.run(
+        [*command, f"run.dir={stopped}"], check=True, capture_output=True, env=environment
+    )
+    ends = [Store(run / "checkpoints").checkpoints()[-1] for run in (stopped, never)]
+    assert compare(*ends)["bitwise"]
+
+
+@pytest.mark.slow
 def test_kill_9_at_any_moment_loses_nothing(data: Path, tmp_path: Path) -> None:
     """The whole run under torchrun, killed three times at random moments."""
     command = [

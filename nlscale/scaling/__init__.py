@@ -1,0 +1,10 @@
+"""Scaling laws: from measured losses to a law, its uncertainty and what a budget buys.
+
+No torch is imported.
+"""
+
+from nlscale.scaling.fit import Fit, fit
+from nlscale.scaling.law import Law
+from nlscale.scaling.points import Points
+
+__all__ = ["Fit", "Law", "Points", "fit"]
