@@ -123,7 +123,7 @@ def draw_loss(run_dir: Path, out: Path | None = None) -> Path:
         if validation and validation[-1].get("bits_per_byte") is not None:
             title += f": {validation[-1]['bits_per_byte']:.3f} bits per byte in validation"
         figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
-        return _save(figure, out)
+        return save_figure(figure, out)
 
 
 def draw_comparison(runs: dict[str, Path], out: Path) -> Path:
@@ -173,7 +173,7 @@ def draw_comparison(runs: dict[str, Path], out: Path) -> Path:
         axes.set_ylabel("validation loss (nats per token)")
         axes.grid(axis="y")
         axes.legend(loc="upper right")
-        return _save(figure, Path(out))
+        return save_figure(figure, Path(out))
 
 
 def _validated(records: list[Record]) -> list[Record]:
@@ -285,7 +285,8 @@ def _unigram_nats(run_dir: Path, validation: list[Record]) -> float | None:
     return None
 
 
-def _save(figure: Any, out: Path) -> Path:
+def save_figure(figure: Any, out: Path) -> Path:
+    """Write a figure whole or not at all, in the format that the suffix names; the path written."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".partial-{out.name}")  # same suffix: it decides the format
     figure.savefig(partial)

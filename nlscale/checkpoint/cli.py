@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nlscale.checkpoint import FOLDER
 from nlscale.config import Dtype
 from nlscale.errors import UserError
 from nlscale.telemetry.files import to_json
@@ -112,7 +113,7 @@ def find(path: Path) -> tuple[list[Checkpoint], list[str]]:
             f"{path} is not a finished checkpoint: it is being written or deleted, or was when a "
             f"run was killed; give another, `nlscale checkpoint list {path.parent}` shows them"
         )
-    inside = path / "checkpoints"
+    inside = path / FOLDER
     store = Store(inside if inside.is_dir() else path)
     found, begun = store.checkpoints(), unfinished(store)
     if not found:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nlscale.checkpoint import FOLDER
 from nlscale.checkpoint.pieces import Piece
 from nlscale.checkpoint.state import trainer_pieces, trainer_state
 from nlscale.checkpoint.store import Store, Written
@@ -20,9 +21,6 @@ from nlscale.checks import checkpoint_interval
 from nlscale.config import Config
 from nlscale.errors import TrainingFailed, UserError
 from nlscale.trainer import Counters, Trainer
-
-FOLDER = "checkpoints"
-"""Of a run, in its run.dir."""
 
 
 class Saver:

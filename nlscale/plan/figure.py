@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nlscale.figures import save_figure
 from nlscale.plan.plan import Plan
 from nlscale.plan.traffic import Traffic
 from nlscale.units import human_bytes
@@ -65,9 +66,7 @@ def draw_plan(plan: Plan, out: Path) -> Path:
             f"fewer bytes than plain data parallel",
             x=0.02, ha="left", fontsize=11, fontweight="bold",
         )  # fmt: skip
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out)
-    return out
+        return save_figure(figure, out)
 
 
 def _window(plan: Plan, traffic: Traffic) -> NDArray[np.float64]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nlscale.figures import save_figure
 from nlscale.scaling.analysis import Analysis, Multiplier
 from nlscale.scaling.law import Array
 from nlscale.units import human_count
@@ -84,7 +84,7 @@ def draw_fit(one: Analysis, out: Path) -> Path:
         sizes.set_ylabel("compute-optimal N\n(parameters)")
         sizes.legend(fontsize=8.5, loc="upper left")
         _title(figure, one)
-        return _save(figure, out)
+        return save_figure(figure, out)
 
 
 def draw_families(families: dict[str, Analysis], ratios: list[Multiplier], out: Path) -> Path:
@@ -137,7 +137,7 @@ def draw_families(families: dict[str, Analysis], ratios: list[Multiplier], out: 
             right.legend(fontsize=9)
         text = _compared(ratios[-1]) if ratios else "The families share no loss to compare at"
         figure.suptitle(text, x=0.02, ha="left", fontsize=12, fontweight="bold")
-        return _save(figure, out)
+        return save_figure(figure, out)
 
 
 def _draw_curves(axes: Any, one: Analysis, colour: Callable[[Any], Any]) -> None:
@@ -217,11 +217,3 @@ def _title(figure: Any, one: Analysis) -> None:
     if one.ill_conditioned:
         text += ", ill-conditioned: no extrapolation"
     figure.suptitle(text, x=0.02, ha="left", fontsize=12, fontweight="bold")
-
-
-def _save(figure: Any, out: Path) -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".partial-{out.name}")  # same suffix: it decides the format
-    figure.savefig(partial)
-    os.replace(partial, out)
-    return out

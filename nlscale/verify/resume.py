@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from nlscale import recipe
+from nlscale.checkpoint import FOLDER
 from nlscale.checkpoint.diff import compare
-from nlscale.checkpoint.saver import FOLDER
 from nlscale.checkpoint.store import Checkpoint, Store
 from nlscale.checks import check_sizes
 from nlscale.errors import TrainingFailed, UserError

@@ -50,6 +50,18 @@ def train(
         return {"losses": losses, "parameters": whole_parameters(trainer)}
 
 
+def load_and_save(overrides: list[str], folder: Path) -> None:
+    """On a rank of a world: load the newest checkpoint and write it again, without a step."""
+    config = load(overrides)
+    with process_groups(config) as layout:
+        trainer = Trainer.build(config, layout, spectrum(config.levels, 100), VOCABULARY)
+        store = Store(folder)
+        assert resume(trainer, DATA, store, lambda line: None) is not None
+        saver = Saver(trainer, DATA, None, store, lambda line: None)
+        saver.save()
+        saver.finish()
+
+
 def checkpoint(folder: Path, step: int) -> Checkpoint:
     """The checkpoint of that step, verified."""
     (found,) = (c for c in Store(folder).checkpoints() if c.step == step)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import world
-from checkpoint.resume_runs import checkpoint, train
+from checkpoint.resume_runs import checkpoint, load_and_save, train
 from parallel.level_runs import largest_difference
 
 from nlscale.checkpoint.diff import compare
@@ -118,27 +118,6 @@ def test_another_layout_loads_the_very_same_state(tmp_path: Path, one: str, othe
     assert any(name.startswith("window/") for name in before.tensors())
     result = compare(after, before)
     assert result["bitwise"], result
-
-
-def load_and_save(overrides: list[str], folder: Path) -> None:
-    from checkpoint.resume_runs import DATA
-    from parallel.level_runs import VOCABULARY, load
-
-    from nlscale.checkpoint.resume import resume
-    from nlscale.checkpoint.saver import Saver
-    from nlscale.checkpoint.store import Store
-    from nlscale.levels import spectrum
-    from nlscale.parallel.layout import process_groups
-    from nlscale.trainer import Trainer
-
-    config = load(overrides)
-    with process_groups(config) as layout:
-        trainer = Trainer.build(config, layout, spectrum(config.levels, 100), VOCABULARY)
-        store = Store(folder)
-        assert resume(trainer, DATA, store, lambda line: None) is not None
-        saver = Saver(trainer, DATA, None, store, lambda line: None)
-        saver.save()
-        saver.finish()
 
 
 def test_windows_kept_exactly_do_not_touch_the_run(tmp_path: Path) -> None:

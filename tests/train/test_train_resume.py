@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 import world
-from train.test_train_run import records, run
+from train.test_train_run import records, run, small_data
 
 from nlscale.checkpoint.diff import compare
 from nlscale.checkpoint.store import Checkpoint, Store
-from nlscale.data.build import build
 from nlscale.verify.resume import family
 
 STEPS = 40
@@ -25,14 +24,7 @@ STEPS = 40
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    draw = random.Random(0)
-    words = ["level", "window", "period", "phase", "memory", "slow", "fast", "node"]
-    for i in range(4):
-        (folder / f"{i}.txt").write_text(" ".join(draw.choices(words, k=400)))
-    out = folder / "shards"
-    build([str(folder)], "bytes", out, held_out=0.2)
-    return out
+    return small_data(tmp_path_factory.mktemp("text"), documents=4, held_out=0.2)
 
 
 def keys(data: Path, folder: Path) -> list[str]:

@@ -29,16 +29,20 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
+def small_data(folder: Path, documents: int, held_out: float) -> Path:
+    """Shards of text made here, in that folder."""
     draw = random.Random(0)
     words = ["level", "window", "period", "phase", "memory", "slow", "fast", "node"]
-    for i in range(40):
+    for i in range(documents):
         (folder / f"{i}.txt").write_text(" ".join(draw.choices(words, k=400)))
     out = folder / "shards"
-    build([str(folder)], "bytes", out, held_out=0.1)
+    build([str(folder)], "bytes", out, held_out=held_out)
     return out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_data(tmp_path_factory.mktemp("text"), documents=40, held_out=0.1)
 
 
 def run(overrides: list[str]) -> dict[str, Any]:
