@@ -82,7 +82,7 @@ def test_the_figure_draws_each_level_at_its_updates(
 ) -> None:
     saved: list[Any] = []
     run(tmp_path, dropped=8)
-    monkeypatch.setattr(figures, "_save", lambda figure, out: saved.append(figure) or out)
+    monkeypatch.setattr(figures, "save_figure", lambda figure, out: saved.append(figure) or out)
     draw_loss(tmp_path)
     loss, strip = saved[0].axes[:2]
     assert [t.get_text() for t in strip.get_yticklabels()] == [
@@ -147,7 +147,7 @@ def test_comparison_names_final_values(tmp_path: Path, monkeypatch: pytest.Monke
     runs = {"one": run(tmp_path / "a"), "two": run(tmp_path / "b")}
     assert is_png(draw_comparison(runs, tmp_path / "figures" / "both.png"))
     saved: list[Any] = []
-    monkeypatch.setattr(figures, "_save", lambda figure, out: saved.append(figure) or out)
+    monkeypatch.setattr(figures, "save_figure", lambda figure, out: saved.append(figure) or out)
     draw_comparison(runs, tmp_path / "x.png")
     axes = saved[0].axes[0]
     assert [t.get_text() for t in axes.get_legend().get_texts()] == [
