@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from operator import attrgetter
 
+from nlscale.cluster import Cluster
 from nlscale.config import Config, Recompute
 from nlscale.errors import UserError
-from nlscale.plan.cluster import Cluster
 from nlscale.plan.memory import GIB, USABLE
 from nlscale.plan.plan import Plan, memory_on
 

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nlscale.checks import check_sizes
+from nlscale.cluster import Cluster
 from nlscale.config import Config, Pending, Reduction
 from nlscale.data.index import read_index
 from nlscale.errors import UserError
 from nlscale.levels import planned_updates, slow_level_warnings, spectrum
 from nlscale.model.sizes import level_parameters
-from nlscale.plan.cluster import Cluster
 from nlscale.plan.memory import GIB, USABLE, Memory, memory
 from nlscale.plan.pipeline import Pipeline, pipeline
 from nlscale.plan.traffic import Traffic, activation_bytes, cycle_steps, node_bytes, traffic

@@ -8,6 +8,7 @@ import pytest
 import world
 
 from nlscale import recipe
+from nlscale.cluster import Cluster
 from nlscale.config import Config
 from nlscale.levels import spectrum
 from nlscale.model.sizes import level_parameters
@@ -15,7 +16,6 @@ from nlscale.model.stages import stage_blocks
 from nlscale.plan import memory
 from nlscale.plan.activations import MicroBatch
 from nlscale.plan.advice import fitting_overrides
-from nlscale.plan.cluster import Cluster
 from nlscale.plan.memory import GIB
 from nlscale.plan.pipeline import most_kept, pipeline
 from nlscale.plan.plan import memory_on
