@@ -87,3 +87,13 @@ def level_parameters(config: Config, vocabulary: int) -> list[int]:
     counts[0] += model.layers * (mixer_parameters(model) + (d + mixture if independent else 0))
     counts[0] += 2 * vocabulary * d + d
     return counts
+
+
+def non_embedding_parameters(config: Config, vocabulary: int) -> int:
+    """Parameters of the model without those of the embedding, which is looked up, not computed.
+
+    The head counts: every token pays for its product. Kaplan et al. 2020 leave it out too, being
+    the embedding once more, which bends laws of small models (Porian et al. 2024; Pearce & Song
+    2024).
+    """
+    return sum(level_parameters(config, vocabulary)) - vocabulary * config.model.d_model

@@ -12,6 +12,7 @@ from nlscale.data.index import read_index
 from nlscale.errors import UserError
 from nlscale.levels import planned_updates, slow_level_warnings, spectrum
 from nlscale.model.sizes import level_parameters
+from nlscale.plan.flops import flops_by_part
 from nlscale.plan.memory import GIB, USABLE, Memory, memory
 from nlscale.plan.pipeline import Pipeline, pipeline
 from nlscale.plan.traffic import Traffic, activation_bytes, cycle_steps, node_bytes, traffic
@@ -38,6 +39,8 @@ class Plan:
     steps: int
     """Of the run."""
     tokens_per_step: int
+    flops: dict[str, float]
+    """Model FLOPs of a training token by part of the model, see `nlscale.plan.flops`."""
     cycle: int
     """Steps after which the traffic repeats."""
     aligned: Traffic
@@ -92,6 +95,8 @@ class Plan:
 
         - `cluster`: the cluster file
         - `steps`, `tokens_per_step`, `cycle_steps`: of the run; steps after which traffic repeats
+        - `flops_per_token`: model FLOPs of a training token, forward and backward; `flops_by_part`
+          the same by part of the model
         - `staggered`, `reduction`: what the configuration asks for
         - `levels`: list, fastest first, of `name`, `parameters`, `period_steps`, `updates` and a
           level's share of the traffic, as in `total`
@@ -139,6 +144,8 @@ class Plan:
             },
             "steps": self.steps,
             "tokens_per_step": self.tokens_per_step,
+            "flops_per_token": sum(self.flops.values()),
+            "flops_by_part": self.flops,
             "cycle_steps": self.cycle,
             "staggered": self.staggers,
             "reduction": (Reduction.deferred if self.defers else Reduction.every_step).value,
@@ -210,6 +217,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
         levels=level_plans,
         steps=steps,
         tokens_per_step=tokens_per_step,
+        flops=flops_by_part(config, vocabulary),
         cycle=cycle_steps(levels),
         aligned=deferred(stagger=False),
         staggered=deferred(stagger=True),

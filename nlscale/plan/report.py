@@ -41,9 +41,21 @@ def print_plan(plan: Plan, console: Console) -> None:
     _explain_memory(plan, console)
     if plan.pipeline.ranks > 1:
         _explain_pipeline(plan, console)
+    console.print(_compute(plan))
     console.print(_checkpoint(plan))
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow")
+
+
+def _compute(plan: Plan) -> str:
+    total = sum(plan.flops.values())
+    shares = {name: flops / total for name, flops in plan.flops.items()}
+    parts = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share > 5e-4)
+    run = total * plan.tokens_per_step * plan.steps
+    return (
+        f"A training token takes {human_count(total)} FLOPs ({parts}), the run {run:.3g}; "
+        f"what is computed again for memory is not counted."
+    )
 
 
 def _checkpoint(plan: Plan) -> str:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from nlscale.scaling.bootstrap import LEVEL, RESAMPLES, Bootstrap, Interval, bootstrap
 from nlscale.scaling.fit import Fit, fit, leave_out_largest
 from nlscale.scaling.isoflop import Frontier, envelope, isoflop
-from nlscale.scaling.law import Law
+from nlscale.scaling.law import NAMES, Law
+from nlscale.scaling.period import PeriodCosts, at_period_1, period_costs, warnings
 from nlscale.scaling.points import Points
 
 MOST_SPREAD = 1.1
-NAMES = tuple(field.name for field in fields(Law))
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Analysis:
-    """A fit, its uncertainty, and the approaches beside it."""
+    """A fit, its uncertainty, and the approaches beside it.
+
+    Optima, isoFLOP and envelope are those of period 1 where the law knows of periods.
+    """
 
     points: Points
     fit: Fit
@@ -45,8 +48,14 @@ class Analysis:
     isoflop: Frontier
     envelope: Frontier
     sensitivity: tuple[tuple[int, Law], ...]
+    period: PeriodCosts | None
     ill_conditioned: str | None
     warnings: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters of the law."""
+        return NAMES if self.period is None else (*NAMES, "G")
 
 
 @dataclass(frozen=True)
@@ -81,30 +90,33 @@ def analyse(
     drawn = bootstrap(fitted, resamples, level, seed)
     doubts = [*fitted.doubts(), *drawn.doubts()]
     ill = "; ".join(doubts) or None
-    warnings = []
+    lines = warnings(points)
     if points.per_pair_spread > MOST_SPREAD:
-        warnings.append(
+        lines.append(
             f"flops / (N D) varies by a factor of {points.per_pair_spread:.3g}; optima use its "
             f"mean, {points.per_pair:.3g}"
         )
     if drawn.unconverged > 0.02 * drawn.count:
-        warnings.append(f"{drawn.unconverged} of {drawn.count} resamples did not converge")
+        lines.append(f"{drawn.unconverged} of {drawn.count} resamples did not converge")
+    plain = at_period_1(points, fitted)
     return Analysis(
         points=points,
         fit=fitted,
         bootstrap=drawn,
         optimal=tuple(_optimum(points, fitted, drawn, flops, ill) for flops in budgets),
-        isoflop=isoflop(points),
-        envelope=envelope(points),
+        isoflop=isoflop(plain),
+        envelope=envelope(plain),
         sensitivity=tuple(leave_out_largest(fitted)),
+        period=period_costs(points, fitted, drawn),
         ill_conditioned=ill,
-        warnings=tuple(warnings),
+        warnings=tuple(lines),
     )
 
 
 def multipliers(families: dict[str, Analysis], losses: int = 5) -> list[Multiplier]:
     """The compute multiplier of every family after the first against the first, at equal loss.
 
+    Where the law knows of periods, at period 1.
     At each of `losses` losses that both frontiers reach within what was measured, it is
     C_first(L) / C_other(L): above 1 the other family needs less. Where the measured ranges share
     no loss, the one loss is the best that both laws say their largest measured compute reaches.

@@ -16,6 +16,7 @@ WIDEST_SHARE = 0.4
 """Widest interval of a = beta / (alpha + beta) that still says how to split a budget."""
 WIDEST_RATIO = 5.0
 """Largest ratio of the ends of the interval of alpha, and of beta."""
+_NUDGE = np.array([0.3, 0.3, 0.2, 0.1, 0.1, 0.02])
 
 Interval = tuple[float, float]
 
@@ -82,7 +83,8 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     points = len(fitted.residuals)
     draws = rng.multinomial(points, np.full(points, 1 / points), size=resamples).astype(float)
-    nudged = fitted.theta + rng.normal(size=5) * np.array([0.3, 0.3, 0.2, 0.1, 0.1])
+    size = fitted.problem.size
+    nudged = fitted.theta + rng.normal(size=size) * _NUDGE[:size]
     starts = np.concatenate([fitted.theta[None], nudged[None], fitted.others])
     each = len(starts)
     ends = minimise(fitted.problem, np.tile(starts, (resamples, 1)), np.repeat(draws, each, axis=0))

@@ -6,9 +6,16 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nlscale.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from nlscale.scaling.points import Points
 
 _FILE_WIDTH = 120  # columns, where there is no terminal to ask
 
@@ -21,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="RUNS|CSV",
         help="run folders, folders of them, or one CSV file with columns N, D, loss (nats per "
-        "token) and perhaps flops",
+        "token) and perhaps flops, N_non_embedding, C (mean period of the levels, steps)",
     )
     parser.add_argument(
         "--where",
@@ -34,6 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--by",
         metavar="COLUMN",
         help="fit each value of this column, and compare their compute at equal loss",
+    )
+    parser.add_argument(
+        "--parameters",
+        choices=("total", "non-embedding"),
+        default="total",
+        help="what N counts: total, as Hoffmann et al. do, or all but the embedding (default: "
+        "total; in a CSV file column N or N_non_embedding)",
+    )
+    parser.add_argument(
+        "--period",
+        action="store_true",
+        help="fit also G log2(period): what the periods of the levels cost, where runs differ in "
+        "them",
     )
     parser.add_argument(
         "--budget",
@@ -53,6 +73,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--figure", type=Path, metavar="PNG", help="draw the law, its residuals and its optima"
     )
+    parser.add_argument(
+        "--frontier",
+        type=Path,
+        metavar="PNG",
+        help="draw loss against the bytes that each run would send between nodes of --cluster",
+    )
+    parser.add_argument(
+        "--cluster",
+        type=Path,
+        metavar="YAML",
+        help="the machines of --frontier, for example recipes/clusters/two-nodes-16-gpus.yaml",
+    )
     parser.set_defaults(func=_fit)
 
 
@@ -60,7 +92,6 @@ def _fit(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from nlscale.scaling.analysis import analyse, multipliers
-    from nlscale.scaling.points import read_points
     from nlscale.scaling.report import (
         families_to_plain,
         print_fit,
@@ -69,36 +100,27 @@ def _fit(args: argparse.Namespace) -> int:
     )
 
     budgets = tuple(_flops(text) for text in args.budget)
-    if args.bootstraps < 20:
-        raise UserError(f"--bootstraps {args.bootstraps}: percentiles need at least 20 resamples")
-    if not 0 < args.level < 1:
-        raise UserError(f"--level {args.level:g}: give a share between 0 and 1, such as 0.9")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: give 0 or more")
-    points, skipped = read_points(args.sources)
-    for line in skipped:
-        print(line, file=sys.stderr)
-    for text in args.where:
-        column, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"--where {text!r}: write COLUMN=VALUE, such as family=hope")
-        points = points.where(column.strip(), value.strip())
+    _check(args)
+    console = Console(
+        highlight=False, markup=False, width=None if sys.stdout.isatty() else _FILE_WIDTH
+    )
+    points = _points(args)
     parts = {"": points}
     if args.by:
         parts = {value: points.where(args.by, value) for value in points.values(args.by)}
         if len(parts) < 2:
             raise UserError(f"--by {args.by}: {points.source} has one value, {next(iter(parts))}")
+        parts = {name: part.without_idle_period() for name, part in parts.items()}
+    # Before the fit, which needs more runs than this does.
+    network = _network(args, points, console) if args.frontier else {}
     options = (budgets, args.bootstraps, args.level, args.seed)
     fits = {name: analyse(part, *options) for name, part in parts.items()}
     ratios = multipliers(fits)
 
-    console = Console(
-        highlight=False, markup=False, width=None if sys.stdout.isatty() else _FILE_WIDTH
-    )
     if args.json:
         one = fits.get("")
         plain = to_plain(one) if one and not args.by else families_to_plain(args.by, fits, ratios)
-        print(json.dumps(plain, indent=1))
+        print(json.dumps(plain | network, indent=1))
     else:
         for one in fits.values():
             print_fit(one, console)
@@ -110,16 +132,18 @@ def _fit(args: argparse.Namespace) -> int:
                 "no multiplier: no loss is within the data of both, and a fit is ill-conditioned"
             )
     if args.figure:
-        from nlscale.scaling.figure import draw_families, draw_fit
+        from nlscale.scaling.figure import draw_fit
+        from nlscale.scaling.figure_families import draw_families
 
-        try:
-            if args.by:
-                written = draw_families(fits, ratios, args.figure)
-            else:
-                written = draw_fit(fits[""], args.figure)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--figure {args.figure}: {error}") from None
-        print(written, file=sys.stderr if args.json else sys.stdout)
+        _draw(
+            args,
+            "--figure",
+            lambda: (
+                draw_families(fits, ratios, args.figure)
+                if args.by
+                else draw_fit(fits[""], args.figure)
+            ),
+        )
     for one in fits.values():
         for optimum in one.optimal:
             if optimum.refused:
@@ -128,6 +152,59 @@ def _fit(args: argparse.Namespace) -> int:
                     f"outside the data, from an ill-conditioned fit: {optimum.refused}"
                 )
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.bootstraps < 20:
+        raise UserError(f"--bootstraps {args.bootstraps}: percentiles need at least 20 resamples")
+    if not 0 < args.level < 1:
+        raise UserError(f"--level {args.level:g}: give a share between 0 and 1, such as 0.9")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: give 0 or more")
+    if (args.frontier is None) != (args.cluster is None):
+        raise UserError(
+            "--frontier and --cluster go together, such as --frontier bytes.png --cluster "
+            "recipes/clusters/two-nodes-16-gpus.yaml"
+        )
+
+
+def _points(args: argparse.Namespace) -> Points:
+    """What was measured, as far as it was asked for."""
+    from nlscale.scaling.points import read_points
+
+    points, skipped = read_points(args.sources, args.parameters, args.period)
+    for line in skipped:
+        print(line, file=sys.stderr)
+    for text in args.where:
+        column, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--where {text!r}: write COLUMN=VALUE, such as family=hope")
+        points = points.where(column.strip(), value.strip())
+    return points
+
+
+def _network(args: argparse.Namespace, points: Points, console: Console) -> dict[str, Any]:
+    """Draw loss against inter-node bytes; returns what JSON says of it."""
+    from nlscale.cluster import load_cluster
+    from nlscale.scaling.figure_network import draw_network
+    from nlscale.scaling.network import sent_on
+    from nlscale.scaling.report_network import network_to_plain, print_network
+
+    cluster = load_cluster(args.cluster)
+    runs = sent_on(points, cluster, args.by)
+    if not args.json:
+        print_network(runs, cluster, console)
+    _draw(args, "--frontier", lambda: draw_network(runs, cluster, args.frontier))
+    return network_to_plain(runs, cluster)
+
+
+def _draw(args: argparse.Namespace, option: str, draw: Callable[[], Path]) -> None:
+    try:
+        written = draw()
+    except (OSError, ValueError) as error:
+        path = getattr(args, option.removeprefix("--"))
+        raise UserError(f"{option} {path}: {error}") from None
+    print(written, file=sys.stderr if args.json else sys.stdout)
 
 
 def _flops(text: str) -> float:

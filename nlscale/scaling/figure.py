@@ -1,4 +1,4 @@
-"""Figures of a fitted law, and of two families."""
+"""The figure of a fitted law."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 import numpy as np
 
 from nlscale.figures import save_figure
-from nlscale.scaling.analysis import Analysis, Multiplier
+from nlscale.scaling.analysis import Analysis
 from nlscale.scaling.law import Array
 from nlscale.units import human_count
 
 # Okabe-Ito: told apart with every common form of colour blindness.
-_CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STYLE = {
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLE = {
     "font.size": 10, "axes.spines.right": False, "axes.spines.top": False, "axes.grid": True,
     "grid.color": "#E4E4E4", "axes.axisbelow": True, "legend.frameon": False,
 }  # fmt: skip
-_DASHED = (0, (4, 2.5))
+DASHED = (0, (4, 2.5))
 _CURVES = 5
 _SHOWN = 1.6  # times the largest N, and under the smallest, that a curve goes on for
+_MOST_TICKS = 6
 _AHEAD = 10.0  # times the largest measured compute, where no budget asks for more
 
 
@@ -29,7 +30,8 @@ def draw_fit(one: Analysis, out: Path) -> Path:
     """Draw loss over compute with the fitted curve of each D, residuals, and optimal N.
 
     Curves and the frontier are solid within the measured range and dashed beyond it; the bands
-    are the bootstrap's intervals.
+    are the bootstrap's intervals. Where the law knows of periods, curves, frontier and optima are
+    those of period 1, and another panel shows what the periods cost.
 
     Args:
         one: the analysis.
@@ -47,11 +49,14 @@ def draw_fit(one: Analysis, out: Path) -> Path:
         # Short of the palest end, which does not show on white.
         return colormaps["viridis"](0.9 * (np.log(d) - low_d) / (high_d - low_d))
 
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(11.0, 5.8), dpi=150, layout="constrained")
-        grid = figure.add_gridspec(2, 2, width_ratios=[1.5, 1])
+    with rc_context(STYLE):
+        rows = 2 + (one.period is not None)
+        figure = Figure(figsize=(11.0, 3.3 + 1.25 * rows), dpi=150, layout="constrained")
+        grid = figure.add_gridspec(rows, 2, width_ratios=[1.5, 1])
         axes = figure.add_subplot(grid[:, 0])
         residuals, sizes = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
+        if one.period is not None:
+            _draw_periods(figure.add_subplot(grid[2, 1]), one, colour(points.d))
 
         size = 22 if len(points.n) < 100 else 10
         dots = {"c": colour(points.d), "s": size, "linewidths": 0, "alpha": 0.85}
@@ -60,8 +65,9 @@ def draw_fit(one: Analysis, out: Path) -> Path:
         if one.ill_conditioned:
             flops = np.geomspace(points.flops.min(), points.flops.max(), 200)
         else:
-            flops = _ahead(one)
-        _draw_frontier(axes, one, flops, 2, "black", f"least loss, {_level(one)}")
+            flops = budgets_ahead(one)
+        least = "least loss" if one.period is None else "least loss at period 1"
+        draw_frontier(axes, one, flops, 2, "black", f"{least}, {interval_name(one)}")
         for o in one.optimal:
             if o.loss is not None and o.intervals is not None:
                 low, high = o.intervals["loss"]
@@ -70,15 +76,17 @@ def draw_fit(one: Analysis, out: Path) -> Path:
                     fmt="D", markersize=5, capsize=3, color="#D55E00", zorder=4,
                     label=f"{o.flops:.2g} FLOPs: {o.loss:.3f} ({low:.3f} to {high:.3f})",
                 )  # fmt: skip
-        axes.plot([], [], color="black", linewidth=1, linestyle=_DASHED, label="beyond the data")
-        axes.set(xscale="log", xlabel="compute (FLOPs)", ylabel="loss (nats per token)")
-        axes.legend(fontsize=8.5, loc="upper right", title=_law_text(one), title_fontsize=8.5)
+        axes.plot([], [], color="black", linewidth=1, linestyle=DASHED, label="beyond the data")
+        axes.set(xscale="log", ylabel="loss (nats per token)")
+        axes.set_xlabel("compute (FLOPs, forward and backward)")
+        shade_beyond(axes, float(points.flops.max()))
+        axes.legend(fontsize=8.5, loc="upper right", title=law_text(one), title_fontsize=8.5)
 
         residuals.scatter(points.flops, -100 * one.fit.residuals, **dots)
         residuals.axhline(0, color="black", linewidth=0.8)
         residuals.set(xscale="log", ylabel="measured over fitted\nloss, less 1 (%)")
         residuals.set_xlabel("compute (FLOPs)")
-        _draw_frontier(sizes, one, flops, 0, "black", "parametric")
+        draw_frontier(sizes, one, flops, 0, "black", "parametric")
         _mark_minima(sizes, one)
         sizes.set(xscale="log", yscale="log", xlabel="compute (FLOPs)")
         sizes.set_ylabel("compute-optimal N\n(parameters)")
@@ -87,57 +95,29 @@ def draw_fit(one: Analysis, out: Path) -> Path:
         return save_figure(figure, out)
 
 
-def draw_families(families: dict[str, Analysis], ratios: list[Multiplier], out: Path) -> Path:
-    """Draw the frontier of each family over its runs, and the compute multiplier at equal loss.
-
-    Args:
-        families: at most 7.
-        ratios: as `multipliers` gives them.
-        out: the image to write, in the format its suffix names.
-
-    Returns:
-        The path written.
-    """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(11.0, 4.8), dpi=150, layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
-        reach = np.array([float(v) for one in families.values() for v in _ahead(one)[[0, -1]]])
-        for index, (name, one) in enumerate(families.items()):
-            tint = _CYCLE[index % len(_CYCLE)]
-            left.scatter(
-                one.points.flops, one.points.loss, s=12, color=tint, alpha=0.5, linewidths=0
-            )
-            flops = np.geomspace(reach.min(), reach.max(), 300)
-            if one.ill_conditioned:
-                flops = np.geomspace(one.points.flops.min(), one.points.flops.max(), 200)
-            label = f"{name}: least loss, {_level(one)}"
-            _draw_frontier(left, one, flops, 2, tint, label)
-            drawn = [m for m in ratios if m.family == name]
-            if drawn:
-                ends = np.array([m.interval for m in drawn])
-                ends[~np.isfinite(ends)] = np.nan  # an end that no compute reaches has no cap
-                values = np.array([m.value for m in drawn])
-                right.errorbar(
-                    [m.loss for m in drawn], values, fmt="o-", capsize=3, color=tint,
-                    yerr=np.abs(np.stack([values - ends[:, 0], ends[:, 1] - values])),
-                    label=f"{name}, {_level(one)}",
-                )  # fmt: skip
-        left.plot([], [], color="black", linewidth=1, linestyle=_DASHED, label="beyond the data")
-        left.set(xscale="log", xlabel="compute (FLOPs)", ylabel="loss (nats per token)")
-        left.legend(fontsize=9)
-        reference = next(iter(families))
-        right.axhline(1, color="black", linewidth=0.8)
-        right.invert_xaxis()  # better to the right, as on the left more compute is
-        right.set_xlabel("loss (nats per token)")
-        right.set_ylabel(f"FLOPs of {reference} over FLOPs\nof the family, at equal loss")
-        if ratios:
-            right.legend(fontsize=9)
-        text = _compared(ratios[-1]) if ratios else "The families share no loss to compare at"
-        figure.suptitle(text, x=0.02, ha="left", fontsize=12, fontweight="bold")
-        return save_figure(figure, out)
+def _draw_periods(axes: Any, one: Analysis, colours: Any) -> None:
+    """What each run lost beside the law at period 1, over its period, and G log2(period)."""
+    points, law = one.points, one.fit.law
+    assert points.period is not None and one.period is not None
+    above = points.loss - law.loss(points.n, points.d)
+    # Runs of one period stand side by side, or they would hide each other.
+    aside = 2 ** np.linspace(-0.12, 0.12, len(above))[np.argsort(np.argsort(points.d))]
+    axes.scatter(points.period * aside, above, c=colours, s=10, linewidths=0, alpha=0.7)
+    periods = np.geomspace(1, float(points.period.max()), 100)
+    low, high = one.bootstrap.band(one.bootstrap.laws.column().period_cost(periods))
+    axes.fill_between(periods, low, high, color="black", alpha=0.15, linewidth=0)
+    axes.plot(
+        periods, law.period_cost(periods), color="black", linewidth=2.0,
+        label=f"{float(law.G):.3g} log2(period), {interval_name(one)}",
+    )  # fmt: skip
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    ticks = [setting.period for setting in one.period.settings]
+    if len(ticks) <= _MOST_TICKS:
+        axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.set_xlabel("mean period of the levels (steps)")
+    axes.set_ylabel("loss above the law\nat period 1 (nats)")
+    axes.legend(fontsize=8.5, loc="upper left")
 
 
 def _draw_curves(axes: Any, one: Analysis, colour: Callable[[Any], Any]) -> None:
@@ -153,12 +133,12 @@ def _draw_curves(axes: Any, one: Analysis, colour: Callable[[Any], Any]) -> None
         n = np.geomspace(near.min() / _SHOWN, near.max() * _SHOWN, 200)
         flops, loss = points.per_pair * n * d, law.loss(n, d)
         solid = (n >= near.min()) & (n <= near.max())
-        axes.plot(flops, loss, color=colour(d), linewidth=0.9, linestyle=_DASHED)
+        axes.plot(flops, loss, color=colour(d), linewidth=0.9, linestyle=DASHED)
         label = f"D = {human_count(float(d))} tokens"
         axes.plot(flops[solid], loss[solid], color=colour(d), linewidth=1.5, label=label)
 
 
-def _draw_frontier(
+def draw_frontier(
     axes: Any, one: Analysis, flops: Array, which: int, tint: str, label: str
 ) -> None:
     """Optimal N (which 0), D (1) or loss (2) over compute with its band, dashed beyond the data."""
@@ -169,7 +149,7 @@ def _draw_frontier(
     )
     inside = (flops >= points.flops.min() * 0.999) & (flops <= points.flops.max() * 1.001)
     axes.fill_between(flops, low, high, color=tint, alpha=0.15, linewidth=0)
-    axes.plot(flops, value, color=tint, linewidth=1.2, linestyle=_DASHED)
+    axes.plot(flops, value, color=tint, linewidth=1.2, linestyle=DASHED)
     axes.plot(flops[inside], value[inside], color=tint, linewidth=2.0, label=label)
 
 
@@ -184,30 +164,36 @@ def _mark_minima(axes: Any, one: Analysis) -> None:
             )  # fmt: skip
 
 
-def _ahead(one: Analysis) -> Array:
+def budgets_ahead(one: Analysis) -> Array:
     """Budgets from the smallest measured to 10 times the largest, or to what was asked."""
     most = max([_AHEAD * float(one.points.flops.max()), *(1.5 * o.flops for o in one.optimal)])
     return np.geomspace(float(one.points.flops.min()), most, 300)
 
 
-def _level(one: Analysis) -> str:
+def interval_name(one: Analysis) -> str:
     return f"{100 * one.bootstrap.level:g}% interval"
 
 
-def _law_text(one: Analysis) -> str:
+def law_text(one: Analysis) -> str:
     law = one.fit.law
     return (
         f"L = {float(law.E):.3f} + {float(law.A):.4g} / N^{float(law.alpha):.3f} + "
         f"{float(law.B):.4g} / D^{float(law.beta):.3f}"
+        + ("" if one.period is None else f" + {float(law.G):.3g} log2(period)")
     )
 
 
-def _compared(m: Multiplier) -> str:
-    low, high = m.interval
-    return (
-        f"At a loss of {m.loss:.3f}, {m.reference} takes {m.value:.2f} times the FLOPs of "
-        f"{m.family} ({low:.2f} to {high:.2f})"
-    )
+def legend_below(axes: Any) -> None:
+    """A legend under the axes, where it hides no point."""
+    axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(0.0, -0.16))
+
+
+def shade_beyond(axes: Any, flops: float) -> None:
+    """Shade the compute beyond what was measured."""
+    low, high = axes.get_xlim()
+    if high > flops:
+        axes.axvspan(flops, high, color="#F3F3F3", linewidth=0, zorder=0)
+        axes.set_xlim(low, high)
 
 
 def _title(figure: Any, one: Analysis) -> None:

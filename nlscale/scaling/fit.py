@@ -8,15 +8,19 @@ import numpy as np
 
 from nlscale.scaling.law import Array, Law
 from nlscale.scaling.newton import Minima, minimise
-from nlscale.scaling.objective import EXPONENTS, SMALLEST_TERM, Problem
+from nlscale.scaling.objective import EXPONENTS, PERIOD_SHARES, SMALLEST_TERM, Problem
 from nlscale.scaling.points import Points
 
 LARGEST_CONDITION = 1e8
 """Of J'J with columns of length 1. Noise of the losses is magnified by up to its square root, and
 a fifth digit of a loss is noise; grids that vary N and D freely are near 1e3."""
+MOST_EXPLAINED = 0.9
+"""Share of the variance of log2(period) that log N and log D may explain; from there on a cost is
+read off the form of the law alone (a variance inflation factor of 10)."""
 
 _GRID = np.geomspace(0.05, 2.0, 12)
 _HOPS_FROM, _HOPS = 8, 8
+_HOP = np.array([0.5, 0.5, 0.3, 0.15, 0.15, 0.02])
 _AGREE = 1e-6  # of the objective
 
 
@@ -25,14 +29,14 @@ class Fit:
     """A law fitted to points, and how far to trust that it is the optimum.
 
     Attributes:
-        law: E, A, B in nats per token, alpha, beta; shape ().
+        law: E, A, B in nats per token, alpha, beta, and G where periods are fitted; shape ().
         objective: sum of Huber (delta 1e-3) of log-loss residuals at the optimum.
         gradient: largest component of its gradient there, over delta times the points.
         starts: how many starts were polished; `agreeing` of them ended within 1e-6 of the optimum.
         converged: the gradient vanishes and at least two starts agree.
         condition: condition number of J'J at the optimum, columns scaled to length 1.
         residuals: log predicted - log measured loss, of shape (points,).
-        others: theta of the next best distinct minima, of shape (at most 3, 5).
+        others: theta of the next best distinct minima, of shape (at most 3, parameters).
     """
 
     law: Law
@@ -63,9 +67,21 @@ class Fit:
                 for bound in EXPONENTS
                 if abs(float(value) - bound) < 1e-6
             ]
-        if self.condition > LARGEST_CONDITION:
+        if (
+            self.problem.z is not None
+            and np.min(np.abs(self.theta[5] - np.array(PERIOD_SHARES))) < 1e-6
+        ):
+            found.append(f"G is at its bound {float(self.law.G):.3g}")
+        explained = _explained(self.problem)
+        if explained > MOST_EXPLAINED:
             found.append(
-                f"condition number {self.condition:.1e} is above {LARGEST_CONDITION:.0e}: N and D "
+                f"N and D explain {explained:.0%} of the variance of the periods: their cost "
+                f"cannot be told from that of size and tokens"
+            )
+        if self.condition > LARGEST_CONDITION:
+            axes = "N and D" if self.problem.z is None else "N, D and the period"
+            found.append(
+                f"condition number {self.condition:.1e} is above {LARGEST_CONDITION:.0e}: {axes} "
                 f"do not vary independently enough"
             )
         return found
@@ -74,8 +90,9 @@ class Fit:
 def fit(points: Points, seed: int = 0) -> Fit:
     """Fit L = E + A / N^alpha + B / D^beta as approach 3 of Hoffmann et al. 2022 means to.
 
-    For given alpha and beta the law is linear in E, A and B: non-negative least squares of the
-    relative residuals gives them on a grid of 12 x 12 exponents (variable projection). Each start
+    With G log2(period) beside it where the points have periods. For given alpha and beta the law is
+    linear in E, A, B and G: least squares of the relative residuals, non-negative but for G, gives
+    them on a grid of 12 x 12 exponents (variable projection). Each start
     is polished to a vanishing gradient by Newton's method; then the 8 best minima are perturbed,
     8 times each, and polished again.
 
@@ -83,13 +100,13 @@ def fit(points: Points, seed: int = 0) -> Fit:
         points: at least 8, as `Points.check` wants them.
         seed: of the perturbations.
     """
-    problem = Problem.of(points.n, points.d, points.loss)
+    problem = Problem.of(points.n, points.d, points.loss, points.period)
     starts = _grid(problem)
     weights = np.ones(len(points.loss))
     first = minimise(problem, starts, np.broadcast_to(weights, (len(starts), len(weights))))
     best = first.theta[_distinct(first)[:_HOPS_FROM]]
-    noise = np.random.default_rng(seed).normal(size=(_HOPS * len(best), 5))
-    hops = np.repeat(best, _HOPS, axis=0) + noise * np.array([0.5, 0.5, 0.3, 0.15, 0.15])
+    noise = np.random.default_rng(seed).normal(size=(_HOPS * len(best), problem.size))
+    hops = np.repeat(best, _HOPS, axis=0) + noise * _HOP[: problem.size]
     second = minimise(problem, hops, np.broadcast_to(weights, (len(hops), len(weights))))
     ends = Minima(
         np.concatenate([first.theta, second.theta]),
@@ -133,7 +150,7 @@ def leave_out_largest(fitted: Fit, counts: tuple[int, ...] = (1, 2, 4, 8)) -> li
 
 
 def _grid(problem: Problem) -> Array:
-    """theta of the best E, A and B at each pair of exponents, of shape (144, 5)."""
+    """theta of the best E, A, B and G at each pair of exponents, of shape (144, parameters)."""
     from scipy.optimize import nnls
 
     loss = np.exp(problem.log_loss)
@@ -142,8 +159,11 @@ def _grid(problem: Problem) -> Array:
     for alpha in _GRID:
         for beta in _GRID:
             terms = [np.exp(-alpha * problem.x), np.exp(-beta * problem.y), np.ones_like(loss)]
+            if problem.z is not None:
+                terms += [problem.z, -problem.z]  # of either sign
             found, _ = nnls(np.stack(terms, axis=1) / loss[:, None], np.ones_like(loss))
-            starts.append([*np.log(np.maximum(found, floor)), alpha, beta])
+            share = [found[3] - found[4]] if problem.z is not None else []
+            starts.append([*np.log(np.maximum(found[:3], floor)), alpha, beta, *share])
     return np.array(starts)
 
 
@@ -157,6 +177,15 @@ def _distinct(minima: Minima) -> list[int]:
         if len(kept) == _HOPS_FROM:
             break
     return kept
+
+
+def _explained(problem: Problem) -> float:
+    """The share of the variance of z that a linear function of x and y explains; 0 without z."""
+    if problem.z is None:
+        return 0.0
+    axes = np.stack([np.ones_like(problem.x), problem.x, problem.y], axis=1)
+    rest = problem.z - axes @ np.linalg.lstsq(axes, problem.z, rcond=None)[0]
+    return float(1 - rest.var() / problem.z.var())
 
 
 def _condition(problem: Problem, theta: Array) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nlscale.scaling.law import Array
-from nlscale.scaling.points import Points
+from nlscale.scaling.points import Points, distinct
 
 NEAR = 1.15
 """Runs whose FLOPs are within this factor of the smallest of a group have one budget."""
@@ -100,7 +100,7 @@ def _groups(points: Points) -> list[Array]:
         else:
             groups.append([int(i)])
     arrays = [np.array(group) for group in groups]
-    return [group for group in arrays if len(set(points.n[group])) >= _FEWEST_OF_GROUP]
+    return [group for group in arrays if distinct(points.n[group]) >= _FEWEST_OF_GROUP]
 
 
 def _vertex(points: Points, group: Array) -> Minimum | None:

@@ -24,7 +24,7 @@ _TOGETHER = 256  # fits at once: more only leave the cache
 
 @dataclass(frozen=True)
 class Minima:
-    """Where each fit ended: theta (fits, 5), the objective and the scaled gradient (fits,)."""
+    """Where each fit ended: theta (fits, parameters), objective and scaled gradient (fits,)."""
 
     theta: Array
     value: Array
@@ -41,7 +41,7 @@ def minimise(problem: Problem, starts: Array, weights: Array, iterations: int = 
 
     Args:
         problem: the points.
-        starts: theta, of shape (fits, 5); moved into the bounds.
+        starts: theta, of shape (fits, parameters); moved into the bounds.
         weights: how often each point counts, of shape (fits, points).
         iterations: at most so many steps.
     """
@@ -93,7 +93,7 @@ def _step(
 ) -> Array:
     free = _projected(problem, theta, gradient) != 0
     both = free[:, :, None] & free[:, None, :]
-    eye = np.eye(5)
+    eye = np.eye(problem.size)
     # A coordinate held at its bound is taken out: it neither moves nor couples.
     metric = np.where(both, majorant, eye)
     curvature = np.where(both, hessian, eye)

@@ -17,6 +17,11 @@ from nlscale.scaling.law import FLOPS_PER_PARAMETER_TOKEN, Array
 
 FEWEST_POINTS = 8
 FEWEST_DISTINCT = 3
+TOTAL, NON_EMBEDDING = "total", "non-embedding"
+"""Which parameters N counts. All of them is what Hoffmann et al. 2022 do and Pearce & Song 2024
+recommend: without the embedding, laws of small models bend."""
+RUN, PERIODS = "run", "periods"
+"""Columns of a run beside its configuration: its folder, and its levels' periods in steps."""
 
 Row = dict[str, str]
 
@@ -25,7 +30,8 @@ Row = dict[str, str]
 class Points:
     """Parameters, tokens, nats per token and FLOPs of each run, each of shape (points,).
 
-    `rows` are the same runs with every column as text; `source` names where they are from.
+    `rows` are the same runs with every column as text; `source` names where they are from;
+    `period` is that of the levels in steps, None where the law is not to know of it.
     """
 
     n: Array
@@ -34,12 +40,21 @@ class Points:
     flops: Array
     rows: tuple[Row, ...]
     source: str
+    period: Array | None = None
 
     @classmethod
-    def of(cls, n: Any, d: Any, loss: Any) -> Points:
+    def of(cls, n: Any, d: Any, loss: Any, period: Any = None) -> Points:
         """Points of plain sequences, with 6 N D FLOPs."""
         n, d, loss = (np.asarray(v, dtype=np.float64) for v in (n, d, loss))
-        return cls(n, d, loss, FLOPS_PER_PARAMETER_TOKEN * n * d, ({},) * len(n), "points")
+        flops = FLOPS_PER_PARAMETER_TOKEN * n * d
+        if period is not None:
+            period = np.asarray(period, dtype=np.float64)
+        return cls(n, d, loss, flops, ({},) * len(n), "points", period)
+
+    @property
+    def periods_vary(self) -> bool:
+        """Whether runs of several settings of the levels' periods are among them."""
+        return len({row[PERIODS] for row in self.rows if PERIODS in row}) > 1
 
     @property
     def per_pair(self) -> float:
@@ -56,18 +71,25 @@ class Points:
         """Themselves.
 
         Raises:
-            UserError: fewer than 8 points, or fewer than 3 distinct N or D (1 % apart).
+            UserError: fewer than 8 points, or fewer than 3 distinct N or D (1 % apart); with
+                periods, fewer than 9 points or 2 periods.
         """
-        if len(self.n) < FEWEST_POINTS:
+        more = self.period is not None
+        if len(self.n) < FEWEST_POINTS + more:
             raise UserError(
-                f"{self.source}: {len(self.n)} points are too few for a law of 5 parameters; at "
-                f"least {FEWEST_POINTS} are needed"
+                f"{self.source}: {len(self.n)} points are too few for a law of {5 + more} "
+                f"parameters; at least {FEWEST_POINTS + more} are needed"
+            )
+        if self.period is not None and distinct(self.period) < 2:
+            raise UserError(
+                f"{self.source}: every run has the period {self.period[0]:.3g}; what a period "
+                f"costs needs runs of others, or a fit without --period"
             )
         for name, values in (("N", self.n), ("D", self.d)):
-            distinct = 1 + int((np.diff(np.sort(np.log(values))) > 0.01).sum())
-            if distinct < FEWEST_DISTINCT:
+            count = distinct(values)
+            if count < FEWEST_DISTINCT:
                 raise UserError(
-                    f"{self.source}: {distinct} distinct {name} are too few; at least "
+                    f"{self.source}: {count} distinct {name} are too few; at least "
                     f"{FEWEST_DISTINCT} are needed to tell its exponent from a constant"
                 )
         return self
@@ -87,6 +109,11 @@ class Points:
             np.array([row.get(column) == value for row in self.rows]), f"{column}={value}"
         )
 
+    def without_idle_period(self) -> Points:
+        """Themselves; where every run has period 1, which then costs nothing, without it."""
+        idle = self.period is not None and distinct(np.append(self.period, 1.0)) == 1
+        return replace(self, period=None) if idle else self
+
     def values(self, column: str) -> list[str]:
         """The distinct values of a column, in the order of the rows.
 
@@ -100,16 +127,27 @@ class Points:
 
     def _at(self, kept: np.ndarray, label: str) -> Points:
         arrays = {k: getattr(self, k)[kept] for k in ("n", "d", "loss", "flops")}
+        if self.period is not None:
+            arrays["period"] = self.period[kept]
         rows = tuple(row for row, keep in zip(self.rows, kept, strict=True) if keep)
         return replace(self, **arrays, rows=rows, source=f"{self.source} ({label})")
 
 
-def read_points(paths: Iterable[Path]) -> tuple[Points, list[str]]:
+def read_points(
+    paths: Iterable[Path], parameters: str = TOTAL, period: bool = False
+) -> tuple[Points, list[str]]:
     """Points of one CSV file, or of run folders and folders of runs.
 
     A CSV file has columns N (parameters), D (tokens) and loss (nats per token), perhaps flops,
-    and any others. Of a run N, D and loss are `parameters`, `tokens` and `final_val_loss` of its
-    summary.json, and its other columns the keys of its config.yaml (`model.layers`).
+    N_non_embedding, C (the period of the levels in steps), and any others. Of a run N, D and loss
+    are `parameters`, `tokens` and `final_val_loss` of its summary.json, C is the geometric mean of
+    the periods of its levels, and its other columns are the keys of its config.yaml
+    (`model.layers`).
+
+    Args:
+        paths: of the CSV file or the runs.
+        parameters: which N counts, `total` or `non-embedding`.
+        period: whether the points have the period of the levels.
 
     Returns:
         The points, and a line for each run that is left out because it has not finished.
@@ -122,12 +160,17 @@ def read_points(paths: Iterable[Path]) -> tuple[Points, list[str]]:
     files = [path for path in paths if not path.is_dir()]
     if files and len(paths) > 1:
         raise UserError(f"give one CSV file, or run folders; {files[0]} is not a folder")
+    skipped: list[str] = []
     if files:
-        return _read_csv(files[0]), []
-    return _read_runs(paths)
+        points = _read_csv(files[0], parameters, period)
+    else:
+        points, skipped = _read_runs(paths, parameters, period)
+    if parameters == NON_EMBEDDING:
+        points = replace(points, source=f"{points.source}, N without the embedding")
+    return points, skipped
 
 
-def _read_csv(path: Path) -> Points:
+def _read_csv(path: Path, parameters: str, period: bool) -> Points:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
@@ -136,7 +179,8 @@ def _read_csv(path: Path) -> Points:
             rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    missing = [name for name in ("N", "D", "loss") if name not in names]
+    wanted = [_size_column(parameters), "D", "loss"] + ["C"] * period
+    missing = [name for name in wanted if name not in names]
     if missing:
         there = ", ".join(names) or "none"
         raise UserError(f"{path}: no column {', '.join(missing)}; there are {there}")
@@ -146,10 +190,10 @@ def _read_csv(path: Path) -> Points:
         if None in row:
             raise UserError(f"{path}, row {line}: more values than the {len(names)} columns")
         plain.append((f"{path}, row {line}", {k: (v or "").strip() for k, v in row.items()}))
-    return _points(plain, str(path))
+    return _points(plain, str(path), parameters, period)
 
 
-def _read_runs(folders: list[Path]) -> tuple[Points, list[str]]:
+def _read_runs(folders: list[Path], parameters: str, period: bool) -> tuple[Points, list[str]]:
     import yaml
 
     runs: list[Path] = []
@@ -172,15 +216,39 @@ def _read_runs(folders: list[Path]) -> tuple[Points, list[str]]:
         if not isinstance(loss, int | float) or not math.isfinite(loss):
             skipped.append(f"{run} is left out: final_val_loss is {loss}")
             continue
-        measured = {"N": summary.get("parameters"), "D": summary.get("tokens"), "loss": loss}
-        if summary.get("flops") is not None:
-            measured["flops"] = summary["flops"]
-        row = {**_flat(config or {}), **{k: str(v) for k, v in measured.items()}}
+        row = {**_flat(config or {}), **_measured(run, summary)}
         rows.append((str(run), row))
     if not rows:
         where = ", ".join(map(str, folders))
         raise UserError(f"no finished run in {where}; {len(skipped)} have not finished")
-    return _points(rows, f"{len(rows)} runs"), skipped
+    return _points(rows, f"{len(rows)} runs", parameters, period), skipped
+
+
+_RECORDED = {
+    "N": "parameters",
+    "N_non_embedding": "parameters_non_embedding",
+    "D": "tokens",
+    "loss": "final_val_loss",
+    "flops": "flops",
+    "C": "levels",
+}
+"""The key of summary.json that each column of a run is made of."""
+MEASURED = (*_RECORDED, RUN, PERIODS)
+"""Columns of a run that are no keys of its configuration."""
+
+
+def _measured(run: Path, summary: dict[str, Any]) -> Row:
+    measured = {name: summary.get(key) for name, key in _RECORDED.items() if key != "levels"}
+    measured[RUN] = run
+    periods = [level["period_steps"] for level in summary.get("levels", [])]
+    if periods:
+        measured[PERIODS] = ", ".join(map(str, periods))
+        measured["C"] = math.exp(math.fsum(map(math.log, periods)) / len(periods))
+    return {name: str(value) for name, value in measured.items() if value is not None}
+
+
+def _size_column(parameters: str) -> str:
+    return "N" if parameters == TOTAL else "N_non_embedding"
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> Row:
@@ -193,20 +261,36 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Row:
     return found
 
 
-def _points(rows: list[tuple[str, Row]], source: str) -> Points:
-    columns: dict[str, list[float]] = {"N": [], "D": [], "loss": []}
-    if rows and "flops" in rows[0][1]:
+def _points(rows: list[tuple[str, Row]], source: str, parameters: str, period: bool) -> Points:
+    size = _size_column(parameters)
+    columns: dict[str, list[float]] = {name: [] for name in (size, "D", "loss")}
+    if any("flops" in row for _, row in rows):
         columns["flops"] = []
+    if period:
+        columns["C"] = []
     for where, row in rows:
         for name, values in columns.items():
-            text = row.get(name, "")
+            text = row.get(name)
+            if text is None:  # of a run only: a row of a CSV file has every column
+                raise UserError(
+                    f"{where}: its summary.json has no {_RECORDED[name]}, which {name} is made of; "
+                    f"leave that run out, or ask for nothing that needs it"
+                )
             try:
                 value = float(text)
             except ValueError:
                 raise UserError(f"{where}: {name} is {text!r}, which is not a number") from None
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"{where}: {name} is {text}; it must be finite and above 0")
+            if name == "C" and value < 1:
+                raise UserError(f"{where}: C is {text}; a period is at least 1 step")
             values.append(value)
-    n, d, loss = (np.array(columns[name]) for name in ("N", "D", "loss"))
+    n, d, loss = (np.array(columns[name]) for name in (size, "D", "loss"))
     flops = np.array(columns["flops"]) if "flops" in columns else FLOPS_PER_PARAMETER_TOKEN * n * d
-    return Points(n, d, loss, flops, tuple(row for _, row in rows), source)
+    periods = np.array(columns["C"]) if period else None
+    return Points(n, d, loss, flops, tuple(row for _, row in rows), source, periods)
+
+
+def distinct(values: Array) -> int:
+    """How many there are, a percent apart."""
+    return 1 + int((np.diff(np.sort(np.log(values))) > 0.01).sum())

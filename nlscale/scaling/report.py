@@ -10,10 +10,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nlscale.scaling.analysis import NAMES, Analysis, Multiplier, Optimum
+from nlscale.scaling.analysis import Analysis, Multiplier, Optimum
 from nlscale.scaling.isoflop import Frontier
 from nlscale.scaling.law import Law
 from nlscale.scaling.objective import DELTA
+from nlscale.scaling.period import PeriodCosts
 from nlscale.units import human_count
 
 
@@ -21,7 +22,8 @@ def to_plain(one: Analysis) -> dict[str, Any]:
     """An analysis as JSON holds it; an infinite or undefined number is null.
 
     Keys:
-        parameters: E, A, B (nats per token), alpha, beta of L = E + A / N^alpha + B / D^beta.
+        parameters: E, A, B (nats per token), alpha, beta of L = E + A / N^alpha + B / D^beta, and
+            with periods G of + G log2(period), nats per token a doubling.
         intervals: of each of them [low, high], percentiles of `resamples` bootstrap fits that hold
             the share `interval_level`; `resamples_unconverged` of the fits did not converge.
         objective: sum (not mean) of the Huber loss of log-loss residuals, delta in `delta`.
@@ -34,6 +36,11 @@ def to_plain(one: Analysis) -> dict[str, Any]:
         exponents: a of N_opt ~ C^a, b of D_opt ~ C^b, and their intervals.
         isoflop, envelope: approaches 2 and 1: a, b, minima, reason (why a and b are null).
         sensitivity: the parameters without the `left_out` largest residuals.
+        period: null, or in `settings` what each measured period costs beside period 1: period (mean
+            of the levels, steps), periods (of each level; null of a CSV file), runs, loss (nats per
+            token) and worth (the FLOPs with which period 1 reaches the same loss over those spent,
+            when `flops` are) with their intervals, beyond (null, or the factor by which those FLOPs
+            are outside the data) and residual (mean of measured over fitted loss, less 1).
         ill_conditioned: null, or why the law is not to be trusted beyond the data.
         flops_per_parameter_token: k of C = k N D. warnings: lines.
     """
@@ -41,8 +48,8 @@ def to_plain(one: Analysis) -> dict[str, Any]:
     a, b = one.fit.law.exponents
     a_all, b_all = drawn.laws.exponents
     plain = {
-        "parameters": _parameters(one.fit.law),
-        "intervals": {k: drawn.interval(getattr(drawn.laws, k)) for k in NAMES},
+        "parameters": _parameters(one, one.fit.law),
+        "intervals": {k: drawn.interval(getattr(drawn.laws, k)) for k in one.names},
         "interval_level": drawn.level,
         "resamples": drawn.count,
         "resamples_unconverged": drawn.unconverged,
@@ -67,8 +74,9 @@ def to_plain(one: Analysis) -> dict[str, Any]:
         "isoflop": _frontier(one.isoflop),
         "envelope": _frontier(one.envelope),
         "sensitivity": [
-            {"left_out": k, "parameters": _parameters(law)} for k, law in one.sensitivity
+            {"left_out": k, "parameters": _parameters(one, law)} for k, law in one.sensitivity
         ],
+        "period": None if one.period is None else asdict(one.period),
         "ill_conditioned": one.ill_conditioned,
         "flops_per_parameter_token": points.per_pair,
         "warnings": list(one.warnings),
@@ -95,7 +103,8 @@ def print_fit(one: Analysis, console: Console) -> None:
         f"{points.source}: {len(points.n)} points, N {_range(points.n)}, D {_range(points.d)}, "
         f"{points.flops.min():.2g} to {points.flops.max():.2g} FLOPs"
     )
-    console.print("L = E + A / N^alpha + B / D^beta, nats per token")
+    last = "" if one.period is None else " + G log2(period)"
+    console.print(f"L = E + A / N^alpha + B / D^beta{last}, nats per token")
     console.print(_laws(one))
     ended = "converged" if fitted.converged else "NOT converged"
     console.print(
@@ -108,6 +117,14 @@ def print_fit(one: Analysis, console: Console) -> None:
     for name, found in (("isoFLOP", one.isoflop), ("envelope", one.envelope)):
         if found.reason:
             console.print(f"{name}: none; {found.reason}")
+    if one.period is not None:
+        console.print()
+        console.print(_periods(one.period))
+        console.print(
+            f"loss: what a period costs beside period 1. worth: the share of "
+            f"{one.period.flops:.2g} FLOPs with which period 1 reaches the same loss. residual: "
+            f"mean of measured over fitted loss, less 1."
+        )
     if one.optimal:
         console.print()
         console.print(_budgets(one))
@@ -136,15 +153,15 @@ def print_multipliers(ratios: list[Multiplier], console: Console) -> None:
 def _laws(one: Analysis) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
-    for name in NAMES:
+    for name in one.names:
         table.add_column(name, justify="right")
     laws = one.bootstrap.laws
-    ends = [one.bootstrap.interval(getattr(laws, name)) for name in NAMES]
-    table.add_row("fit", *_cells(one.fit.law))
+    ends = [one.bootstrap.interval(getattr(laws, name)) for name in one.names]
+    table.add_row("fit", *_cells(one, one.fit.law))
     table.add_row("low", *(f"{low:.4g}" for low, _ in ends))
     table.add_row("high", *(f"{high:.4g}" for _, high in ends))
     for k, law in one.sensitivity:
-        table.add_row(f"without {k} largest", *_cells(law))
+        table.add_row(f"without {k} largest", *_cells(one, law))
     return table
 
 
@@ -161,6 +178,24 @@ def _approaches(one: Analysis) -> Table:
     for name, found in (("isoFLOP", one.isoflop), ("envelope", one.envelope)):
         if found.a is not None:
             table.add_row(name, f"{found.a:.3f}", "", f"{found.b:.3f}", "")
+    return table
+
+
+def _periods(costs: PeriodCosts) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = ("periods of the levels", "mean", "runs", "loss", "interval", "worth", "interval")
+    for column in (*columns, "residual", ""):
+        table.add_column(column, justify="left" if column in (columns[0], "") else "right")
+    for s in costs.settings:
+        cells = [""] * 4
+        if s.loss:
+            low, high = s.loss_interval
+            cells = [f"{s.loss:+.4f}", f"{low:+.4f} to {high:+.4f}"]
+            low, high = s.worth_interval
+            cells += [f"{s.worth:.1%}", f"{low:.1%} to {high:.1%}"]
+        note = "" if s.beyond is None else f"{s.beyond:.3g}x outside the data"
+        row = (s.periods or "", f"{s.period:.3g}", f"{s.runs}", *cells, f"{s.residual:+.2%}", note)
+        table.add_row(*row)
     return table
 
 
@@ -204,12 +239,12 @@ def _frontier(found: Frontier) -> dict[str, Any]:
     return {"a": found.a, "b": found.b, "minima": minima, "reason": found.reason}
 
 
-def _parameters(law: Law) -> dict[str, float]:
-    return {name: float(getattr(law, name)) for name in NAMES}
+def _parameters(one: Analysis, law: Law) -> dict[str, float]:
+    return {name: float(getattr(law, name)) for name in one.names}
 
 
-def _cells(law: Law) -> list[str]:
-    return [f"{float(getattr(law, name)):.4g}" for name in NAMES]
+def _cells(one: Analysis, law: Law) -> list[str]:
+    return [f"{float(getattr(law, name)):.4g}" for name in one.names]
 
 
 def _range(values: Any) -> str:

@@ -9,7 +9,12 @@ import pytest
 from nlscale import recipe
 from nlscale.config import Config, Mixer
 from nlscale.errors import UserError
-from nlscale.model.sizes import level_hidden, level_parameters, mixer_parameters
+from nlscale.model.sizes import (
+    level_hidden,
+    level_parameters,
+    mixer_parameters,
+    non_embedding_parameters,
+)
 
 SPECTRA = ["[1]", "[1,4,16]", "[1,{period: 4, hidden: 40},8,64]", "[{hidden: 24},{hidden: 8}]"]
 
@@ -36,6 +41,8 @@ def test_parameters_a_level_are_counted_right(build, mixer, cms, spectrum: str) 
     expected = level_parameters(config, vocabulary)
     assert counted(model, len(config.levels.spectrum)) == expected
     assert sum(p.numel() for p in model.parameters()) == sum(expected)
+    looked_up = model.embedding.weight.numel()
+    assert non_embedding_parameters(config, vocabulary) == sum(expected) - looked_up
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,9 @@ def room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Room:
 def test_json_keys_and_how_they_hang_together(room: Room) -> None:
     plan = room.json()
     assert set(plan) == {
-        "cluster", "steps", "tokens_per_step", "cycle_steps", "staggered", "reduction", "levels",
-        "total", "plain", "ratio", "activation_bytes_per_step", "checkpoint", "memory", "fits",
-        "pipeline", "warnings",
+        "cluster", "steps", "tokens_per_step", "flops_per_token", "flops_by_part", "cycle_steps",
+        "staggered", "reduction", "levels", "total", "plain", "ratio",
+        "activation_bytes_per_step", "checkpoint", "memory", "fits", "pipeline", "warnings",
     }  # fmt: skip
     assert set(plan["cluster"]) == {
         "name", "nodes", "gpus_per_node", "inter_node_gbit", "gpu_memory_gib"
@@ -76,6 +76,8 @@ def test_json_keys_and_how_they_hang_together(room: Room) -> None:
     assert (fast["period_steps"], slow["period_steps"]) == (1, 8)
     assert (fast["updates"], plan["cycle_steps"], plan["tokens_per_step"]) == (1000, 8, 256)
     assert plan["total"]["parameters"] == fast["parameters"] + slow["parameters"]
+    assert plan["flops_per_token"] == sum(plan["flops_by_part"].values())
+    assert set(plan["flops_by_part"]) == {"projections", "convolution", "memory", "levels", "head"}
     assert plan["plain"]["bytes_per_step"] == 4 * plan["total"]["parameters"]
     assert slow["mean_bytes_per_step"] == 4 * slow["parameters"] / 8
     # four blocks over a period of eight: one of them at a time
@@ -217,7 +219,7 @@ def test_planning_imports_no_torch() -> None:
 
     code = (
         "import sys, nlscale.plan.cli, nlscale.plan.report, nlscale.plan.figure, "
-        "nlscale.plan.advice; sys.exit('torch' in sys.modules)"
+        "nlscale.plan.advice, nlscale.plan.flops; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from coverage_of_intervals import about_ninety
 from scipy.optimize import differential_evolution, minimize
-from scipy.stats import binom
 
 from nlscale.scaling import Law, Points, fit
-from nlscale.scaling.analysis import NAMES, analyse, multipliers
+from nlscale.scaling.analysis import analyse, multipliers
 from nlscale.scaling.bootstrap import bootstrap
 from nlscale.scaling.fit import leave_out_largest
 from nlscale.scaling.isoflop import envelope, isoflop
+from nlscale.scaling.law import NAMES
 from nlscale.scaling.newton import minimise
 from nlscale.scaling.objective import DELTA, Problem
 
@@ -173,25 +174,21 @@ def test_intervals_are_reproducible_and_narrow_with_the_noise() -> None:
 
 
 @pytest.mark.slow
-def test_the_truth_is_in_about_nine_intervals_of_ten() -> None:
-    sets, hits = 40, dict.fromkeys((*NAMES, "a", "loss"), 0)
+def test_the_truth_is_in_about_ninety_intervals_of_a_hundred() -> None:
+    sets, hits = 100, dict.fromkeys((*NAMES, "a", "N", "loss"), 0)
+
+    def quantities(law: Law) -> dict[str, np.ndarray]:
+        n, _, loss = law.optimum(1e22)
+        named = {name: getattr(law, name) for name in NAMES}
+        return {**named, "a": law.exponents[0], "N": n, "loss": loss}
+
+    truth = quantities(TRUTH)
     for seed in range(sets):
-        drawn = bootstrap(fit(grid(0.005, 1000 + seed)), 150, seed=seed)
-
-        def quantities(law: Law) -> dict[str, np.ndarray]:
-            named = {name: getattr(law, name) for name in NAMES}
-            return {**named, "a": law.exponents[0], "loss": law.optimum(1e22)[2]}
-
-        truth = quantities(TRUTH)
+        drawn = bootstrap(fit(grid(0.005, 1000 + seed)), 100, seed=seed)
         for name, values in quantities(drawn.laws).items():
             low, high = drawn.interval(values)
             hits[name] += bool(low <= truth[name] <= high)
-    # Were each interval right, one of the seven would be under this in one test run of 1000.
-    fewest = binom.ppf(0.001 / len(hits), sets, 0.9)
-    assert min(hits.values()) >= fewest, hits
-    # Nor may they be so wide that they say nothing: 40 of 40 in everything has a chance of 1.5 %
-    # for a single quantity.
-    assert min(hits.values()) < sets, hits
+    assert all(hit in about_ninety(len(hits)) for hit in hits.values()), hits
 
 
 def test_leaving_out_outliers_brings_the_law_back() -> None:

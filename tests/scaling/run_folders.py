@@ -1,0 +1,56 @@
+"""Folders of finished runs as `nlscale train` leaves them, without the training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nlscale import recipe
+from nlscale.levels import spectrum
+from nlscale.model.sizes import level_parameters, non_embedding_parameters
+from nlscale.plan.flops import flops_per_token
+
+VOCABULARY = 256
+SEQUENCE, BATCH = 512, 16
+
+
+def finished_run(
+    folder: Path, steps: int, loss: float, *overrides: str, **replaced: Any
+) -> dict[str, Any]:
+    """Write config.yaml and summary.json of a small run; returns the summary."""
+    config = recipe.load(
+        None,
+        [
+            "data.dir=gone",
+            f"data.sequence_length={SEQUENCE}",
+            f"train.global_batch={BATCH}",
+            "train.micro_batch=2",
+            f"train.steps={steps}",
+            "model.layers=4",
+            "model.d_model=64",
+            "model.heads=2",
+            f"run.dir={folder}",
+            *overrides,
+        ],
+    ).config
+    parameters = level_parameters(config, VOCABULARY)
+    tokens = steps * SEQUENCE * BATCH
+    summary = {
+        "final_val_loss": loss,
+        "tokens": tokens,
+        "parameters": sum(parameters),
+        "parameters_non_embedding": non_embedding_parameters(config, VOCABULARY),
+        "flops": flops_per_token(config, VOCABULARY) * tokens,
+        "levels": [
+            {"name": level.name, "period_steps": level.period, "parameters": count}
+            for level, count in zip(
+                spectrum(config.levels, SEQUENCE * BATCH), parameters, strict=True
+            )
+        ],
+        **replaced,
+    }
+    folder.mkdir(parents=True)
+    recipe.write(config, folder / "config.yaml")
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return summary
