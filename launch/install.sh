@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts that a person starts from a fresh clone: makes .venv and installs nlscale
 # into it, once for each state of pyproject.toml and constraints.txt. NLSCALE_EXTRAS adds extras.
 

@@ -4,6 +4,7 @@
 # Running it again skips what is done. KEY=VALUE arguments override the recipe.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=launch/install.sh
 source launch/install.sh
 
 export PATH="$PWD/.venv/bin:$PATH"

@@ -152,12 +152,15 @@ _RANGES: dict[str, tuple[tuple[str, str], ...]] = {
     "above 0": (
         ("data", "sequence_length"),
         ("model", "layers d_model heads hidden vocabulary rope_base norm_eps init_std"),
+        ("model", "mup_base_width"),
         ("model.memory", "chunk convolution"),
         ("optimizer", "learning_rate eps"),
         ("train", "steps global_batch micro_batch validate_every validation_sequences"),
         ("train", "max_dropped_steps"),
         ("checkpoint", "keep keep_every"),
-        ("parallel", "tensor pipeline virtual_stages ranks_per_node timeout_minutes"),
+        ("parallel", "tensor pipeline virtual_stages ranks_per_node"),
+        ("timeouts", "startup step checkpoint silence"),
+        ("run", "max_restarts"),
     ),
     "0 or above": (("optimizer", "warmup_steps warmup_updates weight_decay clip"),),
     "from 0 to 1": (("optimizer", "min_learning_rate decay_fraction"),),
@@ -197,11 +200,25 @@ def _divides(config: Config) -> None:
         )
     if model.heads % tensor:
         raise UserError(_not_divisible("model.heads", model.heads, tensor))
+    _base_width(config)
     for index, hidden in enumerate(level_hidden(config)):
         if hidden % tensor:
             raise UserError(_not_divisible(f"levels.spectrum.{index}.hidden", hidden, tensor))
     _sequence_parallel(config)
     _pipeline(config)
+
+
+def _base_width(config: Config) -> None:
+    model, size = config.model, head_dim(config.model)
+    base = model.mup_base_width
+    if base is None or base % size == 0:
+        return
+    near = " or ".join(str(n) for n in sorted({base // size * size, -(-base // size) * size} - {0}))
+    raise UserError(
+        f"model.mup_base_width {base} is not a whole number of heads of {size} (model.d_model "
+        f"{model.d_model} / model.heads {model.heads}), and muP carries over between widths of one "
+        f"head size; use {near}, or model.heads that keep the head size of the model that was tuned"
+    )
 
 
 def _sequence_parallel(config: Config) -> None:

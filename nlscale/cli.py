@@ -1,7 +1,8 @@
 """`nlscale ...`: one subcommand a verb, each a few lines that call a room.
 
 Exit codes: 0 done, 2 something to mend in what was asked (one line says what), 3 the training
-failed, 75 stopped on request with a checkpoint, 1 anything else (with a traceback).
+failed, 4 a job gave up after restarts without progress, 5 a rank was lost or hung, 75 stopped on
+request with a checkpoint, 130 interrupted, 1 anything else (with a traceback).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 import warnings
 
 from nlscale import __version__
-from nlscale.errors import UserError
+from nlscale.errors import SaidElsewhere, UserError
 
 _OTHERS_WAIT_SECONDS = 3.0
 
@@ -26,18 +27,27 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         sys.exit(args.func(args))
+    except SaidElsewhere as error:
+        sys.exit(error.exit_code)
     except UserError as error:
-        # Ranks of a node that fail alike say so once: when the first has, torchrun ends the others.
-        # What only another rank has to say is said a little later.
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        if not first:
-            time.sleep(_OTHERS_WAIT_SECONDS)
-        if first or not error.everywhere:
+        if error.told or _speaks_for_its_node():
             print(f"nlscale: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("nlscale: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _speaks_for_its_node() -> bool:
+    """Whether this process says what failed before the ranks had met.
+
+    Ranks of a node fail alike then, and cannot agree on who says so: the first does. torchrun ends
+    the others when it has; what only they have to say is said a little later.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return True
+    time.sleep(_OTHERS_WAIT_SECONDS)
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -127,6 +137,16 @@ def _parser() -> argparse.ArgumentParser:
             description="Measurements on this machine.",
         )
     )
+    from nlscale.launch.cli import add_arguments as add_launch
+
+    add_launch(
+        verbs.add_parser(
+            "launch",
+            help="start a run on a cluster, through Slurm or torchrun",
+            description="Start a run on the nodes of a cluster file, after checking that it fits.",
+        ),
+        _add_recipe,
+    )
     from nlscale.checkpoint.cli import add_arguments as add_checkpoint
 
     add_checkpoint(
@@ -147,6 +167,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_recipe(verify)
     add_verify(verify)
+    from nlscale.doctor.cli import add_arguments as add_doctor
+
+    add_doctor(
+        verbs.add_parser(
+            "doctor",
+            help="say what is wrong with this machine, or with several nodes",
+            description="Check versions, GPUs, limits, addresses, disk and data of this machine; "
+            "with --nodes, started on every rank, also what the nodes share: bandwidth, latency, "
+            "clocks, folders. Says what to do about each finding. Exit code 2 if one is an error.",
+        )
+    )
     from nlscale.scaling.cli import add_arguments as add_fit
 
     add_fit(
@@ -155,6 +186,16 @@ def _parser() -> argparse.ArgumentParser:
             help="fit a scaling law to runs, and say what a budget buys",
             description="Fit L = E + A / N^alpha + B / D^beta to finished runs or a CSV file, with "
             "bootstrap intervals, compute-optimal sizes and a figure.",
+        )
+    )
+    from nlscale.scaling.sweep.cli import add_arguments as add_sweep
+
+    add_sweep(
+        verbs.add_parser(
+            "sweep",
+            help="train many runs from one file: sizes, lengths, mixers, seeds",
+            description="List the runs that a file of axes gives, with what they cost, and train "
+            "those that have not finished. The same command goes on where it was stopped.",
         )
     )
     return parser
@@ -178,12 +219,14 @@ def _add_recipe(parser: argparse.ArgumentParser, optional: bool = False) -> None
 def _train(args: argparse.Namespace) -> int:
     from nlscale import recipe
     from nlscale.checks import prepare
+    from nlscale.signals import StopSignals
 
-    config = recipe.load(args.recipe, args.overrides).config
-    prepared = prepare(config)
-    from nlscale.train import train  # imports torch: only what has been checked waits for it
+    with StopSignals() as signals:
+        config = recipe.load(args.recipe, args.overrides).config
+        prepared = prepare(config)
+        from nlscale.train import train  # imports torch: only what has been checked waits for it
 
-    train(config, prepared)
+        train(config, prepared, signals)
     return 0
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,7 +16,56 @@ from omegaconf.errors import OmegaConfBaseException
 from nlscale.errors import UserError
 
 _FOLDER = Path("recipes/clusters")
-_KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a text"}
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    float | None: "a number",
+    str: "a text",
+    bool: "true or false",
+}
+_TIME = re.compile(r"(\d+-)?\d+:\d\d:\d\d")
+
+
+@dataclass
+class Slurm:
+    """How jobs are submitted."""
+
+    partition: str | None = None
+    """Null: the default one."""
+    account: str | None = None
+    """Null: the user's default."""
+    time: str = "24:00:00"
+    """Time limit of a job, as Slurm writes it: [days-]hours:minutes:seconds. A run that needs
+    longer goes on by itself in the next one."""
+    warn_seconds: int = 300
+    """How long before the time limit the ranks are told to stop; at least what a checkpoint and two
+    steps take."""
+    gpus: bool = True
+    """Ask for gpus_per_node GPUs on each node; false: ranks run on the CPU."""
+    options: list[str] = field(default_factory=list)
+    """Further options of sbatch, such as --exclusive or --qos=long."""
+    container: str | None = None
+    """Image for srun's --container-image (pyxis, enroot); null: none."""
+    mounts: str | None = None
+    """Its --container-mounts."""
+
+
+@dataclass
+class Launch:
+    """How ranks are started on the nodes."""
+
+    hosts: list[str] = field(default_factory=list)
+    """Names or addresses of the nodes, the first rank's first, where no scheduler chooses them."""
+    port: int = 29500
+    """Of the rendezvous on the first node; Slurm jobs use one that follows from their number."""
+    interface: str | None = None
+    """Network interface for NCCL's and gloo's sockets, such as ib0; null: they choose."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Further variables of every rank, such as NCCL_DEBUG: WARN."""
+    setup: str = "source .venv/bin/activate"
+    """Shell line run on each node before its ranks, in the folder of the clone."""
+    slurm: Slurm = field(default_factory=Slurm)
+    """Of `nlscale launch slurm`."""
 
 
 @dataclass
@@ -32,6 +82,10 @@ class Cluster:
     """What one node can send to the others, Gbit/s (10^9 bits a second), all its links together."""
     gpu_memory_gib: float = MISSING
     """Memory of one GPU, GiB (2^30 bytes)."""
+    gpu_tflops: float | None = None
+    """Dense bf16 peak of one GPU, TFLOP/s (10^12 FLOPs a second); only what prices needs it."""
+    launch: Launch = field(default_factory=Launch)
+    """How runs are started there; what only plans does not need it."""
 
     @property
     def ranks(self) -> int:
@@ -67,13 +121,8 @@ def load_cluster(path: str | Path) -> Cluster:
     """
     path = Path(path)
     tree = _read(path)
-    known = [f.name for f in fields(Cluster)]
-    for key in tree:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1, 0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
-            raise UserError(f"{path}: unknown key {str(key)!r}; {hint}")
-    missing = [name for name in known if tree.get(name) is None]
+    _check_keys(path, tree, Cluster, "")
+    missing = [f.name for f in fields(Cluster) if f.default == MISSING and tree.get(f.name) is None]
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} not set; see {_FOLDER}")
     try:
@@ -81,14 +130,38 @@ def load_cluster(path: str | Path) -> Cluster:
         cluster = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", ""))
-        wanted = _KINDS.get(get_type_hints(Cluster).get(key, str))
-        raise UserError(f"{path}: {key}: {tree.get(key)!r} is not {wanted}") from None
+        hints: dict[str, Any] = get_type_hints(Cluster)
+        value: Any = tree
+        for name in key.split("."):
+            hints, kind = _hints_of(hints.get(name)), hints.get(name, float)
+            value = value.get(name) if isinstance(value, dict) else value
+        raise UserError(f"{path}: {key}: {value!r} is not {_KINDS.get(kind, 'right')}") from None
     assert isinstance(cluster, Cluster)
-    for name in ("nodes", "gpus_per_node", "inter_node_gbit", "gpu_memory_gib"):
+    for name in ("nodes", "gpus_per_node", "inter_node_gbit", "gpu_memory_gib", "gpu_tflops"):
         value = getattr(cluster, name)
-        if not 0 < value < math.inf:
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"{path}: {name} is {value}; it must be greater than 0")
+    if not _TIME.fullmatch(cluster.launch.slurm.time):
+        raise UserError(
+            f"{path}: launch.slurm.time {cluster.launch.slurm.time!r} is not a time limit; write "
+            f"[days-]hours:minutes:seconds in quotes, such as '24:00:00'"
+        )
     return cluster
+
+
+def _check_keys(path: Path, tree: dict[Any, Any], kind: type, prefix: str) -> None:
+    hints = get_type_hints(kind)
+    for key, value in tree.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(hints)}"
+            raise UserError(f"{path}: unknown key {f'{prefix}{key}'!r}; {hint}")
+        if is_dataclass(hints[key]) and isinstance(value, dict):
+            _check_keys(path, value, hints[key], f"{prefix}{key}.")
+
+
+def _hints_of(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind) if is_dataclass(kind) else {}
 
 
 def _read(path: Path) -> dict[Any, Any]:

@@ -89,6 +89,8 @@ class RunConfig:
 
     dir: str = "runs/default"
     """Folder of the run: resolved config, metrics.jsonl, summary.json, loss.png."""
+    max_restarts: int = 3
+    """Restarts of a Slurm job without a new checkpoint after which it gives up (exit code 4)."""
     seed: int = 1234
     """Seed of initial weights and of the order of the data."""
     weights: str | None = None
@@ -162,6 +164,10 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of initial weights; projections into the residual stream are divided
     by sqrt(2 layers)."""
+    mup_base_width: int | None = None
+    """The d_model at which the optimizer's numbers and init_std were tuned: muP carries them over
+    to this d_model, at the same head size and with the CMS wider in proportion
+    (nlscale/model/width.py). Null, or d_model itself: the standard parametrisation."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """The self-modifying memory."""
 
@@ -280,8 +286,23 @@ class ParallelConfig:
     """Overlap the reduction inside the node with the backward pass."""
     replica_check_every: int = 200
     """Steps between comparisons of parameters and optimizer state across replicas; 0: never."""
-    timeout_minutes: float = 10.0
-    """A collective that takes longer ends the run."""
+    straggler_check_every: int = 50
+    """Steps between comparisons of how long the ranks compute; 0: never."""
+
+
+@dataclass
+class TimeoutsConfig:
+    """Seconds after which a rank that is lost or hangs ends the run on all ranks, with exit code 5
+    and one message that names it."""
+
+    startup: float = 1800.0
+    """Until all ranks have come together, and again for each part of the first step of a start."""
+    step: float = 600.0
+    """For each part of a later step, such as its consensus, and for a validation."""
+    checkpoint: float = 1800.0
+    """For writing a checkpoint, and for reading one."""
+    silence: float = 60.0
+    """A rank of which nothing is heard for so long was killed, stopped or cut off."""
 
 
 @dataclass
@@ -308,6 +329,10 @@ class ResumeConfig:
     allow: list[str] = field(default_factory=list)
     """Keys whose value may differ from the checkpoint's, `data` for other data. Without it a
     change that would make it another run is refused."""
+    start: str | None = None
+    """Checkpoint of another run to branch from, such as runs/a/checkpoints/step-00000800, used only
+    while this run has none of its own. That run may differ in length, where its learning rate does
+    not depend on that up to there (wsd before its decay)."""
 
 
 @dataclass
@@ -333,6 +358,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

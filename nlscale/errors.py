@@ -11,8 +11,10 @@ class UserError(Exception):
     """
 
     exit_code = 2
-    everywhere = False
-    """Whether all ranks raise it alike, so that only the first has to say it."""
+    echo = False
+    """Whether it may only follow from what another rank has to say."""
+    told = False
+    """Whether the ranks have agreed that this one says why the run ends."""
 
 
 class TrainingFailed(UserError):
@@ -24,9 +26,29 @@ class TrainingFailed(UserError):
     exit_code = 3
 
 
+class GaveUp(UserError):
+    """A job that was started again and again without getting to a new checkpoint. Exit code 4."""
+
+    exit_code = 4
+
+
+class LostRank(UserError):
+    """A rank was lost or hangs, or never came; starting again may help. Exit code 5."""
+
+    exit_code = 5
+    told = True
+
+
+class SaidElsewhere(UserError):
+    """Another rank says why the run ends; this one ends with the same exit code, and is silent."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class Stopped(UserError):
     """The run was asked to stop, and did, after a checkpoint: the same command goes on."""
 
-    everywhere = True
     exit_code = 75
     """EX_TEMPFAIL of sysexits.h: not done, and worth starting again."""

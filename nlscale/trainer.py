@@ -19,6 +19,8 @@ from nlscale.optim.levels import LevelOptimizer
 from nlscale.parallel.consensus import Requests, Verdict, agree
 from nlscale.parallel.layout import Layout
 from nlscale.parallel.schedule import Batch, run_micro_batches
+from nlscale.parallel.stragglers import BusyTime
+from nlscale.parallel.watch import doing
 
 _SPIKE_MEMORY = 50
 
@@ -58,6 +60,7 @@ class Trainer:
     stages: list[Hope]
     """What this rank holds of the model: all of it, or one or several pipeline stages."""
     optimizer: LevelOptimizer
+    busy: BusyTime
     counters: Counters = field(default_factory=Counters)
 
     @classmethod
@@ -71,7 +74,7 @@ class Trainer:
             initialize(stage, config.run.seed, layout.tensor_rank, layout.tensor_size)
             stage.to(layout.device)
         optimizer = LevelOptimizer(config, levels, stages, vocabulary, mc, layout)
-        return cls(config, layout, levels, stages, optimizer)
+        return cls(config, layout, levels, stages, optimizer, BusyTime(layout.device))
 
     def take_step(
         self,
@@ -93,9 +96,13 @@ class Trainer:
         counters.step += 1
         counters.samples += self.config.train.global_batch
         self.optimizer.start_step()
-        loss_sum, seen = run_micro_batches(self.stages, batches, self.optimizer.windows)
-        finite = self.optimizer.finish_backward()
-        verdict = agree(self.layout, loss_sum, seen, finite, requests)
+        with doing("forward and backward pass"):
+            loss_sum, seen = run_micro_batches(self.stages, batches, self.optimizer.windows)
+        self.busy.stop()
+        with doing("reduction inside the node"):
+            finite = self.optimizer.finish_backward()
+        with doing("consensus"):
+            verdict = agree(self.layout, loss_sum, seen, finite, requests)
         if on_verdict is not None:
             on_verdict(verdict)
         if self._spikes(verdict.loss):
@@ -103,7 +110,9 @@ class Trainer:
         if verdict.admitted:
             self.optimizer.admit(verdict.tokens)
         self._count(verdict)
-        return verdict, self.optimizer.update(counters.step)
+        with doing("reduction across nodes and update of the levels due"):
+            updated = self.optimizer.update(counters.step)
+        return verdict, updated
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters by their names in the whole model."""

@@ -10,9 +10,12 @@ import multiprocessing
 import os
 import pickle
 import socket
+import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the server and so for the ranks
@@ -44,6 +47,72 @@ def run(
         pipes.append(ours)
     try:
         return _collect(processes, pipes, timeout)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank of `command` ended."""
+
+    code: int
+    """Its exit code; minus the signal that killed it."""
+    output: str
+    """What it wrote to stdout and stderr."""
+    seconds: float
+    """After `during` returned."""
+
+
+def command(
+    ranks: int,
+    argv: list[str],
+    folder: Path,
+    during: Callable[[list[int]], None] = lambda pids: None,
+    before: Callable[[], None] | None = None,
+    ranks_per_node: int | None = None,
+    started: int | None = None,
+    environment: dict[str, str] | None = None,
+    timeout: float = 120.0,
+) -> list[Ended]:
+    """Run `nlscale argv` on every rank, as torchrun would but without torchrun.
+
+    Args:
+        ranks: of the world.
+        argv: the command.
+        folder: for the ranks' output.
+        during: called with the pids of the ranks while they run.
+        before: called in every rank before the command; importable.
+        ranks_per_node: as for `run`.
+        started: start only so many of the ranks.
+        environment: added to every rank's.
+        timeout: seconds after which ranks that still run are the test's failure.
+    """
+    port, processes = _free_port(), []
+    folder.mkdir(parents=True, exist_ok=True)
+    outputs = [folder / f"rank{rank}.out" for rank in range(started or ranks)]
+    for rank, output in enumerate(outputs):
+        variables = _environment(rank, ranks, ranks_per_node or ranks, port) | (environment or {})
+        process = _CONTEXT.Process(target=_command, args=(argv, variables, str(output), before))
+        process.start()
+        processes.append(process)
+    try:
+        during([process.pid for process in processes])
+        since, ended = time.monotonic(), [0.0] * len(processes)
+        waiting = {process.sentinel: i for i, process in enumerate(processes)}
+        while waiting:
+            for sentinel in multiprocessing.connection.wait(list(waiting), timeout):
+                ended[waiting.pop(sentinel)] = time.monotonic() - since  # type: ignore[arg-type]
+            if time.monotonic() - since > timeout:
+                said = [output.read_text() for output in outputs]
+                raise AssertionError(f"ranks {sorted(waiting.values())} still run\n{said}")
+        for process in processes:
+            process.join()
+        return [
+            Ended(process.exitcode, output.read_text(), seconds)
+            for process, output, seconds in zip(processes, outputs, ended, strict=True)
+        ]
     finally:
         for process in processes:
             process.kill()
@@ -85,6 +154,26 @@ def _rank(
         outcome = (False, traceback.format_exc())
     # plain pickle: multiprocessing's own would share a tensor's memory, which ends with this rank
     pipe.send_bytes(pickle.dumps(outcome))
+
+
+def _command(
+    argv: list[str],
+    environment: dict[str, str],
+    output: str,
+    before: Callable[[], None] | None,
+) -> None:
+    import torch
+
+    from nlscale import cli
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if before is not None:
+        before()
+    cli.main(argv)
 
 
 def _environment(rank: int, ranks: int, per_node: int, port: int) -> dict[str, str]:

@@ -142,11 +142,10 @@ def _save(trainer: Trainer, folder: Path) -> tuple[Written, float, float]:
     stalls, writes = [], []
     for _ in range(_SAVES):
         _take_step(trainer)
-        stalled = saver.stalled
         saver.save()
         saver.finish()  # the group of `_slowest` is the writer's until then
         assert saver.written is not None
-        stalls.append(_slowest(trainer.layout, saver.stalled - stalled))
+        stalls.append(_slowest(trainer.layout, saver.take_stalled()))
         writes.append(_slowest(trainer.layout, saver.written.seconds))
     assert saver.written is not None
     return saver.written, float(np.median(stalls)), float(np.median(writes))

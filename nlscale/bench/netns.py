@@ -89,6 +89,14 @@ class EmulatedNodes:
         """The IPv4 address of a node, known only to the others."""
         return f"10.77.0.{node + 1}"
 
+    def command(self, node: int, *command: str) -> list[str]:
+        """That command, to be run on a node."""
+        return ["ip", "netns", "exec", self._name(node), *command]
+
+    def set_link(self, node: int, up: bool) -> None:
+        """Cut a node off from the others, or join it again."""
+        _ip("-n", self._name(node), "link", "set", LINK, "up" if up else "down")
+
     def enter(self, node: int) -> None:
         """Move the calling process to a node, for good.
 

@@ -20,6 +20,7 @@ from nlscale.checkpoint.store import Store, Written
 from nlscale.checks import checkpoint_interval
 from nlscale.config import Config
 from nlscale.errors import TrainingFailed, UserError
+from nlscale.parallel.watch import doing
 from nlscale.trainer import Counters, Trainer
 
 
@@ -51,8 +52,7 @@ class Saver:
         self._saved_at = time.monotonic()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self.stalled = 0.0
-        """Seconds that training has waited for saves."""
+        self._stalled = 0.0
         self.written: Written | None = None
         """What the last finished save wrote."""
 
@@ -82,6 +82,16 @@ class Saver:
         return (counters.tokens + tokens_per_step) // count > counters.tokens // count
 
     @property
+    def seconds(self) -> float:
+        """What writing took last; 0 where nothing has been written yet."""
+        return self.written.seconds if self.written is not None else 0.0
+
+    def take_stalled(self) -> float:
+        """Seconds that training has waited for saves since the last call."""
+        stalled, self._stalled = self._stalled, 0.0
+        return stalled
+
+    @property
     def failed(self) -> bool:
         """Whether a save could not be written."""
         return self._error is not None
@@ -94,10 +104,11 @@ class Saver:
         """
         started = time.monotonic()
         self.finish()
-        pieces = [_on_host(piece) for piece in trainer_pieces(self._trainer)]
-        state = trainer_state(self._trainer, self._data, self._wandb_id)
+        with doing("copying the state for a checkpoint", checkpoint=True):
+            pieces = [_on_host(piece) for piece in trainer_pieces(self._trainer)]
+            state = trainer_state(self._trainer, self._data, self._wandb_id)
         stall = time.monotonic() - started
-        self.stalled += stall
+        self._stalled += stall
         self._saved_at = time.monotonic()
         self._thread = threading.Thread(
             target=self._write, args=(self._trainer.counters.step, pieces, state, stall)
@@ -111,7 +122,8 @@ class Saver:
             TrainingFailed: it could not be written.
         """
         if self._thread is not None:
-            self._thread.join()
+            with doing("waiting for the checkpoint to be written", checkpoint=True):
+                self._thread.join()
             self._thread = None
         if self._error is not None:
             raise TrainingFailed(
@@ -125,12 +137,15 @@ class Saver:
             TrainingFailed: always.
         """
         self.finish()
-        raise TrainingFailed("another rank could not write its part of a checkpoint")
+        error = TrainingFailed("another rank could not write its part of a checkpoint")
+        error.echo = True  # that rank says why
+        raise error
 
     def _write(self, step: int, pieces: list[Piece], state: dict[str, Any], stall: float) -> None:
         try:
             layout = self._trainer.layout
-            written = self._store.write(step, pieces, state, layout.host)
+            with doing("writing a checkpoint", checkpoint=True):
+                written = self._store.write(step, pieces, state, layout.host)
             self.written = written
             if layout.is_writer:
                 self._prune()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from nlscale.config import Config
+from nlscale.config import Config, TimeoutsConfig
 from nlscale.errors import UserError
 from nlscale.parallel import cpu
+from nlscale.parallel.rendezvous import meet
+from nlscale.parallel.watch import Watch, doing
+
+_WATCH_SPEAKS_FIRST_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Layout:
     """All ranks over gloo, for what goes on beside the training: writing checkpoints."""
     replica: dist.ProcessGroup
     """All ranks of one copy of the optimizer state: its tensor, pipeline and within-node ranks."""
+    hosts: tuple[str, ...]
+    """Name of the host of each rank."""
 
     @property
     def is_writer(self) -> bool:
@@ -58,39 +65,56 @@ class Layout:
         return self.tensor_rank == 0 and self.pipeline_rank == self.pipeline_size - 1
 
 
+def _nothing(reason: str) -> None:
+    pass
+
+
 @contextmanager
-def process_groups(config: Config) -> Iterator[Layout]:
-    """Start the process groups of a run, and end them whatever happens."""
+def process_groups(config: Config, on_end: Callable[[str], None] = _nothing) -> Iterator[Layout]:
+    """Start the process groups of a run and watch over its ranks; end them whatever happens.
+
+    Args:
+        config: the run.
+        on_end: see `nlscale.parallel.watch.Watch`.
+
+    Raises:
+        LostRank: a rank did not come, was lost or hangs, now or while the body ran.
+        SaidElsewhere: the body failed because of what another rank has said.
+        UserError: the ranks do not fit the configuration.
+    """
     cpu.install()
     started_here = not dist.is_initialized()
-    if started_here:
-        _join(config.parallel.timeout_minutes)
-    try:
-        yield _layout(config)
-    finally:
-        parallel_state.destroy_model_parallel()
+    with ExitStack() as ends:
         if started_here:
-            dist.destroy_process_group()
+            _join(config.timeouts, on_end, ends)
+        ends.callback(parallel_state.destroy_model_parallel)
+        yield _layout(config)
 
 
-def _join(timeout_minutes: float) -> None:
-    timeout = datetime.timedelta(minutes=timeout_minutes)
+def _join(timeouts: TimeoutsConfig, on_end: Callable[[str], None], ends: ExitStack) -> None:
+    longest = max(timeouts.startup, timeouts.step, timeouts.checkpoint)
+    timeout = datetime.timedelta(seconds=longest + _WATCH_SPEAKS_FIRST_SECONDS)
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        meeting = meet(timeouts.startup)
+        store, rank, world = meeting.store, meeting.rank, len(meeting.hosts)
     else:
-        store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        store, rank, world = dist.HashStore(), 0, 1
+    watch = ends.enter_context(Watch(meeting, timeouts, on_end)) if world > 1 else None
+    telling = watch.telling if watch else nullcontext
+    with telling(), doing("connecting the ranks"):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    ends.callback(dist.destroy_process_group)
+    ends.enter_context(telling())
 
 
 def _layout(config: Config) -> Layout:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     virtual = config.parallel.virtual_stages
-    per_node = config.parallel.ranks_per_node
-    per_node = per_node or int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    per_node = config.parallel.ranks_per_node or _ranks_here()
     nodes = _nodes_of_a_data_group(dist.get_world_size(), per_node, tensor, pipeline)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
@@ -110,6 +134,9 @@ def _layout(config: Config) -> Layout:
     groups.pp = parallel_state.get_pipeline_model_parallel_group()
     groups.ep = parallel_state.get_expert_model_parallel_group()
     groups.mp = parallel_state.get_model_parallel_group()
+    host = dist.new_group(backend="gloo")
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname(), group=host)
     return Layout(
         rank=dist.get_rank(),
         world=dist.get_world_size(),
@@ -128,9 +155,16 @@ def _layout(config: Config) -> Layout:
         within_node=groups,
         tensor_group=groups.tp,
         across_nodes=across,
-        host=dist.new_group(backend="gloo"),
+        host=host,
         replica=parallel_state.get_intra_distributed_optimizer_instance_group(),
+        hosts=tuple(hosts),
     )
+
+
+def _ranks_here() -> int:
+    """Ranks on this node, as torchrun or launch/slurm says (or DeepSpeed's launcher), else all."""
+    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(said) if said else dist.get_world_size()
 
 
 def _nodes_of_a_data_group(world: int, per_node: int, tensor: int, pipeline: int) -> int:

@@ -5,15 +5,19 @@ nothing. A train record (units as written):
 
     {"kind": "train", "step": 17, "tokens": 557056, "loss": 2.31,   # steps and tokens done so far,
      "tokens_per_second": 21000.0, "step_seconds": 0.4,             # nats per token over the batch
+     "time": 1795270000.0, "checkpoint_seconds": 0.0,               # Unix time; waited before it
      "dropped_steps": 0,
      "bytes_sent": 654321, "bytes_saved": 123456,     # so far, inter-node, by a node; or not sent
      "levels": {"slow": {"period": 16, "learning_rate": 3e-3, "grad_norm": None, "updates": 1,
                          "reductions": 1, "updated": False, "window_fill": 0.06,
-                         "update_ratio": None}}}
+                         "update_ratio": None}},
+     "ranks": {"fastest": 0.30, "median": 0.31, "slowest": 0.38,      # seconds a rank computes of a
+               "slowest_rank": 3, "slowest_host": "n1"}}              # step, where compared
 
 and a validation record:
 
-    {"kind": "validation", "step": 17, "tokens": 557056, "loss": 2.40, "bits_per_byte": 3.46}
+    {"kind": "validation", "step": 17, "tokens": 557056, "loss": 2.40, "bits_per_byte": 3.46,
+     "time": 1795270000.0, "seconds": 1.5}
 """
 
 from __future__ import annotations
@@ -139,8 +143,12 @@ class Telemetry:
         if self._validation_pace.due(record["step"]):
             self._progress(validation_line(record, self._total_steps))
 
-    def truncate_after(self, step: int) -> int:
-        """Drop the records of steps after `step` from metrics.jsonl; returns how many.
+    def records(self) -> list[dict[str, Any]]:
+        """Those of the run so far, in metrics.jsonl."""
+        return self._metrics.records()
+
+    def truncate_after(self, step: int) -> list[dict[str, Any]]:
+        """Drop the records of steps after `step` from metrics.jsonl; returns them.
 
         A run that resumes from `step` calls it first, or the file would show steps twice. The
         file is replaced whole or not at all.
@@ -229,8 +237,11 @@ class _Silent(Telemetry):
     def validation(self, record: dict[str, Any]) -> None:
         pass
 
-    def truncate_after(self, step: int) -> int:
-        return 0
+    def records(self) -> list[dict[str, Any]]:
+        return []
+
+    def truncate_after(self, step: int) -> list[dict[str, Any]]:
+        return []
 
     def finish(self, summary: dict[str, Any]) -> None:
         pass

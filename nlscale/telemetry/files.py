@@ -45,15 +45,20 @@ class LineFile:
             self._file.truncate(size)
         raise UserError(f"cannot append to {self._path}: {reason}; mend that and resume the run")
 
-    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> int:
-        """Keep only the JSON lines that are `wanted`, atomically; returns how many went."""
+    def records(self) -> list[dict[str, Any]]:
+        """The JSON lines."""
+        return [json.loads(line) for line in self._path.read_bytes().splitlines()]
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Keep only the JSON lines that are `wanted`, atomically; returns those that went."""
         lines = self._path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if wanted(json.loads(line))]
-        if len(kept) < len(lines):
+        gone = [record for record in map(json.loads, lines) if not wanted(record)]
+        if gone:
             replace(self._path, b"".join(kept))
             self._file.close()
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
-        return len(lines) - len(kept)
+        return gone
 
     def close(self) -> None:
         """Close the file; twice does no harm."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nlscale import recipe
-from nlscale.checkpoint.resume import check_same_run, differences
+from nlscale.checkpoint.same_run import check_same_run, differences
 from nlscale.errors import UserError
 
 BASE = ["data.dir=a", "model.layers=2", "levels=[1,4]"]
@@ -26,7 +26,7 @@ def saved(*overrides: str, data: dict | None = None) -> dict:
         "run.dir=elsewhere",
         "data.dir=moved",
         "parallel.tensor=2",
-        "parallel.timeout_minutes=1",
+        "timeouts.step=60",
         "train.micro_batch=2",
         "train.recompute=[cms]",
         "checkpoint.every=5 steps",

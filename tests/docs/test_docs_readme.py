@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+from argparse import _SubParsersAction
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,40 @@ def test_every_command_of_the_readme_runs(clone: Path, quickstart: tuple[Path, s
         run(clone, command, timeout=600)
         ran += 1
     assert ran >= 6, "the README's commands were not found"
+
+
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(
+    str(p.relative_to(ROOT)) for p in (ROOT / "launch").rglob("*") if p.suffix in (".sh", ".sbatch")
+)]  # fmt: skip
+
+
+def options_of(words: list[str]) -> set[str]:
+    """The options of the command that the first of these words name: `checkpoint list`."""
+    from nlscale.cli import _parser
+
+    parser = _parser()
+    for word in words:
+        verbs = next((a for a in parser._actions if isinstance(a, _SubParsersAction)), None)
+        if verbs is None:
+            break
+        assert word in verbs.choices, f"nlscale has no command {' '.join(words[:3])}"
+        parser = verbs.choices[word]
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documents_name_only_commands_and_flags_that_exist(document: str) -> None:
+    text = (ROOT / document).read_text().replace("\\\n", " ")
+    found = re.findall(r"\bnlscale ((?:[a-z]+(?:-[a-z]+)?)(?:[^`\n#]*))", text)
+    checked = 0
+    for command in found:
+        words = command.replace("|", " ").split()
+        flags = [word.rstrip(",.;:)") for word in words if word.startswith("--")]
+        if flags:
+            known = options_of([word for word in words if re.fullmatch(r"[a-z][a-z-]*", word)])
+            assert set(flags) <= known, f"{document}: nlscale {command}"
+            checked += 1
+    assert document != "README.md" or checked >= 8
 
 
 def test_the_readme_names_only_keys_that_exist() -> None:

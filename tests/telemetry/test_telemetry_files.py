@@ -99,7 +99,7 @@ def test_truncate_after_drops_later_steps_and_goes_on(tmp_path: Path) -> None:
             if step % 4 == 0:
                 first.validation(validation(step))
     with telemetry(tmp_path) as resumed:
-        assert resumed.truncate_after(5) == 4  # steps 6, 7, 8 and the validation at 8
+        assert len(resumed.truncate_after(5)) == 4  # steps 6, 7, 8 and the validation at 8
         resumed.train_step(train(6, loss=1.0))
     steps = [(r["kind"][0], r["step"]) for r in read_records(tmp_path)]
     expected = [("t", 1), ("t", 2), ("t", 3), ("t", 4), ("v", 4), ("t", 5), ("t", 6)]
@@ -161,7 +161,7 @@ def test_close_twice_and_silent_do_no_harm(tmp_path: Path) -> None:
         silent.warn("x")
         silent.train_step(train(1))
         silent.validation(validation(1))
-        assert silent.truncate_after(0) == 0
+        assert silent.truncate_after(0) == []
         silent.finish({})
 
 

@@ -18,6 +18,7 @@ from nlscale.errors import TrainingFailed, UserError
 from nlscale.levels import spectrum
 from nlscale.parallel.layout import process_groups
 from nlscale.parallel.schedule import Batch
+from nlscale.signals import StopSignals
 from nlscale.train import train
 from nlscale.trainer import Trainer
 
@@ -49,7 +50,8 @@ def run(overrides: list[str]) -> dict[str, Any]:
     """What `nlscale train` does, on this rank; an error of the user's as its text and code."""
     config = recipe.load(None, [*SMALL, *overrides]).config
     try:
-        return train(config, prepare(config))
+        with StopSignals() as signals:
+            return train(config, prepare(config), signals)
     except UserError as error:
         return {"error": str(error), "code": error.exit_code}
 
@@ -72,6 +74,10 @@ def test_a_run_leaves_what_it_says(data: Path, tmp_path: Path) -> None:
     # partial windows at the end are applied
     assert counts == [(9, 9), (5, 5), (3, 3)]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    # the embedding: a row of 64 channels a byte
+    assert summary["parameters"] - summary["parameters_non_embedding"] == 64 * 256
+    six = 6 * summary["parameters_non_embedding"] * summary["tokens"]
+    assert six < summary["flops"] < 2 * six
 
 
 def test_a_finished_run_is_not_run_again_nor_overwritten(data: Path, tmp_path: Path) -> None:

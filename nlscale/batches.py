@@ -1,0 +1,53 @@
+"""Which samples a rank reads, for a training step and for validation."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nlscale.checks import Prepared
+from nlscale.data import Samples
+from nlscale.parallel.consensus import Verdict, agree
+from nlscale.parallel.layout import Layout
+from nlscale.parallel.schedule import Batch, run_micro_batches
+from nlscale.trainer import Trainer
+
+
+def read_step(trainer: Trainer, prepared: Prepared) -> list[Batch]:
+    """This rank's micro batches of the next step.
+
+    Sample numbers are global: which rank reads a sample changes with the layout, which samples a
+    step reads does not.
+    """
+    layout, size = trainer.layout, trainer.config.train.micro_batch
+    first = trainer.counters.samples
+    batches = []
+    for i in range(prepared.micro_batches):
+        offset = (i * layout.data_size + layout.data_rank) * size
+        batches.append(_to_batch(prepared.reader.read(first + offset, size), layout, size))
+    return batches
+
+
+def validation_loss(trainer: Trainer, samples: Samples) -> Verdict:
+    """Loss over the first held-out sequences, shared out over the data-parallel ranks.
+
+    Every rank passes as many micro batches of one size as the schedule wants; rows beyond its
+    share are read again to fill them and are not counted.
+    """
+    config, layout = trainer.config, trainer.layout
+    size, group = config.train.micro_batch, config.parallel.pipeline
+    count = min(config.train.validation_sequences, len(samples))
+    mine = range(layout.data_rank, count, layout.data_size)
+    batches = []
+    for i in range(-(-count // (size * layout.data_size * group)) * group):
+        numbers = mine[i * size : (i + 1) * size]
+        filled = [*numbers, *[0] * (size - len(numbers))]
+        batches.append(_to_batch(np.stack([samples[n] for n in filled]), layout, len(numbers)))
+    loss_sum, seen = run_micro_batches(trainer.stages, batches, None)
+    return agree(layout, loss_sum, seen, torch.tensor(True, device=layout.device))
+
+
+def _to_batch(samples: NDArray[np.int64], layout: Layout, counted: int) -> Batch:
+    rows = torch.from_numpy(samples).to(layout.device)
+    return Batch(rows[:, :-1], rows[:, 1:], counted)

@@ -1,0 +1,85 @@
+"""Is a configuration the run that was begun, or another one. No torch is imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nlscale import recipe
+from nlscale.config import Config
+from nlscale.errors import UserError
+from nlscale.optim.schedule import stable_steps
+
+_FREE = (
+    "run.dir",
+    "run.max_restarts",
+    "run.weights",
+    "data.dir",
+    "parallel.",
+    "timeouts.",
+    "checkpoint.",
+    "resume.",
+    "wandb.",
+    "train.micro_batch",
+    "train.recompute",
+    "train.validate_every",
+    "train.validation_sequences",
+    "train.max_dropped_steps",
+)
+"""What may differ without asking: where and how fast a run goes, not where to. The data are
+compared by what they are."""
+
+
+def check_same_run(config: Config, data: dict[str, Any], state: dict[str, Any], where: str) -> None:
+    """Refuse to go on as another run than the one that was saved.
+
+    Another length is the same run as long as no step so far has depended on it: in the warm-up and
+    stable phase of wsd.
+
+    Args:
+        config: of the run that wants to go on.
+        data: what identifies its data.
+        state: of the checkpoint.
+        where: what to call the checkpoint.
+
+    Raises:
+        UserError: one line for each key that differs and is not in `resume.allow`.
+    """
+    changed = differences(recipe.to_plain(config), state["config"])
+    if data != state["data"]:
+        changed["data"] = (state["data"], data)
+    unknown = set(config.resume.allow) - set(changed) - {"data", *recipe.all_keys()}
+    if unknown:
+        raise UserError(f"resume.allow: unknown key {sorted(unknown)[0]!r}")
+    if "train.steps" in changed and _length_has_not_mattered(config, state, changed):
+        del changed["train.steps"]
+    refused = {key: values for key, values in changed.items() if key not in config.resume.allow}
+    if refused:
+        lines = [f"  {key}: {before!r} -> {now!r}" for key, (before, now) in refused.items()]
+        raise UserError(
+            f"{where} is of a run with other settings:\n" + "\n".join(lines) + "\n"
+            f"give another run.dir, or go on with the change: "
+            f"'resume.allow=[{','.join(refused)}]'"
+        )
+
+
+def differences(now: Any, before: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Keys that make another run and differ: (before, now) by dotted key."""
+    if isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
+        now, before = dict(enumerate(now)), dict(enumerate(before))
+    if isinstance(now, dict) and isinstance(before, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for name in [*before, *(key for key in now if key not in before)]:
+            key = f"{prefix}{name}"
+            if not key.startswith(_FREE) and not f"{key}.".startswith(_FREE):
+                found |= differences(now.get(name), before.get(name), f"{key}.")
+        return found
+    return {} if now == before else {prefix.rstrip("."): (before, now)}
+
+
+def _length_has_not_mattered(
+    config: Config, state: dict[str, Any], changed: dict[str, tuple[Any, Any]]
+) -> bool:
+    if any(key.startswith("optimizer.") for key in changed):
+        return False  # the steps so far had another schedule than this configuration's
+    lengths = changed["train.steps"]
+    return state["step"] <= min(stable_steps(config.optimizer, steps) for steps in lengths)

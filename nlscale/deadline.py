@@ -1,0 +1,42 @@
+"""When the job around a run ends, and by when the run must stop to get its checkpoint written."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from nlscale.errors import UserError
+
+VARIABLE = "NLSCALE_JOB_END"
+"""Unix time at which the job ends; launch/slurm/train.sbatch sets it. Unset: nothing ends it."""
+_RESERVE_SECONDS = 30.0
+"""For ending: closing files and process groups, and Slurm's own clock."""
+
+
+class Deadline:
+    """The end of the job, as the environment gives it.
+
+    Raises:
+        UserError: the variable is no time.
+    """
+
+    def __init__(self) -> None:
+        text = os.environ.get(VARIABLE)
+        self.end: float | None = None
+        if text:
+            try:
+                self.end = float(text)
+            except ValueError:
+                raise UserError(f"{VARIABLE}={text!r} is not a time in Unix seconds") from None
+
+    def is_near(self, step_seconds: float, save_seconds: float) -> bool:
+        """Whether to stop after the step that begins now.
+
+        Args:
+            step_seconds: what a step takes.
+            save_seconds: what writing a checkpoint took last, 0 where none has been written; it is
+                counted twice, as a file system that others use may be slower next time.
+        """
+        if self.end is None:
+            return False
+        return time.time() + 2 * step_seconds + 2 * save_seconds + _RESERVE_SECONDS > self.end

@@ -1,0 +1,1 @@
+"""Starting runs on a cluster: scripts of launch/, filled in from a cluster file, and submitted."""

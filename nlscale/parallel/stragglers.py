@@ -1,0 +1,96 @@
+"""How long each rank computes, before it waits for the others: who holds them all up."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from nlscale.parallel.layout import Layout
+
+_SLOW = 1.2
+"""Times the median, from which a rank is called slow."""
+
+
+class BusyTime:
+    """Seconds from the start of a step until this rank waits for all others; on a GPU, its own.
+
+    Ranks of one tensor or pipeline group wait for each other inside the passes, so a slow one shows
+    in all of its group.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._began: float | torch.cuda.Event | None = None
+        self._spans: list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        """A step begins, with reading its data."""
+        self._began = self._now()
+
+    def stop(self) -> None:
+        """Its backward pass is over (on a GPU: under way)."""
+        if self._began is not None:
+            self._spans.append((self._began, self._now()))
+            self._began = None
+
+    def take(self) -> float:
+        """Median seconds of a step since the last call; all of them must be over. 0: none."""
+        seconds = [self._between(*span) for span in self._spans]
+        self._spans = []
+        return statistics.median(seconds) if seconds else 0.0
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._cuda:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @staticmethod
+    def _between(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+        if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+            return begin.elapsed_time(end) / 1e3
+        assert isinstance(begin, float) and isinstance(end, float)
+        return end - begin
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Busy seconds of a step over the ranks."""
+
+    fastest: float
+    median: float
+    slowest: float
+    slowest_rank: int
+    slowest_host: str
+
+    @property
+    def warning(self) -> str | None:
+        """A line on a rank that holds the others up; None where none does."""
+        if self.slowest < _SLOW * self.median or self.median == 0:
+            return None
+        return (
+            f"rank {self.slowest_rank} on {self.slowest_host} is slow: it computes "
+            f"{self.slowest:.3g} s a step, the median rank {self.median:.3g} s, and all wait for "
+            f"it; look at that host's clocks, disk and other processes (nlscale doctor)"
+        )
+
+
+def compare(layout: Layout, seconds: float) -> Spread:
+    """Bring the busy seconds of all ranks together; the same on every rank."""
+    all_of_them = torch.zeros(layout.world, dtype=torch.float64, device=layout.device)
+    all_of_them[layout.rank] = seconds
+    dist.all_reduce(all_of_them)
+    by_rank = all_of_them.tolist()
+    slowest = max(range(layout.world), key=by_rank.__getitem__)
+    return Spread(
+        fastest=min(by_rank),
+        median=statistics.median_low(by_rank),
+        slowest=by_rank[slowest],
+        slowest_rank=slowest,
+        slowest_host=layout.hosts[slowest],
+    )

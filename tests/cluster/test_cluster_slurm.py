@@ -1,0 +1,201 @@
+"""Runs under a real Slurm of two nodes: warned, requeued, killed, and the same run all the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import world
+from cluster.slurm import Slurm
+from train.test_train_run import records, small_data
+
+from nlscale import cli
+from nlscale.checkpoint.diff import compare
+from nlscale.checkpoint.store import Store
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+
+RECIPE, CLUSTER = "recipes/quickstart.yaml", "recipes/clusters/test.yaml"
+NLSCALE = [sys.executable, "-m", "nlscale"]
+SMALL = ["data.sequence_length=64", "checkpoint.every=10 steps"]
+LONG, SHORT = "train.steps=600", "train.steps=60"
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    with Slurm() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_data(tmp_path_factory.mktemp("text"), documents=40, held_out=0.1)
+
+
+def keys(data: Path, folder: Path, pending: str) -> list[str]:
+    return [*SMALL, f"data.dir={data}", f"run.dir={folder}", f"checkpoint.pending={pending}"]
+
+
+def launch(slurm: Slurm, overrides: list[str]) -> str:
+    """Submit the recipe; the number of the job."""
+    command = [*NLSCALE, "launch", "slurm", RECIPE, "--cluster", CLUSTER, *overrides]
+    out = slurm.run(*command)
+    assert "submitted job " in out
+    return out.split("submitted job ")[1].split(":")[0]
+
+
+def begun(run: Path) -> int:
+    """How many attempts have begun to train."""
+    path = run / "attempts.jsonl"
+    events = path.read_text().splitlines() if path.exists() else []
+    return sum('"begin"' in event for event in events)
+
+
+def last_step(run: Path) -> int:
+    found = records(run, "train") if (run / "metrics.jsonl").exists() else []
+    return found[-1]["step"] if found else 0
+
+
+def until(slurm: Slurm, job: str, condition: Callable[[], bool], seconds: float = 240) -> None:
+    """Wait for a condition; the job is what a failure tells of."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            state = slurm.state(job)
+            log = Path(state["StdOut"]).read_text()[-1500:]
+            raise AssertionError(f"{state['JobState']} {state['Reason']}\n{log}")
+        time.sleep(0.1)
+
+
+def ranks_of(run: Path) -> list[int]:
+    """Pids of the ranks of a run, by rank."""
+    found = {}
+    for process in Path("/proc").iterdir():
+        try:
+            command = (process / "cmdline").read_bytes().split(b"\0")
+            if f"run.dir={run}".encode() not in command or not command[0].endswith(b"python"):
+                continue
+            environment = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        for variable in environment:
+            if variable.startswith(b"RANK="):
+                found[int(variable[5:])] = int(process.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def undisturbed(overrides: list[str], folder: Path) -> None:
+    ended = world.command(4, ["train", RECIPE, *overrides], folder, ranks_per_node=2, timeout=300)
+    assert [rank.code for rank in ended] == [0] * 4, ended[0].output
+
+
+def test_a_job_that_is_requeued_killed_and_warned_is_the_run_that_never_was(
+    slurm: Slurm, data: Path, tmp_path: Path
+) -> None:
+    run, other = tmp_path / "exact", tmp_path / "default"
+    # two jobs side by side: the second is only told to stop once, in the middle of a window
+    job = launch(slurm, [LONG, *keys(data, run, "exact")])
+    second = launch(slurm, [SHORT, *keys(data, other, "canonical")])
+
+    until(slurm, job, lambda: last_step(run) >= 5)
+    slurm.run("scontrol", "requeue", job)
+    until(slurm, second, lambda: last_step(other) >= 6)
+    slurm.run("scancel", "--signal=USR1", second)
+
+    until(slurm, job, lambda: begun(run) == 2 and last_step(run) >= 25)
+    killed_at = time.monotonic()
+    os.kill(ranks_of(run)[3], signal.SIGKILL)
+    log = run / f"slurm-{job}.log"
+    until(slurm, job, lambda: "lost rank 3" in log.read_text(), 30)
+    assert time.monotonic() - killed_at < 15
+    until(slurm, job, lambda: begun(run) == 3 and last_step(run) >= 45)
+
+    # the time limit comes near: Slurm gives the warning that the script asks for
+    used = slurm.state(job)["RunTime"].split(":")
+    minutes = 60 * int(used[0]) + int(used[1]) + 1
+    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+    slurm.wait_pending(job)
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    assert slurm.wait(second)["JobState"] == "COMPLETED"
+    assert slurm.wait(job)["JobState"] == "COMPLETED"
+
+    text = log.read_text()
+    assert text.count("with a checkpoint; the same command goes on from it") == 2
+    assert "(SIGTERM)" in text and ("(SIGUSR1)" in text or "(the job ends)" in text)
+    assert text.count("is requeued") == 2, "Slurm itself did the first"
+    assert text.count("resuming from ") == 3
+    assert "Traceback" not in text
+
+    for folder, pending, steps in ((run, "exact", LONG), (other, "canonical", SHORT)):
+        whole = tmp_path / f"{pending}-whole"
+        undisturbed([steps, *keys(data, whole, pending)], tmp_path / f"{pending}-ranks")
+        here, there = (json.loads((f / "summary.json").read_text()) for f in (folder, whole))
+        assert here["tokens"] == there["tokens"]
+        if pending == "exact":
+            assert here["final_val_loss"] == there["final_val_loss"]
+            newest = [Store(f / "checkpoints").checkpoints()[-1] for f in (folder, whole)]
+            assert compare(*newest)["bitwise"]
+        else:
+            assert here["final_val_loss"] == pytest.approx(there["final_val_loss"], rel=1e-6)
+    spent = json.loads((run / "summary.json").read_text())["goodput"]
+    assert sum(v for k, v in spent.items() if k != "wall_seconds") == pytest.approx(1, abs=0.02)
+    assert 0 < spent["training"] < 0.9 and spent["down"] > 0 and spent["redone"] > 0
+
+
+def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(
+    slurm: Slurm, data: Path, tmp_path: Path
+) -> None:
+    """Of four starts none gets to a checkpoint; a fifth is refused, with the reason."""
+    run = tmp_path / "run"
+    overrides = [
+        LONG,
+        *keys(data, run, "canonical"),
+        "checkpoint.every=1000 steps",
+        "run.max_restarts=1",
+    ]
+    job = launch(slurm, overrides)
+    for attempt in (1, 2):
+        until(slurm, job, lambda n=attempt: begun(run) == n and last_step(run) >= 2)  # type: ignore[misc]
+        os.kill(ranks_of(run)[1], signal.SIGKILL)
+    state = slurm.wait(job)
+    assert state["JobState"] == "FAILED" and state["ExitCode"].startswith("4:"), state
+    log = (run / f"slurm-{job}.log").read_text()
+    assert f"was started 2 times by Slurm job {job} without getting to a checkpoint" in log
+    assert "It last ended: lost rank 1" in log
+
+
+def test_a_mistake_is_refused_before_anything_is_submitted(slurm: Slurm, tmp_path: Path) -> None:
+    command = [*NLSCALE, "launch", "slurm", RECIPE, "--cluster", CLUSTER, f"run.dir={tmp_path}"]
+    before = slurm.run("squeue", "--noheader", "--format=%i")
+    for wrong, says in (
+        ("data.dir=nowhere", "nlscale: "),
+        ("parallel.tensor=8", "parallel.tensor"),
+        ("model.layers=4000", "GiB"),
+    ):
+        done = subprocess.run(
+            [*command, wrong], env=slurm.environment, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and says in done.stderr, done.stderr
+    assert slurm.run("squeue", "--noheader", "--format=%i") == before
+
+
+def test_without_slurm_the_script_is_printed_or_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, data: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = ["launch", "slurm", RECIPE, "--cluster", CLUSTER, f"data.dir={data}"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(command)
+    assert ended.value.code == 2
+    assert "sbatch not found" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, "--dry-run"])
+    assert ended.value.code == 0
+    assert "#SBATCH --ntasks-per-node=2" in capsys.readouterr().out
