@@ -1,15 +1,17 @@
-"""`nlscale bench sync|step|checkpoint`."""
+"""`nlscale bench sync|step|checkpoint|coords`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 from nlscale.errors import UserError
 
 DEFAULT_RECIPE = Path("recipes/bench-sync.yaml")
+_FIGURES = (".png", ".svg", ".pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +87,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoint.add_argument("--json", action="store_true", help="print JSON instead of text")
     checkpoint.set_defaults(func=_checkpoint)
 
+    coords = verbs.add_parser(
+        "coords",
+        help="whether activations keep their size in wider models",
+        description="Coordinate check: train a model at several widths for a few steps, in the "
+        "standard parametrisation and by muP (model.mup_base_width), on random tokens and one "
+        "process, and print how the size of each kind of activation, and of its change, grows "
+        "with the width: not at all, where hyperparameters carry over from one width to another.",
+    )
+    coords.add_argument(
+        "words",
+        nargs="*",
+        metavar="RECIPE | KEY=VALUE",
+        help="a YAML file of keys (default: a small Hope), and overrides of its keys",
+    )
+    coords.add_argument(
+        "--widths",
+        type=int,
+        nargs="+",
+        default=[64, 128, 256, 512],
+        metavar="N",
+        help="values of model.d_model, at the recipe's head size (default: 64 128 256 512)",
+    )
+    coords.add_argument(
+        "--steps", type=int, default=4, metavar="N", help="steps to train (default: %(default)s)"
+    )
+    coords.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    coords.add_argument("--figure", type=Path, metavar="FILE", help="draw it too: .png, .svg, .pdf")
+    coords.set_defaults(func=_coords)
+
 
 def _sync(args: argparse.Namespace) -> int:
     from nlscale import recipe
@@ -138,4 +169,33 @@ def _checkpoint(args: argparse.Namespace) -> int:
             print(json.dumps(result, indent=1))
         else:
             print_result(result)
+    return 0
+
+
+def _coords(args: argparse.Namespace) -> int:
+    from nlscale import recipe
+
+    if args.steps < 1:
+        raise UserError(f"--steps {args.steps} is less than 1")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("bench coords trains small models on one process; run it without torchrun")
+    if args.figure is not None and args.figure.suffix not in _FIGURES:
+        raise UserError(f"--figure {args.figure} must end in {' or '.join(_FIGURES)}")
+    is_recipe = bool(args.words) and "=" not in args.words[0]
+    from nlscale.bench.coords import SMALL_MODEL, check_coordinates, print_result  # imports torch
+
+    path, overrides = (args.words[0], args.words[1:]) if is_recipe else (None, args.words)
+    given = [] if is_recipe else SMALL_MODEL
+    config = recipe.load(path, [*given, *overrides]).config
+    result = check_coordinates(
+        config, args.widths, args.steps, lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_result(result)
+    if args.figure is not None:
+        from nlscale.bench.coords_figure import draw_coordinates
+
+        print(f"figure: {draw_coordinates(result, args.figure)}", file=sys.stderr)
     return 0

@@ -19,6 +19,7 @@ from nlscale.model.layers import (
     reduce_output,
     row_linear,
 )
+from nlscale.model.width import width_multiplier
 
 
 class LevelMLP(nn.Module):
@@ -33,9 +34,9 @@ class LevelMLP(nn.Module):
         recompute: bool,
     ) -> None:
         super().__init__()
-        d = model.d_model
-        self.up = column_linear(mc, d, [hidden, hidden], normal(model.init_std))
-        self.down = row_linear(mc, hidden, d, normal(residual_std))
+        d, wider = model.d_model, width_multiplier(model)
+        self.up = column_linear(mc, d, [hidden, hidden], normal(model.init_std), wider)
+        self.down = row_linear(mc, hidden, d, normal(residual_std), wider)
         self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from nlscale.model.block import Block
 from nlscale.model.init import normal
 from nlscale.model.layers import RMSNorm, column_linear, cross_entropy, embedding
 from nlscale.model.sizes import level_hidden
+from nlscale.model.width import width_multiplier
 
 
 class Hope(nn.Module):
@@ -44,6 +45,7 @@ class Hope(nn.Module):
         if self.is_last:
             self.norm = RMSNorm(mc, model.d_model, model.norm_eps)
             self.head = column_linear(mc, model.d_model, [vocabulary], normal(model.init_std))
+            self.width_multiplier = width_multiplier(model)
         self._input: Tensor | None = None
 
     def set_input_tensor(self, tensor: Tensor | list[Tensor | None] | None) -> None:
@@ -85,7 +87,7 @@ class Hope(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Residual stream -> logits [sequence, batch, vocabulary / tensor-parallel size]."""
-        return self.head(self.norm(x))[0]
+        return self.head(self.norm(x) / self.width_multiplier)[0]
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Loss of each token in nats, fp32 [sequence, batch]; on an earlier stage its output."""

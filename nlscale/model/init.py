@@ -24,8 +24,9 @@ def tag(
     partition_dim: int | None = None,
     sections: Sequence[int] = (),
     partial_gradient: bool = False,
+    width_multiplier: float = 1.0,
 ) -> None:
-    """Say how a parameter is initialised and split over the tensor-parallel group.
+    """Say how a parameter is initialised, split over the tensor-parallel group and scaled by width.
 
     Args:
         parameter: this rank's part.
@@ -35,11 +36,15 @@ def tag(
             itself; none: one section.
         partial_gradient: every rank holds all of it, but sees only a part of its gradient: the
             gradient must be summed over the tensor-parallel group.
+        width_multiplier: how many times as many inputs the full tensor has as where its
+            hyperparameters were tuned (`nlscale.model.width`): what `init` fills in is divided by
+            the root of it, the learning rate by it.
     """
     carrier: Any = parameter
     carrier.initializer = init
     carrier.sections = tuple(sections)
     carrier.partial_gradient = partial_gradient
+    carrier.width_multiplier = width_multiplier
     # the names under which megatron-core looks for the same
     carrier.tensor_model_parallel = partition_dim is not None
     carrier.partition_dim = -1 if partition_dim is None else partition_dim
@@ -54,6 +59,7 @@ def initialize(model: nn.Module, seed: int, tensor_rank: int, tensor_size: int) 
             generator = torch.Generator().manual_seed(_seed(seed, name))
             full = torch.empty(full_shape(parameter, tensor_size))
             parameter.initializer(full, generator)
+            full *= parameter.width_multiplier**-0.5
             parameter.copy_(split(full, parameter, tensor_size)[tensor_rank])
 
 

@@ -56,7 +56,11 @@ def megatron_config(config: Config) -> TransformerConfig:
 
 
 def column_linear(
-    mc: TransformerConfig, inputs: int, outputs: Sequence[int], init: Initializer
+    mc: TransformerConfig,
+    inputs: int,
+    outputs: Sequence[int],
+    init: Initializer,
+    width_multiplier: float = 1.0,
 ) -> ColumnParallelLinear:
     """y = x W^T with the rows of W split over the tensor-parallel group.
 
@@ -66,12 +70,16 @@ def column_linear(
     layer = ColumnParallelLinear(
         inputs, sum(outputs), config=mc, init_method=_unused, bias=False, gather_output=False
     )
-    tag(layer.weight, init, partition_dim=0, sections=outputs)
+    tag(layer.weight, init, 0, sections=outputs, width_multiplier=width_multiplier)
     return layer
 
 
 def row_linear(
-    mc: TransformerConfig, inputs: int, outputs: int, init: Initializer
+    mc: TransformerConfig,
+    inputs: int,
+    outputs: int,
+    init: Initializer,
+    width_multiplier: float = 1.0,
 ) -> RowParallelLinear:
     """y = sum over the tensor-parallel group of x_part W_part^T: one reduction."""
     layer = RowParallelLinear(
@@ -83,7 +91,7 @@ def row_linear(
         input_is_parallel=True,
         skip_bias_add=True,
     )
-    tag(layer.weight, init, partition_dim=1)
+    tag(layer.weight, init, 1, width_multiplier=width_multiplier)
     return layer
 
 

@@ -16,10 +16,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nlscale.config import ClipScope, Config, Dtype, OptimizerConfig, Reduction
+from nlscale.config import ClipScope, Config, Dtype, Reduction
 from nlscale.levels import Level, SyncGroup, reduction_bytes, sync_group
 from nlscale.model.groups import group_parameters
 from nlscale.model.hope import Hope, named_parameters
+from nlscale.model.width import width_multiplier
 from nlscale.optim.schedule import learning_rate, update_warmup
 from nlscale.parallel import cpu
 from nlscale.parallel.layout import Layout
@@ -139,7 +140,7 @@ class LevelOptimizer:
         for g in due:
             g.window.scale(self._clip_factor(norms, g.group.level))
             for param_group in g.optimizer.optimizer.param_groups:
-                param_group["lr"] = rates[g.group]
+                param_group["lr"] = rates[g.group] * param_group["lr_mult"]
             with cpu.cuda_by_name():
                 g.optimizer.step_with_ready_grads()
         ratios = self._update_ratios(measured, before)
@@ -303,7 +304,7 @@ def _group_optimizer(
     layout: Layout,
 ) -> GroupOptimizer:
     window = Window(group, parameters, mc, layout, config.parallel.overlap)
-    inner = _adamw(config.optimizer, parameters)
+    inner = _adamw(config, parameters)
     with cpu.cuda_by_name():
         optimizer = DistributedOptimizer(
             inner,
@@ -327,20 +328,31 @@ def _group_optimizer(
     return GroupOptimizer(window, optimizer)
 
 
-def _adamw(config: OptimizerConfig, parameters: dict[str, nn.Parameter]) -> torch.optim.AdamW:
-    """Weight decay on matrices; vectors (norms, biases, mixing weights) have none."""
-    groups = [
-        {"params": chosen, "weight_decay": decay, "wd_mult": float(decay > 0), "lr_mult": 1.0}
-        for chosen, decay in (
-            ([p for p in parameters.values() if p.dim() > 1], config.weight_decay),
-            ([p for p in parameters.values() if p.dim() <= 1], 0.0),
+def _adamw(config: Config, parameters: dict[str, Any]) -> torch.optim.AdamW:
+    """Weight decay on matrices; vectors (norms, biases, mixing weights) have none.
+
+    What has a width multiplier m learns at 1/m of its level's rate, with m times the weight decay,
+    because AdamW multiplies it by that rate; eps follows the gradients, 1/m of what they were
+    (`nlscale.model.width`).
+    """
+    kinds: dict[tuple[bool, float], list[Any]] = {}
+    for p in parameters.values():
+        kinds.setdefault((p.dim() <= 1, p.width_multiplier), []).append(p)
+    optimizer, groups = config.optimizer, []
+    for is_vector, multiplier in sorted(kinds):
+        decay = 0.0 if is_vector else optimizer.weight_decay * multiplier
+        groups.append(
+            {
+                "params": kinds[is_vector, multiplier],
+                "weight_decay": decay,
+                "wd_mult": float(decay > 0),
+                "lr_mult": 1.0 / multiplier,
+            }
         )
-        if chosen
-    ]
     return torch.optim.AdamW(
         groups,
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
+        lr=optimizer.learning_rate,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps / width_multiplier(config.model),
         fused=True,
     )

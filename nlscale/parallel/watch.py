@@ -196,7 +196,8 @@ class Watch:
         mine = {"rank": self._rank, "message": message, "exit_code": exit_code}
         mine["lost"] = self._gone
         winner = json.loads(self._asking.compare_set(_ENDING, "", json.dumps(mine)))
-        return None if winner["rank"] == self._rank else self._hear(winner, self._asking)
+        said = self._hear(winner, self._asking)
+        return None if winner["rank"] == self._rank else said
 
     def _talk(self) -> None:
         while not self._over.wait(_BEAT_SECONDS):

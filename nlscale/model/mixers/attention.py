@@ -14,6 +14,7 @@ from nlscale.config import ModelConfig
 from nlscale.model.init import normal
 from nlscale.model.layers import column_linear, recomputed, row_linear
 from nlscale.model.sizes import head_dim
+from nlscale.model.width import width_multiplier
 
 
 @dataclass
@@ -33,8 +34,9 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = model.heads // mc.tensor_model_parallel_size
         self.head_dim, self.rope_base = head_dim(model), model.rope_base
-        self.project = column_linear(mc, model.d_model, [model.d_model] * 3, normal(model.init_std))
-        self.output = row_linear(mc, model.d_model, model.d_model, normal(residual_std))
+        d, wider = model.d_model, width_multiplier(model)
+        self.project = column_linear(mc, d, [d] * 3, normal(model.init_std), wider)
+        self.output = row_linear(mc, d, d, normal(residual_std), wider)
         self.recompute = recompute
 
     def forward(

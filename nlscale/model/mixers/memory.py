@@ -19,6 +19,7 @@ from nlscale.config import Mixer, ModelConfig
 from nlscale.model.init import constant, normal, orthogonal, spread, tag
 from nlscale.model.layers import column_linear, recomputed, row_linear
 from nlscale.model.sizes import head_dim
+from nlscale.model.width import width_multiplier
 from nlscale.ops.memory import MemoryRules, MemoryState, MemoryWeights, memory_scan, normalize
 
 _GATE_STD = 0.02
@@ -61,8 +62,9 @@ class MemoryMixer(nn.Module):
         self.recompute = recompute
         local, dtype = self.heads * self.head_dim, mc.params_dtype
         outputs = [d] * (self.inputs + 1 + self.gated) + [model.heads] * (2 * self.static_gates)
-        self.project = column_linear(mc, d, outputs, normal(model.init_std))
-        self.output = row_linear(mc, d, d, normal(residual_std))
+        wider = width_multiplier(model)
+        self.project = column_linear(mc, d, outputs, normal(model.init_std), wider)
+        self.output = row_linear(mc, d, d, normal(residual_std), wider)
         self.convolution = nn.Parameter(
             torch.empty(memory.convolution, self.inputs * local, dtype=dtype)
         )
