@@ -96,6 +96,6 @@ def _checked(args: argparse.Namespace) -> tuple[Config, Cluster]:
     plan = make_plan(config, cluster)
     if not plan.fits:
         raise UserError(does_not_fit(plan, config))
-    used = f"{plan.memory.largest.total / 2**30:.1f} of {cluster.gpu_memory_gib:g} GiB"
+    used = f"{plan.memory.largest.total / 2**30:.2g} of {cluster.gpu_memory_gib:g} GiB"
     print(f"plan: {cluster.ranks} ranks, {used} on the fullest", file=sys.stderr)
     return config, cluster

@@ -105,7 +105,7 @@ class Slurm:
         shown = self.run("scontrol", "--oneliner", "show", "job", job)
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
-    def wait(self, job: str, seconds: float = 120) -> dict[str, str]:
+    def wait(self, job: str, seconds: float = 400) -> dict[str, str]:
         """Wait until a job is over; its fields."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:

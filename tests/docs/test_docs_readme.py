@@ -94,7 +94,9 @@ def test_every_command_of_the_readme_runs(clone: Path, quickstart: tuple[Path, s
         if command in ("bash launch/quickstart.sh", "bash tests/run.sh"):
             continue  # the first has run above, the second is running now
         if command.startswith("nlscale bench"):
-            continue  # run by tests/cluster, on smaller sizes
+            continue  # run by tests/cluster and tests/bench, on smaller sizes
+        if "recipes/sweeps/quickstart" in command or "runs/sweeps/quickstart" in command:
+            continue  # run by tests/scaling, on smaller sizes
         if " train " in command:
             command = f"{command} {SHORT}"
         if " verify-resume " in command:
