@@ -1,4 +1,4 @@
-"""`nlscale bench sync|step|checkpoint|coords`."""
+"""`nlscale bench sync|checkpoint|coords`, and what `speed_cli` adds: scan|layer|step|train."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from nlscale.bench import speed_cli
 from nlscale.errors import UserError
 
 DEFAULT_RECIPE = Path("recipes/bench-sync.yaml")
@@ -47,19 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sync.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a recipe's key")
     sync.set_defaults(func=_sync)
 
-    step = verbs.add_parser(
-        "step",
-        help="tokens a second of whole training steps",
-        description="Time whole training steps of a recipe on random tokens, on this process or, "
-        "under torchrun, on all of them; prints JSON.",
-    )
-    step.add_argument("recipe", metavar="RECIPE", help="a YAML file of keys")
-    step.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a recipe's key")
-    step.add_argument(
-        "--steps", type=int, default=20, metavar="N", help="steps to time (default: %(default)s)"
-    )
-    step.set_defaults(func=_step)
-
+    speed_cli.add_arguments(verbs)
     checkpoint = verbs.add_parser(
         "checkpoint",
         help="what saving costs a run, and loading",
@@ -136,20 +125,6 @@ def _sync(args: argparse.Namespace) -> int:
         print(json.dumps(result, indent=1))
     else:
         print_result(result)
-    return 0
-
-
-def _step(args: argparse.Namespace) -> int:
-    from nlscale import recipe
-    from nlscale.checks import check_sizes
-
-    config = recipe.load(args.recipe, args.overrides).config
-    check_sizes(config, int(os.environ.get("WORLD_SIZE", "1")))
-    from nlscale.bench.step import bench_step  # imports torch
-
-    result = bench_step(config, args.steps)
-    if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(result, indent=1))
     return 0
 
 

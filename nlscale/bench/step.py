@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from nlscale.bench.clock import now
 from nlscale.bench.tokens import random_tokens
 from nlscale.config import Config
 from nlscale.errors import UserError
@@ -20,13 +21,20 @@ from nlscale.trainer import Trainer
 _WARM_UP = 5
 
 
-def bench_step(config: Config, steps: int) -> dict[str, Any]:
+def bench_step(
+    config: Config, steps: int, look: Callable[[Callable[[], Any]], Any] | None = None
+) -> dict[str, Any]:
     """Time whole steps: micro batches, consensus, windows, updates of what is due.
+
+    Args:
+        config: of the run.
+        steps: to time.
+        look: called afterwards with a function that takes one more step.
 
     Returns:
         `tokens_per_second` at the median step and at the fastest, their seconds, what was run
-        (parameters, mixer, dtype, device, threads), and of the fullest rank `planned_memory_bytes`
-        and, on GPUs, `peak_memory_bytes`; null elsewhere.
+        (parameters, mixer, dtype, device, ranks, threads), and of the fullest rank
+        `planned_memory_bytes` and, on GPUs, `peak_memory_bytes`; null elsewhere.
 
     Raises:
         UserError: `model.vocabulary` is not set (no data are read).
@@ -39,17 +47,24 @@ def bench_step(config: Config, steps: int) -> dict[str, Any]:
         trainer = Trainer.build(
             config, layout, spectrum(config.levels, tokens), config.model.vocabulary
         )
-        seconds = []
-        for step in range(1, _WARM_UP + steps + 1):
+        on_gpu = layout.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+
+        def take_step() -> float:
+            step = trainer.counters.step + 1
             batches = random_tokens(config, step, layout.data_rank, layout.data_size, layout.device)
-            started = _now(layout.device)
+            started = now(layout.device)
             trainer.take_step(batches)
-            seconds.append(_now(layout.device) - started)
-        seconds = seconds[_WARM_UP:]
-        if layout.device.type == "cuda":
+            return now(layout.device) - started
+
+        seconds = [take_step() for _ in range(_WARM_UP + steps)][_WARM_UP:]
+        if on_gpu:
             most = torch.tensor(torch.cuda.max_memory_allocated(), device=layout.device)
             torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
             peak = int(most)
+        if look is not None:
+            look(take_step)
         in_node = layout.data_size // layout.nodes
         micro_batches = config.train.global_batch // (config.train.micro_batch * layout.data_size)
     levels = spectrum(config.levels, tokens)
@@ -68,11 +83,6 @@ def bench_step(config: Config, steps: int) -> dict[str, Any]:
         "mixer": config.model.mixer.value,
         "dtype": config.train.dtype.value,
         "device": layout.device.type,
+        "ranks": layout.world,
         "threads": torch.get_num_threads(),
     }
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()

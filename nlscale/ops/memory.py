@@ -13,6 +13,10 @@ memory is either read off that matrix (`hope-pure`, `hope-paper`) or is a state 
 
 and the chunk form solves the triangular system that couples the d_t, so that a chunk costs a few
 matrix products. `nlscale.ops.reference` is the same token by token, in float64.
+
+There are two implementations. bf16 inputs on a GPU run through the kernels of `nlscale.ops.triton`,
+in the sizes they take (`supports` there says which); all else, and the rest of a chunk that an
+earlier piece of the sequence has begun, through torch, in fp32 or float64.
 """
 
 from __future__ import annotations
@@ -22,9 +26,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nlscale.ops import triton as kernels
 from nlscale.ops.chunk import NORMALIZE_EPS as NORMALIZE_EPS
 from nlscale.ops.chunk import ChunkWrites
 from nlscale.ops.chunk_reads import ChunkReads
+
+Makers = tuple[Tensor, Tensor, Tensor]
+"""lambda_k M_k, lambda_v M_v [heads, d, d], and [m_eta; m_alpha] [heads, 2, d]: what k, v and the
+gates are made with."""
 
 
 @dataclass(frozen=True)
@@ -95,51 +104,92 @@ def memory_scan(
         The reads [batch, heads, time, d], in the dtype of `a`, and the state after the piece.
         Feeding a sequence in pieces of any length gives what feeding it at once gives.
     """
-    dtype, (batch, heads, length, d) = a.dtype, a.shape
-    a, b, q, eta, alpha = (
-        x if x.dtype == torch.float64 else x.float() for x in (a, b, q, eta, alpha)
-    )
+    dtype, length, d = a.dtype, a.shape[2], a.shape[3]
+    wide = torch.promote_types(dtype, torch.float32)
     if state is None:
-        state = _initial_state(a, weights, rules)
+        state = _initial_state(a, wide, weights, rules)
     start, current, position = state.start, state.current, state.position
-    for_key = for_value = None
-    if weights is not None:
-        for_key, for_value = (_each_sequence(x, batch) for x in _makers(weights, a.dtype))
+    makers = None if weights is None else _makers(weights, wide)
     additive = weights is None or weights.lambda_key is not None
+    fused = kernels.supports(a, b, q, rules, weights is None)
     runs = _runs(position, length, rules.chunk)
     # split, not slices: the backward of a slice fills a tensor of the whole length with zeros
     lengths = [count * size for count, size in runs]
-    parts = zip(
-        *(x.split(lengths, dim=2) for x in (a, b, q, torch.stack([eta, alpha], -1))), strict=True
-    )
+    inputs = (a, b, q, eta.to(wide), alpha.to(wide))
+    parts = zip(*(x.split(lengths, dim=2) for x in inputs), strict=True)
     reads = []
-    for (count, size), part in zip(runs, parts, strict=True):
-        xa, xb, xq, logits = (_by_chunk(x, count, size) for x in part)
-        begun = start.flatten(0, 1) if start is not None and position else None
-        k, g, fade, main, written, last = ChunkWrites.apply(
-            xa, xb, logits, current.flatten(0, 1), begun,
-            for_key, for_value, additive, rules,
-        )  # fmt: skip
-        anchored = rules.anchored and not rules.main_memory
-        read = ChunkReads.apply(xq, k, g, fade, main, written, anchored)
-        reads.append(read.movedim(0, 1).reshape(batch, heads, count * size, d))
-        current = last.view_as(current)
-        position = (position + count * size) % rules.chunk
+    for run, part in zip(runs, parts, strict=True):
+        begun = start if position else None
+        if fused and begun is None:
+            read, current = _fused_run(part, current, makers, additive, rules)
+        else:
+            part = tuple(x.to(wide) for x in part)
+            read, current = _torch_run(run, part, current, begun, makers, additive, rules)
+        reads.append(read)
+        position = (position + read.shape[2]) % rules.chunk
         if position == 0 and start is not None:
             start = current.split(d, dim=2)[0]
     out = reads[0] if len(reads) == 1 else torch.cat(reads, dim=2)
     if weights is not None and weights.read is not None:
-        out = out @ weights.read.to(a.dtype).mT
+        out = out @ weights.read.to(out.dtype).mT
     return out.to(dtype), MemoryState(start, current, position)
 
 
-def _initial_state(a: Tensor, weights: MemoryWeights | None, rules: MemoryRules) -> MemoryState:
+def _torch_run(
+    run: tuple[int, int],
+    part: tuple[Tensor, ...],
+    current: Tensor,
+    begun: Tensor | None,
+    makers: Makers | None,
+    additive: bool,
+    rules: MemoryRules,
+) -> tuple[Tensor, Tensor]:
+    """Consecutive chunks of equal size, in torch: what they read, and the state after them."""
+    (count, size), (a, b, q, eta, alpha) = run, part
+    batch, heads, length, d = a.shape
+    for_key = for_value = None
+    if makers is not None:
+        key, value, gates = makers
+        for_key = _each_sequence(torch.cat([key, gates], dim=1), batch)
+        for_value = _each_sequence(value, batch)
+    xa, xb, xq, logits = (
+        _by_chunk(x, count, size) for x in (a, b, q, torch.stack([eta, alpha], -1))
+    )
+    k, g, fade, main, written, last = ChunkWrites.apply(
+        xa, xb, logits, current.flatten(0, 1), None if begun is None else begun.flatten(0, 1),
+        for_key, for_value, additive, rules,
+    )  # fmt: skip
+    anchored = rules.anchored and not rules.main_memory
+    read = ChunkReads.apply(xq, k, g, fade, main, written, anchored)
+    return read.movedim(0, 1).reshape(batch, heads, length, d), last.view_as(current)
+
+
+def _fused_run(
+    part: tuple[Tensor, ...],
+    current: Tensor,
+    makers: Makers | None,
+    additive: bool,
+    rules: MemoryRules,
+) -> tuple[Tensor, Tensor]:
+    """The same by the kernels, for chunks of which none was begun before."""
+    from nlscale.ops.triton.scan import FusedScan  # Triton is there only where it is used
+
+    states = current.split(part[0].shape[-1], dim=2)
+    pi = None if makers is None else states[0]
+    main = states[-1] if rules.main_memory else None
+    read, *after = FusedScan.apply(*part, pi, main, *(makers or (None,) * 3), additive, rules)
+    return read, torch.cat([x for x in after if x is not None], dim=2)
+
+
+def _initial_state(
+    a: Tensor, dtype: torch.dtype, weights: MemoryWeights | None, rules: MemoryRules
+) -> MemoryState:
     batch, heads, _, d = a.shape
     parts = []
     if weights is not None:
-        parts.append(torch.eye(d, dtype=a.dtype, device=a.device).expand(batch, heads, d, d))
+        parts.append(torch.eye(d, dtype=dtype, device=a.device).expand(batch, heads, d, d))
     if rules.main_memory:
-        parts.append(a.new_zeros(batch, heads, d, d))
+        parts.append(a.new_zeros(batch, heads, d, d, dtype=dtype))
     return MemoryState(parts[0] if weights is not None else None, torch.cat(parts, dim=2), 0)
 
 
@@ -153,13 +203,12 @@ def _runs(position: int, length: int, chunk: int) -> list[tuple[int, int]]:
     return [(n, size) for n, size in ((1, first), (whole, chunk), (1, rest)) if n * size]
 
 
-def _makers(weights: MemoryWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[lambda_k M_k; m_eta; m_alpha] and lambda_v M_v: what makes k with the gates, and v."""
-    key, gates, value = (x.to(dtype) for x in (weights.key, weights.gates, weights.value))
+def _makers(weights: MemoryWeights, dtype: torch.dtype) -> Makers:
+    key, value, gates = (x.to(dtype) for x in (weights.key, weights.value, weights.gates))
     if weights.lambda_key is not None and weights.lambda_value is not None:
         key = weights.lambda_key.to(dtype)[:, None, None] * key
         value = weights.lambda_value.to(dtype)[:, None, None] * value
-    return torch.cat([key, gates], dim=1), value
+    return key, value, gates
 
 
 def _each_sequence(x: Tensor, batch: int) -> Tensor:

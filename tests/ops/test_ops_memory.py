@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import random
-from dataclasses import fields, replace
 
 import pytest
 import torch
+from ops.problems import CASES, MODES, Problem, assert_same
 from torch import Tensor
 
-from nlscale.ops.memory import (
-    MemoryRules,
-    MemoryState,
-    MemoryWeights,
-    memory_scan,
-    normalize,
-)
-from nlscale.ops.reference import memory_reference
+from nlscale.ops.memory import MemoryState, memory_scan
 
-MODES = {
-    "hope": MemoryRules(4, anchored=True, c=0.0, normalize_value=True, main_memory=True),
-    "pure": MemoryRules(4, anchored=True, c=1.0, normalize_value=True, main_memory=False),
-    "paper": MemoryRules(4, anchored=False, c=1.0, normalize_value=False, main_memory=False),
-    "gated-delta": MemoryRules(4, anchored=False, c=0.0, normalize_value=False, main_memory=True),
-}
-CASES = ("correlated keys", "strong decay", "no decay", "large eta", "shared input")
 every_mode = pytest.mark.parametrize("mode", MODES)
 
 # Norm of the error by norm of the value. The largest of ten seeds were 1e-13 and 1.2e-5 (`paper`
@@ -32,94 +18,14 @@ every_mode = pytest.mark.parametrize("mode", MODES)
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-4}
 
 
-@pytest.fixture
-def seed() -> int:
-    seed = random.SystemRandom().randrange(2**31)
-    print(f"seed {seed}")  # shown when the test fails
-    torch.manual_seed(seed)
-    return seed
-
-
-class Problem:
-    """Random inputs and weights of one mode; `leaves` are all that has a gradient, by name."""
-
-    def __init__(
-        self,
-        mode: str,
-        length: int,
-        case: str = "",
-        d: int = 5,
-        heads: int = 2,
-        batch: int = 2,
-        dtype: torch.dtype = torch.float64,
-        chunk: int = 4,
-    ) -> None:
-        self.rules = replace(MODES[mode], chunk=chunk)
-        shape = (batch, heads, length)
-        a, b, q = (torch.randn(*shape, d, dtype=torch.float64) for _ in range(3))
-        if case == "correlated keys":
-            a = torch.randn(d, dtype=torch.float64) + 1e-3 * a
-        eta, alpha = (torch.randn(*shape, dtype=torch.float64) for _ in range(2))
-        eta = eta + (12 if case == "large eta" else 0)
-        alpha = alpha + {"strong decay": -20, "no decay": 20}.get(case, 3)
-        leaves = {"a": a, "b": b, "q": normalize(q), "eta": eta, "alpha": alpha}
-        if case == "shared input":
-            del leaves["b"]
-        if mode != "gated-delta":
-            for name in ("key", "value") + (() if self.rules.main_memory else ("read",)):
-                leaves[name] = torch.linalg.qr(torch.randn(heads, d, d, dtype=torch.float64))[0]
-            leaves["gates"] = 0.3 * torch.randn(heads, 2, d, dtype=torch.float64)
-            if mode == "hope":
-                for name in ("lambda_key", "lambda_value"):
-                    leaves[name] = 0.3 + 0.3 * torch.randn(heads, dtype=torch.float64)
-        self.leaves = {k: v.to(dtype).requires_grad_() for k, v in leaves.items()}
-
-    def cast(self, dtype: torch.dtype) -> Problem:
-        other = object.__new__(Problem)
-        other.rules = self.rules
-        other.leaves = {k: v.detach().to(dtype).requires_grad_() for k, v in self.leaves.items()}
-        return other
-
-    def inputs(self) -> list[Tensor]:
-        return [self.leaves.get(k, self.leaves["a"]) for k in ("a", "b", "q", "eta", "alpha")]
-
-    def weights(self) -> MemoryWeights | None:
-        if "key" not in self.leaves:
-            return None
-        return MemoryWeights(**{f.name: self.leaves.get(f.name) for f in fields(MemoryWeights)})
-
-    def scan(self, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
-        return memory_scan(*self.inputs(), self.weights(), self.rules, state)
-
-    def reference(self) -> Tensor:
-        return memory_reference(*self.inputs(), self.weights(), self.rules)
-
-    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
-        return dict(
-            zip(self.leaves, torch.autograd.grad(loss, [*self.leaves.values()]), strict=True)
-        )
-
-
-def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], bound: float) -> float:
-    """Each relative to its own norm; the logits relative to that of both, where one may vanish."""
-    logits = sum(want[k].norm().item() for k in ("eta", "alpha") if k in want)
-    worst = 0.0
-    for name, value in want.items():
-        norm = logits if name in ("eta", "alpha") else value.norm().item()
-        error = (got[name].double() - value).norm().item() / norm
-        assert error <= bound, f"{name}: relative error {error:.1e}"
-        worst = max(worst, error)
-    return worst
-
-
-def compare(problem: Problem, dtype: torch.dtype) -> float:
+def compare(problem: Problem, dtype: torch.dtype) -> None:
     low = problem.cast(dtype)
     exact = low.cast(torch.float64)  # the rounding of the inputs is no error of the scan
     read, _ = low.scan()
     assert read.dtype == dtype
     want = exact.reference()
     weight = torch.randn_like(want)
-    return assert_same(
+    assert_same(
         {"read": read, **low.gradients((read * weight.to(dtype)).sum())},
         {"read": want, **exact.gradients((want * weight).sum())},
         BOUND[dtype],

@@ -1,0 +1,255 @@
+"""`nlscale bench scan`: the memory scan alone, beside softmax attention of the same shape."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from nlscale import recipe
+from nlscale.bench.clock import Ceilings, ceilings, here, median_seconds, name_of
+from nlscale.config import MIXER_PRESETS, Mixer
+from nlscale.errors import UserError
+from nlscale.ops.memory import MemoryRules, MemoryWeights, memory_scan, normalize
+from nlscale.ops.triton import supports
+from nlscale.plan.flops import flops_by_part
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of what is scanned."""
+
+    batch: int
+    length: int
+    heads: int
+    head_dim: int
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """Read BxTxHxD, such as 8x4096x16x64.
+
+        Raises:
+            UserError: it is not of that form.
+        """
+        if re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", text) is None:
+            raise UserError(f"size {text!r} is not BATCHxTOKENSxHEADSxHEAD_DIM; try 8x4096x16x64")
+        return cls(*map(int, text.split("x")))
+
+    def __str__(self) -> str:
+        return "x".join(map(str, asdict(self).values()))
+
+
+def parse_sizes(given: list[str] | None) -> list[Size]:
+    """`Size.parse` of each; of some that suit the device, where none is given."""
+    on_gpu = ["8x4096x16x64", "2x16384x16x64", "8x4096x8x128"]
+    default = on_gpu if here().type == "cuda" else ["1x256x2x32"]
+    return [Size.parse(text) for text in given or default]
+
+
+class Inputs:
+    """What a mixer scans: random, its queries and learned memories as at the start of a run."""
+
+    def __init__(
+        self, mixer: Mixer, size: Size, chunk: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        preset = MIXER_PRESETS[mixer]
+        self.rules = MemoryRules(
+            chunk=chunk,
+            anchored=bool(preset["anchored"]),
+            c=float(preset["c"]),
+            normalize_value=bool(preset["normalize_value"]),
+            main_memory=mixer in (Mixer.hope, Mixer.gated_delta),
+        )
+        heads, d = size.heads, size.head_dim
+        shape = (size.batch, heads, size.length)
+
+        def normal(*sizes: int, scale: float = 1.0) -> Tensor:
+            return scale * torch.randn(*sizes, device=device)
+
+        leaves = {
+            "a": normal(*shape, d).to(dtype),
+            "b": normal(*shape, d).to(dtype),
+            "q": normalize(normal(*shape, d)).to(dtype),
+            "eta": normal(*shape) + float(preset["eta_bias"]),
+            "alpha": normal(*shape) + 4.0,
+        }
+        if mixer != Mixer.gated_delta:
+            for name in ("key", "value") + (() if self.rules.main_memory else ("read",)):
+                leaves[name] = torch.linalg.qr(normal(heads, d, d))[0]
+            leaves["gates"] = normal(heads, 2, d, scale=0.02)
+        if mixer == Mixer.hope:
+            for name in ("lambda_key", "lambda_value"):
+                leaves[name] = torch.full((heads,), float(preset["lambda_init"]), device=device)
+        self.leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+
+    def to(self, dtype: torch.dtype, device: torch.device | str) -> Inputs:
+        """A copy, all of it in that precision and place."""
+        other = object.__new__(Inputs)
+        other.rules = self.rules
+        other.leaves = {
+            name: leaf.detach().to(device, dtype).requires_grad_()
+            for name, leaf in self.leaves.items()
+        }
+        return other
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Of `memory_scan` and of the reference."""
+        names = ("key", "value", "gates", "lambda_key", "lambda_value", "read")
+        weights = None
+        if "key" in self.leaves:
+            weights = MemoryWeights(*(self.leaves.get(name) for name in names))  # type: ignore[arg-type]
+        fed = (self.leaves[name] for name in ("a", "b", "q", "eta", "alpha"))
+        return *fed, weights, self.rules
+
+    @property
+    def path(self) -> str:
+        """What `memory_scan` runs it through."""
+        a, b, q = (self.leaves[name] for name in "abq")
+        return "kernels" if supports(a, b, q, self.rules, "key" not in self.leaves) else "torch"
+
+
+def bench_scan(sizes: list[Size], mixers: list[Mixer], chunk: int, repeats: int) -> dict[str, Any]:
+    """Time forward and backward passes, warm; medians.
+
+    On a GPU inputs are bf16, which the kernels take; the torch chunk form is timed beside them, on
+    fp32 inputs. On a CPU all is fp32 and torch.
+
+    Returns:
+        What was measured on, its ceilings, and for each size and mixer `forward_ms`,
+        `backward_ms`, `peak_bytes` (GPU: allocated at most beyond the inputs) and the floors: the
+        FLOPs as `nlscale.plan.flops` counts them over the measured rate of a matrix product, and
+        inputs, reads and their derivatives, each read or written once, over that of a copy.
+    """
+    device = here()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    most = ceilings(device, dtype)
+    rows = []
+    for size in sizes:
+        for mixer in mixers:
+            floor = _floors(mixer, size, chunk, dtype, most)
+            for path, run, leaves in _runs(mixer, size, chunk, dtype, device):
+                measured = _measure(device, run, leaves, repeats)
+                rows.append(
+                    {"size": str(size), "mixer": mixer.value, "path": path, **measured, **floor}
+                )
+    return {
+        "device": name_of(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "chunk": chunk,
+        "repeats": repeats,
+        "matmul_flops_per_second": most.flops_per_second,
+        "copy_bytes_per_second": most.bytes_per_second,
+        "rows": rows,
+    }
+
+
+def _runs(
+    mixer: Mixer, size: Size, chunk: int, dtype: torch.dtype, device: torch.device
+) -> list[tuple[str, Callable[[], Tensor], list[Tensor]]]:
+    """Each way to run it: its name, a forward pass, and what that is differentiated by."""
+    if mixer == Mixer.attention:
+        shape = (size.batch, size.heads, size.length, size.head_dim)
+        qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+        def attend() -> Tensor:
+            q, k, v = qkv
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        return [("sdpa", attend, qkv)]
+    given = [Inputs(mixer, size, chunk, dtype, device)]
+    if given[0].path == "kernels":
+        given.append(given[0].to(torch.float32, device))
+
+    def scan(inputs: Inputs) -> Callable[[], Tensor]:
+        return lambda: memory_scan(*inputs.arguments())[0]
+
+    return [(inputs.path, scan(inputs), [*inputs.leaves.values()]) for inputs in given]
+
+
+def _measure(
+    device: torch.device, run: Callable[[], Tensor], leaves: list[Tensor], repeats: int
+) -> dict[str, Any]:
+    out = run()
+    d_out = torch.randn_like(out)
+    del out
+    peak, on_gpu = None, device.type == "cuda"
+    if on_gpu:
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    forward = median_seconds(device, repeats, lambda _: run())
+    backward = median_seconds(
+        device, repeats, lambda out: torch.autograd.grad(out, leaves, d_out), run
+    )
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated(device) - before
+    return {"forward_ms": 1e3 * forward, "backward_ms": 1e3 * backward, "peak_bytes": peak}
+
+
+def _floors(
+    mixer: Mixer, size: Size, chunk: int, dtype: torch.dtype, most: Ceilings
+) -> dict[str, float]:
+    overrides = [
+        "data.dir=none",
+        f"data.sequence_length={size.length}",
+        f"model.mixer={mixer.value}",
+        "model.layers=1",
+        f"model.d_model={size.heads * size.head_dim}",
+        f"model.heads={size.heads}",
+        f"model.memory.chunk={chunk}",
+    ]
+    parts = flops_by_part(recipe.load(None, overrides).config, vocabulary=1)
+    tokens = size.batch * size.length
+    flops = tokens * parts["attention" if mixer == Mixer.attention else "memory"]
+    tile = tokens * size.heads * size.head_dim * dtype.itemsize
+    column = 0 if mixer == Mixer.attention else tokens * size.heads * 4
+    forward, backward = 4 * tile + 2 * column, 7 * tile + 4 * column
+    return {
+        "flops_forward_ms": 1e3 * flops / 3 / most.flops_per_second,
+        "flops_backward_ms": 1e3 * flops * 2 / 3 / most.flops_per_second,
+        "bytes_forward_ms": 1e3 * forward / most.bytes_per_second,
+        "bytes_backward_ms": 1e3 * backward / most.bytes_per_second,
+    }
+
+
+def triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return str(triton.__version__)
+
+
+def print_scan(result: dict[str, Any]) -> None:
+    """Print what `bench_scan` returns."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("BxTxHxD", "mixer", "by"):
+        table.add_column(name)
+    for name in ("forward", "floor", "backward", "floor"):
+        table.add_column(name, justify="right")
+    for row in result["rows"]:
+        floors = [
+            max(row[f"flops_{way}_ms"], row[f"bytes_{way}_ms"]) for way in ("forward", "backward")
+        ]
+        table.add_row(
+            row["size"], row["mixer"], row["path"], f"{row['forward_ms']:.2f}",
+            f"{floors[0]:.2f}", f"{row['backward_ms']:.2f}", f"{floors[1]:.2f}",
+        )  # fmt: skip
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(
+        f"{result['device']}, {result['dtype']}, chunks of {result['chunk']}; milliseconds, median "
+        f"of {result['repeats']}\n"
+        f"at best {result['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s (a matrix product) and "
+        f"{result['copy_bytes_per_second'] / 1e9:.3g} GB/s (a copy); the floor is the slower of "
+        f"both\n"
+    )
+    console.print(table)

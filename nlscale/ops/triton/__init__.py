@@ -1,0 +1,66 @@
+"""The memory as fused kernels for GPUs; `nlscale.ops.memory` chooses between it and torch.
+
+This file says what the kernels take, and imports no Triton, which not every build of torch brings
+along. `scan.py` runs them. Forward: `pi` (serial: what Pi is after a chunk makes the keys of the
+next), `writes` (all chunks at once), `main` (serial) and `reads` (all at once). Backward: `writes`
+again, `reads`, `main` (serial), `writes`, `pi` (serial), `inputs`. Only the states at the start of
+each chunk are kept in between; the rest of a chunk is made anew from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from nlscale.ops.memory import MemoryRules
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernels of one chunk and head size are launched."""
+
+    warps: int
+    pi_stages: int
+    """Of the serial passes of Pi; 2: the tiles of the next chunk are fetched ahead."""
+    columns: int
+    """Of S, of d, that a program of the serial passes of S carries."""
+
+
+_BY_HEAD = {
+    16: Launch(warps=4, pi_stages=2, columns=16),
+    32: Launch(warps=4, pi_stages=2, columns=32),
+    64: Launch(warps=4, pi_stages=2, columns=64),
+    128: Launch(warps=4, pi_stages=1, columns=64),
+}
+CHUNKS = (16, 32, 64)
+LAUNCHES = {(chunk, d): launch for chunk in CHUNKS for d, launch in _BY_HEAD.items()}
+"""By tokens of a chunk and dimension of a head.
+
+Chosen by what the compiler says of sm_90 at chunk 64 with both memories, not yet by measurements.
+Four warps make one Hopper matrix instruction of 64 rows; eight would compute them twice. Shared
+memory is largest in the serial pass of Pi backward, 145 KiB with two stages at d = 64; at d = 128
+it is 112 KiB with one and would be 370 with two; a multiprocessor has 227 (H100, H200) or 163
+(A100). That pass spills 0.5 KB a thread at d = 64 and 3.7 KB at d = 128, all others little or none
+at d = 64 and 1 to 2.4 KB at d = 128, which is why heads of 64 are the better choice.
+"""
+
+
+def supports(a: Tensor, b: Tensor, q: Tensor, rules: MemoryRules, static: bool) -> bool:
+    """Whether the kernels take these inputs; where they do not, the torch form does.
+
+    They take bf16 on a GPU, the sizes of `LAUNCHES`, and every memory but one that decays toward
+    zero (`hope-paper`), which needs all of fp32. fp32 inputs stay with torch because tensor cores
+    would round their products, and so do builds of torch that come without Triton.
+    """
+    return (
+        a.is_cuda
+        and a.dtype == b.dtype == q.dtype == torch.bfloat16
+        and (static or rules.anchored)
+        and (rules.chunk, a.shape[-1]) in LAUNCHES
+        and find_spec("triton") is not None
+    )

@@ -1,0 +1,271 @@
+"""Running a sweep on this machine: a few runs at a time, each in a process of its own.
+
+The processes are forked from one that has imported torch and nlscale but never computed nor touched
+a GPU, so that a run is under way in a second. Each writes to its own log, in a session of its own:
+Ctrl-C reaches the sweep alone, which tells them; and when the sweep dies they stop like a run that
+was told to, with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from nlscale import recipe
+from nlscale.errors import Stopped, UserError
+from nlscale.scaling.sweep.board import Board
+from nlscale.scaling.sweep.runs import Run
+from nlscale.scaling.sweep.status import Status, checkpoint_at, status
+
+LOG_FILE = "output.log"
+RECIPE_FILE = "recipe.yaml"
+_POLL_SECONDS = 0.2
+_LOG_TAIL_BYTES = 1 << 16
+
+
+@dataclass
+class _Job:
+    """A run under way."""
+
+    run: Run
+    process: Any
+    place: dict[str, str]
+    """Its worker's environment."""
+    log_start: int
+    """Size of its log when it began."""
+    started: float
+
+
+def worker_places(workers: int | None) -> list[dict[str, str]]:
+    """The environment of each worker: a GPU each, where there are any, and its share of cores.
+
+    Args:
+        workers: how many; None: the GPUs, or else the cores.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()  # asks the driver; no context is made
+    cores = len(os.sched_getaffinity(0))
+    workers = workers or gpus or cores
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // workers)))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else [str(i) for i in range(gpus)]
+    places = []
+    for worker in range(workers):
+        place = {"OMP_NUM_THREADS": threads}
+        if gpus:
+            place["CUDA_VISIBLE_DEVICES"] = names[worker % gpus]
+        places.append(place)
+    return places
+
+
+@contextmanager
+def only_sweep(folder: Path) -> Iterator[None]:
+    """Hold the folder of a sweep while it is being run; a process that dies lets go of it.
+
+    Raises:
+        UserError: another one holds it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another sweep is running in {folder}; wait for it") from None
+        except OSError as error:
+            raise UserError(
+                f"cannot lock {folder}: {error.strerror}; give dir: on a file system with locks"
+            ) from None
+        yield
+
+
+def run_local(
+    runs: list[Run],
+    states: Mapping[str, Status],
+    places: list[dict[str, str]],
+    board: Board,
+) -> dict[str, str]:
+    """Run what has not finished; returns why, of those that failed, by name.
+
+    A run begins when the one that it begins from has the checkpoint for it; what takes longest is
+    begun first.
+
+    Raises:
+        Stopped: a signal came; what was under way has saved.
+    """
+    return _Executor(runs, states, places, board).run()
+
+
+class _Executor:
+    def __init__(
+        self,
+        runs: list[Run],
+        states: Mapping[str, Status],
+        places: list[dict[str, str]],
+        board: Board,
+    ) -> None:
+        self._states, self._board, self._free = states, board, places
+        chains: dict[str, float] = {}
+        for run in runs:
+            chains[run.chain] = chains.get(run.chain, 0.0) + run.flops
+        todo = [run for run in runs if not states[run.name].finished]
+        self._waiting = sorted(todo, key=lambda run: -chains[run.chain])
+        self._running: dict[int, _Job] = {}
+        self._failed: dict[str, str] = {}
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["nlscale.scaling.sweep.preload"])
+
+    def run(self) -> dict[str, str]:
+        with _stop_signals() as came:
+            try:
+                self._loop(came)
+            finally:
+                for job in self._running.values():  # after an error, or a second Ctrl-C
+                    job.process.kill()
+                    job.process.join()
+        for run in self._waiting:  # none of them could begin
+            assert run.start is not None
+            self._failed[run.name] = (
+                f"not begun: {run.start.name}, from which it begins, did not get to step "
+                f"{run.start_step:,}"
+            )
+        return self._failed
+
+    def _loop(self, came: list[str]) -> None:
+        told = False
+        while True:
+            if came and not told:
+                told = True
+                self._board.line(f"{came[0]}: waiting for {len(self._running)} runs to save")
+                for job in self._running.values():
+                    job.process.terminate()
+            while self._free and not told and (run := self._next()) is not None:
+                self._start(run)
+            if not self._running:
+                break
+            self._board.show({job.run.name for job in self._running.values()})
+            for sentinel in wait(list(self._running), _POLL_SECONDS):
+                assert isinstance(sentinel, int)
+                self._end(self._running.pop(sentinel), told)
+        finished = sum(state.finished for state in self._states.values())
+        if told and finished + len(self._failed) < len(self._states):
+            raise Stopped(
+                f"stopped ({came[0]}): {finished} of {len(self._states)} runs have finished; "
+                f"the same command goes on"
+            )
+
+    def _next(self) -> Run | None:
+        under_way = {job.run.name for job in self._running.values()}
+        waiting = {run.name for run in self._waiting}
+        for run in self._waiting:
+            start = run.start
+            if start is None or checkpoint_at(start, run.start_step).exists():
+                return run
+            if start.name not in under_way | waiting | self._failed.keys():
+                return run  # finished without it: the run says so itself
+        return None
+
+    def _start(self, run: Run) -> None:
+        self._waiting.remove(run)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        recipe.write(run.config, run.folder / RECIPE_FILE)
+        log = run.folder / LOG_FILE
+        place = self._free.pop(0)
+        log_start = log.stat().st_size if log.exists() else 0
+        process = self._context.Process(
+            target=_train, args=(run.folder / RECIPE_FILE, log, place), name=run.name
+        )
+        process.start()
+        assert process.sentinel is not None
+        self._running[process.sentinel] = _Job(run, process, place, log_start, time.monotonic())
+
+    def _end(self, job: _Job, told: bool) -> None:
+        job.process.join()
+        code = job.process.exitcode
+        self._free.append(job.place)
+        seconds = time.monotonic() - job.started
+        if code == 0:
+            self._board.finished(job.run, status(job.run), seconds)
+            return
+        if told and code in (Stopped.exit_code, -signal.SIGTERM):
+            return
+        reason = _reason(job.run.folder / LOG_FILE, job.log_start, code)
+        self._failed[job.run.name] = reason
+        self._board.failed(job.run, reason)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[str]]:
+    """Notes the names of signals that ask to stop; a second Ctrl-C ends the sweep at once."""
+    came: list[str] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(signal.Signals(number).name)
+        if number == signal.SIGINT and len(came) > 1:
+            raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [(number, signal.signal(number, note)) for number in numbers]
+    try:
+        yield came
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def _reason(log: Path, start: int, code: int) -> str:
+    """Why a run ended, in one line: what it said last, or the signal that ended it."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = "; out of memory?" if name == "SIGKILL" else ""
+        return f"killed by {name}{hint}"
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(start, log.stat().st_size - _LOG_TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    ours = [i for i, line in enumerate(lines) if line.startswith("nlscale: ")]
+    said = lines[ours[-1] :] if ours else [line for line in lines if line.strip()][-1:]
+    text = " ".join(" ".join(said).removeprefix("nlscale: ").split())
+    return text or f"exit code {code}, and it said nothing"
+
+
+def _train(recipe_file: Path, log: Path, environment: dict[str, str]) -> None:
+    """The life of a run, in a process of its own."""
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    threading.Thread(target=_stop_with_the_sweep, daemon=True).start()
+    # The process that had this run in a sweep that was killed may still be saving.
+    fcntl.flock(output, fcntl.LOCK_EX)
+    os.environ.update(environment)
+    import torch
+
+    from nlscale.cli import main
+
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    main(["train", str(recipe_file)])
+
+
+def _stop_with_the_sweep() -> None:
+    sweep = multiprocessing.parent_process()
+    assert sweep is not None
+    sweep.join()
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,178 @@
+"""From a sweep file to its runs: the product of the axes, sizes, lengths and FLOPs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nlscale import recipe
+from nlscale.checks import check_sizes, prepare
+from nlscale.config import Config
+from nlscale.data import read_index
+from nlscale.errors import UserError
+from nlscale.levels import spectrum
+from nlscale.model.sizes import level_parameters, non_embedding_parameters
+from nlscale.plan.flops import flops_per_token
+from nlscale.scaling.sweep.spec import Budget, Sweep, Value
+
+
+@dataclass
+class Run:
+    """One run of a sweep."""
+
+    name: str
+    axes: dict[str, str]
+    """The name of its value on each axis."""
+    config: Config
+    vocabulary: int
+    parameters: int
+    non_embedding: int
+    flops_per_token: float
+    """Forward and backward."""
+    start: Run | None = None
+    """The run whose stable phase it shares."""
+    start_step: int = 0
+    """The step of that run at which it begins."""
+    chain: str = ""
+    """The same for all runs that differ in length alone."""
+    branches: list[Run] = field(default_factory=list)
+    """The runs that begin from this one."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.dir)
+
+    @property
+    def steps(self) -> int:
+        return self.config.train.steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.train.global_batch * self.config.data.sequence_length
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that its last model has been trained on."""
+        return self.steps * self.tokens_per_step
+
+    @property
+    def flops(self) -> float:
+        """FLOPs that it has to do itself: what it shares is counted in the run it begins from."""
+        return self.flops_until(self.steps)
+
+    def flops_until(self, step: int) -> float:
+        """FLOPs that it has done itself after that step."""
+        return max(0, step - self.start_step) * self.tokens_per_step * self.flops_per_token
+
+
+def expand(sweep: Sweep, ranks: int = 1) -> list[Run]:
+    """The runs of a sweep, in the order of its axes, the last one fastest.
+
+    Args:
+        sweep: as read.
+        ranks: on which each run will be.
+
+    Raises:
+        UserError: a run's configuration is wrong (which run, and what), or a vocabulary is neither
+            in the recipe nor, because the data are missing, known.
+    """
+    runs: list[Run] = []
+    vocabularies: dict[str, int] = {}
+    for values in itertools.product(*sweep.axes.values()):
+        name = "-".join(value.name for value in values)  # unique: no part has a dash
+        axes = {axis: v.name for axis, v in zip(sweep.axes, values, strict=True)}
+        try:
+            run = _run(sweep, name, axes, list(values), vocabularies)
+            check_sizes(run.config, ranks)
+            spectrum(run.config.levels, run.tokens_per_step)
+        except UserError as error:
+            said = str(error).replace(" (the command line)", "")
+            raise UserError(f"{sweep.path}: run {name}: {said}") from None
+        runs.append(run)
+    return runs
+
+
+def check_data(sweep: Sweep, runs: list[Run]) -> list[str]:
+    """Open the data of every run, as it will itself; a line for each that reads them repeatedly.
+
+    Raises:
+        UserError: they are missing, altered or do not fit; which run, and what.
+    """
+    lines = []
+    for run in runs:
+        _require_data(sweep, run.config)
+        try:
+            prepared = prepare(run.config)
+        except UserError as error:
+            raise UserError(f"{sweep.path}: run {run.name}: {error}") from None
+        epochs = run.tokens / prepared.data["train_tokens"]
+        if epochs > 1:
+            lines.append(f"{run.name} reads its data {epochs:.1f} times")
+    return lines
+
+
+def _run(
+    sweep: Sweep, name: str, axes: dict[str, str], values: list[Value], known: dict[str, int]
+) -> Run:
+    keys = dict(sweep.common)
+    for value in values:
+        keys |= value.keys
+    keys["run.dir"] = str(sweep.folder / name)
+    config = _load(sweep, keys)
+    vocabulary = config.model.vocabulary or _vocabulary(sweep, config, known)
+    for value in values:
+        if sweep.ladder and value.target:
+            keys |= sweep.ladder.rung(value.name, value.target, vocabulary)
+    config = _load(sweep, keys | {"model.vocabulary": vocabulary})
+    parameters = sum(level_parameters(config, vocabulary))
+    for value in values:
+        if value.budget:
+            config.train.steps = _steps(value.budget, parameters, config)
+    return Run(
+        name=name,
+        axes=axes,
+        config=config,
+        vocabulary=vocabulary,
+        parameters=parameters,
+        non_embedding=non_embedding_parameters(config, vocabulary),
+        flops_per_token=flops_per_token(config, vocabulary),
+    )
+
+
+def _load(sweep: Sweep, keys: dict[str, Any]) -> Config:
+    return recipe.load(sweep.recipe, [f"{key}={_text(v)}" for key, v in keys.items()]).config
+
+
+def _text(value: Any) -> str:
+    """A value as an override has it."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
+    return text.strip().removesuffix("\n...")
+
+
+def _steps(budget: Budget, parameters: int, config: Config) -> int:
+    tokens = budget.tokens or round((budget.per_parameter or 0) * parameters)
+    per_step = config.train.global_batch * config.data.sequence_length
+    if tokens < per_step:
+        raise UserError(
+            f"{tokens:,} tokens are less than one step of {per_step:,} (train.global_batch "
+            f"{config.train.global_batch} x data.sequence_length {config.data.sequence_length})"
+        )
+    return round(tokens / per_step)
+
+
+def _vocabulary(sweep: Sweep, config: Config, known: dict[str, int]) -> int:
+    folder = config.data.dir
+    if folder not in known:
+        _require_data(sweep, config)
+        known[folder] = read_index(folder)["vocabulary"]
+    return known[folder]
+
+
+def _require_data(sweep: Sweep, config: Config) -> None:
+    if sweep.build_data and not Path(config.data.dir).exists():
+        raise UserError(f"no data at {config.data.dir}; build it with: {sweep.build_data}")

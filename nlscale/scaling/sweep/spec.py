@@ -1,0 +1,254 @@
+"""A sweep file: reading it, and checking everything that can be checked without its recipe."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nlscale import recipe
+from nlscale.errors import UserError
+from nlscale.scaling.sweep.ladder import Ladder
+from nlscale.units import Period
+
+_KEYS = ("recipe", "dir", "set", "axes", "workers", "build_data")
+_SIZE, _TOKENS, _PER_PARAMETER = "size", "tokens", "per_parameter"
+_OURS = ("run.dir", "resume.start", "checkpoint.steps", "checkpoint.keep_every")
+"""Keys that a sweep sets itself."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The length of a run: so many tokens a parameter, or so many tokens."""
+
+    per_parameter: float | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of an axis."""
+
+    name: str
+    """What a run that has it is called after it."""
+    keys: dict[str, Any] = field(default_factory=dict)
+    """The configuration keys that it sets."""
+    budget: Budget | None = None
+    """How long it trains, on the axis `tokens`."""
+    target: int | None = None
+    """Parameters it should have, on a ladder of sizes."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file, read."""
+
+    path: Path
+    recipe: Path
+    folder: Path
+    common: dict[str, Any]
+    """Dotted keys that all runs set otherwise than the recipe."""
+    axes: dict[str, list[Value]]
+    ladder: Ladder | None = None
+    """How the sizes of the axis `size` follow from their targets."""
+    workers: int | None = None
+    build_data: str | None = None
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Read and check a sweep file.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown or missing key, an axis without values, two
+            values of one name, two axes that set the same key.
+    """
+    tree = _read(path)
+    _known(tree, _KEYS, str(path))
+    for name in ("recipe", "dir", "axes"):
+        if tree.get(name) is None:
+            raise UserError(f"{path}: {name} is not set; see recipes/sweeps for examples")
+    for name in ("recipe", "dir", "build_data"):
+        if not isinstance(tree.get(name, ""), str):
+            raise UserError(f"{path}: {name} is {tree[name]!r}; it must be a text")
+    workers = tree.get("workers")
+    if workers is not None and (not isinstance(workers, int) or workers < 1):
+        raise UserError(f"{path}: workers is {workers!r}; it must be a whole number above 0")
+    axes, ladder = _axes(tree["axes"], path)
+    sweep = Sweep(
+        path=path,
+        recipe=Path(tree["recipe"]),
+        folder=Path(tree["dir"]),
+        common=_keys(tree.get("set") or {}, f"{path}: set"),
+        axes=axes,
+        ladder=ladder,
+        workers=workers,
+        build_data=tree.get("build_data"),
+    )
+    _check_overlap(sweep)
+    return sweep
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        here = ", ".join(sorted(str(p) for p in Path("recipes/sweeps").glob("*.yaml")))
+        raise UserError(
+            f"cannot read {path}: {error.strerror}" + (f"; there are {here}" if here else "")
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a sweep: {error}") from None
+    try:
+        # OmegaConf's YAML reads 1e-3 as a number, and refuses a key that is there twice.
+        tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a sweep is a mapping of {', '.join(_KEYS)}")
+    return cast(dict[str, Any], tree)
+
+
+def _axes(tree: Any, path: Path) -> tuple[dict[str, list[Value]], Ladder | None]:
+    if not isinstance(tree, dict) or not tree:
+        raise UserError(f"{path}: axes is empty; the simplest is axes: {{run.seed: [1, 2]}}")
+    axes, ladder = {}, None
+    for name, value in tree.items():
+        where = f"{path}: axes.{name}"
+        if not value:
+            raise UserError(f"{where} has no values")
+        if name == _TOKENS:
+            axes[name] = _budgets(value, where)
+        elif name == _SIZE and isinstance(value, dict) and "parameters" in value:
+            axes[name], ladder = _sizes(value, where)
+        elif isinstance(value, dict):
+            axes[name] = [_bundle(k, v, f"{where}.{k}") for k, v in value.items()]
+        elif isinstance(value, list):
+            axes[name] = [_of_key(str(name), item, where) for item in value]
+        else:
+            raise UserError(f"{where} is {value!r}; it must be a list of values, or named bundles")
+        names = [one.name for one in axes[name]]
+        for twice in names:
+            if names.count(twice) > 1:
+                raise UserError(f"{where}: two values are called {twice}; take out or rename one")
+    return axes, ladder
+
+
+def _of_key(key: str, value: Any, where: str) -> Value:
+    """A value of an axis that is named by its key."""
+    keys = _keys({key: value}, where)
+    return Value(_name(value if isinstance(value, str) else f"{key.split('.')[-1]}{value}"), keys)
+
+
+def _bundle(name: Any, tree: Any, where: str) -> Value:
+    if not isinstance(tree, dict) or not tree:
+        raise UserError(f"{where} is {tree!r}; it must be keys such as {{model.d_model: 64}}")
+    return Value(_name(name), _keys(tree, where))
+
+
+def _budgets(tree: Any, where: str) -> list[Value]:
+    if isinstance(tree, list):
+        return [Value(_name(each), budget=Budget(tokens=_count(each, where))) for each in tree]
+    if isinstance(tree, dict):
+        _known(tree, (_PER_PARAMETER,), where)
+        values = tree[_PER_PARAMETER]
+        if isinstance(values, list) and values:
+            counts = [_positive(each, where) for each in values]
+            return [Value(f"{n:g}x", budget=Budget(per_parameter=n)) for n in counts]
+    raise UserError(f"{where}: write {{{_PER_PARAMETER}: [5, 10, 20]}}, or token budgets: [1M, 2M]")
+
+
+def _sizes(tree: dict[str, Any], where: str) -> tuple[list[Value], Ladder]:
+    _known(tree, ("parameters", "width_per_layer", "head_dim"), where)
+    ladder = Ladder(
+        _positive(tree.get("width_per_layer"), f"{where}.width_per_layer"),
+        round(_positive(tree.get("head_dim"), f"{where}.head_dim")),
+    )
+    targets = tree["parameters"]
+    if isinstance(targets, list):
+        targets = {str(target): None for target in targets}
+    if not isinstance(targets, dict) or not targets:
+        raise UserError(f"{where}.parameters: write a list such as [100M, 340M]")
+    values = [
+        Value(
+            _name(name), _keys(keys or {}, f"{where}.parameters.{name}"), None, _count(name, where)
+        )
+        for name, keys in targets.items()
+    ]
+    return values, ladder
+
+
+def _keys(tree: Any, where: str) -> dict[str, Any]:
+    """Configuration keys, dotted; nested mappings are flattened."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{where} is {tree!r}; it must be keys such as {{model.d_model: 64}}")
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            inner = _keys({f"{key}.{name}": item for name, item in value.items()}, where)
+        else:
+            _check_key(str(key), where)
+            inner = {str(key): value}
+        twice = found.keys() & inner.keys()
+        if twice:
+            raise UserError(f"{where}: {min(twice)} is there twice")
+        found |= inner
+    return found
+
+
+def _check_key(key: str, where: str) -> None:
+    if key in _OURS:
+        raise UserError(f"{where}: {key} is what a sweep sets itself for each run")
+    known = recipe.all_keys()
+    plain = re.sub(r"\.\d+", ".N", key)
+    if plain not in known:
+        near = difflib.get_close_matches(plain, known, 1, 0.6)
+        hint = f"did you mean {near[0]!r}?" if near else "`nlscale config --keys` lists all keys"
+        raise UserError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def _check_overlap(sweep: Sweep) -> None:
+    """Two axes that set one key would undo each other."""
+    setters: dict[str, str] = {}
+    for axis, values in sweep.axes.items():
+        keys = {key for value in values for key in value.keys}
+        if axis == _SIZE and sweep.ladder:
+            keys |= set(Ladder.KEYS)
+        if axis == _TOKENS:
+            keys.add("train.steps")
+        for key in sorted(keys):
+            other = setters.setdefault(key, axis)
+            if other != axis:
+                raise UserError(f"{sweep.path}: the axes {other} and {axis} both set {key}")
+
+
+def _known(tree: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in tree:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
+            raise UserError(f"{where}: unknown key {str(key)!r}; {hint}")
+
+
+def _name(value: Any) -> str:
+    """A text that can be part of the name of a folder."""
+    return re.sub(r"[^A-Za-z0-9._+]+", ".", str(value)).strip(".") or "none"
+
+
+def _count(value: Any, where: str) -> int:
+    try:
+        return Period.parse(f"{value} tokens").count
+    except UserError:
+        raise UserError(f"{where}: {value!r} is not a count such as 340M or 1.3B") from None
+
+
+def _positive(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise UserError(f"{where} is {value!r}; it must be a number above 0")
+    return float(value)

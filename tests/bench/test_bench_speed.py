@@ -1,0 +1,193 @@
+"""`nlscale bench scan|layer|step|train` on a CPU at tiny sizes; no test is of how fast it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nlscale import cli, recipe
+from nlscale.bench import scan_check
+from nlscale.bench.train import PLAIN
+from nlscale.bench.transformer import Transformer
+from nlscale.model.hope import Hope
+from nlscale.model.init import initialize
+from nlscale.model.layers import megatron_config
+from nlscale.ops.memory import memory_scan
+from nlscale.parallel.layout import process_groups
+from nlscale.plan.flops import flops_by_part, flops_per_token
+
+TINY = """
+data: {dir: none, sequence_length: 16}
+model: {layers: 2, d_model: 32, heads: 2, memory: {chunk: 8}}
+train: {global_batch: 4, micro_batch: 2, dtype: fp32}
+"""
+VOCABULARY = "model.vocabulary=32"
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY)
+    return file
+
+
+def flops_of_scan(mixer: str, length: int, heads: int, d: int, chunk: int) -> float:
+    overrides = [
+        *("data.dir=none", f"data.sequence_length={length}", f"model.mixer={mixer}"),
+        *("model.layers=1", f"model.d_model={heads * d}", f"model.heads={heads}"),
+        f"model.memory.chunk={chunk}",
+    ]
+    parts = flops_by_part(recipe.load(None, overrides).config, 1)
+    return parts.get("memory", 0) + parts.get("attention", 0)
+
+
+def bench(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[Any, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", *map(str, arguments)])
+    return ended.value.code, *capsys.readouterr()
+
+
+def test_scan_times_each_mixer_against_floors(capsys: pytest.CaptureFixture[str]) -> None:
+    size = ("--sizes", "2x48x3x16", "--chunk", 16, "--repeats", 1)
+    code, out, _ = bench(capsys, "scan", *size, "--json")
+    found = json.loads(out)
+    assert code == 0
+    paths = {row["mixer"]: row["path"] for row in found["rows"]}
+    torch_form = dict.fromkeys(("hope", "gated-delta", "hope-pure"), "torch")
+    assert paths == {**torch_form, "attention": "sdpa"}
+    for row in found["rows"]:
+        assert row["forward_ms"] > 0 and row["backward_ms"] > 0
+        flops = 2 * 48 * flops_of_scan(row["mixer"], 48, 3, 16, 16)
+        seconds = (row["flops_forward_ms"] + row["flops_backward_ms"]) / 1e3
+        assert seconds * found["matmul_flops_per_second"] == pytest.approx(flops)
+        gates = 0 if row["mixer"] == "attention" else 2 * 48 * 3 * 4
+        seconds = row["bytes_forward_ms"] / 1e3
+        moved = 4 * (2 * 48 * 3 * 16 * 4) + 2 * gates
+        assert seconds * found["copy_bytes_per_second"] == pytest.approx(moved)
+    code, out, _ = bench(capsys, "scan", *size, "--mixers", "hope")
+    assert code == 0 and "2x48x3x16" in out and max(map(len, out.splitlines())) <= 100
+
+
+def test_a_size_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = bench(capsys, "scan", "--sizes", "8x4096")
+    assert code == 2 and err.count("\n") == 1 and "8x4096x16x64" in err
+
+
+def test_check_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = bench(capsys, "scan", "--check")
+    found = json.loads(out)
+    assert code == 0 and found["ok"]
+    assert {row["mixer"] for row in found["rows"]} == {"hope", "gated-delta", "hope-pure"}
+    assert {row["dtype"] for row in found["rows"]} == {"bfloat16", "float32"}
+    assert all(0 < row["error"] < row["bound"] for row in found["rows"])
+
+
+class WrongGradient(torch.autograd.Function):
+    """The same value; one number of its derivative is wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_x: torch.Tensor) -> torch.Tensor:
+        return d_x.index_fill(2, torch.tensor([7]), 0.0)
+
+
+def test_check_finds_one_wrong_token_of_a_gradient(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(a: torch.Tensor, b: torch.Tensor, *rest: Any) -> Any:
+        return memory_scan(a, WrongGradient.apply(b), *rest)
+
+    monkeypatch.setattr(scan_check, "memory_scan", wrong)
+    code, out, err = bench(capsys, "scan", "--check")
+    assert code == 2 and not json.loads(out)["ok"]
+    assert err.count("\n") == 1 and "6 of 6 checks failed" in err and "b is off" in err
+
+
+def test_layer_times_blocks_and_mixers(
+    recipe_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = bench(capsys, "layer", recipe_file, "--repeats", 1, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["tokens"] == 32
+    assert [row["mixer"] for row in found["rows"]] == ["hope", "gated-delta", "attention"]
+    for row in found["rows"]:
+        assert row["forward_ms"] > 0 and row["mixer_backward_ms"] > 0
+        own = recipe.load(recipe_file, [f"model.mixer={row['mixer']}"]).config
+        parts = flops_by_part(own, 0)
+        a_token = row["flops_per_second"] / row["tokens_per_second"]
+        assert a_token == pytest.approx(sum(parts.values()) / 2)  # two layers
+        assert row["mfu"] * found["matmul_flops_per_second"] == pytest.approx(
+            row["flops_per_second"]
+        )
+    code, out, _ = bench(capsys, "layer", recipe_file, "--repeats", 1, "--mixers", "hope")
+    assert code == 0 and "hope" in out and "attention" not in out
+
+
+def test_train_compares_mixers_and_traces(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    traced = tmp_path / "trace.json"
+    arguments = ("train", recipe_file, VOCABULARY, "levels=[1]", "--steps", 2)
+    code, out, _ = bench(capsys, *arguments, "--trace", traced, "--json")
+    found = json.loads(out)
+    rows = {row["mixer"]: row for row in found["rows"]}
+    assert code == 0 and list(rows) == ["hope", "gated-delta", "attention", PLAIN]
+    assert rows["attention"]["ratio"] == 1.0 and rows["hope"]["ratio"] > 0
+    assert rows["attention"]["parameters"] == rows[PLAIN]["parameters"]
+    for name, row in rows.items():
+        mixer = "attention" if name == PLAIN else name
+        own = recipe.load(recipe_file, [f"model.mixer={mixer}", "levels=[1]"]).config
+        assert row["flops_per_token"] == flops_per_token(own, 32)
+        flops = row["mfu"] * found["matmul_flops_per_second"]
+        assert flops == pytest.approx(row["tokens_per_second"] * row["flops_per_token"])
+    costs = found["largest_costs"]
+    assert len(costs) == 5 and 0 < sum(cost["share"] for cost in costs) <= 1
+    assert costs == sorted(costs, key=lambda cost: -cost["milliseconds"])
+    names = {event["name"] for event in json.loads(traced.read_text())["traceEvents"]}
+    assert {cost["name"] for cost in costs} <= names
+    code, out, _ = bench(capsys, *arguments, "--mixers", "gated-delta", "--trace", traced)
+    assert code == 0 and "largest costs of gated-delta" in out and str(traced) in out
+
+
+def test_train_says_what_it_lacks(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = bench(capsys, "train", recipe_file)
+    assert code == 2 and err.count("\n") == 1 and "model.vocabulary" in err
+    code, _, err = bench(capsys, "train", recipe_file, VOCABULARY, "--trace", "nowhere/trace.json")
+    assert code == 2 and err.count("\n") == 1 and "nowhere" in err
+
+
+def test_step_times_a_recipe(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = bench(capsys, "step", recipe_file, VOCABULARY, "--steps", 2)
+    found = json.loads(out)
+    assert code == 0 and found["tokens_per_step"] == 64 and found["ranks"] == 1
+    assert 0 < found["fastest_step_seconds"] <= found["median_step_seconds"]
+
+
+def test_the_plain_transformer_is_the_same_model(recipe_file: Path) -> None:
+    config = recipe.load(recipe_file, ["model.mixer=attention", "levels=[1]"]).config
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(32, (3, 17), generator=generator)
+    tokens, targets = rows[:, :-1], rows[:, 1:]
+    plain = Transformer(config, 32)
+    with process_groups(config):
+        model = Hope(config, megatron_config(config), 32)
+        initialize(model, 1, 0, 1)
+        want = model(tokens, targets).mean()
+    weights = dict(model.named_parameters())
+    places = {"norms.0": "norm", "norms.1": "cms.norms.0", "project": "mixer.project"}
+    places |= {"output": "mixer.output", "up": "cms.mlps.0.up", "down": "cms.mlps.0.down"}
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            part, _, rest = name.partition(".")
+            if part == "layers":
+                layer, _, inner = rest.removesuffix(".weight").partition(".")
+                name = f"blocks.{layer}.{places[inner]}.weight"
+            parameter.copy_(weights[name])
+    torch.testing.assert_close(plain(tokens, targets), want, rtol=1e-5, atol=0)

@@ -1,0 +1,111 @@
+"""Random problems for the memory, in each of its modes, and how their answers are compared."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from nlscale.ops.memory import (
+    MemoryRules,
+    MemoryState,
+    MemoryWeights,
+    memory_scan,
+    normalize,
+)
+from nlscale.ops.reference import memory_reference
+
+MODES = {
+    "hope": MemoryRules(4, anchored=True, c=0.0, normalize_value=True, main_memory=True),
+    "pure": MemoryRules(4, anchored=True, c=1.0, normalize_value=True, main_memory=False),
+    "paper": MemoryRules(4, anchored=False, c=1.0, normalize_value=False, main_memory=False),
+    "gated-delta": MemoryRules(4, anchored=False, c=0.0, normalize_value=False, main_memory=True),
+}
+CASES = ("correlated keys", "strong decay", "no decay", "large eta", "shared input")
+
+
+class Problem:
+    """Random inputs and weights of one mode; `leaves` are all that has a gradient, by name."""
+
+    def __init__(
+        self,
+        mode: str,
+        length: int,
+        case: str = "",
+        d: int = 5,
+        heads: int = 2,
+        batch: int = 2,
+        dtype: torch.dtype = torch.float64,
+        chunk: int = 4,
+    ) -> None:
+        self.rules = replace(MODES[mode], chunk=chunk)
+        shape = (batch, heads, length)
+        a, b, q = (torch.randn(*shape, d, dtype=torch.float64) for _ in range(3))
+        if case == "correlated keys":
+            a = torch.randn(d, dtype=torch.float64) + 1e-3 * a
+        eta, alpha = (torch.randn(*shape, dtype=torch.float64) for _ in range(2))
+        if mode == "paper":  # it magnifies rounding without end where writes are strong
+            eta = eta - 2
+        eta = eta + (12 if case == "large eta" else 0)
+        alpha = alpha + {"strong decay": -20, "no decay": 20}.get(case, 3)
+        leaves = {"a": a, "b": b, "q": normalize(q), "eta": eta, "alpha": alpha}
+        if case == "shared input":
+            del leaves["b"]
+        if mode != "gated-delta":
+            for name in ("key", "value") + (() if self.rules.main_memory else ("read",)):
+                leaves[name] = torch.linalg.qr(torch.randn(heads, d, d, dtype=torch.float64))[0]
+            leaves["gates"] = 0.3 * torch.randn(heads, 2, d, dtype=torch.float64)
+            if mode == "hope":
+                for name in ("lambda_key", "lambda_value"):
+                    leaves[name] = 0.3 + 0.3 * torch.randn(heads, dtype=torch.float64)
+        self.leaves = {k: v.to(dtype).requires_grad_() for k, v in leaves.items()}
+
+    def cast(self, dtype: torch.dtype) -> Problem:
+        other = object.__new__(Problem)
+        other.rules = self.rules
+        other.leaves = {k: v.detach().to(dtype).requires_grad_() for k, v in self.leaves.items()}
+        return other
+
+    def inputs(self) -> list[Tensor]:
+        return [self.leaves.get(k, self.leaves["a"]) for k in ("a", "b", "q", "eta", "alpha")]
+
+    def weights(self) -> MemoryWeights | None:
+        if "key" not in self.leaves:
+            return None
+        return MemoryWeights(**{f.name: self.leaves.get(f.name) for f in fields(MemoryWeights)})
+
+    def scan(self, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
+        return memory_scan(*self.inputs(), self.weights(), self.rules, state)
+
+    def reference(self) -> Tensor:
+        return memory_reference(*self.inputs(), self.weights(), self.rules)
+
+    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        return dict(
+            zip(self.leaves, torch.autograd.grad(loss, [*self.leaves.values()]), strict=True)
+        )
+
+
+# A number or two may happen to vanish: these are compared by the norm of all that are named.
+_TOGETHER = {
+    "eta": ("eta", "alpha"),
+    "alpha": ("eta", "alpha"),
+    "lambda_key": ("lambda_key", "key"),
+    "lambda_value": ("lambda_value", "value"),
+}
+
+
+def relative_errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
+    """Norm of the error by norm of the value."""
+    norms = {name: value.norm().item() for name, value in want.items()}
+    return {
+        name: (got[name].double() - value).norm().item()
+        / sum(norms[part] for part in _TOGETHER.get(name, (name,)) if part in norms)
+        for name, value in want.items()
+    }
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], bound: float) -> None:
+    for name, error in relative_errors(got, want).items():
+        assert error <= bound, f"{name}: relative error {error:.1e}"
