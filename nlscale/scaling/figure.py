@@ -77,18 +77,21 @@ def draw_fit(one: Analysis, out: Path) -> Path:
                     label=f"{o.flops:.2g} FLOPs: {o.loss:.3f} ({low:.3f} to {high:.3f})",
                 )  # fmt: skip
         axes.plot([], [], color="black", linewidth=1, linestyle=DASHED, label="beyond the data")
-        axes.set(xscale="log", ylabel="loss (nats per token)")
+        axes.set_ylabel("loss (nats per token)")
+        logarithmic_compute(axes)
         axes.set_xlabel("compute (FLOPs, forward and backward)")
         shade_beyond(axes, float(points.flops.max()))
         axes.legend(fontsize=8.5, loc="upper right", title=law_text(one), title_fontsize=8.5)
 
         residuals.scatter(points.flops, -100 * one.fit.residuals, **dots)
         residuals.axhline(0, color="black", linewidth=0.8)
-        residuals.set(xscale="log", ylabel="measured over fitted\nloss, less 1 (%)")
+        residuals.set_ylabel("measured over fitted\nloss, less 1 (%)")
+        logarithmic_compute(residuals)
         residuals.set_xlabel("compute (FLOPs)")
         draw_frontier(sizes, one, flops, 0, "black", "parametric")
         _mark_minima(sizes, one)
-        sizes.set(xscale="log", yscale="log", xlabel="compute (FLOPs)")
+        sizes.set(yscale="log", xlabel="compute (FLOPs)")
+        logarithmic_compute(sizes)
         sizes.set_ylabel("compute-optimal N\n(parameters)")
         sizes.legend(fontsize=8.5, loc="upper left")
         _title(figure, one)
@@ -186,6 +189,15 @@ def law_text(one: Analysis) -> str:
 def legend_below(axes: Any) -> None:
     """A legend under the axes, where it hides no point."""
     axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(0.0, -0.16))
+
+
+def logarithmic_compute(axes: Any) -> None:
+    """A logarithmic axis of compute, labelled at 1, 2 and 5 so that a few octaves stay legible."""
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.xaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(2.5, 2.5)))
 
 
 def shade_beyond(axes: Any, flops: float) -> None:

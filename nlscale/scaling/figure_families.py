@@ -18,6 +18,7 @@ from nlscale.scaling.figure import (
     interval_name,
     law_text,
     legend_below,
+    logarithmic_compute,
     shade_beyond,
 )
 
@@ -66,7 +67,8 @@ def draw_families(families: dict[str, Analysis], ratios: list[Multiplier], out: 
             label=f"least loss of the law{_at_period(families)}, {interval_name(first)}",
         )  # fmt: skip
         left.plot([], [], color="black", linewidth=1, linestyle=DASHED, label="beyond the data")
-        left.set(xscale="log", ylabel="loss (nats per token)")
+        left.set_ylabel("loss (nats per token)")
+        logarithmic_compute(left)
         left.set_xlabel("compute (FLOPs, forward and backward)")
         shade_beyond(left, max(float(one.points.flops.max()) for one in families.values()))
         legend_below(left)

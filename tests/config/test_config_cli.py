@@ -234,9 +234,13 @@ def test_the_first_rank_of_a_node_complains_first(
     refused(nlscale("train", str(recipe_file), "train.stepz=3"))
     assert not waited
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
     refused(nlscale("train", str(recipe_file), "train.stepz=3"))
     # torchrun ends the others when the first has failed: they speak only if it has nothing to say
     assert waited and waited[0] > 1
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    # nobody ends them under srun
+    assert nlscale("train", str(recipe_file), "train.stepz=3") == (2, "", "")
 
 
 def test_config_prints_a_recipe_that_gives_the_same(nlscale: Nlscale, recipe_file: Path) -> None:

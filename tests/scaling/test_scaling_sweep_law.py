@@ -31,7 +31,7 @@ def test_a_sweep_killed_half_way_ends_in_a_law_and_its_figure(
 ) -> None:
     (tmp_path / "text").mkdir()
     data = make_data(tmp_path / "text")
-    keys = WSD | {"levels": [1, 4], "optimizer.learning_rate": 3e-3}
+    keys = WSD | {"levels": [1, 4], "optimizer.learning_rate": 3e-3, "checkpoint.every": "20 steps"}
     sweep = write_sweep(tmp_path, data, AXES, set=keys)
     process = start(sweep)
     while len(finished_runs(sweep)) < 9:

@@ -22,6 +22,7 @@ from nlscale.checkpoint.store import Store
 from nlscale.cli import main
 from nlscale.verify.resume import family
 
+pytestmark = pytest.mark.slow
 STEPS = [16, 32, 96]
 AXES = {"model.mixer": ["hope", "attention"], "train.steps": STEPS}
 PATIENCE = 120.0
@@ -149,7 +150,6 @@ def test_a_failing_run_is_listed_with_its_reason_and_the_others_finish(
     assert "2 of 4 runs failed" in said and "failed: bad-steps40: 3 steps in a row" in said
 
 
-@pytest.mark.slow
 def test_ctrl_c_saves_what_is_under_way_and_the_same_command_goes_on(
     data: Path, tmp_path: Path, undisturbed: Path, started: list[Any]
 ) -> None:
@@ -170,7 +170,6 @@ def test_ctrl_c_saves_what_is_under_way_and_the_same_command_goes_on(
     assert_same(sweep, undisturbed)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("killed", ["the sweep and its runs", "the sweep alone"])
 def test_killed_half_way_it_goes_on_to_the_same_results(
     data: Path, tmp_path: Path, undisturbed: Path, started: list[Any], killed: str
@@ -229,7 +228,6 @@ def submitted(sweep: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> lis
     return file.read_text().splitlines()
 
 
-@pytest.mark.slow
 def test_slurm_gets_a_line_a_job_and_what_depends_is_in_one(
     data: Path,
     tmp_path: Path,

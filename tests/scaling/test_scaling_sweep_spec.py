@@ -77,8 +77,8 @@ def test_runs_are_all_combinations_with_the_keys_of_their_values(room: Room) -> 
     ).config
     assert run["parameters"] == sum(level_parameters(config, 64))
     assert run["non_embedding_parameters"] == run["parameters"] - 64 * 64
-    assert run["steps"] == round(2 * run["parameters"] / (8 * 32))
-    assert run["tokens"] == run["steps"] * 8 * 32
+    assert run["steps"] == round(2 * run["parameters"] / (8 * 16))
+    assert run["tokens"] == run["steps"] * 8 * 16
     assert run["flops"] == pytest.approx(flops_per_token(config, 64) * run["tokens"])
     halves = [r for r in found if r["name"].endswith("0.5x")]
     assert len(halves) == 16 and all(r["tokens"] < 0.6 * r["parameters"] for r in halves)
@@ -125,7 +125,7 @@ def test_the_table_shows_sizes_lengths_and_compute(room: Room) -> None:
     runs = {run["name"]: run for run in room.json(sweep)["runs"]}
     (row,) = (line.split() for line in printed.splitlines() if line.startswith("hope-128k "))
     longer = runs["hope-128k"]
-    assert row[3:6] == ["128k", "500", "189"], "its first step is the one after 188"
+    assert row[3:6] == ["128k", "1,000", "376"], "its first step is the one after 375"
     mantissa, exponent = row[6].split("e")
     assert float(mantissa) * 10 ** int(exponent) == pytest.approx(longer["flops"], rel=0.01)
     assert "less than if no run began from another" in printed
@@ -173,10 +173,10 @@ def test_a_cluster_prices_it_in_gpu_hours(room: Room) -> None:
         ({"tokens": {"per_param": [5]}}, {}, "unknown key 'per_param'; did you mean"),
         ({"tokens": {"per_parameter": [-5]}}, {}, "is -5; it must be a number above 0"),
         ({"tokens": ["5Q"]}, {}, "'5Q' is not a count"),
-        ({"tokens": [100]}, {}, "run 100: 100 tokens are less than one step of 256"),
+        ({"tokens": [100]}, {}, "run 100: 100 tokens are less than one step of 128"),
         ({"tokens": [1024], "train.steps": [5]}, {}, "axes tokens and train.steps both set"),
         ({"a": {"x": {"run.seed": 1}}, "run.seed": [2]}, {}, "a and run.seed both set run.seed"),
-        ({"model.heads": [3]}, {}, "model.d_model 64 is not divisible by model.heads 3"),
+        ({"model.heads": [3]}, {}, "model.d_model 32 is not divisible by model.heads 3"),
         ({"run.seed": [1]}, {"worker": 2}, "unknown key 'worker'; did you mean 'workers'?"),
         ({"run.seed": [1]}, {"workers": 0}, "workers is 0"),
         ({"run.seed": [1]}, {"set": {"train.step": 1}}, "set: unknown key 'train.step'"),

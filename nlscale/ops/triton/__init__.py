@@ -41,12 +41,12 @@ CHUNKS = (16, 32, 64)
 LAUNCHES = {(chunk, d): launch for chunk in CHUNKS for d, launch in _BY_HEAD.items()}
 """By tokens of a chunk and dimension of a head.
 
-Chosen by what the compiler says of sm_90 at chunk 64 with both memories, not yet by measurements.
-Four warps make one Hopper matrix instruction of 64 rows; eight would compute them twice. Shared
-memory is largest in the serial pass of Pi backward, 145 KiB with two stages at d = 64; at d = 128
-it is 112 KiB with one and would be 370 with two; a multiprocessor has 227 (H100, H200) or 163
-(A100). That pass spills 0.5 KB a thread at d = 64 and 3.7 KB at d = 128, all others little or none
-at d = 64 and 1 to 2.4 KB at d = 128, which is why heads of 64 are the better choice.
+Chosen by what the compiler says of sm_90 at chunk 64, not by measurements yet. Four warps make one
+Hopper matrix instruction of 64 rows; eight would compute them twice. Shared memory is largest in
+the backward pass of `pi`, 145 KiB with two stages at d = 64, and of `inputs`, 128 KiB at d = 128,
+where two stages of `pi` would need 370; a multiprocessor has 227 (H100, H200) or 163 (A100). The
+passes of `pi` spill 0.2 and 0.5 KB a thread at d = 64, the others next to nothing. At d = 128 most
+spill about 1 KB and `pi` backward 4 KB: heads of 64 suit a GPU better.
 """
 
 
