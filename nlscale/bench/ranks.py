@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nlscale.bench.netns import LINK, EmulatedNodes, is_alive
-from nlscale.errors import UserError
+from nlscale.errors import SaidElsewhere, UserError
 
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.05
@@ -119,6 +119,11 @@ def _rank(
         )
         _write(out / f"{rank}.result", work())
         code = 0
+    except SaidElsewhere as said:
+        # whichever rank ends first, the parent has to say why
+        error = UserError(str(said))
+        error.exit_code = said.exit_code
+        _write(out / f"{rank}.error", error)
     except UserError as error:
         _write(out / f"{rank}.error", error)
     except BaseException:

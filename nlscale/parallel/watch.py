@@ -168,7 +168,7 @@ class Watch:
             before = self._words(self._asking)
             until = time.monotonic() + _EXAMINATION_SECONDS
             while time.monotonic() < until:
-                if said := self._ending(self._asking):
+                if said := self._said or self._ending(self._asking):
                     found.append(said)
                     return
                 time.sleep(0.2)
@@ -180,7 +180,7 @@ class Watch:
                 found.append(self._claim(message, LostRank.exit_code) or LostRank(message))
 
         if not _within(3 * _EXAMINATION_SECONDS, examine):
-            return self._cut_off()
+            return self._said or self._cut_off()
         return found[0] if found else None
 
     def _tell(self, error: BaseException) -> SaidElsewhere | None:
@@ -189,7 +189,7 @@ class Watch:
         said: list[SaidElsewhere | None] = []
         code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
         _within(_EXAMINATION_SECONDS, lambda: said.append(self._claim(message, code)))
-        return said[0] if said else None
+        return said[0] if said else self._said
 
     def _claim(self, message: str, exit_code: int) -> SaidElsewhere | None:
         """Be the rank that says why the run ends, or get what another one said."""
@@ -205,7 +205,7 @@ class Watch:
                 self._speak(self._store)
                 self._listen()
                 if self._said is None:
-                    self._said, self._said_at = self._ending(self._store), time.monotonic()
+                    self._ending(self._store)
             except (dist.DistError, RuntimeError):
                 continue  # the clock runs on
             self._contact = time.monotonic()
@@ -256,7 +256,8 @@ class Watch:
             text = message(self._words(self._asking))
             found.append(self._claim(text, LostRank.exit_code) or LostRank(text))
 
-        return found[0] if _within(_EXAMINATION_SECONDS, examine) else self._cut_off()
+        well = _within(_EXAMINATION_SECONDS, examine)
+        return found[0] if well else self._said or self._cut_off()
 
     def _exit(self, reason: UserError) -> None:
         """End this process from a thread: its main thread waits for what will not come."""
@@ -327,9 +328,13 @@ class Watch:
         return self._hear(json.loads(store.get(_ENDING)), store)
 
     def _hear(self, ending: dict[str, Any], store: dist.Store) -> SaidElsewhere:
-        store.set(_heard_by(self._rank), "")
+        said = SaidElsewhere(ending["message"], ending["exit_code"])
         self._gone = ending["lost"]
-        return SaidElsewhere(ending["message"], ending["exit_code"])
+        if ending["rank"] != self._rank and self._said is None:
+            self._said_at, self._said = time.monotonic(), said
+        # Only now: the first rank, and with it the store, may go as soon as all have heard.
+        store.set(_heard_by(self._rank), "")
+        return said
 
     def _wait_until_heard(self) -> None:
         others = [r for r in range(1, len(self._hosts)) if r not in self._gone]
