@@ -67,8 +67,8 @@ class Attempts:
         reasons = [e["reason"] for e in self.events if e["event"] == "end"][-1:]
         last = reasons[0] if reasons else "without a word, as if killed"
         raise GaveUp(
-            f"{self._path.parent} was started {stuck} times by {self._job} without getting to a "
-            f"checkpoint after step {checkpoint}; it is not started again (run.max_restarts is "
+            f"{self._path.parent} was started {stuck} time{'s' * (stuck > 1)} by {self._job} "
+            f"without getting to a checkpoint after step {checkpoint}; it is not started again (run.max_restarts is "
             f"{most}). It last ended: {last}"
         )
 

@@ -160,9 +160,11 @@ _RANGES: dict[str, tuple[tuple[str, str], ...]] = {
         ("checkpoint", "keep keep_every"),
         ("parallel", "tensor pipeline virtual_stages ranks_per_node"),
         ("timeouts", "startup step checkpoint silence"),
-        ("run", "max_restarts"),
     ),
-    "0 or above": (("optimizer", "warmup_steps warmup_updates weight_decay clip"),),
+    "0 or above": (
+        ("run", "max_restarts"),
+        ("optimizer", "warmup_steps warmup_updates weight_decay clip"),
+    ),
     "from 0 to 1": (("optimizer", "min_learning_rate decay_fraction"),),
     "at least 0 and below 1": (("optimizer", "beta1 beta2"),),
 }
