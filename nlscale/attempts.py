@@ -68,8 +68,8 @@ class Attempts:
         last = reasons[0] if reasons else "without a word, as if killed"
         raise GaveUp(
             f"{self._path.parent} was started {stuck} time{'s' * (stuck > 1)} by {self._job} "
-            f"without getting to a checkpoint after step {checkpoint}; it is not started again (run.max_restarts is "
-            f"{most}). It last ended: {last}"
+            f"without getting to a checkpoint after step {checkpoint}; it is not started again "
+            f"(run.max_restarts is {most}). It last ended: {last}"
         )
 
     def begin(self, started: float, step: int, redone: float, seen: float | None) -> None:
