@@ -117,14 +117,19 @@ def memory_scan(
     lengths = [count * size for count, size in runs]
     inputs = (a, b, q, eta.to(wide), alpha.to(wide))
     parts = zip(*(x.split(lengths, dim=2) for x in inputs), strict=True)
+    each: tuple[Tensor, Tensor] | None = None  # makers for the torch form, once for all runs
     reads = []
     for run, part in zip(runs, parts, strict=True):
         begun = start if position else None
         if fused and begun is None:
             read, current = _fused_run(part, current, makers, additive, rules)
         else:
+            if makers is not None and each is None:
+                key, value, gates = makers
+                for_key = torch.cat([key, gates], dim=1)
+                each = _each_sequence(for_key, len(a)), _each_sequence(value, len(a))
             part = tuple(x.to(wide) for x in part)
-            read, current = _torch_run(run, part, current, begun, makers, additive, rules)
+            read, current = _torch_run(run, part, current, begun, each, additive, rules)
         reads.append(read)
         position = (position + read.shape[2]) % rules.chunk
         if position == 0 and start is not None:
@@ -140,18 +145,17 @@ def _torch_run(
     part: tuple[Tensor, ...],
     current: Tensor,
     begun: Tensor | None,
-    makers: Makers | None,
+    makers: tuple[Tensor, Tensor] | None,
     additive: bool,
     rules: MemoryRules,
 ) -> tuple[Tensor, Tensor]:
-    """Consecutive chunks of equal size, in torch: what they read, and the state after them."""
+    """Consecutive chunks of equal size, in torch: what they read, and the state after them.
+
+    `makers` are [M_k; m_eta; m_alpha] and M_v of each sequence.
+    """
     (count, size), (a, b, q, eta, alpha) = run, part
     batch, heads, length, d = a.shape
-    for_key = for_value = None
-    if makers is not None:
-        key, value, gates = makers
-        for_key = _each_sequence(torch.cat([key, gates], dim=1), batch)
-        for_value = _each_sequence(value, batch)
+    for_key, for_value = makers or (None, None)
     xa, xb, xq, logits = (
         _by_chunk(x, count, size) for x in (a, b, q, torch.stack([eta, alpha], -1))
     )
