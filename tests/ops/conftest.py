@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ def seed() -> int:
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[Call]:
     """`interpreted(function, *arguments)` runs it where Triton's kernels run on CPU tensors."""
-    pytest.importorskip("triton", reason="no Triton on this system")
+    assert find_spec("triton"), (
+        "triton not found: pip install triton (Linux; it is in nlscale[dev])"
+    )
     with interpreter() as call:
         yield call

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from ops.problems import Problem
-
-triton = pytest.importorskip("triton", reason="no Triton on this system")
 
 SHARED_MEMORY = {90: 227 * 1024, 80: 163 * 1024}
 """Bytes a program may have, by compute capability: H100 and H200, A100."""
