@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from nlscale.checks import Prepared
 from nlscale.data import Samples
+from nlscale.ops.documents import Documents
 from nlscale.parallel.consensus import Verdict, agree
-from nlscale.parallel.layout import Layout
 from nlscale.parallel.schedule import Batch, run_micro_batches
 from nlscale.trainer import Trainer
 
@@ -25,7 +25,8 @@ def read_step(trainer: Trainer, prepared: Prepared) -> list[Batch]:
     batches = []
     for i in range(prepared.micro_batches):
         offset = (i * layout.data_size + layout.data_rank) * size
-        batches.append(_to_batch(prepared.reader.read(first + offset, size), layout, size))
+        rows = prepared.reader.read(first + offset, size)
+        batches.append(_to_batch(rows, prepared.reader.samples, trainer, size))
     return batches
 
 
@@ -43,11 +44,17 @@ def validation_loss(trainer: Trainer, samples: Samples) -> Verdict:
     for i in range(-(-count // (size * layout.data_size * group)) * group):
         numbers = mine[i * size : (i + 1) * size]
         filled = [*numbers, *[0] * (size - len(numbers))]
-        batches.append(_to_batch(np.stack([samples[n] for n in filled]), layout, len(numbers)))
+        rows = np.stack([samples[n] for n in filled])
+        batches.append(_to_batch(rows, samples, trainer, len(numbers)))
     loss_sum, seen = run_micro_batches(trainer.stages, batches, None)
     return agree(layout, loss_sum, seen, torch.tensor(True, device=layout.device))
 
 
-def _to_batch(samples: NDArray[np.int64], layout: Layout, counted: int) -> Batch:
-    rows = torch.from_numpy(samples).to(layout.device)
-    return Batch(rows[:, :-1], rows[:, 1:], counted)
+def _to_batch(rows: NDArray[np.int64], samples: Samples, trainer: Trainer, counted: int) -> Batch:
+    """Of these samples; the last token of each is only a target."""
+    config, device, documents = trainer.config, trainer.layout.device, None
+    if config.data.document_mask:
+        separator, chunk = samples.shards.separator, config.model.memory.chunk
+        documents = Documents.of(rows[:, :-1], separator, chunk, device)
+    tokens = torch.from_numpy(rows).to(device)
+    return Batch(tokens[:, :-1], tokens[:, 1:], counted, documents)

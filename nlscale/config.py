@@ -106,6 +106,9 @@ class DataConfig:
     """Folder of the shards and their index.json."""
     sequence_length: int = 1024
     """Tokens a sample trains on (it reads one more, the last target)."""
+    document_mask: bool = False
+    """Begin memories, convolutions and attention anew with each document of a sample, as if it
+    stood alone. False: a document sees those before it in the sample."""
 
 
 @dataclass
@@ -253,6 +256,10 @@ class TrainConfig:
     recompute: list[Recompute] = field(default_factory=list)
     """Parts of each block that are computed again in the backward pass instead of kept: `mixer`,
     `cms`. Same numbers, less memory, more time."""
+    kernels: bool = True
+    """On GPUs run the memory scan, the loss and the small operations as fused kernels. False: as
+    torch operations, one by one, and many times slower; to find out whether a kernel is at
+    fault."""
     validate_every: int = 100
     """Steps between validations; one is always made before the first and after the last step."""
     validation_sequences: int = 64

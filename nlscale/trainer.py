@@ -15,6 +15,7 @@ from nlscale.model.hope import Hope, named_parameters
 from nlscale.model.init import initialize
 from nlscale.model.layers import megatron_config
 from nlscale.model.stages import stage_blocks
+from nlscale.ops.check import check_kernels
 from nlscale.optim.levels import LevelOptimizer
 from nlscale.parallel.consensus import Requests, Verdict, agree
 from nlscale.parallel.layout import Layout
@@ -73,6 +74,9 @@ class Trainer:
         for stage in stages:
             initialize(stage, config.run.seed, layout.tensor_rank, layout.tensor_size)
             stage.to(layout.device)
+        if layout.device.type == "cuda" and config.train.kernels:
+            columns = vocabulary // layout.tensor_size if stages[-1].is_last else 0
+            check_kernels(config.model, columns, mc.params_dtype)
         optimizer = LevelOptimizer(config, levels, stages, vocabulary, mc, layout)
         return cls(config, layout, levels, stages, optimizer, BusyTime(layout.device))
 

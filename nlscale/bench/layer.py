@@ -54,7 +54,7 @@ def bench_layer(configs: list[Config], repeats: int) -> dict[str, Any]:
 
 def _measure(config: Config, device: torch.device, repeats: int) -> dict[str, Any]:
     mc = megatron_config(config)
-    block = Block(config.model, mc, level_hidden(config), frozenset(config.train.recompute))
+    block = Block(config.model, mc, level_hidden(config), config.train)
     initialize(block, config.run.seed, 0, 1)
     block.to(device)
     shape = (config.data.sequence_length, config.train.micro_batch, config.model.d_model)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from nlscale import recipe
 from nlscale.bench.clock import Ceilings, ceilings, here, median_seconds, name_of
-from nlscale.config import MIXER_PRESETS, Mixer
+from nlscale.config import MIXER_PRESETS, MemoryConfig, Mixer, ModelConfig
 from nlscale.errors import UserError
-from nlscale.ops.memory import MemoryRules, MemoryWeights, memory_scan, normalize
-from nlscale.ops.triton import supports
+from nlscale.ops.check import ScanInputs
+from nlscale.ops.memory import memory_scan
 from nlscale.plan.flops import flops_by_part
 
 
@@ -54,66 +54,11 @@ def parse_sizes(given: list[str] | None) -> list[Size]:
     return [Size.parse(text) for text in given or default]
 
 
-class Inputs:
-    """What a mixer scans: random, its queries and learned memories as at the start of a run."""
-
-    def __init__(
-        self, mixer: Mixer, size: Size, chunk: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        preset = MIXER_PRESETS[mixer]
-        self.rules = MemoryRules(
-            chunk=chunk,
-            anchored=bool(preset["anchored"]),
-            c=float(preset["c"]),
-            normalize_value=bool(preset["normalize_value"]),
-            main_memory=mixer in (Mixer.hope, Mixer.gated_delta),
-        )
-        heads, d = size.heads, size.head_dim
-        shape = (size.batch, heads, size.length)
-
-        def normal(*sizes: int, scale: float = 1.0) -> Tensor:
-            return scale * torch.randn(*sizes, device=device)
-
-        leaves = {
-            "a": normal(*shape, d).to(dtype),
-            "b": normal(*shape, d).to(dtype),
-            "q": normalize(normal(*shape, d)).to(dtype),
-            "eta": normal(*shape) + float(preset["eta_bias"]),
-            "alpha": normal(*shape) + 4.0,
-        }
-        if mixer != Mixer.gated_delta:
-            for name in ("key", "value") + (() if self.rules.main_memory else ("read",)):
-                leaves[name] = torch.linalg.qr(normal(heads, d, d))[0]
-            leaves["gates"] = normal(heads, 2, d, scale=0.02)
-        if mixer == Mixer.hope:
-            for name in ("lambda_key", "lambda_value"):
-                leaves[name] = torch.full((heads,), float(preset["lambda_init"]), device=device)
-        self.leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
-
-    def to(self, dtype: torch.dtype, device: torch.device | str) -> Inputs:
-        """A copy, all of it in that precision and place."""
-        other = object.__new__(Inputs)
-        other.rules = self.rules
-        other.leaves = {
-            name: leaf.detach().to(device, dtype).requires_grad_()
-            for name, leaf in self.leaves.items()
-        }
-        return other
-
-    def arguments(self) -> tuple[Any, ...]:
-        """Of `memory_scan` and of the reference."""
-        names = ("key", "value", "gates", "lambda_key", "lambda_value", "read")
-        weights = None
-        if "key" in self.leaves:
-            weights = MemoryWeights(*(self.leaves.get(name) for name in names))  # type: ignore[arg-type]
-        fed = (self.leaves[name] for name in ("a", "b", "q", "eta", "alpha"))
-        return *fed, weights, self.rules
-
-    @property
-    def path(self) -> str:
-        """What `memory_scan` runs it through."""
-        a, b, q = (self.leaves[name] for name in "abq")
-        return "kernels" if supports(a, b, q, self.rules, "key" not in self.leaves) else "torch"
+def model_of(mixer: Mixer, size: Size, chunk: int) -> ModelConfig:
+    """A model whose mixer scans that."""
+    memory = MemoryConfig(chunk=chunk, **MIXER_PRESETS.get(mixer, {}))  # type: ignore[arg-type]
+    heads = size.heads
+    return ModelConfig(mixer=mixer, heads=heads, d_model=heads * size.head_dim, memory=memory)
 
 
 def bench_scan(sizes: list[Size], mixers: list[Mixer], chunk: int, repeats: int) -> dict[str, Any]:
@@ -166,11 +111,12 @@ def _runs(
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
         return [("sdpa", attend, qkv)]
-    given = [Inputs(mixer, size, chunk, dtype, device)]
+    model = model_of(mixer, size, chunk)
+    given = [ScanInputs(model, size.batch, size.length, dtype, device)]
     if given[0].path == "kernels":
         given.append(given[0].to(torch.float32, device))
 
-    def scan(inputs: Inputs) -> Callable[[], Tensor]:
+    def scan(inputs: ScanInputs) -> Callable[[], Tensor]:
         return lambda: memory_scan(*inputs.arguments())[0]
 
     return [(inputs.path, scan(inputs), [*inputs.leaves.values()]) for inputs in given]

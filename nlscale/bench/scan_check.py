@@ -1,8 +1,6 @@
 """`nlscale bench scan --check`: whether the kernels compute the right thing on this device.
 
-Compilers for GPUs have miscompiled kernels of this kind, silently (flash-linear-attention #640 and
-#984, Triton 3.4 to 3.7 on Hopper), so every size they are launched with is run here, as it is
-launched in training.
+Every size they are launched with is run, as it is launched in training (`nlscale.ops.check`).
 """
 
 from __future__ import annotations
@@ -11,26 +9,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nlscale.bench.clock import here, name_of
-from nlscale.bench.scan import Inputs, Size, triton_version
+from nlscale.bench.scan import Size, model_of, triton_version
 from nlscale.config import Mixer
-from nlscale.ops.memory import memory_scan
-from nlscale.ops.reference import memory_reference
+from nlscale.ops.check import BOUNDS, ScanInputs, relative_errors, scan_results
 from nlscale.ops.triton import LAUNCHES
 
-BOUNDS = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
-"""Norm of the error by norm of the value; bf16 products leave 0.3e-2 to 3e-2."""
 _MIXERS = (Mixer.hope, Mixer.gated_delta, Mixer.hope_pure)
 _ON_CPU = ((16, 16),)
-# A number or two may happen to vanish: compared by the norm of all that are named.
-_TOGETHER = {
-    "eta": ("eta", "alpha"),
-    "alpha": ("eta", "alpha"),
-    "lambda_key": ("lambda_key", "key"),
-    "lambda_value": ("lambda_value", "value"),
-}
 
 
 def check_scan() -> dict[str, Any]:
@@ -74,19 +61,17 @@ def _check(
     mixer: Mixer, size: Size, chunk: int, dtype: torch.dtype, device: torch.device, large: bool
 ) -> dict[str, Any]:
     torch.manual_seed(0)
-    inputs = Inputs(mixer, size, chunk, dtype, device)
-    with torch.no_grad():
-        alike = inputs.leaves["a"][:, ::2]
-        alike.copy_(alike[:, :, :1] + 0.1 * alike)
+    inputs = ScanInputs(model_of(mixer, size, chunk), size.batch, size.length, dtype, device)
+    inputs.make_keys_alike()
     weight = torch.randn_like(inputs.leaves["a"])
-    first, second = (_run(memory_scan(*inputs.arguments())[0], inputs, weight) for _ in range(2))
+    first, second = (scan_results(inputs, weight) for _ in range(2))
     if large:
         exact = inputs.to(torch.float32, device)
-        want = _run(memory_scan(*exact.arguments())[0], exact, weight)
+        want = scan_results(exact, weight)
     else:
         exact = inputs.to(torch.float64, "cpu")
-        want = _run(memory_reference(*exact.arguments()), exact, weight.cpu())
-    errors = _errors(first, want)
+        want = scan_results(exact, weight, reference=True)
+    errors = relative_errors(first, want)
     what = max(errors, key=lambda name: errors[name])
     repeats = all(torch.equal(first[name], second[name]) for name in first)
     return {
@@ -102,21 +87,3 @@ def _check(
         "repeats": repeats,
         "ok": errors[what] <= BOUNDS[dtype] and repeats,
     }
-
-
-def _run(read: Tensor, inputs: Inputs, weight: Tensor) -> dict[str, Tensor]:
-    """The reads, and the derivatives by everything, by name."""
-    leaves = inputs.leaves
-    gradients = torch.autograd.grad(read, [*leaves.values()], weight.to(read.dtype))
-    return {"reads": read.detach(), **dict(zip(leaves, gradients, strict=True))}
-
-
-def _errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
-    """Norm of the error by norm of the value; infinite where a value is not finite."""
-    norms = {name: value.double().norm().item() for name, value in want.items()}
-    errors = {}
-    for name, value in want.items():
-        scale = sum(norms[part] for part in _TOGETHER.get(name, (name,)) if part in norms)
-        error = (got[name].to(value.device).double() - value.double()).norm().item() / scale
-        errors[name] = error if error == error else float("inf")
-    return errors

@@ -21,6 +21,7 @@ _FREE = (
     "wandb.",
     "train.micro_batch",
     "train.recompute",
+    "train.kernels",
     "train.validate_every",
     "train.validation_sequences",
     "train.max_dropped_steps",

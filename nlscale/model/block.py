@@ -7,11 +7,12 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nlscale.config import Mixer, ModelConfig, Recompute
+from nlscale.config import Mixer, ModelConfig, Recompute, TrainConfig
 from nlscale.model.cms import CMS
 from nlscale.model.layers import RMSNorm
 from nlscale.model.mixers.attention import Attention
 from nlscale.model.mixers.memory import MemoryMixer
+from nlscale.ops.documents import Documents
 
 
 class Block(nn.Module):
@@ -22,16 +23,19 @@ class Block(nn.Module):
         model: ModelConfig,
         mc: TransformerConfig,
         hidden: list[int],
-        recompute: frozenset[Recompute],
+        train: TrainConfig,
     ) -> None:
         super().__init__()
         # two additions to the residual stream a block, whatever the number of levels
         residual_std = model.init_std / (2 * model.layers) ** 0.5
         make = Attention if model.mixer == Mixer.attention else MemoryMixer
         self.norm = RMSNorm(mc, model.d_model, model.norm_eps)
-        self.mixer = make(model, mc, residual_std, Recompute.mixer in recompute)
-        self.cms = CMS(model, mc, hidden, residual_std, Recompute.cms in recompute)
+        recompute, kernels = train.recompute, train.kernels
+        self.mixer = make(model, mc, residual_std, Recompute.mixer in recompute, kernels)
+        self.cms = CMS(model, mc, hidden, residual_std, Recompute.cms in recompute, kernels)
 
-    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        mixed, state = self.mixer(self.norm(x), state)
+    def forward(
+        self, x: Tensor, state: Any = None, documents: Documents | None = None
+    ) -> tuple[Tensor, Any]:
+        mixed, state = self.mixer(self.norm(x), state, documents)
         return self.cms(x + mixed), state

@@ -20,6 +20,7 @@ from nlscale.model.layers import (
     row_linear,
 )
 from nlscale.model.width import width_multiplier
+from nlscale.ops.pointwise import compiled_on_gpu, swiglu
 
 
 class LevelMLP(nn.Module):
@@ -32,12 +33,14 @@ class LevelMLP(nn.Module):
         hidden: int,
         residual_std: float,
         recompute: bool,
+        kernels: bool,
     ) -> None:
         super().__init__()
         d, wider = model.d_model, width_multiplier(model)
         self.up = column_linear(mc, d, [hidden, hidden], normal(model.init_std), wider)
         self.down = row_linear(mc, hidden, d, normal(residual_std), wider)
         self.recompute = recompute
+        self.swiglu = compiled_on_gpu(swiglu, kernels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self._hidden(lambda x: self.up(x)[0], x))[0]
@@ -52,8 +55,7 @@ class LevelMLP(nn.Module):
 
     def _hidden(self, up_projection: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         def hidden(x: Tensor) -> Tensor:
-            gate, up = up_projection(x).chunk(2, dim=-1)
-            return F.silu(gate) * up
+            return self.swiglu(up_projection(x))
 
         return recomputed(hidden, x) if self.recompute else hidden(x)
 
@@ -72,10 +74,13 @@ class CMS(nn.Module):
         hidden: list[int],
         residual_std: float,
         recompute: bool,
+        kernels: bool,
     ) -> None:
         super().__init__()
         self.mc, self.independent = mc, model.cms == CmsForm.independent
-        self.mlps = nn.ModuleList(LevelMLP(model, mc, h, residual_std, recompute) for h in hidden)
+        self.mlps = nn.ModuleList(
+            LevelMLP(model, mc, h, residual_std, recompute, kernels) for h in hidden
+        )
         norms = 1 if self.independent else len(hidden)
         self.norms = nn.ModuleList(RMSNorm(mc, model.d_model, model.norm_eps) for _ in range(norms))
         if self.independent and len(hidden) > 1:

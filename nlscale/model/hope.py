@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from nlscale.config import Config
 from nlscale.model.block import Block
 from nlscale.model.init import normal
-from nlscale.model.layers import RMSNorm, column_linear, cross_entropy, embedding
+from nlscale.model.layers import RMSNorm, column_linear, embedding, vocabulary_group
+from nlscale.model.loss import cross_entropy
 from nlscale.model.sizes import level_hidden
 from nlscale.model.width import width_multiplier
+from nlscale.ops.documents import Documents
 
 
 class Hope(nn.Module):
@@ -40,12 +42,13 @@ class Hope(nn.Module):
         self.layers = model.layers
         self.is_first, self.is_last = blocks.start == 0, blocks.stop == model.layers
         self.embedding = embedding(mc, vocabulary, model.init_std) if self.is_first else None
-        recompute = frozenset(config.train.recompute)
-        self.blocks = nn.ModuleDict({str(i): Block(model, mc, hidden, recompute) for i in blocks})
+        train = config.train
+        self.blocks = nn.ModuleDict({str(i): Block(model, mc, hidden, train) for i in blocks})
         if self.is_last:
             self.norm = RMSNorm(mc, model.d_model, model.norm_eps)
             self.head = column_linear(mc, model.d_model, [vocabulary], normal(model.init_std))
             self.width_multiplier = width_multiplier(model)
+            self.kernels = train.kernels
         self._input: Tensor | None = None
 
     def set_input_tensor(self, tensor: Tensor | list[Tensor | None] | None) -> None:
@@ -64,12 +67,17 @@ class Hope(nn.Module):
         return cms.level_of(".".join(parts[3:])), depth  # type: ignore[operator, union-attr]
 
     def hidden(
-        self, tokens: Tensor, states: dict[str, Any] | None = None, carry: bool = True
+        self,
+        tokens: Tensor,
+        states: dict[str, Any] | None = None,
+        carry: bool = True,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """tokens [batch, sequence] -> residual stream [sequence, batch, d_model], new states.
 
         `states` are those an earlier piece of the same sequences returned; None at their start.
-        Without `carry` no new ones are returned, and what they hold is freed block by block.
+        Without `carry` no new ones are returned, and what they hold is freed block by block. Where
+        `documents` are given nothing is carried from one to the next, nor to another piece.
         """
         if self.embedding is not None:
             x = self.embedding(tokens)
@@ -80,7 +88,7 @@ class Hope(nn.Module):
             x = self._input
         carried: dict[str, Any] = {}
         for index, block in self.blocks.items():
-            x, state = block(x, None if states is None else states[index])
+            x, state = block(x, None if states is None else states[index], documents)
             if carry:
                 carried[index] = state
         return x, carried
@@ -89,12 +97,15 @@ class Hope(nn.Module):
         """Residual stream -> logits [sequence, batch, vocabulary / tensor-parallel size]."""
         return self.head(self.norm(x) / self.width_multiplier)[0]
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor, documents: Documents | None = None
+    ) -> Tensor:
         """Loss of each token in nats, fp32 [sequence, batch]; on an earlier stage its output."""
-        x, _ = self.hidden(tokens, carry=False)
+        x, _ = self.hidden(tokens, carry=False, documents=documents)
         if not self.is_last:
             return x
-        return cross_entropy(self.logits(x).float(), targets.transpose(0, 1).contiguous())
+        targets = targets.transpose(0, 1).contiguous()
+        return cross_entropy(self.logits(x), targets, vocabulary_group(), self.kernels)
 
 
 def named_parameters(stages: list[Hope]) -> dict[str, nn.Parameter]:

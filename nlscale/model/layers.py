@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     mappings,
-    vocab_parallel_cross_entropy,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -125,9 +126,9 @@ def embedding(mc: TransformerConfig, vocabulary: int, std: float) -> VocabParall
     return layer
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats per token, [sequence, batch]; logits stay split over the vocabulary."""
-    return vocab_parallel_cross_entropy(logits, targets)
+def vocabulary_group() -> dist.ProcessGroup:
+    """The ranks that share the rows of the embedding and of the head."""
+    return get_tensor_model_parallel_group()
 
 
 class RMSNorm(nn.Module):

@@ -78,6 +78,7 @@ class ChunkWrites(torch.autograd.Function):
         logits: Tensor,
         current: Tensor,
         start: Tensor | None,
+        carried: Tensor | None,
         for_key: Tensor | None,
         for_value: Tensor | None,
         additive: bool,
@@ -90,6 +91,7 @@ class ChunkWrites(torch.autograd.Function):
             logits: static logits of eta and alpha, [n, N, C, 2].
             current: Z at the start of the first chunk, [N, d or 2d, d].
             start: P of the first chunk, [N, d, d], where it was begun before; else None.
+            carried: 0 at chunks before which states start anew, else 1, [n, N, 1, 1], or None.
             for_key, for_value: [M_k; m_eta; m_alpha] and M_v, [N, d + 2, d] and [N, d, d];
                 None for a static memory.
             additive: whether a and b themselves are part of k and v.
@@ -112,7 +114,12 @@ class ChunkWrites(torch.autograd.Function):
         eye = torch.eye(size, dtype=a.dtype, device=a.device).expand(batch, size, size)
         kept: list[Tensor | None] = []
         each = (x.unbind(0) for x in (a, b, logits, k, g, fade, writes, states[:-1], states[1:]))
-        for a_i, b_i, logits_i, k_i, g_i, fade_i, write, state, after in zip(*each, strict=True):
+        for i, parts in enumerate(zip(*each, strict=True)):
+            a_i, b_i, logits_i, k_i, g_i, fade_i, write, state, after = parts
+            if carried is not None:
+                state.mul_(carried[i])
+                if for_key is not None:
+                    state[:, :d].diagonal(dim1=1, dim2=2).add_(1 - carried[i, ..., 0])
             pi, main = state[:, :d], state[:, -d:]
             p = key_now = value_now = v_scale = None
             x, v, gates = a_i, b_i, logits_i
@@ -161,7 +168,9 @@ class ChunkWrites(torch.autograd.Function):
                 key_now, value_now, v, v_scale, k_scale, r, gates, since_start, solve
             ]  # fmt: skip
         ctx.rules, ctx.additive = rules, additive
-        ctx.save_for_backward(a, b, start, for_key, for_value, k, fade, writes, states, *kept)
+        ctx.save_for_backward(
+            a, b, start, carried, for_key, for_value, k, fade, writes, states, *kept
+        )
         ctx.mark_non_differentiable(fade)
         ctx.set_materialize_grads(False)  # or one of zeros, large, would be made for F
         return k, g, fade, states[:-1, :, -d:], writes[..., -d:], states[-1].clone()
@@ -170,7 +179,7 @@ class ChunkWrites(torch.autograd.Function):
     @on_one_thread
     @once_differentiable
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        a, b, start, for_key, for_value, k, fade, writes, states, *kept = ctx.saved_tensors
+        a, b, start, carried, for_key, for_value, k, fade, writes, states, *kept = ctx.saved_tensors
         rules, (count, _, size, d) = ctx.rules, a.shape
         static = for_key is None
         anchored = rules.anchored and not static
@@ -183,7 +192,7 @@ class ChunkWrites(torch.autograd.Function):
         )
         up_to = torch.ones(size + 1, size, dtype=a.dtype, device=a.device).tril(-1)
         d_a, d_b, d_logits = torch.empty_like(a), torch.empty_like(b), a.new_empty(*a.shape[:3], 2)
-        d_makers = [torch.zeros_like(x) for x in (for_key, for_value) if x is not None]
+        d_makers: list[Any] = [torch.zeros_like(x) for x in (for_key, for_value) if x is not None]
         d_start = None
         for i in reversed(range(count)):
             state, k_i, write, fade_i = states[i], k[i], writes[i], fade[i]
@@ -252,6 +261,8 @@ class ChunkWrites(torch.autograd.Function):
             d_logits[i] = d_gates
             if static:
                 d_a[i], d_b[i] = d_x, d_v
+                if carried is not None:
+                    d_state.mul_(carried[i])
                 continue
             d_key_now, d_value_now = torch.bmm(d_made.mT, a[i]), torch.bmm(d_v.mT, b[i])
             d_p.baddbmm_(for_key.mT, d_key_now).baddbmm_(for_value.mT, d_value_now)
@@ -264,7 +275,10 @@ class ChunkWrites(torch.autograd.Function):
                 d_start = d_p
             else:
                 d_pi.add_(d_p)
-        return d_a, d_b, d_logits, d_state, d_start, *(d_makers or (None, None)), None, None
+            if carried is not None:
+                d_state.mul_(carried[i])
+        d_makers = d_makers or [None, None]
+        return d_a, d_b, d_logits, d_state, d_start, None, *d_makers, None, None
 
 
 def row_dot(x: Tensor, y: Tensor) -> Tensor:

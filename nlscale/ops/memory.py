@@ -26,7 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nlscale.ops import triton as kernels
+from nlscale.config import Mixer, ModelConfig
+from nlscale.ops import triton as fused_scan
 from nlscale.ops.chunk import NORMALIZE_EPS as NORMALIZE_EPS
 from nlscale.ops.chunk import ChunkWrites
 from nlscale.ops.chunk_reads import ChunkReads
@@ -46,6 +47,18 @@ class MemoryRules:
     normalize_value: bool
     main_memory: bool
     """The main memory is a state of its own, S; otherwise it is read off Pi."""
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> MemoryRules:
+        """Those of a mixer with a memory."""
+        memory = model.memory
+        return cls(
+            chunk=memory.chunk,
+            anchored=bool(memory.anchored),
+            c=float(memory.c or 0.0),
+            normalize_value=bool(memory.normalize_value),
+            main_memory=model.mixer in (Mixer.hope, Mixer.gated_delta),
+        )
 
 
 @dataclass
@@ -87,6 +100,8 @@ def memory_scan(
     weights: MemoryWeights | None,
     rules: MemoryRules,
     state: MemoryState | None = None,
+    carried: Tensor | None = None,
+    kernels: bool = True,
 ) -> tuple[Tensor, MemoryState]:
     """Write and read the memory over a sequence; differentiable through every write.
 
@@ -99,6 +114,9 @@ def memory_scan(
         weights: the initial memories; None for a static memory.
         rules: what kind of memory it is.
         state: where an earlier piece of the sequence ended; None at the start.
+        carried: 0 at chunks before which the memory starts anew, else 1, fp32 [batch, chunks];
+            for whole chunks without a `state`. None: it never does.
+        kernels: whether the kernels for GPUs may be used.
 
     Returns:
         The reads [batch, heads, time, d], in the dtype of `a`, and the state after the piece.
@@ -109,9 +127,10 @@ def memory_scan(
     if state is None:
         state = _initial_state(a, wide, weights, rules)
     start, current, position = state.start, state.current, state.position
+    assert carried is None or (position == 0 and length % rules.chunk == 0)
     makers = None if weights is None else _makers(weights, wide)
     additive = weights is None or weights.lambda_key is not None
-    fused = kernels.supports(a, b, q, rules, weights is None)
+    fused = kernels and fused_scan.supports(a, b, q, rules, weights is None)
     runs = _runs(position, length, rules.chunk)
     # split, not slices: the backward of a slice fills a tensor of the whole length with zeros
     lengths = [count * size for count, size in runs]
@@ -122,14 +141,14 @@ def memory_scan(
     for run, part in zip(runs, parts, strict=True):
         begun = start if position else None
         if fused and begun is None:
-            read, current = _fused_run(part, current, makers, additive, rules)
+            read, current = _fused_run(part, current, carried, makers, additive, rules)
         else:
             if makers is not None and each is None:
                 key, value, gates = makers
                 for_key = torch.cat([key, gates], dim=1)
                 each = _each_sequence(for_key, len(a)), _each_sequence(value, len(a))
             part = tuple(x.to(wide) for x in part)
-            read, current = _torch_run(run, part, current, begun, each, additive, rules)
+            read, current = _torch_run(run, part, current, begun, carried, each, additive, rules)
         reads.append(read)
         position = (position + read.shape[2]) % rules.chunk
         if position == 0 and start is not None:
@@ -145,6 +164,7 @@ def _torch_run(
     part: tuple[Tensor, ...],
     current: Tensor,
     begun: Tensor | None,
+    carried: Tensor | None,
     makers: tuple[Tensor, Tensor] | None,
     additive: bool,
     rules: MemoryRules,
@@ -159,9 +179,11 @@ def _torch_run(
     xa, xb, xq, logits = (
         _by_chunk(x, count, size) for x in (a, b, q, torch.stack([eta, alpha], -1))
     )
+    if carried is not None:
+        carried = carried.to(xa.dtype).repeat_interleave(heads, 0).T[..., None, None]
     k, g, fade, main, written, last = ChunkWrites.apply(
         xa, xb, logits, current.flatten(0, 1), None if begun is None else begun.flatten(0, 1),
-        for_key, for_value, additive, rules,
+        carried, for_key, for_value, additive, rules,
     )  # fmt: skip
     anchored = rules.anchored and not rules.main_memory
     read = ChunkReads.apply(xq, k, g, fade, main, written, anchored)
@@ -171,6 +193,7 @@ def _torch_run(
 def _fused_run(
     part: tuple[Tensor, ...],
     current: Tensor,
+    carried: Tensor | None,
     makers: Makers | None,
     additive: bool,
     rules: MemoryRules,
@@ -181,7 +204,9 @@ def _fused_run(
     states = current.split(part[0].shape[-1], dim=2)
     pi = None if makers is None else states[0]
     main = states[-1] if rules.main_memory else None
-    read, *after = FusedScan.apply(*part, pi, main, *(makers or (None,) * 3), additive, rules)
+    read, *after = FusedScan.apply(
+        *part, pi, main, carried, *(makers or (None,) * 3), additive, rules
+    )
     return read, torch.cat([x for x in after if x is not None], dim=2)
 
 
@@ -223,8 +248,3 @@ def _each_sequence(x: Tensor, batch: int) -> Tensor:
 def _by_chunk(x: Tensor, count: int, size: int) -> Tensor:
     """[batch, heads, time, ...] -> [chunk, batch * heads, size, ...]."""
     return x.unflatten(2, (count, size)).movedim(2, 0).flatten(1, 2)
-
-
-def normalize(x: Tensor) -> Tensor:
-    """x / sqrt(|x|^2 + eps) along the last dimension."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + NORMALIZE_EPS)

@@ -122,11 +122,12 @@ class LevelOptimizer:
             reduce_across_nodes(self.layout, [s for g in due for s in g.window.sums])
             for progress in closing.values():
                 progress.reductions += 1
+        tokens = {group: progress.tokens for group, progress in closing.items()}
         for g in due:
-            g.window.close(closing[g.group].tokens)
+            g.window.close()
             with cpu.cuda_by_name():
                 g.optimizer.prepare_grads()
-        norms = self._norms(due)
+        norms = self._norms(due, tokens)
         measured = [
             g for g in due if g.group.period > 1 or closing[g.group].updates % _RATIO_EVERY == 0
         ]
@@ -138,17 +139,20 @@ class LevelOptimizer:
             rates[group] = rate * self.levels[group.level].learning_rate_scale * warmup
             progress.tokens, progress.updates = 0, progress.updates + 1
         for g in due:
-            g.window.scale(self._clip_factor(norms, g.group.level))
+            g.window.scale(self._clip_factor(norms, g.group.level) / tokens[g.group])
             for param_group in g.optimizer.optimizer.param_groups:
                 param_group["lr"] = rates[g.group] * param_group["lr_mult"]
             with cpu.cuda_by_name():
                 g.optimizer.step_with_ready_grads()
-        ratios = self._update_ratios(measured, before)
+        # The host waits for the GPU here, once all of the step is under way.
+        norms, moved, weights = torch.cat([norms[None], self._moved(measured, before)]).tolist()
         return {
             group.level: {
                 "learning_rate": rate,
                 "grad_norm": norms[group.level],
-                "update_ratio": ratios[group.level],
+                "update_ratio": moved[group.level] / weights[group.level]
+                if weights[group.level]
+                else None,
             }
             for group, rate in rates.items()
         }
@@ -233,22 +237,24 @@ class LevelOptimizer:
         for gradient, summed in zip(gradients, sums, strict=True):
             gradient.copy_(summed.view_as(gradient))
 
-    def _norms(self, due: list[GroupOptimizer]) -> list[float]:
-        """Norm of the window gradient of what updates now, per level."""
+    def _norms(self, due: list[GroupOptimizer], tokens: dict[SyncGroup, int]) -> Tensor:
+        """Norm of the mean window gradient of what updates now, per level, float64.
+
+        The buffers hold sums, over that many tokens.
+        """
         squares = torch.zeros(len(self.levels), dtype=torch.float64, device=self.layout.device)
         for g in due:
-            squares[g.group.level] += g.window.square()
+            square = g.window.square()
             if self.layout.tensor_rank > 0:
                 # what every tensor-parallel rank holds counts once, on the first of them
                 shared = [p.grad for p in _main_parameters(g) if not p.tensor_model_parallel]
-                squares[g.group.level] -= sum(sum_of_squares(grad) for grad in shared)
+                square -= sum(sum_of_squares(grad) for grad in shared)
+            squares[g.group.level] += square / tokens[g.group] ** 2
         dist.all_reduce(squares, group=self.layout.replica)
-        return squares.sqrt().tolist()
+        return squares.sqrt()
 
-    def _update_ratios(
-        self, due: list[GroupOptimizer], before: list[list[Tensor]]
-    ) -> list[float | None]:
-        """|update| / |weights| of what has just updated, per level; None where nothing has.
+    def _moved(self, due: list[GroupOptimizer], before: list[list[Tensor]]) -> Tensor:
+        """|update| and |weights| of what has just updated, per level, float64 [2, levels].
 
         A reduction over the replica: every rank of it takes part, whether or not it holds a part
         of what has updated.
@@ -259,8 +265,7 @@ class LevelOptimizer:
             torch._foreach_sub_(old, _main_parameters(g))
             squares[0, g.group.level] += self._square(old, g)
         dist.all_reduce(squares, group=self.layout.replica)
-        moved, weights = squares.sqrt().tolist()
-        return [m / w if w else None for m, w in zip(moved, weights, strict=True)]
+        return squares.sqrt()
 
     def _square(self, tensors: list[Tensor], g: GroupOptimizer) -> Tensor | float:
         """Sum of squares of one tensor a parameter shard, those on every tensor rank once."""
@@ -271,11 +276,13 @@ class LevelOptimizer:
         ]
         return torch.stack(torch._foreach_norm(counted)).square().sum() if counted else 0.0
 
-    def _clip_factor(self, norms: list[float], level: int) -> float:
+    def _clip_factor(self, norms: Tensor, level: int) -> Tensor:
         clip = self.config.optimizer.clip
+        if clip == 0:
+            return torch.ones_like(norms[level])
         joint = self.config.optimizer.clip_scope == ClipScope.joint
-        norm = sum(n * n for n in norms) ** 0.5 if joint else norms[level]
-        return min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+        norm = norms.square().sum().sqrt() if joint else norms[level]
+        return (clip / (norm + 1e-6)).clamp(max=1.0)
 
 
 def _main_parameters(g: GroupOptimizer) -> list[Any]:

@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nlscale.model.hope import Hope
+from nlscale.ops.documents import Documents
 from nlscale.parallel.window import Window
 
 
@@ -24,6 +25,8 @@ class Batch(NamedTuple):
     """int64 [rows, sequence]: the tokens that follow."""
     counted: int
     """The first rows, whose loss counts; what lies below only fills the shape."""
+    documents: Documents | None = None
+    """Where they are, where each is to be treated as if it stood alone."""
 
 
 def run_micro_batches(
@@ -54,7 +57,8 @@ def run_micro_batches(
         iterator: Iterator[Batch], stage: Hope
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
         batch = next(iterator)
-        return stage(batch.tokens, batch.targets), partial(loss_of, counted=batch.counted)
+        losses = stage(batch.tokens, batch.targets, batch.documents)
+        return losses, partial(loss_of, counted=batch.counted)
 
     size, length = batches[0].tokens.shape
     stages[0].config.no_sync_func = None if windows is None else lambda: _no_sync(windows)

@@ -97,20 +97,18 @@ class Window:
         if self.sums is not self.shards:
             torch._foreach_add_(self.sums, self.shards)
 
-    def close(self, tokens: int) -> None:
-        """Leave the mean gradient of the window's tokens in the gradient buffer, ready to step.
+    def close(self) -> None:
+        """Leave the sum of the window's gradients in the gradient buffer.
 
         The sums must be those of all nodes by now.
         """
         if self.sums is not self.shards:
             torch._foreach_copy_(self.shards, self.sums)
             torch._foreach_zero_(self.sums)
-        torch._foreach_mul_(self.shards, 1.0 / tokens)
 
-    def scale(self, factor: float) -> None:
-        """Multiply the closed window's gradient: clipping."""
-        if factor != 1.0:
-            torch._foreach_mul_(self.shards, factor)
+    def scale(self, factor: Tensor) -> None:
+        """Multiply the closed window's gradient: the mean over its tokens, clipped."""
+        torch._foreach_mul_(self.shards, factor.to(torch.float32))
 
 
 def sum_of_squares(flat: Tensor) -> Tensor:

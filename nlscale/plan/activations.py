@@ -2,7 +2,8 @@
 
 Written down from what `nlscale.model` and `nlscale.ops` do on a GPU; tests/plan compares it with
 what autograd really saves. Tensors count with the whole of their storage, because a view keeps
-all of it: a gate is a part of the projection, and keeps the projection.
+all of it: a gate is a part of the projection, and keeps the projection. With `train.kernels` small
+operations that follow each other keep what they begin with and nothing between them.
 
 A few numbers a layer that do not grow with the batch or the sequence are left out.
 """
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 from nlscale.config import CmsForm, Config, Dtype, Mixer, Recompute
 from nlscale.model.sizes import head_dim, level_hidden
+from nlscale.ops.triton import takes
 
 _FP32 = 4
 _INT64 = 8
@@ -68,10 +70,9 @@ class MicroBatch:
         return self.tokens * _INT64
 
     def head(self) -> float:
-        """Kept by the last norm, the head and the cross entropy: the softmax in fp32."""
-        softmax = self._logits * _FP32
-        targets = self.tokens * (_INT64 + 1)  # where each is in this rank's part, and whether
-        return self._norm() + self.residual + softmax + targets
+        """Kept by the last norm, the head and the cross entropy: the logits, once."""
+        rows = self.tokens * (_INT64 + _FP32)  # target and log-sum-exp of each
+        return self._norm() + self.residual + self._logits * self.element + rows
 
     @property
     def _logits(self) -> float:
@@ -82,14 +83,14 @@ class MicroBatch:
         model, parallel = self.config.model, self.config.parallel
         return self.tokens * model.d_model * self.element if parallel.sequence else 0
 
-    def transient(self, last: bool) -> float:
+    def transient(self) -> float:
         """The largest of what exists for a moment only, beside all that is kept.
 
-        A part of one block while it is computed again; on the last stage also the logits, or their
-        gradient, beside their softmax in fp32.
+        The backward pass of a scan, or a part of one block while it is computed again. The gradient
+        of the logits takes their own place.
         """
         recompute = self.config.train.recompute
-        parts = [0.0]
+        parts = [self._scan_gradients() if self._fused_scan else 0.0]
         if Recompute.mixer in recompute:
             parts.append(self._mixed() + self._scan_gradients())
         if Recompute.cms in recompute:
@@ -98,16 +99,25 @@ class MicroBatch:
             # what each level adds to the residual stream, once by itself and once stacked
             levels = len(self.config.levels.spectrum)
             parts.append(2 * levels * self.tokens * self.config.model.d_model * self.element)
-        if last:
-            parts.append(self._logits * self.element if self.element < _FP32 else 0.0)
         return max(parts)
 
     def _scan_gradients(self) -> float:
-        """Gradients of k, of the writes, of a, and of the states, which are there together."""
-        if self.config.model.mixer == Mixer.attention:
+        """What the backward pass of the scan has at once."""
+        model = self.config.model
+        if model.mixer == Mixer.attention:
             return 0.0
-        states = head_dim(self.config.model) / self.config.model.memory.chunk
-        return _FP32 * self.tokens * self.width * (3 + states)
+        states = head_dim(model) / model.memory.chunk
+        if not self._fused_scan:
+            # gradients of k, of the writes, of a, and of the states
+            return _FP32 * self.tokens * self.width * (3 + states)
+        solve, main = 1 / states, self._main_memory
+        # keys, writes, gradients of q, of k and of the writes; the states', and the inverses
+        tiles = 5 + states + solve
+        if main:
+            tiles += 2 + states  # what S decides of the writes, gradient of v and of S after
+        if self._modifies_itself:
+            tiles += 6 + main  # v, what Pi writes, gradients of x, v, a and b
+        return self.element * self.tokens * self.width * tiles
 
     def _norm(self) -> float:
         """RMSNorm keeps its input and the inverse root of each token."""
@@ -123,7 +133,7 @@ class MicroBatch:
             sections = (2 if memory.separate_inputs else 1) + 1 + bool(memory.output_gate)
             gates = 2 * self.heads if memory.static_gates else 0
             projected = sections * channels + self.tokens * gates * self.element
-            kept_by_view = bool(memory.output_gate)
+            kept_by_view = self._compiled or bool(memory.output_gate)
         kept = self.residual + channels  # the inputs of both projections
         if recompute:
             return kept + projected
@@ -139,32 +149,82 @@ class MicroBatch:
         """Rotated q and k, the output, and its log-sum-exp; v is a view of the projection."""
         kept = 3 * self.tokens * self.width * self.element + self.tokens * self.heads * _FP32
         angles = self.config.data.sequence_length * head_dim(self.config.model) // 2
-        return kept + 4 * angles * _FP32  # cos and sin, for q and for k
+        return kept + (0 if self._compiled else 4 * angles * _FP32)  # cos and sin, for q and for k
+
+    @property
+    def _compiled(self) -> bool:
+        return self.config.train.kernels
+
+    @property
+    def _modifies_itself(self) -> bool:
+        return self.config.model.mixer != Mixer.gated_delta
+
+    @property
+    def _main_memory(self) -> bool:
+        """Whether S is a state of its own."""
+        return self.config.model.mixer in (Mixer.hope, Mixer.gated_delta)
+
+    @property
+    def _fused_scan(self) -> bool:
+        """Whether the scan runs through the kernels."""
+        config, memory = self.config, self.config.model.memory
+        bf16 = config.train.kernels and config.train.dtype == Dtype.bf16
+        anchored, static = bool(memory.anchored), not self._modifies_itself
+        return bf16 and takes(memory.chunk, head_dim(config.model), anchored, static)
 
     def _memory(self) -> float:
-        """The memory mixers; all in fp32 from the convolution on, see nlscale.ops.chunk."""
-        model = self.config.model
-        memory, d, length = model.memory, head_dim(model), self.config.data.sequence_length
-        inputs = 2 if memory.separate_inputs else 1
-        modifies_itself = model.mixer != Mixer.gated_delta
-        channels, scalars = self.tokens * self.width, self.tokens * self.heads
+        """The memory mixers."""
+        return self._around_the_scan() + self._makers() + self._scan()
 
-        tail = self.rows * (memory.convolution - 1) * self.width
+    def _around_the_scan(self) -> float:
+        """Convolution, norms and gate; norms are taken in fp32."""
+        memory = self.config.model.memory
+        inputs = 2 if memory.separate_inputs else 1
+        channels, scalars = self.tokens * self.width, self.tokens * self.heads
+        tail = inputs * self.rows * (memory.convolution - 1) * self.width
+        if self._compiled:
+            # the tail and the read; the projection counts where it is made
+            return self.element * (tail + channels)
         # inputs of the convolution and of the SiLU
-        kept = self.element * inputs * (2 * channels + tail)
-        kept += 2 * _FP32 * (channels + scalars)  # a and q before they are normalised
+        kept = self.element * (2 * inputs * channels + tail)
+        # a and q before they are normalised; where b is what a was made of, it counts as b
+        same = inputs == 1 and self.element == _FP32
+        kept += _FP32 * ((1 if same else 2) * channels + 2 * scalars)
         if memory.read_norm:
-            kept += _FP32 * (2 * channels + scalars)
+            kept += self.element * 2 * channels + _FP32 * scalars
         if memory.output_gate:
             kept += self.element * 2 * channels  # the read and the SiLU of its gate
-        if modifies_itself:
+        return kept
+
+    def _makers(self) -> float:
+        """The learned memories, as the scan wants them."""
+        model, d, kept = self.config.model, head_dim(self.config.model), 0.0
+        if not self._modifies_itself:
+            return kept
+        if not self._fused_scan:
             # [M_k; m_eta; m_alpha] and M_v, once a sequence
             kept += _FP32 * self.rows * self.heads * (2 * d + 2) * d
-            if model.mixer != Mixer.hope:
-                kept += _FP32 * (channels + self.rows * self.heads * d * d)  # M_m times the read
-            elif self.element < _FP32:
-                kept += _FP32 * 2 * self.heads * d * d  # M_k and M_v, to be weighted in fp32
+        else:
+            kept += self.element * self.heads * (2 * d + 2) * d
+        if model.mixer != Mixer.hope:
+            # M_m times the read
+            number = self.element if self._fused_scan else _FP32
+            own = 1 if self._fused_scan else self.rows
+            kept += number * (self.tokens * self.width + own * self.heads * d * d)
+        elif self.element < _FP32:
+            kept += _FP32 * 2 * self.heads * d * d  # M_k and M_v, to be weighted in fp32
+        return kept
 
+    def _scan(self) -> float:
+        model = self.config.model
+        memory, d, length = model.memory, head_dim(model), self.config.data.sequence_length
+        if self._fused_scan:
+            # a, b, q, static logits, and the states at the start of chunks
+            states = self._modifies_itself + self._main_memory
+            chunks = self.rows * self.heads * -(-length // memory.chunk)
+            kept = self.element * (3.0 * self.tokens * self.width + states * chunks * d * d)
+            return kept + 2 * _FP32 * self.tokens * self.heads
+        kept = 0.0
         sequences = self.rows * self.heads
         whole, rest = divmod(length, memory.chunk)
         for count, size in ((whole, memory.chunk), (1, rest)):
@@ -176,9 +236,9 @@ class MicroBatch:
         """Numbers that `ChunkWrites` and `ChunkReads` keep of equal chunks of one sequence."""
         model = self.config.model
         memory, d = model.memory, head_dim(model)
-        modifies_itself = model.mixer != Mixer.gated_delta
+        modifies_itself = self._modifies_itself
         # the states: Pi, S or both
-        rows = d * (modifies_itself + (model.mixer in (Mixer.hope, Mixer.gated_delta)))
+        rows = d * (modifies_itself + self._main_memory)
         kept = 4 * size * d  # a, b, q, k
         kept += 2 * (size + 1) + (size + 1) * size  # decays: g, its exp, F
         kept += 2 * size * size  # the inverse of the triangular system; the scores
@@ -210,8 +270,8 @@ class MicroBatch:
         return model.cms == CmsForm.independent and len(self.config.levels.spectrum) > 1
 
     def _hidden(self, hidden: int) -> float:
-        """SwiGLU of that many hidden units: the up projection and the SiLU of its gate."""
-        return 3.0 * self.tokens * self.element * hidden
+        """SwiGLU of that many hidden units: the up projection, and the SiLU of its gate."""
+        return (2.0 if self._compiled else 3.0) * self.tokens * self.element * hidden
 
     def _level_hidden(self) -> list[int]:
         return [h // self.config.parallel.tensor for h in level_hidden(self.config)]

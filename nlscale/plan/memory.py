@@ -97,7 +97,6 @@ def memory(
         held = _held(config, vocabulary, mine)
         parameters = sum(held)
         waiting = sum(n for level, n in zip(levels, held, strict=True) if level.period > 1)
-        last = mine[-1].stop == config.model.layers
         kept = most_kept([_stage(batch, blocks) for blocks in mine], ranks, rank, micro_batches)
         result.append(
             RankMemory(
@@ -105,7 +104,7 @@ def memory(
                 gradients=parameters * 4,
                 windows=waiting * 4 / in_node,
                 optimizer=parameters * (12 if bf16 else 8) / in_node,
-                activations=kept + batch.transient(last) + batch.gathered(),
+                activations=kept + batch.transient() + batch.gathered(),
             )
         )
     return result

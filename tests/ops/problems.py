@@ -12,8 +12,8 @@ from nlscale.ops.memory import (
     MemoryState,
     MemoryWeights,
     memory_scan,
-    normalize,
 )
+from nlscale.ops.pointwise import normalize
 from nlscale.ops.reference import memory_reference
 
 MODES = {

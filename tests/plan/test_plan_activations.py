@@ -17,7 +17,7 @@ SHAPES = {
     "one level": [],
     "levels in turn": ["levels=[1,4]", "train.micro_batch=3", "data.sequence_length=48"],
     "levels mixed": ["levels=[1,4,16]", "model.cms=independent"],
-    "a rest of a chunk": ["data.sequence_length=60", "model.memory.chunk=16"],
+    "a rest of a chunk": ["data.sequence_length=60"],
     "small heads": ["model.heads=8", "model.memory.chunk=32", "train.micro_batch=1"],
 }
 RECOMPUTE: list[list[Recompute]] = [[], [Recompute.mixer], [Recompute.cms], list(Recompute)]
@@ -32,7 +32,7 @@ def make(*overrides: str, recompute: list[Recompute] | None = None) -> Config:
             "model.layers=2",
             "model.d_model=64",
             "model.heads=4",
-            "model.memory.chunk=8",
+            "model.memory.chunk=16",
             "train.micro_batch=2",
             *overrides,
         ],
@@ -65,6 +65,7 @@ def live_bytes(configs: list[Config], backward: bool) -> list[tuple[int, int]]:
     from nlscale.parallel.layout import process_groups
 
     norm_as_on_a_gpu()
+    kernels_as_on_a_gpu()
     found = []
     with process_groups(configs[0]) as layout:
         for config in configs:
@@ -144,6 +145,46 @@ def norm_as_on_a_gpu() -> None:
     F.rms_norm = lambda x, shape, weight=None, eps=None: FusedNorm.apply(x, weight, eps)
 
 
+def kernels_as_on_a_gpu() -> None:
+    """Compiled functions keep what they are given. The scan's kernels run nowhere here, but what is
+    kept for them is kept."""
+    import torch
+
+    import nlscale.ops.triton
+    from nlscale.model import cms
+    from nlscale.model.mixers import attention, memory
+    from nlscale.ops.triton import scan
+
+    class Nowhere:
+        """A kernel that is launched and does nothing."""
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *given, **options: None
+
+    class Compiled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, function: Any, *given: Any) -> Any:
+            ctx.save_for_backward(*(x if isinstance(x, torch.Tensor) else None for x in given))
+            return function(*given)
+
+        @staticmethod
+        def backward(ctx: Any, *d: Any) -> Any:  # its values do not matter here
+            return None, *(x if x is None else torch.zeros_like(x) for x in ctx.saved_tensors)
+
+    def compiled_on_gpu(function: Any, wanted: bool) -> Any:
+        return (lambda *given: Compiled.apply(function, *given)) if wanted else function
+
+    def supports(a: Any, b: Any, q: Any, rules: Any, static: bool) -> bool:
+        fits = nlscale.ops.triton.takes(rules.chunk, a.shape[-1], rules.anchored, static)
+        return fits and a.dtype == torch.bfloat16
+
+    for module in (cms, attention, memory):
+        module.compiled_on_gpu = compiled_on_gpu
+    nlscale.ops.triton.supports = supports
+    for name in [name for name in vars(scan) if name.endswith("_kernel")]:
+        setattr(scan, name, Nowhere())
+
+
 def kept(config: Config) -> float:
     batch = MicroBatch(config, VOCABULARY)
     blocks = config.model.layers * batch.block()
@@ -156,8 +197,9 @@ def compare(configs: list[Config], ranks: int) -> None:
         assert kept(config) == pytest.approx(alive, rel=0.02), config
 
 
-def test_what_a_micro_batch_keeps_is_what_stays_alive() -> None:
-    compare(cases(["fp32", "bf16"], list(SHAPES)), ranks=1)
+@pytest.mark.parametrize("kernels", ["true", "false"])
+def test_what_a_micro_batch_keeps_is_what_stays_alive(kernels: str) -> None:
+    compare(cases(["fp32", "bf16"], list(SHAPES), f"train.kernels={kernels}"), ranks=1)
 
 
 @pytest.mark.parametrize("sequence", ["false", "true"])
@@ -168,12 +210,19 @@ def test_what_it_keeps_on_a_tensor_parallel_rank(sequence: str) -> None:
 
 def test_the_peak_of_a_micro_batch_is_near_what_is_planned() -> None:
     configs = [
-        make(f"model.mixer={mixer.value}", "train.dtype=bf16", "model.layers=4", recompute=parts)
+        make(
+            f"model.mixer={mixer.value}",
+            "train.dtype=bf16",
+            "model.layers=4",
+            f"train.kernels={kernels}",
+            recompute=parts,
+        )
         for mixer in Mixer
         for parts in RECOMPUTE
+        for kernels in ("true", "false")
     ]
     real = world.run(1, live_bytes, configs, True)[0]
     for config, (alive, on_top) in zip(configs, real, strict=True):
-        planned = kept(config) + MicroBatch(config, VOCABULARY).transient(last=True)
+        planned = kept(config) + MicroBatch(config, VOCABULARY).transient()
         # gradients on their way are left to the margin; in four layers they count for much
         assert 0.9 < planned / (alive + on_top) < 1.2, config

@@ -15,6 +15,9 @@ from nlscale.model.init import normal
 from nlscale.model.layers import column_linear, recomputed, row_linear
 from nlscale.model.sizes import head_dim
 from nlscale.model.width import width_multiplier
+from nlscale.ops import pointwise
+from nlscale.ops.documents import Documents
+from nlscale.ops.pointwise import compiled_on_gpu
 
 
 @dataclass
@@ -29,7 +32,12 @@ class Attention(nn.Module):
     """x [sequence, batch, d_model] -> the same shape; heads split over the tensor group."""
 
     def __init__(
-        self, model: ModelConfig, mc: TransformerConfig, residual_std: float, recompute: bool
+        self,
+        model: ModelConfig,
+        mc: TransformerConfig,
+        residual_std: float,
+        recompute: bool,
+        kernels: bool,
     ) -> None:
         super().__init__()
         self.heads = model.heads // mc.tensor_model_parallel_size
@@ -38,38 +46,29 @@ class Attention(nn.Module):
         self.project = column_linear(mc, d, [d] * 3, normal(model.init_std), wider)
         self.output = row_linear(mc, d, d, normal(residual_std), wider)
         self.recompute = recompute
+        self.rotate = compiled_on_gpu(pointwise.rotate, kernels)
 
     def forward(
-        self, x: Tensor, state: AttentionState | None = None
+        self, x: Tensor, state: AttentionState | None = None, documents: Documents | None = None
     ) -> tuple[Tensor, AttentionState]:
         projected, _ = self.project(x)
         mix = partial(recomputed, self._mix) if self.recompute else self._mix
-        mixed, state = mix(projected, state)
+        mixed, state = mix(projected, state, documents)
         return self.output(mixed)[0], state
 
     def _mix(
-        self, projected: Tensor, state: AttentionState | None
+        self, projected: Tensor, state: AttentionState | None, documents: Documents | None
     ) -> tuple[Tensor, AttentionState]:
         """q, k and v side by side -> what the heads read, [sequence, batch, local width]."""
         length, batch, _ = projected.shape
         shape = (length, batch, 3, self.heads, self.head_dim)
         q, k, v = projected.view(shape).permute(2, 1, 3, 0, 4)
         past = 0 if state is None else state.keys.shape[2]
-        q, k = self._rotate(q, past), self._rotate(k, past)
+        q, k = (self.rotate(x, self.rope_base, past) for x in (q, k))
         if state is not None:
             k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
-        mask = None
+        mask = None if documents is None else documents.attends()
         if past:
             mask = torch.ones(length, past + length, dtype=torch.bool, device=k.device).tril(past)
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         return out.permute(2, 0, 1, 3).reshape(length, batch, -1), AttentionState(k, v)
-
-    def _rotate(self, x: Tensor, first: int) -> Tensor:
-        """Rotary position embedding of [batch, heads, time, d], halves rotated together."""
-        half, wide = self.head_dim // 2, torch.promote_types(x.dtype, torch.float32)
-        frequency = self.rope_base ** (-torch.arange(half, device=x.device, dtype=wide) / half)
-        time = torch.arange(first, first + x.shape[2], device=x.device, dtype=wide)
-        angle = time[:, None] * frequency
-        cos, sin = angle.cos(), angle.sin()
-        left, right = x.to(wide).chunk(2, -1)
-        return torch.cat([left * cos - right * sin, right * cos + left * sin], -1).to(x.dtype)

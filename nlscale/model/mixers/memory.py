@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -20,7 +19,10 @@ from nlscale.model.init import constant, normal, orthogonal, spread, tag
 from nlscale.model.layers import column_linear, recomputed, row_linear
 from nlscale.model.sizes import head_dim
 from nlscale.model.width import width_multiplier
-from nlscale.ops.memory import MemoryRules, MemoryState, MemoryWeights, memory_scan, normalize
+from nlscale.ops import pointwise
+from nlscale.ops.documents import Documents
+from nlscale.ops.memory import MemoryRules, MemoryState, MemoryWeights, memory_scan
+from nlscale.ops.pointwise import compiled_on_gpu, wide
 
 _GATE_STD = 0.02
 
@@ -43,7 +45,12 @@ class MemoryMixer(nn.Module):
     """
 
     def __init__(
-        self, model: ModelConfig, mc: TransformerConfig, residual_std: float, recompute: bool
+        self,
+        model: ModelConfig,
+        mc: TransformerConfig,
+        residual_std: float,
+        recompute: bool,
+        kernels: bool,
     ) -> None:
         super().__init__()
         memory, d, tp = model.memory, model.d_model, mc.tensor_model_parallel_size
@@ -51,15 +58,11 @@ class MemoryMixer(nn.Module):
         self.norm_eps = model.norm_eps
         self.inputs = 2 if memory.separate_inputs else 1
         self.gated = bool(memory.output_gate)
-        self.rules = MemoryRules(
-            chunk=memory.chunk,
-            anchored=bool(memory.anchored),
-            c=float(memory.c or 0.0),
-            normalize_value=bool(memory.normalize_value),
-            main_memory=model.mixer in (Mixer.hope, Mixer.gated_delta),
-        )
+        self.rules = MemoryRules.of(model)
         self.static_gates = bool(memory.static_gates)
-        self.recompute = recompute
+        self.recompute, self.kernels = recompute, kernels
+        self.scanned = compiled_on_gpu(_scanned, kernels)
+        self.gated_read = compiled_on_gpu(pointwise.gated_read, kernels)
         local, dtype = self.heads * self.head_dim, mc.params_dtype
         outputs = [d] * (self.inputs + 1 + self.gated) + [model.heads] * (2 * self.static_gates)
         wider = width_multiplier(model)
@@ -101,81 +104,88 @@ class MemoryMixer(nn.Module):
             self.memory_read = nn.Parameter(torch.empty(h, n, n, dtype=dtype))
             tag(self.memory_read, orthogonal, 0)
 
-    def forward(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
+    def forward(
+        self, x: Tensor, state: MixerState | None = None, documents: Documents | None = None
+    ) -> tuple[Tensor, MixerState]:
         projected, _ = self.project(x)
         mix = partial(recomputed, self._mix) if self.recompute else self._mix
-        read, state = mix(projected, state)
+        read, state = mix(projected, state, documents)
         return self.output(read)[0], state
 
-    def _mix(self, projected: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
+    def _mix(
+        self, projected: Tensor, state: MixerState | None, documents: Documents | None
+    ) -> tuple[Tensor, MixerState]:
         """Inputs, queries and gates side by side -> the gated read, [sequence, batch, local]."""
-        length, batch, _ = projected.shape
-        local = self.heads * self.head_dim
+        length, local = len(projected), self.heads * self.head_dim
         sizes = [self.inputs * local, local] + [local] * self.gated
         logits = 2 * self.heads * self.static_gates
         fed, q, *gate, static = projected.split([*sizes, logits], dim=-1)
-        fed, tail = self._convolve(fed, None if state is None else state.tail)
-        parts = fed.chunk(2, -1) if self.inputs == 2 else (fed, fed)
-        a, b = (self._by_head(part) for part in parts)
-        a = a * torch.rsqrt(a.square().mean(-1, keepdim=True) + self.norm_eps)
+        before = self.convolution.shape[0] - 1
+        tail = fed.new_zeros(before, *fed.shape[1:]) if state is None else state.tail
+        position = None if documents is None else documents.position
+        a, b, q = self.scanned(
+            fed, q, self.convolution, tail, position, self.inputs, self.heads, self.norm_eps
+        )
         eta, alpha = self._gate_logits(static)
+        if documents is not None:
+            a, b, q, eta, alpha = (documents.fill(x) for x in (a, b, q, eta, alpha))
         read, memory = memory_scan(
-            a, b, normalize(self._by_head(q)), eta, alpha, self._weights(), self.rules,
+            a, b, q, eta, alpha, self._weights(), self.rules,
             None if state is None else state.memory,
+            None if documents is None else documents.carried, self.kernels,
         )  # fmt: skip
-        if self.read_norm is not None:
-            read = F.rms_norm(read, (self.head_dim,), None, self.norm_eps)
-            read = read * self.read_norm.to(read.dtype)[:, None]
-        read = read.permute(2, 0, 1, 3).reshape(length, batch, local).to(q.dtype)
-        if gate:
-            read = read * F.silu(gate[0])
-        return read, MixerState(tail, memory)
-
-    def _convolve(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Causal depthwise convolution and SiLU; returns also the tail to carry on."""
-        window, length = self.convolution.shape[0], x.shape[0]
-        if tail is None:
-            tail = x.new_zeros(window - 1, *x.shape[1:])
-        padded = torch.cat([tail, x])
-        mixed = padded[:length] * self.convolution[0]
-        for i in range(1, window):
-            mixed = torch.addcmul(mixed, padded[i : i + length], self.convolution[i])
-        return F.silu(mixed), padded[length:]
-
-    def _by_head(self, x: Tensor) -> Tensor:
-        """[sequence, batch, heads * d] -> fp32 [batch, heads, sequence, d]."""
-        length, batch, _ = x.shape
-        split = x.view(length, batch, self.heads, self.head_dim)
-        return split.permute(1, 2, 0, 3).to(_wide(x)).contiguous()
+        if documents is not None:
+            read = documents.take(read)
+        read = self.gated_read(read, self.read_norm, gate[0] if gate else None, self.norm_eps)
+        last = torch.cat([tail, fed[max(0, length - before) :]])
+        return read, MixerState(last[len(last) - before :], memory)
 
     def _gate_logits(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Static logits of eta and alpha, fp32 [batch, heads, sequence]."""
-        wide = _wide(logits)
-        eta_bias, alpha_bias = (p.to(wide)[:, None] for p in (self.eta_bias, self.alpha_bias))
+        dtype = wide(logits)
+        eta_bias, alpha_bias = (p.to(dtype)[:, None] for p in (self.eta_bias, self.alpha_bias))
         if not self.static_gates:
             shape = (logits.shape[1], self.heads, logits.shape[0])
             return eta_bias.expand(shape), alpha_bias.expand(shape)
-        eta, alpha = logits.to(wide).permute(1, 2, 0).chunk(2, dim=1)
+        eta, alpha = logits.to(dtype).permute(1, 2, 0).chunk(2, dim=1)
         return eta + eta_bias, alpha + alpha_bias
 
     def _weights(self) -> MemoryWeights | None:
         if not self.modifies_itself:
             return None
 
-        def wide(name: str) -> Any:
+        def widened(name: str) -> Any:
             weight = getattr(self, name, None)
-            return weight if weight is None else weight.to(_wide(weight))
+            return weight if weight is None else weight.to(wide(weight))
 
         return MemoryWeights(
-            key=wide("memory_key"),
-            value=wide("memory_value"),
-            gates=wide("memory_gates"),
-            lambda_key=wide("lambda_key"),
-            lambda_value=wide("lambda_value"),
-            read=wide("memory_read"),
+            key=widened("memory_key"),
+            value=widened("memory_value"),
+            gates=widened("memory_gates"),
+            lambda_key=widened("lambda_key"),
+            lambda_value=widened("lambda_value"),
+            read=widened("memory_read"),
         )
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    """The precision of states and gates: fp32, or that of x where it is more."""
-    return torch.promote_types(x.dtype, torch.float32)
+def _scanned(
+    fed: Tensor,
+    q: Tensor,
+    weight: Tensor,
+    tail: Tensor,
+    position: Tensor | None,
+    inputs: int,
+    heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the memory is fed with: a, b and unit queries, each [batch, heads, sequence, d].
+
+    `fed` holds the inputs of a and b side by side, or one for both.
+    """
+    fed = pointwise.convolve(fed, weight, tail, position)
+    a, *b = (pointwise.by_head(part, heads) for part in fed.chunk(inputs, dim=-1))
+    return (
+        pointwise.unit_mean_square(a, eps),
+        b[0] if b else a,
+        pointwise.normalize(pointwise.by_head(q, heads)),
+    )

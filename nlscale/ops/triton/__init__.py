@@ -1,10 +1,11 @@
 """The memory as fused kernels for GPUs; `nlscale.ops.memory` chooses between it and torch.
 
 This file says what the kernels take, and imports no Triton, which not every build of torch brings
-along. `scan.py` runs them. Forward: `pi` (serial: what Pi is after a chunk makes the keys of the
-next), `writes` (all chunks at once), `main` (serial) and `reads` (all at once). Backward: `writes`
-again, `reads`, `main` (serial), `writes`, `pi` (serial), `inputs`. Only the states at the start of
-each chunk are kept in between; the rest of a chunk is made anew from them.
+along, nor torch, without which plans are made. `scan.py` runs them. Forward: `pi` (serial: what Pi
+is after a chunk makes the keys of the next), `writes` (all chunks at once), `main` (serial) and
+`reads` (all at once). Backward: `writes` again, `reads`, `main` (serial), `writes`, `pi` (serial),
+`inputs`. Only the states at the start of each chunk are kept in between; the rest of a chunk is
+made anew from them. `cross_entropy.py` holds the kernels of the loss.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nlscale.ops.memory import MemoryRules
 
 
@@ -50,17 +50,26 @@ spill about 1 KB and `pi` backward 4 KB: heads of 64 suit a GPU better.
 """
 
 
+def takes(chunk: int, d: int, anchored: bool, static: bool) -> bool:
+    """Whether there are kernels for such a memory, for bf16.
+
+    In the sizes of `LAUNCHES`, for every memory but one that decays toward zero (`hope-paper`),
+    which needs all of fp32.
+    """
+    return (static or anchored) and (chunk, d) in LAUNCHES
+
+
 def supports(a: Tensor, b: Tensor, q: Tensor, rules: MemoryRules, static: bool) -> bool:
     """Whether the kernels take these inputs; where they do not, the torch form does.
 
-    They take bf16 on a GPU, the sizes of `LAUNCHES`, and every memory but one that decays toward
-    zero (`hope-paper`), which needs all of fp32. fp32 inputs stay with torch because tensor cores
-    would round their products, and so do builds of torch that come without Triton.
+    On a GPU they take bf16, and the memories that `takes` says. fp32 inputs stay with torch because
+    tensor cores would round their products, and so do builds of torch that come without Triton.
     """
+    import torch
+
     return (
         a.is_cuda
         and a.dtype == b.dtype == q.dtype == torch.bfloat16
-        and (static or rules.anchored)
-        and (rules.chunk, a.shape[-1]) in LAUNCHES
+        and takes(rules.chunk, a.shape[-1], rules.anchored, static)
         and find_spec("triton") is not None
     )

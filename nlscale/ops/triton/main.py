@@ -15,14 +15,15 @@ from nlscale.ops.triton.chunk import dot, dot_tn, load_column, load_tile, log_de
 
 @triton.jit
 def main_kernel(
-    key, write, from_state, alpha_logits, current, states, last,
-    length, chunks,
-    C: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr,
+    key, write, from_state, alpha_logits, current, carried, states, last,
+    length, chunks, heads,
+    C: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """D = write - from_state S^T, which takes the place of `write`;  S' = exp(g_C) S + D^T n.
 
     current, last: S [sequences, D, D], fp32; states: S^T at the start of chunks [sequences,
-    chunks, D, D].
+    chunks, D, D]; carried: if DOCUMENTS, 0 at chunks before which S starts anew, else 1, [batch,
+    chunks].
     """
     LOW: tl.constexpr = key.dtype.element_ty
     sequence = tl.program_id(0)
@@ -31,6 +32,8 @@ def main_kernel(
     own = sequence.to(tl.int64) * (D * D)
     state = tl.load(current + own + of_value * D + of_key)
     for chunk in range(chunks):
+        if DOCUMENTS:
+            state *= tl.load(carried + sequence // heads * chunks + chunk)
         place = (sequence.to(tl.int64) * chunks + chunk) * (D * D)
         tl.store(states + place + of_key * D + of_value, state.to(LOW))
         token = chunk * C + tl.arange(0, C)
@@ -50,9 +53,9 @@ def main_kernel(
 
 @triton.jit
 def main_backward_kernel(
-    key, from_state, alpha_logits, d_write, d_state, d_last, d_after, d_current,
-    length, chunks,
-    C: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr,
+    key, from_state, alpha_logits, d_write, d_state, d_last, carried, d_after, d_current,
+    length, chunks, heads,
+    C: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """dD += n dS'^T,  dS = exp(g_C) dS' + (what the reads have left) - dD^T from_state.
 
@@ -83,4 +86,6 @@ def main_backward_kernel(
         d_main = d_main * tl.exp(whole) + tl.load(d_state + place).to(tl.float32)
         past = load_tile(from_state, sequence, chunk, length, C, D)
         d_main -= dot_tn(past, d_written, LOW)
+        if DOCUMENTS:
+            d_main *= tl.load(carried + sequence // heads * chunks + chunk)
     tl.store(d_current + own + of_value * D + of_key, d_main)

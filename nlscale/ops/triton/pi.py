@@ -34,17 +34,21 @@ from nlscale.ops.triton.chunk import (
 
 @triton.jit
 def pi_kernel(
-    a, b, eta, alpha, for_key, for_value, for_gates, current, states, last,
+    a, b, eta, alpha, for_key, for_value, for_gates, current, carried, states, last,
     length, chunks, heads,
     C: tl.constexpr, D: tl.constexpr, ADDITIVE: tl.constexpr, UNIT_VALUE: tl.constexpr,
-    KEY_SHARE: tl.constexpr,
+    KEY_SHARE: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """current, last: [sequences, D, D], fp32; states, at the start of chunks: [sequences, chunks,
-    D, D]."""
+    D, D]; carried: if DOCUMENTS, 0 at chunks before which Pi starts anew, else 1, [batch, chunks].
+    """
     LOW: tl.constexpr = a.dtype.element_ty
     sequence = tl.program_id(0)
     pi = load_square(current, sequence, D)
     for chunk in range(chunks):
+        if DOCUMENTS:
+            carry = tl.load(carried + sequence // heads * chunks + chunk)
+            pi = (pi - unit(chunk, D)) * carry + unit(chunk, D)
         store_square(states, pi, sequence * chunks + chunk, D)
         k, _, eta_logit, alpha_logit = make_keys(
             a, eta, alpha, pi, for_key, for_gates, sequence, chunk, length, heads,
@@ -67,11 +71,11 @@ def pi_kernel(
 def pi_backward_kernel(
     a, b, for_key, for_value, for_gates, states,
     key, key_scale, value, write, spread, eta_logits, alpha_logits,
-    d_key, d_value, d_write, d_r, d_decay, d_state, d_last,
+    d_key, d_value, d_write, d_r, d_decay, d_state, d_last, carried,
     d_x, d_v, d_eta, d_alpha, d_current,
     length, chunks, heads,
     C: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, UNIT_VALUE: tl.constexpr,
-    KEY_SHARE: tl.constexpr,
+    KEY_SHARE: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """From the derivatives of k and log alpha and, if MAIN, v and r, as reads and S leave them, to
     those of x, v and the logits. If not MAIN, what is read is Pi: d_write is then T^T dD and
@@ -146,4 +150,6 @@ def pi_backward_kernel(
         store_tile(d_v, d_made_v, sequence, chunk, length, C, D)
         d_from_b = dot(d_made_v, load_square(for_value, head, D), LOW)
         d_pi += dot_tn(d_from_b, load_tile(b, sequence, chunk, length, C, D), LOW)
+        if DOCUMENTS:
+            d_pi *= tl.load(carried + sequence // heads * chunks + chunk)
     store_square(d_current, d_pi, sequence, D)

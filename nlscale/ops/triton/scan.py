@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nlscale.ops.triton import LAUNCHES
+from nlscale.ops.triton.device import on_device
 from nlscale.ops.triton.inputs import inputs_backward_kernel
 from nlscale.ops.triton.main import main_backward_kernel, main_kernel
 from nlscale.ops.triton.pi import pi_backward_kernel, pi_kernel
@@ -40,6 +40,7 @@ class FusedScan(torch.autograd.Function):
         alpha: Tensor,
         pi: Tensor | None,
         main: Tensor | None,
+        carried: Tensor | None,
         for_key: Tensor | None,
         for_value: Tensor | None,
         for_gates: Tensor | None,
@@ -51,6 +52,8 @@ class FusedScan(torch.autograd.Function):
             a, b, q: what feeds k and v, and the queries, [batch, heads, time, d].
             eta, alpha: static logits, fp32 [batch, heads, time].
             pi, main: Pi and S at the start, fp32 [batch, heads, d, d]; None where there is none.
+            carried: 0 at chunks before which both start anew, as they are where a sequence begins,
+                else 1, fp32 [batch, chunks]; None where they never do.
             for_key, for_value: what Pi makes x and v with, [heads, d, d]; None without Pi.
             for_gates: m_eta and m_alpha, [heads, 2, d].
             additive: whether a and b themselves are part of x and v.
@@ -63,16 +66,17 @@ class FusedScan(torch.autograd.Function):
         makers = [
             x if x is None else x.to(a.dtype).contiguous() for x in (for_key, for_value, for_gates)
         ]
-        q = q.contiguous()
+        q, carried = q.contiguous(), None if carried is None else carried.contiguous()
         scan = _Scan(a, pi is not None, main is not None, additive, rules)
         pi_states = main_states = last_pi = last_main = None
-        with _on_device(a):
+        with on_device(a):
             if pi is not None:
                 pi = pi.contiguous()
                 pi_states, last_pi = scan.states(a), torch.empty_like(pi)
                 pi_kernel[scan.serial](
-                    *fed, *makers, pi, pi_states, last_pi, *scan.sizes, scan.heads,
+                    *fed, *makers, pi, carried, pi_states, last_pi, *scan.sizes, scan.heads,
                     **scan.tile(scan.launch.pi_stages), **scan.rule, ADDITIVE=additive,
+                    DOCUMENTS=carried is not None,
                 )  # fmt: skip
             made = scan.write(fed, makers, pi_states, None, for_backward=False)
             if main is not None:
@@ -80,8 +84,8 @@ class FusedScan(torch.autograd.Function):
                 main_states, last_main = scan.states(a), torch.empty_like(main)
                 main_kernel[scan.by_columns](
                     made.key, made.write, made.from_state, made.alpha_logits,
-                    main, main_states, last_main,
-                    *scan.sizes, **scan.tile(2), COLUMNS=scan.launch.columns,
+                    main, carried, main_states, last_main, *scan.sizes, scan.heads,
+                    **scan.tile(2), COLUMNS=scan.launch.columns, DOCUMENTS=carried is not None,
                 )  # fmt: skip
             reads = torch.empty_like(q)
             reads_kernel[scan.parallel](
@@ -89,7 +93,7 @@ class FusedScan(torch.autograd.Function):
                 pi_states if main is None else main_states, reads,
                 *scan.sizes, **scan.tile(), MAIN=scan.main,
             )  # fmt: skip
-        ctx.save_for_backward(*fed, q, *makers, pi_states, main_states)
+        ctx.save_for_backward(*fed, q, *makers, pi_states, main_states, carried)
         ctx.scan = scan
         return reads, last_pi, last_main
 
@@ -99,9 +103,10 @@ class FusedScan(torch.autograd.Function):
         ctx: Any, d_reads: Tensor, d_last_pi: Tensor | None, d_last_main: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         saved, scan = ctx.saved_tensors, ctx.scan
-        fed, q, makers, (pi_states, main_states) = _Fed(*saved[:4]), saved[4], saved[5:8], saved[8:]
+        fed, q, makers = _Fed(*saved[:4]), saved[4], saved[5:8]
+        pi_states, main_states, carried = saved[8:]
         a, b = fed.a, fed.b
-        with _on_device(a):
+        with on_device(a):
             made = scan.write(fed, makers, pi_states, main_states, for_backward=True)
             d_q, d_key, d_write = (torch.empty_like(a) for _ in range(3))
             d_state, d_decay = scan.states(a), scan.column(a)
@@ -116,8 +121,8 @@ class FusedScan(torch.autograd.Function):
                 d_after, d_main = scan.states(a), torch.empty_like(d_last_main)
                 main_backward_kernel[scan.by_columns](
                     made.key, made.from_state, made.alpha_logits, d_write, d_state,
-                    d_last_main, d_after, d_main,
-                    *scan.sizes, **scan.tile(2), COLUMNS=scan.launch.columns,
+                    d_last_main, carried, d_after, d_main, *scan.sizes, scan.heads,
+                    **scan.tile(2), COLUMNS=scan.launch.columns, DOCUMENTS=carried is not None,
                 )  # fmt: skip
                 pi_write, d_value, d_r = made.pi_write, torch.empty_like(b), scan.column(a)
                 writes_backward_kernel[scan.parallel](
@@ -127,7 +132,7 @@ class FusedScan(torch.autograd.Function):
                 )  # fmt: skip
             if d_last_pi is None:
                 # x, v and the logits are a, b and the static ones
-                return d_key, d_value, d_q, d_r, d_decay, None, d_main, *[None] * 5
+                return d_key, d_value, d_q, d_r, d_decay, None, d_main, *[None] * 6
             d_last_pi = d_last_pi.contiguous()
             d_x, d_v, d_a, d_b = (torch.empty_like(a) for _ in range(4))
             d_eta, d_alpha, d_pi = scan.column(a), scan.column(a), torch.empty_like(d_last_pi)
@@ -135,9 +140,10 @@ class FusedScan(torch.autograd.Function):
                 a, b, *makers, pi_states,
                 made.key, made.key_scale, made.value, pi_write, made.spread,
                 made.eta_logits, made.alpha_logits,
-                d_key, d_value, d_write, d_r, d_decay, d_state, d_last_pi,
+                d_key, d_value, d_write, d_r, d_decay, d_state, d_last_pi, carried,
                 d_x, d_v, d_eta, d_alpha, d_pi, *scan.sizes, scan.heads, **scan.rule,
                 **scan.tile(scan.launch.pi_stages), MAIN=scan.main,
+                DOCUMENTS=carried is not None,
             )  # fmt: skip
             each = max(1, scan.chunks * scan.sequences // _PROGRAMS)
             programs = -(-scan.chunks // each)
@@ -148,7 +154,7 @@ class FusedScan(torch.autograd.Function):
                 **scan.tile(), ADDITIVE=scan.additive,
             )  # fmt: skip
         d_makers = (x.unflatten(0, (-1, scan.heads)).sum((0, 2)) for x in sums)
-        return d_a, d_b, d_q, d_eta, d_alpha, d_pi, d_main, *d_makers, None, None
+        return d_a, d_b, d_q, d_eta, d_alpha, d_pi, d_main, None, *d_makers, None, None
 
 
 class _Fed(NamedTuple):
@@ -231,8 +237,3 @@ class _Scan:
             PI=self.pi, MAIN=self.main, ADDITIVE=self.additive, FOR_BACKWARD=for_backward,
         )  # fmt: skip
         return written
-
-
-def _on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whichever the tensors are on."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

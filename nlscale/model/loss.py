@@ -1,0 +1,58 @@
+"""The loss of each token, from logits that stay split over the vocabulary (MATH 5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nlscale.ops.cross_entropy import row_statistics, to_gradient_
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, group: dist.ProcessGroup, kernels: bool = True
+) -> Tensor:
+    """Nats per token; what the logits held is lost in the backward pass.
+
+    Args:
+        logits: this rank's part of the vocabulary, in the order of the ranks,
+            [sequence, batch, vocabulary / ranks].
+        targets: token ids, int64 [sequence, batch].
+        group: the ranks that share the vocabulary.
+        kernels: whether the kernels for GPUs may be used.
+
+    Returns:
+        [sequence, batch], in at least fp32, the same on all ranks of the group.
+    """
+    return _CrossEntropy.apply(logits, targets, group, kernels)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, group: dist.ProcessGroup, kernels: bool
+    ) -> Tensor:
+        flat = logits.view(-1, logits.shape[-1])
+        local = targets.flatten() - group.rank() * flat.shape[1]
+        largest, total, at_target = row_statistics(flat, local, kernels)
+        if group.size() > 1:
+            most = largest.clone()
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+            parts = torch.stack([total * torch.exp(largest - most), at_target])
+            dist.all_reduce(parts, group=group)
+            (total, at_target), largest = parts, most
+        log_sum = largest + total.log()
+        ctx.save_for_backward(logits, local, log_sum)
+        ctx.kernels = kernels
+        return (log_sum - at_target).view(targets.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        logits, local, log_sum = ctx.saved_tensors
+        flat = logits.view(-1, logits.shape[-1])
+        to_gradient_(flat, local, log_sum, d_loss.flatten(), ctx.kernels)
+        return logits, None, None, None

@@ -1,0 +1,181 @@
+"""Whether the kernels compute the right thing on this device.
+
+Compilers for GPUs have miscompiled kernels of this kind, silently (flash-linear-attention #640 and
+#984, Triton 3.4 to 3.7 on Hopper). So a run on GPUs compares those it is about to use with float64
+before its first step, and `nlscale bench scan --check` all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nlscale.config import Mixer, ModelConfig
+from nlscale.errors import TrainingFailed
+from nlscale.ops import cross_entropy
+from nlscale.ops import triton as fused_scan
+from nlscale.ops.memory import MemoryRules, MemoryWeights, memory_scan
+from nlscale.ops.pointwise import normalize
+from nlscale.ops.reference import memory_reference
+
+BOUNDS = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
+"""Norm of the error by norm of the value; bf16 products leave 0.3e-2 to 3e-2."""
+_ROWS = 64
+# A number or two may happen to vanish: compared by the norm of all that are named.
+_TOGETHER = {
+    "eta": ("eta", "alpha"),
+    "alpha": ("eta", "alpha"),
+    "lambda_key": ("lambda_key", "key"),
+    "lambda_value": ("lambda_value", "value"),
+}
+
+
+class ScanInputs:
+    """What the memory of a mixer scans: random, with learned memories as at the start of a run.
+
+    model: its mixer, heads, head size and `memory`.
+    batch, length: of what is scanned.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        batch: int,
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.rules, memory = MemoryRules.of(model), model.memory
+        heads, d = model.heads, model.d_model // model.heads
+        shape = (batch, heads, length)
+
+        def normal(*sizes: int, scale: float = 1.0) -> Tensor:
+            return scale * torch.randn(*sizes, device=device)
+
+        leaves = {
+            "a": normal(*shape, d).to(dtype),
+            "b": normal(*shape, d).to(dtype),
+            "q": normalize(normal(*shape, d)).to(dtype),
+            "eta": normal(*shape) + float(memory.eta_bias or 0.0),
+            "alpha": normal(*shape) + memory.alpha_bias,
+        }
+        if model.mixer != Mixer.gated_delta:
+            for name in ("key", "value") + (() if self.rules.main_memory else ("read",)):
+                leaves[name] = torch.linalg.qr(normal(heads, d, d))[0]
+            leaves["gates"] = normal(heads, 2, d, scale=0.02)
+        if model.mixer == Mixer.hope:
+            start = float(memory.lambda_init or 0.0)
+            for name in ("lambda_key", "lambda_value"):
+                leaves[name] = torch.full((heads,), start, device=device)
+        self.leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+
+    def to(self, dtype: torch.dtype, device: torch.device | str) -> ScanInputs:
+        """A copy, all of it in that precision and place."""
+        other = object.__new__(ScanInputs)
+        other.rules = self.rules
+        other.leaves = {
+            name: leaf.detach().to(device, dtype).requires_grad_()
+            for name, leaf in self.leaves.items()
+        }
+        return other
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Of `memory_scan` and of the reference."""
+        names = ("key", "value", "gates", "lambda_key", "lambda_value", "read")
+        weights = None
+        if "key" in self.leaves:
+            weights = MemoryWeights(*(self.leaves.get(name) for name in names))  # type: ignore[arg-type]
+        fed = (self.leaves[name] for name in ("a", "b", "q", "eta", "alpha"))
+        return *fed, weights, self.rules
+
+    @property
+    def path(self) -> str:
+        """What `memory_scan` runs it through."""
+        a, b, q = (self.leaves[name] for name in "abq")
+        fused = fused_scan.supports(a, b, q, self.rules, "key" not in self.leaves)
+        return "kernels" if fused else "torch"
+
+    def make_keys_alike(self) -> None:
+        """In half of the heads, which is where an inverse that is not stable shows."""
+        with torch.no_grad():
+            alike = self.leaves["a"][:, ::2]
+            alike.copy_(alike[:, :, :1] + 0.1 * alike)
+
+
+def scan_results(inputs: ScanInputs, weight: Tensor, reference: bool = False) -> dict[str, Tensor]:
+    """The reads, and the derivatives of their sum with these weights by everything, by name."""
+    arguments = inputs.arguments()
+    read = memory_reference(*arguments) if reference else memory_scan(*arguments)[0]
+    weight = weight.to(read.device, read.dtype)
+    gradients = torch.autograd.grad(read, [*inputs.leaves.values()], weight)
+    return {"reads": read.detach(), **dict(zip(inputs.leaves, gradients, strict=True))}
+
+
+def relative_errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
+    """Norm of the error by norm of the value; infinite where a value is not finite."""
+    norms = {name: value.double().norm().item() for name, value in want.items()}
+    errors = {}
+    for name, value in want.items():
+        scale = sum(norms[part] for part in _TOGETHER.get(name, (name,)) if part in norms)
+        error = (got[name].to(value.device).double() - value.double()).norm().item() / scale
+        errors[name] = error if error == error else float("inf")
+    return errors
+
+
+def check_kernels(model: ModelConfig, columns: int, dtype: torch.dtype) -> None:
+    """Compare the kernels that a run is about to use with float64, on the current device.
+
+    Args:
+        model: of the run.
+        columns: of the vocabulary that this rank holds; 0 where it holds no head.
+        dtype: of activations.
+
+    Raises:
+        TrainingFailed: a kernel is wrong.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    with torch.random.fork_rng(devices=[device]):
+        torch.manual_seed(0)
+        found = loss_errors(columns, dtype, device) if columns else {}
+        if model.mixer != Mixer.attention:
+            found |= _scan_errors(model, dtype, device)
+    what, error = max(found.items(), key=lambda item: item[1], default=("", 0.0))
+    if error > BOUNDS[dtype]:
+        raise TrainingFailed(
+            f"the kernels compute something else than they should on this "
+            f"{torch.cuda.get_device_name(device)}: {what} is off by {error:.1e}, at most "
+            f"{BOUNDS[dtype]:g} is rounding. Use another version of Triton (nlscale bench scan "
+            f"--check tries one), or train.kernels=false, which is much slower"
+        )
+
+
+def _scan_errors(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Of the scan in this chunk and head size; none where it does not run through the kernels."""
+    heads, chunk = min(2, model.heads), model.memory.chunk
+    few = replace(model, heads=heads, d_model=model.d_model // model.heads * heads)
+    inputs = ScanInputs(few, 1, 2 * chunk + chunk // 2 + 1, dtype, device)
+    if inputs.path == "torch":
+        return {}
+    inputs.make_keys_alike()
+    weight = torch.randn_like(inputs.leaves["a"])
+    want = scan_results(inputs.to(torch.float64, "cpu"), weight, reference=True)
+    errors = relative_errors(scan_results(inputs, weight), want)
+    return {f"{name} of the memory scan": error for name, error in errors.items()}
+
+
+def loss_errors(columns: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Of the kernels of the cross entropy; none where they do not take these logits."""
+    logits = (4 * torch.randn(_ROWS, columns, device=device)).to(dtype)
+    if not cross_entropy.supports(logits):
+        return {}
+    targets = torch.randint(columns, (_ROWS,), device=device)
+    exact, results = logits.double(), []
+    for x, kernels in ((logits, True), (exact, False)):
+        largest, total, at_target = cross_entropy.row_statistics(x, targets, kernels)
+        log_sum = largest + total.log()
+        cross_entropy.to_gradient_(x, targets, log_sum, torch.ones_like(log_sum), kernels)
+        results.append({"loss": log_sum - at_target, "derivative by the logits": x})
+    return relative_errors(*results)

@@ -1,0 +1,123 @@
+"""The small operations around the large ones: element by element, or along the channels of a token.
+
+What limits them on a GPU is memory: run one by one, each reads and writes its tensors whole. There
+`compiled_on_gpu` makes one or two kernels of each function below, which read their inputs once and
+keep no more than these for the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nlscale.ops.chunk import NORMALIZE_EPS
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_compile = cache(torch.compile)
+"""Once a function, not once a layer that uses it."""
+
+
+def compiled_on_gpu(function: Function, wanted: bool = True) -> Function:
+    """`function`; if wanted, by way of `torch.compile` where a tensor it is given is on a GPU."""
+    if not wanted:
+        return function
+
+    @wraps(function)
+    def run(*given: Any) -> Any:
+        on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in given)
+        return (_compile(function) if on_gpu else function)(*given)
+
+    return run  # type: ignore[return-value]
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The precision of states, norms and gates: fp32, or that of x where it is more."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def normalize(x: Tensor) -> Tensor:
+    """x / sqrt(|x|^2 + eps) along the last dimension, computed in at least fp32."""
+    x_wide = x.to(wide(x))
+    return (x_wide * torch.rsqrt(x_wide.square().sum(-1, keepdim=True) + NORMALIZE_EPS)).to(x.dtype)
+
+
+def unit_mean_square(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) along the last dimension, computed in at least fp32."""
+    x_wide = x.to(wide(x))
+    return (x_wide * torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """[sequence, batch, heads * d] -> [batch, heads, sequence, d]."""
+    length, batch, _ = x.shape
+    return x.view(length, batch, heads, -1).permute(1, 2, 0, 3).contiguous()
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """SiLU(gate) * up of [gate | up], the halves of the last dimension."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def convolve(x: Tensor, weight: Tensor, tail: Tensor, position: Tensor | None = None) -> Tensor:
+    """SiLU of a causal depthwise convolution.
+
+    Args:
+        x: [sequence, batch, channels].
+        weight: [window, channels]; the last row is of the token itself.
+        tail: what came before x, [window - 1, batch, channels].
+        position: tokens since the document of each began, [batch, sequence], where it sees none
+            before these.
+    """
+    window, length = weight.shape[0], x.shape[0]
+    padded = torch.cat([tail, x])
+    mixed: Tensor | None = None
+    for i in range(window):
+        seen = padded[i : i + length]
+        if position is not None:
+            seen = torch.where((position >= window - 1 - i).T[..., None], seen, 0)
+        mixed = seen * weight[i] if mixed is None else torch.addcmul(mixed, seen, weight[i])
+    assert mixed is not None, "a window of at least one token"
+    return F.silu(mixed)
+
+
+def gated_read(read: Tensor, norm: Tensor | None, gate: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm(read) * SiLU(gate), each where there is one.
+
+    Args:
+        read: [batch, heads, sequence, d].
+        norm: the weight of the norm, [heads, d].
+        gate: [sequence, batch, heads * d].
+        eps: added to the mean square.
+
+    Returns:
+        [sequence, batch, heads * d], in the dtype of `read`.
+    """
+    dtype = read.dtype
+    if norm is not None:
+        read = F.rms_norm(read, read.shape[-1:], None, eps) * norm[:, None]
+    read = read.permute(2, 0, 1, 3).flatten(2).to(dtype)
+    return read if gate is None else read * F.silu(gate)
+
+
+def rotate(x: Tensor, base: float, first: int) -> Tensor:
+    """Rotary position embedding of [batch, heads, time, d], halves rotated together.
+
+    Args:
+        x: even d.
+        base: of the wavelengths.
+        first: position of the first token.
+    """
+    half, dtype = x.shape[-1] // 2, wide(x)
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+    time = torch.arange(first, first + x.shape[2], device=x.device, dtype=dtype)
+    angle = time[:, None] * frequency
+    cos, sin = angle.cos(), angle.sin()
+    left, right = x.to(dtype).chunk(2, -1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1).to(x.dtype)
