@@ -5,7 +5,8 @@ The only file of the model that names megatron-core. Tensors are [sequence, batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -147,6 +148,34 @@ class RMSNorm(nn.Module):
 def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
     """function(*inputs), keeping only the inputs for the backward pass."""
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+@contextmanager
+def remade(tensors: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]) -> Iterator[None]:
+    """Within, autograd keeps none of these tensors; in the backward pass `again()` makes them.
+
+    For what small operations make of something larger that is kept anyway.
+    """
+
+    def key(x: Tensor) -> tuple[Any, ...]:
+        return x.data_ptr(), x.shape, x.stride()
+
+    places = {key(x): place for place, x in enumerate(tensors)}
+    made: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor | int:
+        return places.get(key(x), x)
+
+    def unpack(packed: Tensor | int) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        if packed not in made:
+            with torch.no_grad():
+                made.update(enumerate(again()))
+        return made.pop(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 def _unused(weight: Tensor) -> None:

@@ -111,8 +111,8 @@ class MicroBatch:
             # gradients of k, of the writes, of a, and of the states
             return _FP32 * self.tokens * self.width * (3 + states)
         solve, main = 1 / states, self._main_memory
-        # keys, writes, gradients of q, of k and of the writes; the states', and the inverses
-        tiles = 5 + states + solve
+        # a, b, q, keys, writes, gradients of q, of k and of the writes; the states', the inverses
+        tiles = 8 + states + solve
         if main:
             tiles += 2 + states  # what S decides of the writes, gradient of v and of S after
         if self._modifies_itself:
@@ -219,10 +219,12 @@ class MicroBatch:
         model = self.config.model
         memory, d, length = model.memory, head_dim(model), self.config.data.sequence_length
         if self._fused_scan:
-            # a, b, q, static logits, and the states at the start of chunks
+            # static logits, the states at the start of chunks, and a, b and q where a rest of a
+            # chunk cuts them in two; else they are made again
+            cut = length > memory.chunk and length % memory.chunk > 0
             states = self._modifies_itself + self._main_memory
             chunks = self.rows * self.heads * -(-length // memory.chunk)
-            kept = self.element * (3.0 * self.tokens * self.width + states * chunks * d * d)
+            kept = self.element * (3.0 * cut * self.tokens * self.width + states * chunks * d * d)
             return kept + 2 * _FP32 * self.tokens * self.heads
         kept = 0.0
         sequences = self.rows * self.heads

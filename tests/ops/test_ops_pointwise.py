@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nlscale.model.mixers.memory import _scanned
+from nlscale.model.mixers.memory import scan_inputs
 from nlscale.ops import pointwise
 
 
@@ -27,10 +27,11 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
     ),
     "read": lambda: (pointwise.gated_read, (leaf(2, 3, 5, 8), None, None, 1e-6)),
     "inputs": lambda: (
-        _scanned, (leaf(5, 2, 48), leaf(5, 2, 24), leaf(4, 48), leaf(3, 2, 48), None, 2, 3, 1e-6),
+        scan_inputs,
+        (leaf(5, 2, 48), leaf(5, 2, 24), leaf(4, 48), leaf(3, 2, 48), None, 2, 3, 1e-6),
     ),
     "inputs of documents": lambda: (
-        _scanned,
+        scan_inputs,
         (
             leaf(5, 2, 24), leaf(5, 2, 24), leaf(4, 24), leaf(3, 2, 24),
             torch.tensor([[0, 1, 2, 3, 4], [0, 0, 1, 0, 1]]), 1, 3, 1e-6,

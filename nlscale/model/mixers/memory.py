@@ -6,6 +6,7 @@ the gates. Heads are split over the tensor-parallel group; the scan is local to 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 
 from nlscale.config import Mixer, ModelConfig
 from nlscale.model.init import constant, normal, orthogonal, spread, tag
-from nlscale.model.layers import column_linear, recomputed, row_linear
+from nlscale.model.layers import column_linear, recomputed, remade, row_linear
 from nlscale.model.sizes import head_dim
 from nlscale.model.width import width_multiplier
 from nlscale.ops import pointwise
+from nlscale.ops import triton as fused_scan
 from nlscale.ops.documents import Documents
 from nlscale.ops.memory import MemoryRules, MemoryState, MemoryWeights, memory_scan
 from nlscale.ops.pointwise import compiled_on_gpu, wide
@@ -61,7 +63,7 @@ class MemoryMixer(nn.Module):
         self.rules = MemoryRules.of(model)
         self.static_gates = bool(memory.static_gates)
         self.recompute, self.kernels = recompute, kernels
-        self.scanned = compiled_on_gpu(_scanned, kernels)
+        self.scan_inputs = compiled_on_gpu(scan_inputs, kernels)
         self.gated_read = compiled_on_gpu(pointwise.gated_read, kernels)
         local, dtype = self.heads * self.head_dim, mc.params_dtype
         outputs = [d] * (self.inputs + 1 + self.gated) + [model.heads] * (2 * self.static_gates)
@@ -122,23 +124,37 @@ class MemoryMixer(nn.Module):
         fed, q, *gate, static = projected.split([*sizes, logits], dim=-1)
         before = self.convolution.shape[0] - 1
         tail = fed.new_zeros(before, *fed.shape[1:]) if state is None else state.tail
-        position = None if documents is None else documents.position
-        a, b, q = self.scanned(
-            fed, q, self.convolution, tail, position, self.inputs, self.heads, self.norm_eps
-        )
         eta, alpha = self._gate_logits(static)
         if documents is not None:
-            a, b, q, eta, alpha = (documents.fill(x) for x in (a, b, q, eta, alpha))
-        read, memory = memory_scan(
-            a, b, q, eta, alpha, self._weights(), self.rules,
-            None if state is None else state.memory,
-            None if documents is None else documents.carried, self.kernels,
-        )  # fmt: skip
+            eta, alpha = documents.fill(eta), documents.fill(alpha)
+        make = partial(self._scan_inputs, fed, q, tail, documents)
+        a, b, q = make()
+        weights = self._weights()
+        fused = self.kernels and fused_scan.supports(a, b, q, self.rules, weights is None)
+        # What the kernels are fed with is as large as the projection that it is made of.
+        kept = remade((a, b, q), make) if fused and not self.recompute else nullcontext()
+        with kept:
+            read, memory = memory_scan(
+                a, b, q, eta, alpha, weights, self.rules,
+                None if state is None else state.memory,
+                None if documents is None else documents.carried, self.kernels,
+            )  # fmt: skip
         if documents is not None:
             read = documents.take(read)
         read = self.gated_read(read, self.read_norm, gate[0] if gate else None, self.norm_eps)
         last = torch.cat([tail, fed[max(0, length - before) :]])
         return read, MixerState(last[len(last) - before :], memory)
+
+    def _scan_inputs(
+        self, fed: Tensor, q: Tensor, tail: Tensor, documents: Documents | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        position = None if documents is None else documents.position
+        a, b, q = self.scan_inputs(
+            fed, q, self.convolution, tail, position, self.inputs, self.heads, self.norm_eps
+        )
+        if documents is None:
+            return a, b, q
+        return documents.fill(a), documents.fill(b), documents.fill(q)
 
     def _gate_logits(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Static logits of eta and alpha, fp32 [batch, heads, sequence]."""
@@ -168,7 +184,7 @@ class MemoryMixer(nn.Module):
         )
 
 
-def _scanned(
+def scan_inputs(
     fed: Tensor,
     q: Tensor,
     weight: Tensor,
