@@ -76,7 +76,7 @@ class Trainer:
             stage.to(layout.device)
         if layout.device.type == "cuda" and config.train.kernels:
             columns = vocabulary // layout.tensor_size if stages[-1].is_last else 0
-            check_kernels(config.model, columns, mc.params_dtype)
+            check_kernels(config.model, columns, mc.params_dtype, layout.device)
         optimizer = LevelOptimizer(config, levels, stages, vocabulary, mc, layout)
         return cls(config, layout, levels, stages, optimizer, BusyTime(layout.device))
 

@@ -6,6 +6,7 @@ Every size they are launched with is run, as it is launched in training (`nlscal
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,30 +14,37 @@ import torch
 from nlscale.bench.clock import here, name_of
 from nlscale.bench.scan import Size, model_of, triton_version
 from nlscale.config import Mixer
-from nlscale.ops.check import BOUNDS, ScanInputs, relative_errors, scan_results
+from nlscale.ops.check import BOUNDS, ScanInputs, loss_errors, relative_errors, scan_results
 from nlscale.ops.triton import LAUNCHES
 
 _MIXERS = (Mixer.hope, Mixer.gated_delta, Mixer.hope_pure)
 _ON_CPU = ((16, 16),)
+_COLUMNS = 32000
+
+
+@dataclass(frozen=True)
+class _Case:
+    name: str
+    chunk: int
+    size: Size
+    dtype: torch.dtype = torch.bfloat16
 
 
 def check_scan() -> dict[str, Any]:
     """Reads and all gradients of each mixer, chunk, head size and dtype, against a reference.
 
-    The reference is the token-by-token recurrence in float64, on the CPU, for short sequences, and
-    for some that fill a GPU torch's chunk form in fp32. Half of the heads have keys that are alike.
-    Each runs twice: the kernels have no reason to give another result.
+    The reference is the token-by-token recurrence in float64, on the CPU, for short sequences;
+    torch's chunk form, in float64 on the CPU for one of several documents, and in fp32 for some
+    that fill a GPU and for long ones. Half of the heads have keys that are alike. Each runs twice:
+    the kernels have no reason to give another result. The loss and its gradient follow.
 
     Returns:
         `ok`, what it ran on, and `rows`: the largest `error` and of `what`, its `bound`, whether
         the second run was the same (`repeats`), and what it was compared with (`against`).
     """
     device = here()
-    rows = [
-        _check(mixer, size, chunk, dtype, device, large)
-        for mixer in _MIXERS
-        for chunk, size, dtype, large in _cases(device)
-    ]
+    rows = [_check(mixer, case, device) for mixer in _MIXERS for case in _cases(device)]
+    rows += [_check_loss(dtype, device) for dtype in BOUNDS if device.type == "cuda"]
     return {
         "ok": all(row["ok"] for row in rows),
         "device": name_of(device),
@@ -46,41 +54,65 @@ def check_scan() -> dict[str, Any]:
     }
 
 
-def _cases(device: torch.device) -> Iterator[tuple[int, Size, torch.dtype, bool]]:
-    """Chunk, size, dtype, and whether it is large."""
+def _cases(device: torch.device) -> Iterator[_Case]:
     on_gpu = device.type == "cuda"
     for chunk, d in LAUNCHES if on_gpu else _ON_CPU:
         short = Size(1, 2 * chunk + chunk // 2 + 1, 2, d)
-        yield chunk, short, torch.bfloat16, False
-        yield chunk, short, torch.float32, False
+        yield _Case("short", chunk, short)
+        yield _Case("short", chunk, short, torch.float32)
+        yield _Case("one token", chunk, Size(1, 1, 2, d))
+        yield _Case("documents", chunk, Size(2, 5 * chunk, 2, d))
         if on_gpu and chunk == 64:
-            yield chunk, Size(8, 1024, 16, d), torch.bfloat16, True
+            yield _Case("large", chunk, Size(8, 1024, 16, d))
+            yield _Case("long", chunk, Size(1, 32768, 2, d))
 
 
-def _check(
-    mixer: Mixer, size: Size, chunk: int, dtype: torch.dtype, device: torch.device, large: bool
-) -> dict[str, Any]:
+def _check(mixer: Mixer, case: _Case, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(0)
+    size, chunk, dtype = case.size, case.chunk, case.dtype
     inputs = ScanInputs(model_of(mixer, size, chunk), size.batch, size.length, dtype, device)
     inputs.make_keys_alike()
+    carried = None
+    if case.name == "documents":
+        carried = torch.tensor([[0.0, 1, 0, 1, 1], [0, 1, 1, 1, 0]], device=device)
     weight = torch.randn_like(inputs.leaves["a"])
-    first, second = (scan_results(inputs, weight) for _ in range(2))
-    if large:
-        exact = inputs.to(torch.float32, device)
-        want = scan_results(exact, weight)
+    first, second = (scan_results(inputs, weight, carried) for _ in range(2))
+    if case.name in ("large", "long"):
+        against = "torch in fp32"
+        want = scan_results(inputs.to(torch.float32, device), weight)
+    elif carried is not None:
+        against = "torch in float64"
+        want = scan_results(inputs.to(torch.float64, "cpu"), weight, carried.cpu())
     else:
-        exact = inputs.to(torch.float64, "cpu")
-        want = scan_results(exact, weight, reference=True)
-    errors = relative_errors(first, want)
-    what = max(errors, key=lambda name: errors[name])
+        against = "the recurrence in float64"
+        want = scan_results(inputs.to(torch.float64, "cpu"), weight, reference=True)
     repeats = all(torch.equal(first[name], second[name]) for name in first)
     return {
-        "mixer": mixer.value,
+        "kernel": mixer.value,
+        "case": case.name,
         "size": str(size),
         "chunk": chunk,
-        "dtype": str(dtype).removeprefix("torch."),
         "path": inputs.path,
-        "against": "torch in fp32" if large else "the recurrence in float64",
+        "against": against,
+        **_worst(relative_errors(first, want), dtype, repeats),
+    }
+
+
+def _check_loss(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {
+        "kernel": "cross entropy",
+        "case": "rows of logits",
+        "size": str(_COLUMNS),
+        "against": "torch in float64",
+        **_worst(loss_errors(_COLUMNS, dtype, device), dtype),
+    }
+
+
+def _worst(errors: dict[str, float], dtype: torch.dtype, repeats: bool = True) -> dict[str, Any]:
+    what = max(errors, key=lambda name: errors[name])
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
         "error": errors[what],
         "what": what,
         "bound": BOUNDS[dtype],

@@ -148,10 +148,10 @@ def _check() -> int:
     if wrong:
         worst = max(wrong, key=lambda row: row["error"])
         raise UserError(
-            f"{len(wrong)} of {len(result['rows'])} checks failed, worst {worst['mixer']} with "
-            f"chunks of {worst['chunk']} and size {worst['size']}: {worst['what']} is off by "
-            f"{worst['error']:.1e}; do not train here with this Triton ({result['triton']}), use "
-            f"another"
+            f"{len(wrong)} of {len(result['rows'])} checks failed, worst {worst['kernel']}, "
+            f"{worst['case']} of size {worst['size']} in {worst['dtype']}: {worst['what']} is off "
+            f"by {worst['error']:.1e}; do not train here with this Triton ({result['triton']}), "
+            f"use another"
         )
     return 0
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from nlscale import cli, recipe
-from nlscale.bench import scan_check
 from nlscale.bench.train import PLAIN
 from nlscale.bench.transformer import Transformer
 from nlscale.model.hope import Hope
 from nlscale.model.init import initialize
 from nlscale.model.layers import megatron_config
+from nlscale.ops import check
 from nlscale.ops.memory import memory_scan
 from nlscale.parallel.layout import process_groups
 from nlscale.plan.flops import flops_by_part, flops_per_token
@@ -81,7 +81,8 @@ def test_check_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = bench(capsys, "scan", "--check")
     found = json.loads(out)
     assert code == 0 and found["ok"]
-    assert {row["mixer"] for row in found["rows"]} == {"hope", "gated-delta", "hope-pure"}
+    assert {row["kernel"] for row in found["rows"]} == {"hope", "gated-delta", "hope-pure"}
+    assert {row["case"] for row in found["rows"]} == {"short", "one token", "documents"}
     assert {row["dtype"] for row in found["rows"]} == {"bfloat16", "float32"}
     assert all(0 < row["error"] < row["bound"] for row in found["rows"])
 
@@ -95,19 +96,19 @@ class WrongGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_x: torch.Tensor) -> torch.Tensor:
-        return d_x.index_fill(2, torch.tensor([7]), 0.0)
+        return d_x.index_fill(2, torch.tensor([min(7, d_x.shape[2] - 1)]), 0.0)
 
 
 def test_check_finds_one_wrong_token_of_a_gradient(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(a: torch.Tensor, b: torch.Tensor, *rest: Any) -> Any:
-        return memory_scan(a, WrongGradient.apply(b), *rest)
+    def wrong(a: torch.Tensor, b: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        return memory_scan(a, WrongGradient.apply(b), *rest, **more)
 
-    monkeypatch.setattr(scan_check, "memory_scan", wrong)
+    monkeypatch.setattr(check, "memory_scan", wrong)
     code, out, err = bench(capsys, "scan", "--check")
     assert code == 2 and not json.loads(out)["ok"]
-    assert err.count("\n") == 1 and "6 of 6 checks failed" in err and "b is off" in err
+    assert err.count("\n") == 1 and "9 of 12 checks failed" in err and "b is off" in err
 
 
 def test_layer_times_blocks_and_mixers(

@@ -9,8 +9,11 @@ import torch
 import triton
 from ops.problems import Problem
 
+from nlscale.ops.memory import memory_scan
+
 SHARED_MEMORY = {90: 227 * 1024, 80: 163 * 1024}
 """Bytes a program may have, by compute capability: H100 and H200, A100."""
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
 class Launches:
@@ -24,7 +27,12 @@ class Launches:
 
 
 def launches(
-    patch: pytest.MonkeyPatch, mode: str, length: int, chunk: int, **sizes: int
+    patch: pytest.MonkeyPatch,
+    mode: str,
+    length: int,
+    chunk: int,
+    documents: bool = False,
+    **sizes: int,
 ) -> list[Any]:
     """Of a forward and backward pass of bf16 inputs."""
     import nlscale.ops.triton
@@ -38,7 +46,22 @@ def launches(
     problem = Problem(mode, length, chunk=chunk, dtype=torch.float32, **sizes)
     for name in ("a", "b", "q"):
         problem.leaves[name] = problem.leaves[name].detach().bfloat16().requires_grad_()
-    problem.scan()[0].sum().backward()
+    carried = torch.ones(2, length // chunk) if documents else None
+    scanned, _ = memory_scan(*problem.inputs(), problem.weights(), problem.rules, None, carried)
+    scanned.sum().backward()
+    return noted
+
+
+def launches_of_the_loss(patch: pytest.MonkeyPatch) -> list[Any]:
+    from nlscale.ops.triton import cross_entropy
+
+    noted: list[Any] = []
+    for name, kernel in vars(cross_entropy).copy().items():
+        if name.endswith("_kernel"):
+            patch.setattr(cross_entropy, name, Launches(kernel, noted))
+    logits, targets = torch.zeros(8, 32000, dtype=torch.bfloat16), torch.zeros(8).long()
+    largest, _, _ = cross_entropy.row_statistics(logits, targets)
+    cross_entropy.to_gradient_(logits, targets, largest, largest)
     return noted
 
 
@@ -52,7 +75,7 @@ def compiled(launch: Any, capability: int) -> Any:
     for place, name in enumerate(kernel.arg_names):
         value = values[name]
         if isinstance(value, torch.Tensor):
-            signature[name] = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[value.dtype]
+            signature[name] = POINTERS[value.dtype]
             attributes[(place,)] = [["tt.divisibility", 16]]
         elif name.islower() and value not in (None, 1):  # Triton takes those as constants
             signature[name] = "i32"
@@ -65,20 +88,25 @@ def compiled(launch: Any, capability: int) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mode", "chunk", "d", "capability"),
+    ("mode", "chunk", "d", "capability", "documents"),
     [
-        ("hope", 64, 64, 90),
-        ("hope", 64, 128, 90),
-        ("hope", 16, 64, 90),
-        ("hope", 64, 64, 80),
-        ("pure", 64, 64, 90),
-        ("gated-delta", 64, 64, 90),
+        ("hope", 64, 64, 90, True),
+        ("hope", 64, 128, 90, False),
+        ("hope", 16, 64, 90, False),
+        ("hope", 64, 64, 80, False),
+        ("pure", 64, 64, 90, False),
+        ("gated-delta", 64, 64, 90, False),
     ],
 )
 def test_every_kernel_compiles_and_fits(
-    mode: str, chunk: int, d: int, capability: int, monkeypatch: pytest.MonkeyPatch
+    mode: str,
+    chunk: int,
+    d: int,
+    capability: int,
+    documents: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    noted = launches(monkeypatch, mode, 2 * chunk, chunk, d=d)
+    noted = launches(monkeypatch, mode, 2 * chunk, chunk, documents, d=d)
     assert len(noted) == {"hope": 10, "pure": 7, "gated-delta": 7}[mode]
     for launch in noted:
         kernel = compiled(launch, capability)
@@ -86,6 +114,13 @@ def test_every_kernel_compiles_and_fits(
         assert kernel.asm["cubin"] and used <= SHARED_MEMORY[capability], (
             f"{launch[0].__name__} takes {used} bytes of shared memory"
         )
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_the_loss_compiles(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted = launches_of_the_loss(monkeypatch)
+    assert len(noted) == 2
+    assert all(compiled(launch, capability).asm["cubin"] for launch in noted)
 
 
 def test_one_token_of_one_head_compiles(monkeypatch: pytest.MonkeyPatch) -> None:

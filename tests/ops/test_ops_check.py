@@ -1,0 +1,90 @@
+"""The check of the kernels before a run's first step, and what it finds."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from ops.interpreter import Call
+from torch import Tensor
+
+from nlscale import recipe
+from nlscale.config import ModelConfig
+from nlscale.errors import TrainingFailed
+from nlscale.ops import check, cross_entropy
+from nlscale.ops.check import check_kernels
+
+CPU = torch.device("cpu")
+
+
+def model(mixer: str) -> ModelConfig:
+    sizes = ["model.d_model=64", "model.heads=4", "model.memory.chunk=16"]
+    return recipe.load(None, ["data.dir=none", f"model.mixer={mixer}", *sizes]).config.model
+
+
+def sound(mixer: str, dtype: torch.dtype) -> None:
+    """In the process of the interpreter."""
+    import nlscale.ops.triton
+
+    calls = []
+
+    def supports(*given: Any) -> bool:
+        calls.append(given)
+        return True
+
+    nlscale.ops.triton.supports = supports  # type: ignore[assignment]
+    cross_entropy.supports = supports  # type: ignore[assignment]
+    state = torch.random.get_rng_state()
+    check_kernels(model(mixer), 96, dtype, CPU)
+    assert torch.equal(torch.random.get_rng_state(), state), "what is drawn must not change a run"
+    assert len(calls) >= 2
+
+
+@pytest.mark.parametrize("mixer", ["hope", "hope-pure", "gated-delta"])
+def test_the_kernels_pass(mixer: str, interpreted: Call) -> None:
+    interpreted(sound, mixer, torch.bfloat16)
+
+
+def test_attention_has_only_the_loss_to_check_and_an_earlier_stage_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cross_entropy, "supports", lambda logits: True)
+    monkeypatch.setattr(cross_entropy, "row_statistics", None)
+    check_kernels(model("attention"), 0, torch.bfloat16, CPU)
+    with pytest.raises(TypeError):
+        check_kernels(model("attention"), 96, torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize("broken", ["reads", "gradient", "nan"])
+def test_a_wrong_scan_is_refused_and_named(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = check.memory_scan
+
+    def wrong(a: Tensor, b: Tensor, q: Tensor, *rest: Any) -> Any:
+        read, state = real(a, b.detach() if broken == "gradient" else b, q, *rest)
+        if broken == "gradient":
+            read = read + 0 * b.sum()
+        return {"reads": read * 1.1, "nan": read * float("nan")}.get(broken, read), state
+
+    monkeypatch.setattr(check, "memory_scan", wrong)
+    monkeypatch.setattr(check.ScanInputs, "path", "kernels")
+    with pytest.raises(TrainingFailed) as caught:
+        check_kernels(model("hope"), 0, torch.bfloat16, CPU)
+    said = str(caught.value)
+    assert "\n" not in said and "train.kernels=false" in said and "memory scan is off by" in said
+    if broken == "gradient":
+        assert "b of the memory scan" in said
+
+
+def test_a_wrong_loss_is_refused_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(logits: Tensor, *rest: Tensor) -> None:
+        cross_entropy.to_gradient_(logits, *rest, kernels=False)
+        logits[3] = 0
+
+    monkeypatch.setattr(cross_entropy, "supports", lambda logits: logits.dtype != torch.float64)
+    right = partial(cross_entropy.row_statistics, kernels=False)
+    monkeypatch.setattr("nlscale.ops.triton.cross_entropy.row_statistics", right)
+    monkeypatch.setattr("nlscale.ops.triton.cross_entropy.to_gradient_", wrong)
+    with pytest.raises(TrainingFailed, match="derivative by the logits is off by"):
+        check_kernels(model("attention"), 96, torch.bfloat16, CPU)
