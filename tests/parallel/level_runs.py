@@ -16,12 +16,14 @@ from nlscale.levels import spectrum, sync_group
 from nlscale.model.hope import Hope
 from nlscale.model.init import initialize, join
 from nlscale.model.layers import megatron_config
+from nlscale.ops.documents import Documents
 from nlscale.optim.schedule import learning_rate
 from nlscale.parallel.layout import process_groups
 from nlscale.parallel.schedule import Batch
 from nlscale.train import Trainer
 
 VOCABULARY = 32
+SEPARATOR = 31
 TINY = [
     "data.dir=none",
     "model.layers=3",
@@ -57,7 +59,12 @@ def sequences(config: Config, step: int) -> list[Batch]:
         if config.data.sequence_length != DataConfig.sequence_length:
             length = config.data.sequence_length
         tokens = torch.randint(0, VOCABULARY, (1, length + 1), generator=generator)
-        out.append(Batch(tokens[:, :-1], tokens[:, 1:], 1))
+        documents = None
+        if config.data.document_mask:
+            tokens[0, length // 3] = tokens[0, -3] = SEPARATOR
+            chunk = config.model.memory.chunk
+            documents = Documents.of(tokens[:, :-1].numpy(), SEPARATOR, chunk, tokens.device)
+        out.append(Batch(tokens[:, :-1], tokens[:, 1:], 1, documents))
     return out
 
 

@@ -83,6 +83,15 @@ def test_everything_at_once_over_two_nodes(one_process: dict, kind: tuple[str, s
     compare(results, one_process[kind])
 
 
+@pytest.mark.parametrize("mixer", ["hope", "attention"])
+def test_documents_stay_apart_in_every_layout(mixer: str) -> None:
+    overrides = [*BASE, f"model.mixer={mixer}", "data.document_mask=true"]
+    (expected,) = world.run(1, run_engine, overrides)
+    (seen,) = world.run(1, run_engine, [*overrides, "data.document_mask=false"])
+    assert expected["losses"] != pytest.approx(seen["losses"], rel=1e-3)
+    compare(world.run(4, run_engine, [*overrides, *layout(2, True, 2, 2)]), expected)
+
+
 def compare(results: list[dict], expected: dict) -> None:
     for result in results:
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
