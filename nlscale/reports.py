@@ -10,10 +10,10 @@ from nlscale.checkpoint.saver import saves
 from nlscale.checks import Prepared
 from nlscale.config import Config
 from nlscale.errors import Stopped
+from nlscale.model.flops import flops_per_token
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
 from nlscale.optim.levels import LevelOptimizer
 from nlscale.parallel.layout import Layout
-from nlscale.plan.flops import flops_per_token
 from nlscale.trainer import Trainer
 
 _STANDS_STILL = 1e-7

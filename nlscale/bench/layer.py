@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from nlscale.bench.clock import ceilings, median_seconds, name_of
 from nlscale.config import Config
 from nlscale.model.block import Block
+from nlscale.model.flops import flops_by_part
 from nlscale.model.init import initialize
 from nlscale.model.layers import megatron_config
 from nlscale.model.sizes import level_hidden
 from nlscale.parallel.layout import process_groups
-from nlscale.plan.flops import flops_by_part
 
 
 def bench_layer(configs: list[Config], repeats: int) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def bench_layer(configs: list[Config], repeats: int) -> dict[str, Any]:
     Returns:
         What was measured on, and for each configuration `forward_ms` and `backward_ms` of the
         block, `mixer_forward_ms` and `mixer_backward_ms` of its mixer alone, `parameters`,
-        `tokens_per_second`, `flops_per_second` by the count of `nlscale.plan.flops` and their
+        `tokens_per_second`, `flops_per_second` by the count of `nlscale.model.flops` and their
         share `mfu` of the measured rate of a large matrix product, and on a GPU `kept_bytes`, what
         the forward pass leaves for the backward pass.
     """

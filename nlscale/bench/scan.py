@@ -18,9 +18,9 @@ from nlscale import recipe
 from nlscale.bench.clock import Ceilings, ceilings, here, median_seconds, name_of
 from nlscale.config import MIXER_PRESETS, MemoryConfig, Mixer, ModelConfig
 from nlscale.errors import UserError
+from nlscale.model.flops import flops_by_part
 from nlscale.ops.check import ScanInputs
 from nlscale.ops.memory import memory_scan
-from nlscale.plan.flops import flops_by_part
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def bench_scan(sizes: list[Size], mixers: list[Mixer], chunk: int, repeats: int)
     Returns:
         What was measured on, its ceilings, and for each size and mixer `forward_ms`,
         `backward_ms`, `peak_bytes` (GPU: allocated at most beyond the inputs) and the floors: the
-        FLOPs as `nlscale.plan.flops` counts them over the measured rate of a matrix product, and
+        FLOPs as `nlscale.model.flops` counts them over the measured rate of a matrix product, and
         inputs, reads and their derivatives, each read or written once, over that of a copy.
     """
     device = here()

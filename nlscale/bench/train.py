@@ -18,7 +18,7 @@ from nlscale.bench.step import bench_step
 from nlscale.bench.trace import trace
 from nlscale.bench.transformer import bench_transformer
 from nlscale.config import Config, Dtype, Mixer
-from nlscale.plan.flops import flops_per_token
+from nlscale.model.flops import flops_per_token
 from nlscale.units import human_bytes, human_count
 
 PLAIN = "torch alone"

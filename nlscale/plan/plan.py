@@ -11,8 +11,8 @@ from nlscale.config import Config, Pending, Reduction
 from nlscale.data.index import read_index
 from nlscale.errors import UserError
 from nlscale.levels import planned_updates, slow_level_warnings, spectrum
+from nlscale.model.flops import flops_by_part
 from nlscale.model.sizes import level_parameters
-from nlscale.plan.flops import flops_by_part
 from nlscale.plan.memory import GIB, USABLE, Memory, memory
 from nlscale.plan.pipeline import Pipeline, pipeline
 from nlscale.plan.traffic import Traffic, activation_bytes, cycle_steps, node_bytes, traffic
@@ -40,7 +40,7 @@ class Plan:
     """Of the run."""
     tokens_per_step: int
     flops: dict[str, float]
-    """Model FLOPs of a training token by part of the model, see `nlscale.plan.flops`."""
+    """Model FLOPs of a training token by part of the model, see `nlscale.model.flops`."""
     cycle: int
     """Steps after which the traffic repeats."""
     aligned: Traffic

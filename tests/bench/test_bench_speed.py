@@ -12,13 +12,13 @@ import torch
 from nlscale import cli, recipe
 from nlscale.bench.train import PLAIN
 from nlscale.bench.transformer import Transformer
+from nlscale.model.flops import flops_by_part, flops_per_token
 from nlscale.model.hope import Hope
 from nlscale.model.init import initialize
 from nlscale.model.layers import megatron_config
 from nlscale.ops import check
 from nlscale.ops.memory import memory_scan
 from nlscale.parallel.layout import process_groups
-from nlscale.plan.flops import flops_by_part, flops_per_token
 
 TINY = """
 data: {dir: none, sequence_length: 16}

@@ -8,8 +8,8 @@ from typing import Any
 
 from nlscale import recipe
 from nlscale.levels import spectrum
+from nlscale.model.flops import flops_per_token
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
-from nlscale.plan.flops import flops_per_token
 
 VOCABULARY = 256
 SEQUENCE, BATCH = 512, 16

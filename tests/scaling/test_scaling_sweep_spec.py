@@ -14,8 +14,8 @@ from scaling.sweeps import WSD, write_sweep
 
 from nlscale import recipe
 from nlscale.cli import main
+from nlscale.model.flops import flops_per_token
 from nlscale.model.sizes import level_parameters
-from nlscale.plan.flops import flops_per_token
 from nlscale.scaling.sweep.ladder import Ladder
 
 ROOT = Path(__file__).parents[2]

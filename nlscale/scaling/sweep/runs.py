@@ -16,8 +16,8 @@ from nlscale.config import Config
 from nlscale.data import read_index
 from nlscale.errors import UserError
 from nlscale.levels import spectrum
+from nlscale.model.flops import flops_per_token
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
-from nlscale.plan.flops import flops_per_token
 from nlscale.scaling.sweep.spec import Budget, Sweep, Value
 
 

@@ -1,4 +1,4 @@
-"""The plan's FLOPs against what a profiler counts in a real forward and backward pass."""
+"""FLOPs by count against what a profiler counts in a real forward and backward pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import world
 
 from nlscale import recipe
 from nlscale.config import Config, Mixer
-from nlscale.plan.flops import flops_by_part, flops_per_token
+from nlscale.model.flops import flops_by_part, flops_per_token
 
 VOCABULARY = 96
 SHAPES = {
@@ -100,12 +100,12 @@ def test_a_training_token_costs_what_a_profiler_counts() -> None:
         assert flops > 1.05 * in_products(config)
 
 
-@pytest.mark.parametrize(("mixer", "inputs"), [(Mixer.hope, 2), (Mixer.hope_paper, 1)])
-def test_a_convolution_costs_three_of_its_forward_passes(mixer: Mixer, inputs: int) -> None:
+@pytest.mark.parametrize(("kind", "inputs"), [(Mixer.hope, 2), (Mixer.hope_paper, 1)])
+def test_a_convolution_costs_three_of_its_forward_passes(kind: Mixer, inputs: int) -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = make(f"model.mixer={mixer.value}", "model.memory.convolution=5")
+    config = make(f"model.mixer={kind.value}", "model.memory.convolution=5")
     channels, length = 64 * inputs, 96
     with FlopCounterMode(display=False) as counter:
         torch.conv1d(

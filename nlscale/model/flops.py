@@ -12,7 +12,7 @@ which is what fused kernels compute. PaLM's and Chinchilla's formulas take all T
 is higher for the same speed, and attention would look dearer beside a memory than it is.
 
 The memory counts the chunk form of `nlscale.ops.chunk`, whole squares within a chunk; kernels of
-the same form count the same. tests/plan compares all of it with what a profiler counts in a real
+the same form count the same. tests/model compares all of it with what a profiler counts in a real
 forward and backward pass.
 """
 
