@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,7 @@ def results(function: Callable[..., Any], given: tuple[Any, ...]) -> list[Tensor
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_compiled_functions_give_the_same(name: str, seed: int) -> None:
+    assert shutil.which("g++"), "torch.compile needs a compiler here: apt-get install g++"
     function, given = CALLS[name]()
     compiled = torch.compile(function, fullgraph=True)
     for got, want in zip(results(compiled, given), results(function, given), strict=True):
