@@ -45,7 +45,8 @@ def check_same_run(config: Config, data: dict[str, Any], state: dict[str, Any], 
     Raises:
         UserError: one line for each key that differs and is not in `resume.allow`.
     """
-    changed = differences(recipe.to_plain(config), state["config"])
+    saved = _completed(state["config"], recipe.to_plain(Config()))
+    changed = differences(recipe.to_plain(config), saved)
     if data != state["data"]:
         changed["data"] = (state["data"], data)
     unknown = set(config.resume.allow) - set(changed) - {"data", *recipe.all_keys()}
@@ -75,6 +76,13 @@ def differences(now: Any, before: Any, prefix: str = "") -> dict[str, tuple[Any,
                 found |= differences(now.get(name), before.get(name), f"{key}.")
         return found
     return {} if now == before else {prefix.rstrip("."): (before, now)}
+
+
+def _completed(saved: Any, defaults: Any) -> Any:
+    """A saved configuration with the keys that came after it: their defaults change nothing."""
+    if not isinstance(saved, dict) or not isinstance(defaults, dict):
+        return saved
+    return defaults | {key: _completed(value, defaults.get(key)) for key, value in saved.items()}
 
 
 def _length_has_not_mattered(

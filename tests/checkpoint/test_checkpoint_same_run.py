@@ -1,0 +1,52 @@
+"""Which configurations go on with a run that another version, or another command, began."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nlscale import recipe
+from nlscale.checkpoint.same_run import check_same_run
+from nlscale.config import Config
+from nlscale.errors import UserError
+
+
+def config(*overrides: str) -> Config:
+    return recipe.load(None, ["data.dir=none", *overrides]).config
+
+
+def saved(*overrides: str) -> dict[str, Any]:
+    return {"config": recipe.to_plain(config(*overrides)), "data": {}, "step": 3}
+
+
+def saved_before_there_was_a_document_mask() -> dict[str, Any]:
+    state = saved()
+    del state["config"]["data"]["document_mask"]
+    return state
+
+
+def test_a_key_that_came_later_is_at_its_default() -> None:
+    check_same_run(config(), {}, saved_before_there_was_a_document_mask(), "it")
+
+
+def test_and_differs_where_it_is_set() -> None:
+    state = saved_before_there_was_a_document_mask()
+    with pytest.raises(UserError, match=r"data\.document_mask: False -> True"):
+        check_same_run(config("data.document_mask=true"), {}, state, "it")
+    check_same_run(
+        config("data.document_mask=true", "resume.allow=[data.document_mask]"), {}, state, "it"
+    )
+
+
+@pytest.mark.parametrize(
+    "free", ["train.kernels=false", "train.recompute=[mixer]", "parallel.tensor=2", "run.dir=other"]
+)
+def test_how_and_where_it_runs_may_change(free: str) -> None:
+    check_same_run(config(free), {}, saved(), "it")
+
+
+@pytest.mark.parametrize("other", ["optimizer.learning_rate=1e-4", "model.memory.chunk=32"])
+def test_what_it_computes_may_not(other: str) -> None:
+    with pytest.raises(UserError, match=other.split("=")[0]):
+        check_same_run(config(other), {}, saved(), "it")
