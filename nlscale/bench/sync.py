@@ -36,7 +36,6 @@ from nlscale.parallel.consensus import Verdict
 from nlscale.parallel.layout import process_groups
 from nlscale.plan import traffic
 from nlscale.trainer import Trainer
-from nlscale.units import human_bytes
 
 
 @dataclass(frozen=True)
@@ -179,20 +178,24 @@ def print_result(result: dict[str, Any]) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     table.add_column("\nmode", no_wrap=True)
     for column in (
-        "bytes,\nmean", "\nplanned", "\nratio", "bytes,\npeak", "\nplanned", "step\ntime",
-        "of every-\nstep", "link time of\nevery-step", "parameters\ndiffer by",
+        "MB a\nstep", "\nplan", "MB at\nmost", "\nplan", "step,\nms", "step,\nrel.",
+        "link,\nrel.", "weights\ndiffer",
     ):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
     for mode in result["modes"]:
         own = mode["mode"].startswith("every-step")
         table.add_row(
             mode["mode"],
-            human_bytes(mode["measured_bytes_per_step"]),
-            human_bytes(mode["planned_bytes_per_step"]),
-            f"{mode['ratio']:.3f}",
-            human_bytes(mode["peak_bytes"]),
-            human_bytes(mode["planned_peak_bytes"]),
-            f"{1e3 * mode['step_seconds']:.0f} ms",
+            *(
+                f"{mode[key] / 1e6:#.3g}"
+                for key in (
+                    "measured_bytes_per_step",
+                    "planned_bytes_per_step",
+                    "peak_bytes",
+                    "planned_peak_bytes",
+                )
+            ),
+            f"{1e3 * mode['step_seconds']:.0f}",
             f"{mode['step_time_ratio']:.2f}",
             f"{mode['link_time_ratio']:.2f}",
             "reference" if own else f"{mode['max_relative_difference']:.1e}",
@@ -201,7 +204,8 @@ def print_result(result: dict[str, Any]) -> None:
     staggered = next(m for m in result["modes"] if m["mode"] == "deferred-staggered")
     console.print(
         "\nBytes are those leaving one node in a step, TCP/IP headers and acknowledgements "
-        "included.\nLink time is what the limit of the link adds to a step of the same mode.\n"
+        "included.\nLink: what its limit adds to a step of the same mode; rel.: relative to "
+        "every-step.\n"
         "A deferred mode differs from the every-step mode of the same phases.\n"
         "The largest step of deferred-staggered sends "
         f"{staggered['peak_bytes'] / staggered['measured_bytes_per_step']:.2f} times its mean."
