@@ -76,9 +76,11 @@ class Hope(nn.Module):
         """tokens [batch, sequence] -> residual stream [sequence, batch, d_model], new states.
 
         `states` are those an earlier piece of the same sequences returned; None at their start.
-        Without `carry` no new ones are returned, and what they hold is freed block by block. Where
-        `documents` are given nothing is carried from one to the next, nor to another piece.
+        Without `carry` no new ones are returned, and what they hold is freed block by block.
+        `documents` says where they begin in whole samples, from one to the next of which nothing
+        is carried; None: a sample is one.
         """
+        assert states is None or documents is None, "documents are whole samples"
         if self.embedding is not None:
             x = self.embedding(tokens)
             # [batch, sequence, d] unless the embedding has already scattered the sequence

@@ -127,7 +127,7 @@ class MemoryMixer(nn.Module):
         eta, alpha = self._gate_logits(static)
         if documents is not None:
             eta, alpha = documents.fill(eta), documents.fill(alpha)
-        make = partial(self._scan_inputs, fed, q, tail, documents)
+        make = partial(self._make_inputs, fed, q, tail, documents)
         a, b, q = make()
         weights = self._weights()
         fused = self.kernels and fused_scan.supports(a, b, q, self.rules, weights is None)
@@ -145,7 +145,7 @@ class MemoryMixer(nn.Module):
         last = torch.cat([tail, fed[max(0, length - before) :]])
         return read, MixerState(last[len(last) - before :], memory)
 
-    def _scan_inputs(
+    def _make_inputs(
         self, fed: Tensor, q: Tensor, tail: Tensor, documents: Documents | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         position = None if documents is None else documents.position
