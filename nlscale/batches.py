@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from nlscale.checks import Prepared
 from nlscale.data import Samples
 from nlscale.ops.documents import Documents
+from nlscale.ops.transfer import to_device
 from nlscale.parallel.consensus import Verdict, agree
 from nlscale.parallel.schedule import Batch, run_micro_batches
 from nlscale.trainer import Trainer
@@ -47,7 +48,8 @@ def validation_loss(trainer: Trainer, samples: Samples) -> Verdict:
         rows = np.stack([samples[n] for n in filled])
         batches.append(_to_batch(rows, samples, trainer, len(numbers)))
     loss_sum, seen = run_micro_batches(trainer.stages, batches, None)
-    return agree(layout, loss_sum, seen, torch.tensor(True, device=layout.device))
+    no_gradient = torch.ones((), dtype=torch.bool, device=layout.device)
+    return agree(layout, loss_sum, seen, no_gradient).read()
 
 
 def _to_batch(rows: NDArray[np.int64], samples: Samples, trainer: Trainer, counted: int) -> Batch:
@@ -56,5 +58,5 @@ def _to_batch(rows: NDArray[np.int64], samples: Samples, trainer: Trainer, count
     if config.data.document_mask:
         separator, chunk = samples.shards.separator, config.model.memory.chunk
         documents = Documents.of(rows[:, :-1], separator, chunk, device)
-    tokens = torch.from_numpy(rows).to(device)
+    tokens = to_device(rows, device)
     return Batch(tokens[:, :-1], tokens[:, 1:], counted, documents)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import nn
 
-from nlscale.config import Config
+from nlscale.config import Config, Dtype
 from nlscale.levels import Level
 from nlscale.model.hope import Hope, named_parameters
 from nlscale.model.init import initialize
@@ -67,16 +67,19 @@ class Trainer:
     @classmethod
     def build(cls, config: Config, layout: Layout, levels: list[Level], vocabulary: int) -> Trainer:
         """Make and initialise the model; the same weights on every layout."""
-        mc = megatron_config(config)
+        kernels = layout.device.type == "cuda" and config.train.kernels
+        mc = megatron_config(config, kernels and config.train.dtype == Dtype.bf16)
         cut = stage_blocks(config, vocabulary)
         mine = cut[layout.pipeline_rank :: layout.pipeline_size]
         stages = [Hope(config, mc, vocabulary, blocks) for blocks in mine]
         for stage in stages:
             initialize(stage, config.run.seed, layout.tensor_rank, layout.tensor_size)
             stage.to(layout.device)
-        if layout.device.type == "cuda" and config.train.kernels:
+        if kernels:
             columns = vocabulary // layout.tensor_size if stages[-1].is_last else 0
-            check_kernels(config.model, columns, mc.params_dtype, layout.device)
+            check_kernels(
+                config.model, columns, mc.params_dtype, layout.device, config.data.document_mask
+            )
         optimizer = LevelOptimizer(config, levels, stages, vocabulary, mc, layout)
         return cls(config, layout, levels, stages, optimizer, BusyTime(layout.device))
 
@@ -84,17 +87,19 @@ class Trainer:
         self,
         batches: list[Batch],
         requests: Requests | None = None,
-        on_verdict: Callable[[Verdict], None] | None = None,
+        before_update: Callable[[], None] | None = None,
     ) -> tuple[Verdict, dict[int, dict[str, float | None]]]:
         """One step on this rank's micro batches: what all ranks saw of it, what was updated.
 
         A step that is not admitted enters no window. A window that is due closes all the same,
-        with the steps that it holds.
+        with the steps that it holds. The device decides that by itself: the host learns of it when
+        all of the step is under way, and waits for nothing before.
 
         Args:
             batches: of this rank, `read_step` or the like.
             requests: what this rank asks of all of them.
-            on_verdict: called once the ranks have agreed, before anything is updated.
+            before_update: called once the ranks have agreed, before anything is reduced across
+                nodes or updated.
         """
         counters = self.counters
         counters.step += 1
@@ -106,16 +111,17 @@ class Trainer:
         with doing("reduction inside the node"):
             finite = self.optimizer.finish_backward()
         with doing("consensus"):
-            verdict = agree(self.layout, loss_sum, seen, finite, requests)
-        if on_verdict is not None:
-            on_verdict(verdict)
-        if self._spikes(verdict.loss):
-            verdict = replace(verdict, admitted=False)
-        if verdict.admitted:
-            self.optimizer.admit(verdict.tokens)
-        self._count(verdict)
+            consensus = agree(
+                self.layout, loss_sum, seen, finite, requests, limit=self._highest_loss()
+            )
+        if before_update is not None:
+            before_update()
         with doing("reduction across nodes and update of the levels due"):
-            updated = self.optimizer.update(counters.step)
+            update = self.optimizer.update(counters.step, consensus)
+        with doing("what is under way on the GPU"):
+            verdict = consensus.read()
+            updated = self.optimizer.conclude(update, verdict)
+        self._count(verdict)
         return verdict, updated
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -139,8 +145,8 @@ class Trainer:
         averaged = max(1, self.config.train.steps // 20)
         counters.last_losses = [*counters.last_losses, verdict.loss][-averaged:]
 
-    def _spikes(self, loss: float) -> bool:
-        """Whether a loss is out of line with the steps before it (train.drop_spikes)."""
+    def _highest_loss(self) -> float:
+        """Above it a loss is out of line with the steps before it (train.drop_spikes)."""
         limit, recent = self.config.train.drop_spikes, self.counters.recent
         enough = len(recent) >= _SPIKE_MEMORY // 5
-        return limit is not None and enough and loss > limit * statistics.median(recent)
+        return limit * statistics.median(recent) if limit is not None and enough else math.inf

@@ -14,7 +14,15 @@ import torch
 from nlscale.bench.clock import here, name_of
 from nlscale.bench.scan import Size, model_of, triton_version
 from nlscale.config import Mixer
-from nlscale.ops.check import BOUNDS, ScanInputs, loss_errors, relative_errors, scan_results
+from nlscale.ops.check import (
+    BOUNDS,
+    ScanInputs,
+    accumulation_errors,
+    attention_errors,
+    loss_errors,
+    relative_errors,
+    scan_results,
+)
 from nlscale.ops.triton import LAUNCHES
 
 _MIXERS = (Mixer.hope, Mixer.gated_delta, Mixer.hope_pure)
@@ -36,7 +44,8 @@ def check_scan() -> dict[str, Any]:
     The reference is the token-by-token recurrence in float64, on the CPU, for short sequences;
     torch's chunk form, in float64 on the CPU for one of several documents, and in fp32 for some
     that fill a GPU and for long ones. Half of the heads have keys that are alike. Each runs twice:
-    the kernels have no reason to give another result. The loss and its gradient follow.
+    the kernels have no reason to give another result. On a GPU follow the loss with its gradient,
+    attention within documents, and the sum of a weight's gradients.
 
     Returns:
         `ok`, what it ran on, and `rows`: the largest `error` and of `what`, its `bound`, whether
@@ -44,7 +53,10 @@ def check_scan() -> dict[str, Any]:
     """
     device = here()
     rows = [_check(mixer, case, device) for mixer in _MIXERS for case in _cases(device)]
-    rows += [_check_loss(dtype, device) for dtype in BOUNDS if device.type == "cuda"]
+    if device.type == "cuda":
+        rows += [_check_loss(dtype, device) for dtype in BOUNDS]
+        rows += [_check_attention(d, device) for d in (64, 128)]
+        rows.append(_check_accumulation(device))
     return {
         "ok": all(row["ok"] for row in rows),
         "device": name_of(device),
@@ -106,6 +118,28 @@ def _check_loss(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         "size": str(_COLUMNS),
         "against": "torch in float64",
         **_worst(loss_errors(_COLUMNS, dtype, device), dtype),
+    }
+
+
+def _check_attention(d: int, device: torch.device) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {
+        "kernel": "attention",
+        "case": "documents",
+        "size": str(Size(2, 200, 2, d)),
+        "against": "torch in float64",
+        **_worst(attention_errors(d, torch.bfloat16, device), torch.bfloat16),
+    }
+
+
+def _check_accumulation(device: torch.device) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {
+        "kernel": "weight gradients",
+        "case": "two sums of bf16 products",
+        "size": "",
+        "against": "torch in float64",
+        **_worst(accumulation_errors(torch.bfloat16, device), torch.float32),
     }
 
 

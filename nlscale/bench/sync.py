@@ -32,7 +32,6 @@ from nlscale.bench.ranks import run_ranks, scratch
 from nlscale.bench.tokens import random_tokens
 from nlscale.config import Config
 from nlscale.errors import TrainingFailed
-from nlscale.parallel.consensus import Verdict
 from nlscale.parallel.layout import process_groups
 from nlscale.plan import traffic
 from nlscale.trainer import Trainer
@@ -116,7 +115,7 @@ def _train_and_measure(
     with process_groups(config) as layout:
         trainer = Trainer.build(config, layout, bench.levels, bench.vocabulary)
 
-        def read_counter(verdict: Verdict) -> None:
+        def read_counter() -> None:
             if trainer.counters.step > WARMUP:
                 sent.append(sent_bytes())
                 times.append(time.monotonic())
@@ -126,7 +125,7 @@ def _train_and_measure(
 
         for step in range(1, config.train.steps + 1):
             batches = random_tokens(config, step, layout.data_rank, layout.data_size)
-            verdict, _ = trainer.take_step(batches, on_verdict=read_counter)
+            verdict, _ = trainer.take_step(batches, before_update=read_counter)
             if not verdict.admitted:
                 raise TrainingFailed(f"{name}: step {step} was not finite; nothing was measured")
             if layout.is_writer and step % max(1, config.train.steps // 4) == 0:

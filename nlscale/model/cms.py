@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from nlscale.model.layers import (
     RMSNorm,
     column_linear,
     gather_input,
+    product,
     recomputed,
     reduce_output,
     row_linear,
@@ -40,6 +40,9 @@ class LevelMLP(nn.Module):
         self.up = column_linear(mc, d, [hidden, hidden], normal(model.init_std), wider)
         self.down = row_linear(mc, hidden, d, normal(residual_std), wider)
         self.recompute = recompute
+        if recompute:
+            # The second time, autograd hands on a copy of the weight that knows of no buffer.
+            self.up.gradient_accumulation_fusion = False
         self.swiglu = compiled_on_gpu(swiglu, kernels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,8 +53,8 @@ class LevelMLP(nn.Module):
 
         To be summed over the levels and then, once, over the tensor group.
         """
-        hidden = self._hidden(lambda x: F.linear(x, self.up.weight), x)
-        return F.linear(weight * hidden, self.down.weight)
+        hidden = self._hidden(lambda x: product(self.up, x), x)
+        return product(self.down, weight * hidden)
 
     def _hidden(self, up_projection: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         def hidden(x: Tensor) -> Tensor:

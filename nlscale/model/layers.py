@@ -19,19 +19,39 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     mappings,
 )
+from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nlscale.config import Config, Dtype
 from nlscale.model.init import Initializer, normal, ones, tag
+from nlscale.ops.accumulate import accumulate_product_
 
 
-def megatron_config(config: Config) -> TransformerConfig:
+class _WeightGradients:
+    """What megatron-core calls to add a weight's gradient to its buffer: apex's, where it is."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(x: Tensor, d_output: Tensor, buffer: Tensor) -> None:
+        accumulate_product_(buffer, d_output, x)
+
+
+_megatron: Any = tensor_parallel_layers
+_megatron.fused_weight_gradient_mlp_cuda = _WeightGradients
+_megatron._grad_accum_fusion_available = True
+
+
+def megatron_config(config: Config, fuse_accumulation: bool = False) -> TransformerConfig:
     """What megatron-core's layers and schedules need to know of the run.
 
     The loss is a sum over tokens (`calculate_per_token_loss`): windows are divided by their
     token count only when they are applied (MATH 1).
+
+    Args:
+        config: the run.
+        fuse_accumulation: products add the gradients of weights to the fp32 buffers themselves,
+            which megatron-core's DDP must have given them before the first forward pass.
     """
     bf16, parallel = config.train.dtype == Dtype.bf16, config.parallel
     interleaved = parallel.virtual_stages > 1
@@ -53,7 +73,7 @@ def megatron_config(config: Config) -> TransformerConfig:
         use_cpu_initialization=True,
         perform_initialization=False,
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuse_accumulation,
     )
 
 
@@ -105,6 +125,19 @@ def gather_input(mc: TransformerConfig, x: Tensor) -> Tensor:
     if mc.sequence_parallel:
         return mappings.gather_from_sequence_parallel_region(x)
     return mappings.copy_to_tensor_model_parallel_region(x)
+
+
+def product(layer: ColumnParallelLinear | RowParallelLinear, x: Tensor) -> Tensor:
+    """The product x W^T of `column_linear` or `row_linear` alone, without communication."""
+    return tensor_parallel_layers.linear_with_grad_accumulation_and_async_allreduce(
+        input=x,
+        weight=layer.weight,
+        bias=None,
+        gradient_accumulation_fusion=layer.gradient_accumulation_fusion,
+        allreduce_dgrad=False,
+        sequence_parallel=False,
+        tp_group=get_tensor_model_parallel_group(),
+    )
 
 
 def reduce_output(mc: TransformerConfig, partial: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,9 @@ from nlscale.config import Mixer, ModelConfig
 from nlscale.errors import TrainingFailed
 from nlscale.ops import cross_entropy
 from nlscale.ops import triton as fused_scan
+from nlscale.ops.accumulate import accumulate_product_
+from nlscale.ops.attention import causal_attention, takes_packed
+from nlscale.ops.documents import Documents
 from nlscale.ops.memory import MemoryRules, MemoryWeights, memory_scan
 from nlscale.ops.pointwise import normalize
 from nlscale.ops.reference import memory_reference
@@ -134,7 +138,11 @@ def relative_errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str
 
 
 def check_kernels(
-    model: ModelConfig, columns: int, dtype: torch.dtype, device: torch.device
+    model: ModelConfig,
+    columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    documents: bool = False,
 ) -> None:
     """Compare the kernels that a run is about to use with float64.
 
@@ -143,6 +151,7 @@ def check_kernels(
         columns: of the vocabulary that this rank holds; 0 where it holds no head.
         dtype: of activations.
         device: where it runs.
+        documents: whether they are told apart (data.document_mask).
 
     Raises:
         TrainingFailed: a kernel is wrong.
@@ -152,14 +161,21 @@ def check_kernels(
         found = loss_errors(columns, dtype, device) if columns else {}
         if model.mixer != Mixer.attention:
             found |= _scan_errors(model, dtype, device)
-    what, error = max(found.items(), key=lambda item: item[1], default=("", 0.0))
-    if error > BOUNDS[dtype]:
-        raise TrainingFailed(
-            f"the kernels compute something else than they should on {device}: {what} is off by "
-            f"{error:.1e}, and at most {BOUNDS[dtype]:g} would be rounding. Install another "
-            f"version of Triton (nlscale bench scan --check tells of each kernel), or set "
-            f"train.kernels=false, which is much slower"
-        )
+        elif documents:
+            found |= attention_errors(model.d_model // model.heads, dtype, device)
+        sums = accumulation_errors(dtype, device)
+    for errors, bound, of in (
+        (found, BOUNDS[dtype], "Triton"),
+        (sums, BOUNDS[torch.float32], "torch"),
+    ):
+        what, error = max(errors.items(), key=lambda item: item[1], default=("", 0.0))
+        if error > bound:
+            raise TrainingFailed(
+                f"the kernels compute something else than they should on {device}: {what} is off "
+                f"by {error:.1e}, and at most {bound:g} would be rounding. Install another version "
+                f"of {of} (nlscale bench scan --check tells of each kernel), or set "
+                f"train.kernels=false, which is much slower"
+            )
 
 
 def _scan_errors(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
@@ -189,3 +205,38 @@ def loss_errors(columns: int, dtype: torch.dtype, device: torch.device) -> dict[
         cross_entropy.to_gradient_(x, targets, log_sum, torch.ones_like(log_sum), kernels)
         results.append({"loss": log_sum - at_target, "derivative by the logits": x})
     return relative_errors(*results)
+
+
+def attention_errors(d: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Of attention within documents; none where it does not run as sequences of several lengths."""
+    batch, heads, time = 2, 2, 200
+    tokens = np.ones((batch, time), dtype=np.int64)
+    tokens[0, [1, 70]] = tokens[1, 150] = 0
+    leaves = {name: torch.randn(batch, heads, time, d, device=device).to(dtype) for name in "qkv"}
+    if not takes_packed(leaves["q"]):
+        return {}
+    weight, results = torch.randn(batch, heads, time, d), []
+    for place, precision in ((device, dtype), (torch.device("cpu"), torch.float64)):
+        documents = Documents.of(tokens, 0, _ROWS, place)
+        given = q, k, v = [x.to(place, precision).requires_grad_() for x in leaves.values()]
+        read = causal_attention(q, k, v, documents)
+        gradients = torch.autograd.grad(read, given, weight.to(place, precision))
+        of = (f"{name} of attention within documents" for name in ("reads", *leaves))
+        results.append(dict(zip(of, (read.detach(), *gradients), strict=True)))
+    return relative_errors(*results)
+
+
+def accumulation_errors(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Of two gradients of a weight, added up in fp32 whatever the dtype of their factors."""
+    outputs, inputs = 96, 160
+    factors = [
+        (torch.randn(_ROWS, outputs, device=device), torch.randn(_ROWS, inputs, device=device))
+        for _ in range(2)
+    ]
+    total = torch.zeros(outputs, inputs, device=device)
+    exact = torch.zeros(outputs, inputs, device=device, dtype=torch.float64)
+    for d_output, x in factors:
+        accumulate_product_(total, d_output.to(dtype), x.to(dtype))
+        exact += d_output.to(dtype).double().t() @ x.to(dtype).double()
+    name = "the sum of a weight's gradients"
+    return relative_errors({name: total}, {name: exact})

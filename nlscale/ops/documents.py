@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nlscale.ops.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -31,6 +33,10 @@ class Documents:
     """Place of each token in the filled rows, int64 [batch, sequence]."""
     carried: Tensor
     """0 at chunks of the filled rows with which a document begins, else 1; fp32 [batch, chunks]."""
+    bounds: Tensor
+    """Where documents begin in the rows one after the other, and the end; int32 [documents + 1]."""
+    longest: int
+    """Tokens of the longest document."""
 
     @classmethod
     def of(
@@ -65,11 +71,20 @@ class Documents:
         for row, first in enumerate(firsts):
             source[row, place[row]], filling[row, place[row]] = time, False
             carried[row, first[:-1]] = 0
+        bounds = np.append(np.flatnonzero(begins), begins.size).astype(np.int32)
 
-        def put(x: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(x).to(device)
+        def put(array: NDArray[Any]) -> Tensor:
+            return to_device(array, device)
 
-        return cls(put(time - began), put(source), put(filling), put(place), put(carried))
+        return cls(
+            position=put(time - began),
+            source=put(source),
+            filling=put(filling),
+            place=put(place),
+            carried=put(carried),
+            bounds=put(bounds),
+            longest=int(np.diff(bounds).max()),
+        )
 
     def fill(self, x: Tensor) -> Tensor:
         """[batch, heads, sequence, ...] -> [batch, heads, filled, ...], zero where none stands."""

@@ -21,8 +21,10 @@ from nlscale.levels import Level, SyncGroup, reduction_bytes, sync_group
 from nlscale.model.groups import group_parameters
 from nlscale.model.hope import Hope, named_parameters
 from nlscale.model.width import width_multiplier
+from nlscale.ops.transfer import HostCopy
 from nlscale.optim.schedule import learning_rate, update_warmup
 from nlscale.parallel import cpu
+from nlscale.parallel.consensus import Consensus, Verdict
 from nlscale.parallel.layout import Layout
 from nlscale.parallel.replicas import data_parallel_group, first_difference
 from nlscale.parallel.window import Window, reduce_across_nodes, sum_of_squares
@@ -52,6 +54,18 @@ class Progress:
     updates: int = 0
     reductions: int = 0
     """Across nodes; fewer than steps only where they are deferred."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """An update that is under way on the device."""
+
+    rates: dict[SyncGroup, float]
+    """Learning rates of the groups that are due."""
+    norms: HostCopy
+    """Of the window gradients, by level."""
+    moved: HostCopy | None
+    """|update| and |weights| by level; None where no ratio is measured."""
 
 
 class LevelOptimizer:
@@ -92,69 +106,89 @@ class LevelOptimizer:
         self._sum_partial_gradients()
         return torch.isfinite(torch.stack([w.square() for w in self.windows])).all()
 
-    def admit(self, tokens: int) -> None:
-        """Add the step's gradient, of that many tokens over all ranks, to every window."""
+    def update(self, step: int, consensus: Consensus) -> Update:
+        """Add the step to the windows and step the groups that are due; at the end, all of them.
+
+        The host asks for all of this before it knows whether the step is admitted: a step that is
+        not enters no window, and a group whose window holds no tokens is left as it is. `conclude`
+        is to follow.
+
+        Args:
+            step: counted from 1.
+            consensus: of all ranks on that step.
+        """
         if self.config.levels.reduction == Reduction.every_step:
             reduce_across_nodes(self.layout, [s for w in self.windows for s in w.shards])
-            for progress in self.progress.values():
-                progress.reductions += 1
         for window in self.windows:
-            window.admit()
-        for progress in self.progress.values():
-            progress.tokens += tokens
+            window.add_step(consensus.admitted)
+        last = step == self.config.train.steps
+        closing = {g: progress for g, progress in self.progress.items() if g.due(step) or last}
+        due = [g for g in self.groups if g.group in closing]
+        if self.config.levels.reduction == Reduction.deferred:
+            reduce_across_nodes(self.layout, [s for g in due for s in g.window.sums])
+        tokens = {group: consensus.tokens + progress.tokens for group, progress in closing.items()}
+        for g in due:
+            g.window.close()
+            with cpu.cuda_by_name():
+                g.optimizer.prepare_grads()
+        norms = self._norms(due, tokens)
+        norms_for_host = HostCopy(norms)
+        compared = {
+            group
+            for group, progress in closing.items()
+            if group.period > 1 or progress.updates % _RATIO_EVERY == 0
+        }
+        measured = [g for g in due if g.group in compared]
+        before = [[p.detach().clone() for p in _main_parameters(g)] for g in measured]
+        rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
+        rates = {
+            group: rate
+            * self.levels[group.level].learning_rate_scale
+            * update_warmup(self.config.optimizer, progress.updates)
+            for group, progress in closing.items()
+        }
+        for g in due:
+            held = tokens[g.group]
+            g.window.scale(self._clip_factor(norms, g.group.level) / held.clamp(min=1))
+            inner: Any = g.optimizer.optimizer
+            # What torch's gradient scaler sets where the optimizer is to change nothing at all.
+            inner.found_inf = (held == 0).to(torch.float32)
+            for param_group in inner.param_groups:
+                param_group["lr"] = rates[g.group] * param_group["lr_mult"]
+            with cpu.cuda_by_name():
+                g.optimizer.step_with_ready_grads()
+        moved = HostCopy(self._moved(measured, before)) if compared else None
+        return Update(rates, norms_for_host, moved)
 
-    def update(self, step: int) -> dict[int, dict[str, float | None]]:
-        """Step the groups that are due after this step, counted from 1; all of them at the end.
+    def conclude(self, update: Update, verdict: Verdict) -> dict[int, dict[str, float | None]]:
+        """Note where the groups stand after an update, once the verdict on its step is known.
+
+        The host waits for the norms, and for the whole update where a ratio is measured.
 
         Returns:
             For each level that updated: its learning rate, the norm of its window gradient before
             clipping, and the norm of its update over that of its weights (None at the steps at
             which that is not measured: for a level of period 1, all but every tenth).
         """
-        last = step == self.config.train.steps
-        closing = {
-            group: progress
-            for group, progress in self.progress.items()
-            if (group.due(step) or last) and progress.tokens
-        }
-        due = [g for g in self.groups if g.group in closing]
-        if self.config.levels.reduction == Reduction.deferred:
-            reduce_across_nodes(self.layout, [s for g in due for s in g.window.sums])
-            for progress in closing.values():
-                progress.reductions += 1
-        tokens = {group: progress.tokens for group, progress in closing.items()}
-        for g in due:
-            g.window.close()
-            with cpu.cuda_by_name():
-                g.optimizer.prepare_grads()
-        norms = self._norms(due, tokens)
-        measured = [
-            g for g in due if g.group.period > 1 or closing[g.group].updates % _RATIO_EVERY == 0
-        ]
-        before = [[p.detach().clone() for p in _main_parameters(g)] for g in measured]
-        rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
-        rates: dict[SyncGroup, float] = {}
-        for group, progress in closing.items():
-            warmup = update_warmup(self.config.optimizer, progress.updates)
-            rates[group] = rate * self.levels[group.level].learning_rate_scale * warmup
-            progress.tokens, progress.updates = 0, progress.updates + 1
-        for g in due:
-            g.window.scale(self._clip_factor(norms, g.group.level) / tokens[g.group])
-            for param_group in g.optimizer.optimizer.param_groups:
-                param_group["lr"] = rates[g.group] * param_group["lr_mult"]
-            with cpu.cuda_by_name():
-                g.optimizer.step_with_ready_grads()
-        # The host waits for the GPU here, once all of the step is under way.
-        norms, moved, weights = torch.cat([norms[None], self._moved(measured, before)]).tolist()
+        every_step = self.config.levels.reduction == Reduction.every_step
+        done: dict[int, float] = {}
+        for group, progress in self.progress.items():
+            due = group in update.rates
+            progress.reductions += every_step or due
+            progress.tokens += verdict.tokens if verdict.admitted else 0
+            if due and progress.tokens:
+                progress.tokens, progress.updates = 0, progress.updates + 1
+                done[group.level] = update.rates[group]
+        norms = update.norms.read()
+        none = [0.0] * len(self.levels)
+        moved, weights = update.moved.read() if update.moved is not None else (none, none)
         return {
-            group.level: {
+            level: {
                 "learning_rate": rate,
-                "grad_norm": norms[group.level],
-                "update_ratio": moved[group.level] / weights[group.level]
-                if weights[group.level]
-                else None,
+                "grad_norm": norms[level],
+                "update_ratio": moved[level] / weights[level] if weights[level] else None,
             }
-            for group, rate in rates.items()
+            for level, rate in done.items()
         }
 
     def settle_windows(self) -> None:
@@ -237,10 +271,10 @@ class LevelOptimizer:
         for gradient, summed in zip(gradients, sums, strict=True):
             gradient.copy_(summed.view_as(gradient))
 
-    def _norms(self, due: list[GroupOptimizer], tokens: dict[SyncGroup, int]) -> Tensor:
+    def _norms(self, due: list[GroupOptimizer], tokens: dict[SyncGroup, Tensor]) -> Tensor:
         """Norm of the mean window gradient of what updates now, per level, float64.
 
-        The buffers hold sums, over that many tokens.
+        The buffers hold sums, over that many tokens; what holds none does not count.
         """
         squares = torch.zeros(len(self.levels), dtype=torch.float64, device=self.layout.device)
         for g in due:
@@ -249,7 +283,8 @@ class LevelOptimizer:
                 # what every tensor-parallel rank holds counts once, on the first of them
                 shared = [p.grad for p in _main_parameters(g) if not p.tensor_model_parallel]
                 square -= sum(sum_of_squares(grad) for grad in shared)
-            squares[g.group.level] += square / tokens[g.group] ** 2
+            held = tokens[g.group]
+            squares[g.group.level] += torch.where(held > 0, square / held.square(), 0.0)
         dist.all_reduce(squares, group=self.layout.replica)
         return squares.sqrt()
 

@@ -1,4 +1,7 @@
-"""What all ranks must agree on after each step, in one small reduction."""
+"""What all ranks must agree on after each step, in one small reduction.
+
+The device acts on it at once; the host reads it when the update is under way.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from nlscale.ops.transfer import HostCopy
 from nlscale.parallel.layout import Layout
 
 
@@ -31,26 +36,48 @@ class Verdict:
     tokens: int
     """Tokens of the step, over all ranks."""
     admitted: bool
-    """False: some rank's loss or gradient was not finite, and the step is dropped everywhere."""
+    """False: some rank's loss or gradient was not finite, or the loss was above the limit; the
+    step is dropped everywhere."""
     asked: Requests
     """What some rank asked for."""
 
 
+class Consensus:
+    """A verdict where the device has it, and on its way to the host."""
+
+    def __init__(
+        self, total: Tensor, tokens: Tensor, bad: Tensor, wishes: list[Tensor], limit: float
+    ) -> None:
+        loss = torch.where(bad > 0, torch.nan, total / tokens)
+        self.admitted = (bad == 0) & ~(loss > limit)
+        """bool []."""
+        self.tokens = torch.where(self.admitted, tokens, 0.0)
+        """Tokens of the step that enter the windows: none where it is dropped. float64 []."""
+        self._copy = HostCopy(torch.stack([loss, tokens, self.admitted.double(), *wishes]))
+
+    def read(self) -> Verdict:
+        """The verdict; the host waits until the GPU has come to it."""
+        loss, tokens, admitted, *wishes = self._copy.read()
+        return Verdict(loss, int(tokens), bool(admitted), Requests(*map(bool, wishes)))
+
+
 def agree(
     layout: Layout,
-    loss_sum: torch.Tensor,
+    loss_sum: Tensor,
     tokens: int,
-    finite: torch.Tensor,
+    finite: Tensor,
     requests: Requests | None = None,
-) -> Verdict:
+    limit: float = float("inf"),
+) -> Consensus:
     """Combine what the ranks saw of a step.
 
     Args:
         layout: this rank's place.
         loss_sum: sum of the losses of this rank's tokens, 0 where it saw none.
         tokens: how many those were.
-        finite: whether loss and gradient were finite here.
+        finite: whether the gradient was finite here, bool []; of the loss it is seen here.
         requests: what this rank asks for.
+        limit: loss above which the step is dropped; the same on every rank.
     """
     # Every rank of a copy of the model sees the same batch; one of them speaks for it.
     speaks = layout.speaks
@@ -63,6 +90,5 @@ def agree(
     for i, wish in enumerate(asked, 3):
         report[i] = wish
     dist.all_reduce(report)
-    total, count, bad, *wishes = report.tolist()
-    loss = total / count if count and not bad else float("nan")
-    return Verdict(loss, int(count), not bad, Requests(*map(bool, wishes)))
+    total, count, bad, *wishes = report
+    return Consensus(total, count, bad, wishes, limit)

@@ -92,9 +92,15 @@ class Window:
         """Sum of squares of this rank's gradient shard, float64; not finite where it is not."""
         return torch.stack([sum_of_squares(shard) for shard in self.shards]).sum()
 
-    def admit(self) -> None:
-        """Add the step to the window."""
+    def add_step(self, admitted: Tensor) -> None:
+        """Add the step to the window where it is admitted (bool []), on the device.
+
+        With a period of one step it stays in the gradient buffer all the same: then the window
+        holds no tokens, and is not applied.
+        """
         if self.sums is not self.shards:
+            for shard in self.shards:
+                shard.masked_fill_(~admitted, 0.0)  # 0 * NaN is NaN
             torch._foreach_add_(self.sums, self.shards)
 
     def close(self) -> None:

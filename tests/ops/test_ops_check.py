@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from ops.interpreter import Call
+from ops.test_ops_attention import within_bounds
 from torch import Tensor
 
 from nlscale import recipe
 from nlscale.config import ModelConfig
 from nlscale.errors import TrainingFailed
-from nlscale.ops import check, cross_entropy
+from nlscale.ops import attention, check, cross_entropy
 from nlscale.ops.check import check_kernels
 
 CPU = torch.device("cpu")
@@ -47,7 +49,7 @@ def test_the_kernels_pass(mixer: str, interpreted: Call) -> None:
     interpreted(sound, mixer, torch.bfloat16)
 
 
-def test_attention_has_only_the_loss_to_check_and_an_earlier_stage_nothing(
+def test_attention_has_no_scan_to_check_and_an_earlier_stage_no_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cross_entropy, "supports", lambda logits: True)
@@ -88,3 +90,25 @@ def test_a_wrong_loss_is_refused_and_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("nlscale.ops.triton.cross_entropy.to_gradient_", wrong)
     with pytest.raises(TrainingFailed, match="derivative by the logits is off by"):
         check_kernels(model("attention"), 96, torch.bfloat16, CPU)
+
+
+def test_a_sum_of_gradients_that_rounds_to_bf16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounding(total: Tensor, d_output: Tensor, x: Tensor) -> None:
+        total += d_output.t() @ x
+
+    check_kernels(model("attention"), 0, torch.bfloat16, CPU)
+    monkeypatch.setattr(check, "accumulate_product_", rounding)
+    with pytest.raises(TrainingFailed, match=r"of a weight's gradients is off by.* torch "):
+        check_kernels(model("attention"), 0, torch.bfloat16, CPU)
+
+
+def test_attention_that_sees_another_document_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_whole_rows(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *rest: Any, **_: Any) -> Any:
+        return within_bounds(q, k, v, bounds[[0, -1]])
+
+    monkeypatch.setattr(check, "takes_packed", lambda q: True)
+    monkeypatch.setattr(attention, "takes_packed", lambda q: q.dtype == torch.bfloat16)
+    for kernel, refused in ((within_bounds, False), (of_whole_rows, True)):
+        monkeypatch.setattr(attention, "varlen_attn", kernel)
+        with nullcontext() if not refused else pytest.raises(TrainingFailed, match="documents"):
+            check_kernels(model("attention"), 0, torch.bfloat16, CPU, documents=True)

@@ -80,6 +80,29 @@ def test_a_spoiled_step_on_one_rank_leaves_every_rank_as_if_it_had_not_happened(
     assert len({r["hashes"][-1] for r in results}) == 1
 
 
+@pytest.mark.parametrize("scope", ["level", "joint"])
+@pytest.mark.parametrize("reduction", ["deferred", "every-step"])
+def test_dropped_steps_count_nowhere(scope: str, reduction: str) -> None:
+    overrides = [
+        "levels=[1,2]",
+        "levels.stagger=false",
+        "train.steps=9",
+        "optimizer.clip=0.05",
+        f"optimizer.clip_scope={scope}",
+        f"levels.reduction={reduction}",
+    ]
+    # the first update of all, a window of two steps that are both dropped, and the last step
+    dropped = [1, 5, 6, 9]
+    spoil = {step: step % 4 for step in dropped}
+    results = world.run(4, run_engine, overrides, spoil, ranks_per_node=2)
+    (oracle,) = world.run(1, run_oracle, overrides, frozenset(dropped))
+    assert [i + 1 for i, ok in enumerate(results[0]["admitted"]) if not ok] == dropped
+    for result in results:
+        assert largest_difference(result["parameters"], oracle["parameters"]) <= TOLERANCE
+    # level 1 closes after 2, 4, 8 with tokens, after 6 and 9 with none
+    assert [updates for updates, _ in results[0]["counts"]] == [5, 3]
+
+
 def test_a_slow_level_updates_and_reduces_once_a_period() -> None:
     (result,) = world.run(
         1, run_engine, ["levels=[1,3,5]", "levels.stagger=false", "train.steps=11"]

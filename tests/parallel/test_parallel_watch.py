@@ -18,6 +18,7 @@ from nlscale.checkpoint.diff import compare
 from nlscale.checkpoint.store import Store
 from nlscale.data.reader import BatchReader
 from nlscale.optim.levels import LevelOptimizer
+from nlscale.parallel.consensus import Consensus
 
 RECIPE = """
 data: {sequence_length: 32}
@@ -149,10 +150,10 @@ def fail_on_all() -> None:
 def _fail_on(these: object) -> None:
     update = LevelOptimizer.update
 
-    def fail(self: LevelOptimizer, step: int) -> object:
+    def fail(self: LevelOptimizer, step: int, consensus: Consensus) -> object:
         if these(int(os.environ["RANK"])):  # type: ignore[operator]
             raise ZeroDivisionError("of the test")
-        return update(self, step)
+        return update(self, step, consensus)
 
     LevelOptimizer.update = fail  # type: ignore[method-assign, assignment]
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from nlscale.model.layers import column_linear, recomputed, row_linear
 from nlscale.model.sizes import head_dim
 from nlscale.model.width import width_multiplier
 from nlscale.ops import pointwise
+from nlscale.ops.attention import causal_attention
 from nlscale.ops.documents import Documents
 from nlscale.ops.pointwise import compiled_on_gpu
 
@@ -46,6 +46,7 @@ class Attention(nn.Module):
         self.project = column_linear(mc, d, [d] * 3, normal(model.init_std), wider)
         self.output = row_linear(mc, d, d, normal(residual_std), wider)
         self.recompute = recompute
+        self.kernels = kernels
         self.rotate = compiled_on_gpu(pointwise.rotate, kernels)
 
     def forward(
@@ -67,8 +68,5 @@ class Attention(nn.Module):
         q, k = (self.rotate(x, self.rope_base, past) for x in (q, k))
         if state is not None:
             k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
-        mask = None if documents is None else documents.attends()
-        if past:
-            mask = torch.ones(length, past + length, dtype=torch.bool, device=k.device).tril(past)
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        out = causal_attention(q, k, v, documents, self.kernels)
         return out.permute(2, 0, 1, 3).reshape(length, batch, -1), AttentionState(k, v)

@@ -1,0 +1,66 @@
+"""Attention within documents, as sequences of several lengths, against a mask and each alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ops.test_ops_documents import LENGTHS, documents
+from torch import Tensor
+
+from nlscale.ops import attention
+from nlscale.ops.attention import causal_attention
+
+
+def within_bounds(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *_: Any, **__: Any) -> Tensor:
+    """What torch's kernel for GPUs is said to compute: q, k and v are [tokens, heads, d]."""
+    cuts = bounds.diff().tolist()
+    parts = zip(*(x.transpose(0, 1).split(cuts, 1) for x in (q, k, v)), strict=True)
+    reads = [F.scaled_dot_product_attention(*part, is_causal=True) for part in parts]
+    return torch.cat(reads, 1).transpose(0, 1)
+
+
+def drawn(time: int, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(len(LENGTHS), 3, time, 8, dtype=dtype).requires_grad_() for _ in range(3)]
+
+
+def results(q: Tensor, k: Tensor, v: Tensor, kernels: bool, weight: Tensor) -> list[Tensor]:
+    read = causal_attention(q, k, v, documents(LENGTHS, 4), kernels)
+    return [read, *torch.autograd.grad(read, (q, k, v), weight)]
+
+
+def test_packed_documents_read_what_a_mask_lets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def varlen_attn(*given: Any, **options: Any) -> Tensor:
+        asked.append((given[3:], options))
+        return within_bounds(*given)
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "takes_packed", lambda q: True)
+    given = drawn(21, torch.float64)
+    weight = torch.randn_like(given[0])
+    for packed, masked in zip(
+        results(*given, True, weight), results(*given, False, weight), strict=True
+    ):
+        torch.testing.assert_close(packed, masked, rtol=1e-12, atol=1e-12)
+    (((for_q, for_k, *longest), options),) = asked
+    assert for_q.tolist() == for_k.tolist() == [0, 5, 6, 17, 21, 42]
+    assert for_q.dtype == torch.int32 and longest == [21, 21]
+    assert options == {"window_size": (-1, 0)}  # no later token, every earlier one
+
+
+def test_a_token_reads_its_document_up_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = drawn(21, torch.float64)
+    read = causal_attention(q, k, v, documents(LENGTHS, 4))
+    (d_value,) = torch.autograd.grad(read[0, :, 10].sum(), v)
+    seen = d_value[0].abs().sum((0, 2)).nonzero().flatten().tolist()
+    assert seen == list(range(6, 11)) and not d_value[1].any()
+
+
+def test_what_came_before_is_read_too() -> None:
+    q, k, v = drawn(21, torch.float64)
+    whole = causal_attention(q, k, v)
+    torch.testing.assert_close(causal_attention(q[:, :, 9:], k, v), whole[:, :, 9:])
