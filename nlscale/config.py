@@ -257,9 +257,9 @@ class TrainConfig:
     """Parts of each block that are computed again in the backward pass instead of kept: `mixer`,
     `cms`. Same numbers, less memory, more time."""
     kernels: bool = True
-    """On GPUs run the memory scan, the loss and the small operations as fused kernels. False: as
-    torch operations, one by one, and many times slower; to find out whether a kernel is at
-    fault."""
+    """On GPUs run the memory scan, the loss and the small operations as fused kernels, and add up
+    the gradients of weights inside the products that make them. False: as torch operations, one
+    by one, and many times slower; to find out whether a kernel is at fault."""
     validate_every: int = 100
     """Steps between validations; one is always made before the first and after the last step."""
     validation_sequences: int = 64

@@ -18,7 +18,7 @@ from typing import Any
 
 from nlscale import recipe
 from nlscale.attempts import Attempts, goodput, time_spent
-from nlscale.batches import read_step, validation_loss
+from nlscale.batches import StepReader, validation_loss
 from nlscale.checkpoint.resume import check_store, resume
 from nlscale.checkpoint.saver import Saver, saves, store_of
 from nlscale.checkpoint.state import start_from_weights
@@ -107,6 +107,7 @@ def _run(
         telemetry.warn(warning)
     with _begin(trainer, prepared, telemetry, signals, attempts) as saver:
         counters, optimizer = trainer.counters, trainer.optimizer
+        reader = StepReader(trainer, prepared)
         deadline = Deadline()
         warned: set[int] = set()
         slow_ranks: set[int] = set()
@@ -121,7 +122,7 @@ def _run(
             begin_step(counters.step + 1)
             trainer.busy.start()
             with doing("reading data"):
-                batches = read_step(trainer, prepared)
+                batches = reader.take()
             ends = layout.is_writer and deadline.is_near(seconds, saver.seconds)
             requests = Requests(
                 stop=signals.came or ends,

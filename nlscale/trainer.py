@@ -96,7 +96,7 @@ class Trainer:
         all of the step is under way, and waits for nothing before.
 
         Args:
-            batches: of this rank, `read_step` or the like.
+            batches: of this rank, from `nlscale.batches.StepReader` or the like.
             requests: what this rank asks of all of them.
             before_update: called once the ranks have agreed, before anything is reduced across
                 nodes or updated.
@@ -118,7 +118,7 @@ class Trainer:
             before_update()
         with doing("reduction across nodes and update of the levels due"):
             update = self.optimizer.update(counters.step, consensus)
-        with doing("what is under way on the GPU"):
+        with doing("waiting for the GPU"):
             verdict = consensus.read()
             updated = self.optimizer.conclude(update, verdict)
         self._count(verdict)

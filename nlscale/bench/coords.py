@@ -213,10 +213,10 @@ def _recording(model: Hope, levels: list[str], record: Record) -> Iterator[None]
         after(mixer, "mixer output", lambda output: output[0])
         handles.append(
             block.cms.register_forward_hook(
-                lambda cms, inputs, output: _record_cms(cms, inputs[0], levels, record)
+                lambda cms, inputs, output: _record_cms(cms, torch.add(*inputs), levels, record)
             )
         )
-        after(block.cms, "residual stream", lambda output: output)
+        after(block.cms, "residual stream", lambda output: torch.add(*output))
     try:
         yield
     finally:

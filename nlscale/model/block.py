@@ -29,13 +29,22 @@ class Block(nn.Module):
         # two additions to the residual stream a block, whatever the number of levels
         residual_std = model.init_std / (2 * model.layers) ** 0.5
         make = Attention if model.mixer == Mixer.attention else MemoryMixer
-        self.norm = RMSNorm(mc, model.d_model, model.norm_eps)
         recompute, kernels = train.recompute, train.kernels
+        self.norm = RMSNorm(mc, model.d_model, model.norm_eps, kernels)
         self.mixer = make(model, mc, residual_std, Recompute.mixer in recompute, kernels)
         self.cms = CMS(model, mc, hidden, residual_std, Recompute.cms in recompute, kernels)
 
     def forward(
-        self, x: Tensor, state: Any = None, documents: Documents | None = None
-    ) -> tuple[Tensor, Any]:
-        mixed, state = self.mixer(self.norm(x), state, documents)
-        return self.cms(x + mixed), state
+        self,
+        x: Tensor,
+        update: Tensor | None = None,
+        state: Any = None,
+        documents: Documents | None = None,
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Residual stream x, what is still to be added to it, and the mixer's state.
+
+        An update is added where it is normalised, so that both are one pass over memory.
+        """
+        x, normed = self.norm.after(x, update)
+        mixed, state = self.mixer(normed, state, documents)
+        return *self.cms(x, mixed), state

@@ -85,7 +85,9 @@ class CMS(nn.Module):
             LevelMLP(model, mc, h, residual_std, recompute, kernels) for h in hidden
         )
         norms = 1 if self.independent else len(hidden)
-        self.norms = nn.ModuleList(RMSNorm(mc, model.d_model, model.norm_eps) for _ in range(norms))
+        self.norms = nn.ModuleList(
+            RMSNorm(mc, model.d_model, model.norm_eps, kernels) for _ in range(norms)
+        )
         if self.independent and len(hidden) > 1:
             self.mixture = nn.Parameter(torch.empty(len(hidden), dtype=mc.params_dtype))
             # a rank sees what its own hidden units make of each weight
@@ -99,15 +101,18 @@ class CMS(nn.Module):
         belongs = part == "mlps" or (part == "norms" and not self.independent)
         return int(rest.split(".")[0]) if belongs else 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual stream and what is to be added to it, before and after."""
         if self.mixture is None:
             for norm, mlp in zip(self.norms, self.mlps, strict=True):
-                x = x + mlp(norm(x))
-            return x
-        normed = gather_input(self.mc, self.norms[0](x))
+                x, normed = norm.after(x, update)  # type: ignore[operator]
+                update = mlp(normed)
+            return x, update
+        x, normed = self.norms[0].after(x, update)  # type: ignore[operator]
+        normed = gather_input(self.mc, normed)
         weights = torch.softmax(self.mixture, 0)
         partials = [
             mlp.partial(weight, normed)  # type: ignore[operator]
             for weight, mlp in zip(weights, self.mlps, strict=True)
         ]
-        return x + reduce_output(self.mc, torch.stack(partials).sum(0))
+        return x, reduce_output(self.mc, torch.stack(partials).sum(0))

@@ -45,7 +45,7 @@ class Hope(nn.Module):
         train = config.train
         self.blocks = nn.ModuleDict({str(i): Block(model, mc, hidden, train) for i in blocks})
         if self.is_last:
-            self.norm = RMSNorm(mc, model.d_model, model.norm_eps)
+            self.norm = RMSNorm(mc, model.d_model, model.norm_eps, train.kernels)
             self.head = column_linear(mc, model.d_model, [vocabulary], normal(model.init_std))
             self.width_multiplier = width_multiplier(model)
             self.kernels = train.kernels
@@ -89,15 +89,20 @@ class Hope(nn.Module):
             assert self._input is not None, "a later pipeline stage needs the earlier one's output"
             x = self._input
         carried: dict[str, Any] = {}
+        update: Tensor | None = None
         for index, block in self.blocks.items():
-            x, state = block(x, None if states is None else states[index], documents)
+            state = None if states is None else states[index]
+            x, update, state = block(x, update, state, documents)
             if carry:
                 carried[index] = state
-        return x, carried
+        return x if update is None else x + update, carried
 
     def logits(self, x: Tensor) -> Tensor:
         """Residual stream -> logits [sequence, batch, vocabulary / tensor-parallel size]."""
-        return self.head(self.norm(x) / self.width_multiplier)[0]
+        normed = self.norm(x)
+        if self.width_multiplier != 1.0:
+            normed = normed / self.width_multiplier
+        return self.head(normed)[0]
 
     def forward(
         self, tokens: Tensor, targets: Tensor, documents: Documents | None = None

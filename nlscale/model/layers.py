@@ -26,7 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nlscale.config import Config, Dtype
 from nlscale.model.init import Initializer, normal, ones, tag
+from nlscale.ops import pointwise
 from nlscale.ops.accumulate import accumulate_product_
+from nlscale.ops.pointwise import compiled_on_gpu
 
 
 class _WeightGradients:
@@ -166,16 +168,26 @@ def vocabulary_group() -> dist.ProcessGroup:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight along the last dimension, in fp32."""
+    """x / sqrt(mean(x^2) + eps) * weight along the last dimension, in fp32.
 
-    def __init__(self, mc: TransformerConfig, size: int, eps: float) -> None:
+    `after` is the norm of a residual stream, in which the last update may not have been added yet.
+    """
+
+    def __init__(self, mc: TransformerConfig, size: int, eps: float, kernels: bool) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, dtype=mc.params_dtype))
+        self.add_and_norm = compiled_on_gpu(pointwise.add_and_norm, kernels)
         tag(self.weight, ones, partial_gradient=mc.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def after(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + update, and the norm of that."""
+        if update is None:
+            return x, self(x)
+        return self.add_and_norm(x, update, self.weight, self.eps)
 
 
 def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:

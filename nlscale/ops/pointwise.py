@@ -65,6 +65,15 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def add_and_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + update, and its RMSNorm along the last dimension.
+
+    Apart, they would read the sum once more, and the backward pass the gradients of both.
+    """
+    total = x + update
+    return total, F.rms_norm(total, weight.shape, weight, eps)
+
+
 def convolve(x: Tensor, weight: Tensor, tail: Tensor, position: Tensor | None = None) -> Tensor:
     """SiLU of a causal depthwise convolution.
 

@@ -22,6 +22,9 @@ def leaf(*shape: int) -> Tensor:
 
 CALLS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
     "swiglu": lambda: (pointwise.swiglu, (leaf(5, 2, 12),)),
+    "add and norm": lambda: (
+        pointwise.add_and_norm, (leaf(5, 2, 12), leaf(5, 2, 12), leaf(12), 1e-6),
+    ),
     "rotate": lambda: (pointwise.rotate, (leaf(2, 3, 5, 8), 1e4, 2)),
     "gated read": lambda: (
         pointwise.gated_read, (leaf(2, 3, 5, 8), leaf(3, 8), leaf(5, 2, 24), 1e-6),

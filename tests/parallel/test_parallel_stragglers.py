@@ -5,23 +5,24 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import world
 from train.test_train_run import records, run, small_data
 
-from nlscale.data.reader import BatchReader
+from nlscale.model.hope import Hope
 
 
 def slow_rank_2(overrides: list[str]) -> dict[str, object]:
-    read = BatchReader.read
+    forward = Hope.forward
 
-    def slow(self: BatchReader, first: int, count: int) -> object:
+    def slow(self: Hope, *given: Any) -> object:
         if os.environ["RANK"] == "2":
             time.sleep(0.4)
-        return read(self, first, count)
+        return forward(self, *given)
 
-    BatchReader.read = slow  # type: ignore[method-assign, assignment]
+    Hope.forward = slow  # type: ignore[method-assign, assignment]
     return run(overrides)
 
 

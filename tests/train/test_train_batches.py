@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import queue
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from train.test_train_run import SMALL, small_data
 
 from nlscale import recipe
-from nlscale.batches import read_step
+from nlscale.batches import StepReader
 from nlscale.checks import prepare
+from nlscale.data.reader import BatchReader
+from nlscale.errors import UserError
 from nlscale.parallel.layout import process_groups
 from nlscale.parallel.schedule import Batch
 from nlscale.trainer import Trainer
@@ -28,7 +34,7 @@ def first_step(data: Path, *overrides: str) -> tuple[list[Batch], int]:
     prepared = prepare(config)
     with process_groups(config) as layout:
         trainer = Trainer.build(config, layout, prepared.levels, prepared.vocabulary)
-        return read_step(trainer, prepared), prepared.reader.samples.shards.separator
+        return StepReader(trainer, prepared).take(), prepared.reader.samples.shards.separator
 
 
 def test_documents_begin_with_their_separator_and_with_the_sample(data: Path) -> None:
@@ -42,6 +48,61 @@ def test_documents_begin_with_their_separator_and_with_the_sample(data: Path) ->
         assert begins.equal(expected)
         found += int(begins.sum()) - len(begins)
     assert found > 3, "the data should hold several documents a sample"
+
+
+def test_the_next_step_is_read_while_one_is_taken(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe.load(
+        None, [*SMALL, f"data.dir={data}", "data.sequence_length=100", "train.steps=4"]
+    ).config
+    asked: queue.Queue[int] = queue.Queue()
+    lost_at = 3 * config.train.global_batch
+    read = BatchReader.read
+
+    def noted(self: BatchReader, first: int, count: int) -> NDArray[np.int64]:
+        asked.put(first)
+        if first >= lost_at:
+            raise UserError("the shard is gone")
+        return read(self, first, count)
+
+    monkeypatch.setattr(BatchReader, "read", noted)
+    prepared = prepare(config)
+    with process_groups(config) as layout:
+        trainer = Trainer.build(config, layout, prepared.levels, prepared.vocabulary)
+        reader = StepReader(trainer, prepared)
+        size, micro_batch = config.train.global_batch, config.train.micro_batch
+        for step in range(3):
+            batches = reader.take()
+            seen = [asked.get(timeout=10) for _ in batches] if step == 0 else []
+            assert seen == [] or seen == list(range(0, size, micro_batch))
+            # with nobody asking for it
+            begun = (step + 1) * size
+            assert asked.get(timeout=10) == begun
+            if begun < lost_at:
+                rest = [asked.get(timeout=10) for _ in batches[1:]]
+                assert rest == list(range(begun + micro_batch, begun + size, micro_batch))
+            expected = read(prepared.reader, step * size, micro_batch)
+            assert batches[0].tokens.numpy().tolist() == expected[:, :-1].tolist()
+            trainer.counters.step += 1
+            trainer.counters.samples += size
+        # only the step that needs what is lost fails
+        with pytest.raises(UserError, match="the shard is gone"):
+            reader.take()
+
+
+def test_nothing_is_read_beyond_the_last_step(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    read = BatchReader.read
+
+    def noted(self: BatchReader, first: int, count: int) -> NDArray[np.int64]:
+        asked.append(first)
+        return read(self, first, count)
+
+    monkeypatch.setattr(BatchReader, "read", noted)
+    batches, _ = first_step(data, "train.steps=1")
+    time.sleep(0.2)
+    assert len(asked) == len(batches)
 
 
 def test_without_the_mask_there_are_none(data: Path) -> None:
