@@ -58,7 +58,9 @@ def trainer_pieces(trainer: Trainer) -> list[Piece]:
         if layout.tensor_rank > 0 and not shard.parameter.tensor_model_parallel:
             continue
         if index % layout.nodes == layout.node_rank:
-            for kind, tensor in {"weights": shard.weights, **shard.moments()}.items():
+            # An update that found its window empty has left zeros.
+            moments = shard.moments() if trainer.optimizer.progress[shard.group].updates else {}
+            for kind, tensor in {"weights": shard.weights, **moments}.items():
                 pieces += _boxes(f"{kind}/{shard.name}", shard, layout, tensor)
         if _pending(trainer, shard.group) and (layout.node_rank == 0 or not canonical):
             pieces += _boxes(_window_name(shard, layout, canonical), shard, layout, shard.window)

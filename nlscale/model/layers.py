@@ -39,6 +39,7 @@ class _WeightGradients:
         accumulate_product_(buffer, d_output, x)
 
 
+# It looks for apex's extension under this name, once, when it is imported.
 _megatron: Any = tensor_parallel_layers
 _megatron.fused_weight_gradient_mlp_cuda = _WeightGradients
 _megatron._grad_accum_fusion_available = True

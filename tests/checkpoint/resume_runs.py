@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from parallel.level_runs import VOCABULARY, load, sequences, whole_parameters
+from parallel.level_runs import (
+    VOCABULARY,
+    load,
+    sequences,
+    spoiled_gradient,
+    whole_parameters,
+)
 
 from nlscale.checkpoint.resume import resume
 from nlscale.checkpoint.saver import Saver
@@ -18,7 +25,11 @@ DATA = {"fingerprint": "synthetic"}
 
 
 def train(
-    overrides: list[str], folder: Path, saves: tuple[int, ...] = (), resumes: bool = False
+    overrides: list[str],
+    folder: Path,
+    saves: tuple[int, ...] = (),
+    resumes: bool = False,
+    spoils: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """On a rank of a world: train to the end, saving after the given steps and the last.
 
@@ -27,6 +38,7 @@ def train(
         folder: of the store.
         saves: steps after which to save, beside the last.
         resumes: begin with the newest checkpoint in the folder.
+        spoils: steps with a gradient that is not finite.
 
     Returns:
         losses by step, and the whole parameters.
@@ -43,7 +55,9 @@ def train(
         while trainer.counters.step < config.train.steps:
             step = trainer.counters.step + 1
             mine = sequences(config, step)[layout.data_rank :: layout.data_size]
-            losses[step] = trainer.take_step(mine)[0].loss
+            spoiled = spoiled_gradient(trainer.stages[-1]) if step in spoils else nullcontext()
+            with spoiled:
+                losses[step] = trainer.take_step(mine)[0].loss
             if step in saves or step == config.train.steps:
                 saver.save()
         saver.finish()

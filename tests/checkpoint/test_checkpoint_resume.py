@@ -77,6 +77,20 @@ def test_resuming_on_the_same_layout_is_bitwise(
     assert largest_difference(resumed["parameters"], whole["parameters"]) == 0
 
 
+@pytest.mark.parametrize("layout", ["1", "4-two-nodes"])
+def test_a_run_whose_first_steps_were_dropped_resumes_too(tmp_path: Path, layout: str) -> None:
+    # Nothing is updated until step 4; the windows that close at step 3 hold no tokens.
+    keys = ["levels.stagger=false"]
+    dropped = (1, 2, 3)
+    whole = run(layout, keys, tmp_path / "whole", (3,), False, dropped)[0]
+    rest = saved_only_at(tmp_path / "whole", 3, tmp_path / "rest")
+    assert not any(name.startswith("exp_avg") for name in checkpoint(rest, 3).tensors())
+    resumed = run(layout, keys, rest, (), True)[0]
+    assert resumed["losses"] == {s: whole["losses"][s] for s in resumed["losses"]}
+    result = compare(checkpoint(rest, STEPS), checkpoint(tmp_path / "whole", STEPS))
+    assert result["bitwise"], result
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
