@@ -38,7 +38,8 @@ def causal_attention(
 
 def takes_packed(q: Tensor) -> bool:
     """Whether torch's kernel for sequences of several lengths takes these queries."""
-    return q.is_cuda and q.dtype == torch.bfloat16
+    d = q.shape[-1]
+    return q.is_cuda and q.dtype == torch.bfloat16 and d % 8 == 0 and d <= 256
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:

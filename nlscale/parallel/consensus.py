@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nlscale.ops.transfer import HostCopy
+from nlscale.ops.transfer import HostCopy, to_device
 from nlscale.parallel.layout import Layout
 
 
@@ -83,12 +84,12 @@ def agree(
     speaks = layout.speaks
     ok = finite & torch.isfinite(loss_sum)
     asked = astuple(requests or Requests())
-    report = torch.zeros(3 + len(asked), dtype=torch.float64, device=layout.device)
-    report[0] = torch.where(ok, loss_sum, torch.zeros_like(loss_sum)) if speaks else 0.0
-    report[1] = tokens if speaks else 0
+    # From the host in one piece: a number written into a tensor on a GPU is a copy that waits.
+    known = np.array([0, tokens if speaks else 0, 0, *asked], dtype=np.float64)
+    report = to_device(known, layout.device)
+    if speaks:
+        report[0] = torch.where(ok, loss_sum, torch.zeros_like(loss_sum))
     report[2] = ~ok
-    for i, wish in enumerate(asked, 3):
-        report[i] = wish
     dist.all_reduce(report)
     total, count, bad, *wishes = report
     return Consensus(total, count, bad, wishes, limit)

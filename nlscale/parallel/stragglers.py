@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from nlscale.parallel.layout import Layout
 
 _SLOW = 1.2
 """Times the median, from which a rank is called slow."""
+_REMEMBERED = 200
+"""Steps."""
 
 
 class BusyTime:
@@ -25,7 +28,10 @@ class BusyTime:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._began: float | torch.cuda.Event | None = None
-        self._spans: list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        # Bounded for runs that never compare.
+        self._spans: deque[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = deque(
+            maxlen=_REMEMBERED
+        )
 
     def start(self) -> None:
         """A step begins, with reading its data."""
@@ -38,9 +44,9 @@ class BusyTime:
             self._began = None
 
     def take(self) -> float:
-        """Median seconds of a step since the last call; all of them must be over. 0: none."""
+        """Median seconds of the last steps since the last call, all of them over. 0: none."""
         seconds = [self._between(*span) for span in self._spans]
-        self._spans = []
+        self._spans.clear()
         return statistics.median(seconds) if seconds else 0.0
 
     def _now(self) -> float | torch.cuda.Event:

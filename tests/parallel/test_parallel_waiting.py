@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import world
 from parallel.level_runs import VOCABULARY, load, sequences
 from torch.overrides import TorchFunctionMode
@@ -34,7 +35,12 @@ class Waits(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if getattr(function, "__name__", "") in WAITS:
+        name = getattr(function, "__name__", "")
+        # A number written into one place of a tensor on a GPU is copied there, which waits; where
+        # it goes under a mask it is an argument of the kernel.
+        written = name == "__setitem__" and isinstance(args[1], int)
+        written = written and not isinstance(args[2], torch.Tensor)
+        if name in WAITS or written:
             caller = traceback.extract_stack(limit=2)[0]
             self.seen.append(f"{Path(caller.filename).name}: {caller.line}")
         return function(*args, **kwargs or {})
