@@ -68,7 +68,8 @@ class Trainer:
     def build(cls, config: Config, layout: Layout, levels: list[Level], vocabulary: int) -> Trainer:
         """Make and initialise the model; the same weights on every layout."""
         kernels = layout.device.type == "cuda" and config.train.kernels
-        mc = megatron_config(config, kernels and config.train.dtype == Dtype.bf16)
+        bf16 = config.train.dtype == Dtype.bf16
+        mc = megatron_config(config, fuse_accumulation=kernels and bf16)
         cut = stage_blocks(config, vocabulary)
         mine = cut[layout.pipeline_rank :: layout.pipeline_size]
         stages = [Hope(config, mc, vocabulary, blocks) for blocks in mine]

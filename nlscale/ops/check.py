@@ -158,24 +158,29 @@ def check_kernels(
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        found = loss_errors(columns, dtype, device) if columns else {}
+        of_triton = loss_errors(columns, dtype, device) if columns else {}
+        of_torch = {}
         if model.mixer != Mixer.attention:
-            found |= _scan_errors(model, dtype, device)
+            of_triton |= _scan_errors(model, dtype, device)
         elif documents:
-            found |= attention_errors(model.d_model // model.heads, dtype, device)
+            of_torch = attention_errors(model.d_model // model.heads, dtype, device)
         sums = accumulation_errors(dtype, device)
-    for errors, bound, of in (
-        (found, BOUNDS[dtype], "Triton"),
-        (sums, BOUNDS[torch.float32], "torch"),
-    ):
-        what, error = max(errors.items(), key=lambda item: item[1], default=("", 0.0))
-        if error > bound:
-            raise TrainingFailed(
-                f"the kernels compute something else than they should on {device}: {what} is off "
-                f"by {error:.1e}, and at most {bound:g} would be rounding. Install another version "
-                f"of {of} (nlscale bench scan --check tells of each kernel), or set "
-                f"train.kernels=false, which is much slower"
-            )
+    _refuse_beyond(BOUNDS[dtype], of_triton, "Triton", device)
+    _refuse_beyond(BOUNDS[dtype], of_torch, "torch", device)
+    _refuse_beyond(BOUNDS[torch.float32], sums, "torch", device)
+
+
+def _refuse_beyond(
+    bound: float, errors: dict[str, float], library: str, device: torch.device
+) -> None:
+    what, error = max(errors.items(), key=lambda item: item[1], default=("", 0.0))
+    if error > bound:
+        raise TrainingFailed(
+            f"the kernels compute something else than they should on {device}: {what} is off by "
+            f"{error:.1e}, and at most {bound:g} would be rounding. Install another version of "
+            f"{library} (nlscale bench scan --check tells of each kernel), or set "
+            f"train.kernels=false, which is much slower"
+        )
 
 
 def _scan_errors(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, float]:

@@ -46,7 +46,8 @@ def run_fused(overrides: list[str]) -> dict[str, Any]:
         added[tuple(total.shape)] = added.get(tuple(total.shape), 0) + 1
         add(total, d_output, x)
 
-    def fused(config: Config, _: bool) -> Any:
+    def fused(config: Config, fuse_accumulation: bool) -> Any:
+        assert not fuse_accumulation, "there is no GPU"
         return megatron_config(config, fuse_accumulation=True)
 
     layers.accumulate_product_ = count
@@ -68,8 +69,8 @@ def test_training_is_the_same(name: str) -> None:
 
 def test_every_product_of_a_weight_adds_its_gradient_itself() -> None:
     (result,) = world.run(1, run_fused, BASE)
-    # Eight micro batches in each of four steps; of the rest there are four in each of four layers
-    # (the mixer's, and two of each of two MLPs), and the head.
+    # Eight micro batches in each of four steps; two products in each of four mixers, two in each
+    # of two MLPs of four layers, and the head.
     matrices = [p for n, p in result["parameters"].items() if p.dim() == 2 and "embed" not in n]
     products = {tuple(p.shape) for p in matrices}
     assert set(result["added"]) <= products
