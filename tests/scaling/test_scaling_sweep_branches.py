@@ -131,14 +131,15 @@ def test_what_cannot_be_begun_from_is_refused(data: Path, tmp_path: Path) -> Non
     wsd = [f"{key}={value}" for key, value in WSD.items()]
     first = tmp_path / "first"
     world.run(1, run, path, [*wsd, f"run.dir={first}", "train.steps=8"])
-    start = f"resume.start={first}/checkpoints/step-00000004"
+    starts = {step: f"resume.start={first}/checkpoints/step-{step:08d}" for step in (4, 5, 8)}
+    start = starts[4]
     second = f"run.dir={tmp_path}/second"
     longer = [*wsd, second, "train.steps=16"]
-    (missing,) = world.run(1, run, path, [*longer, start.replace("4", "5")])
+    (missing,) = world.run(1, run, path, [*longer, starts[5]])
     assert "there is no checkpoint" in missing["error"] and "step-00000005" in missing["error"]
     (other,) = world.run(1, run, path, [*longer, start, "optimizer.beta2=0.9"])
     assert "optimizer.beta2: 0.95 -> 0.9" in other["error"]
-    (late,) = world.run(1, run, path, [*longer, start.replace("4", "8")])
+    (late,) = world.run(1, run, path, [*longer, starts[8]])
     assert "train.steps: 8 -> 16" in late["error"]
     (shard,) = (first / "checkpoints" / "step-00000004").glob("*.distcp")
     whole = shard.read_bytes()
