@@ -17,7 +17,8 @@ python_for_venv() {
 install_nlscale() {
     local extras=${NLSCALE_EXTRAS:-} stamp python
     stamp=$(cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
-    if [ -f ".venv/.installed-$stamp-$extras" ]; then return; fi
+    # with extras it is installed for those who want none, too
+    if compgen -G ".venv/.installed-$stamp-$extras*" >/dev/null; then return; fi
     python=$(python_for_venv)
     if [ ! -x .venv/bin/python ]; then
         "$python" -m venv .venv || {
@@ -28,6 +29,7 @@ install_nlscale() {
     echo "installing nlscale${extras:+ with $extras} into .venv (a minute or two, once)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check \
         --constraint constraints.txt --editable ".${extras:+[$extras]}"
+    rm -f .venv/.installed-*
     touch ".venv/.installed-$stamp-$extras"
 }
 

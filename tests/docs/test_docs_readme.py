@@ -76,6 +76,17 @@ def test_the_quickstart_learns_and_shows_it(quickstart: tuple[Path, str]) -> Non
 
 
 @pytest.mark.slow
+def test_the_clone_leaves_the_environment_as_it_was(quickstart: tuple[Path, str]) -> None:
+    """Installed again from the clone it would be gone when the clone is."""
+    program = "import nlscale; print(nlscale.__file__)"
+    where = subprocess.run(
+        [ROOT / ".venv/bin/python", "-c", program],
+        cwd="/", capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert Path(where.strip()) == ROOT / "nlscale" / "__init__.py"
+
+
+@pytest.mark.slow
 def test_running_the_quickstart_again_is_quick_and_keeps_the_run(
     clone: Path, quickstart: tuple[Path, str]
 ) -> None:

@@ -1,0 +1,132 @@
+"""What a step does on GPUs, as far as it can be seen without one (see tests/gpu.py)."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gpu
+import numpy as np
+import pytest
+import world
+from parallel.level_runs import SEPARATOR, VOCABULARY, load
+
+from nlscale import cli
+from nlscale.levels import spectrum
+from nlscale.ops.documents import Documents
+from nlscale.ops.transfer import to_device
+from nlscale.parallel.layout import process_groups
+from nlscale.parallel.schedule import Batch
+from nlscale.trainer import Trainer
+
+LENGTH, LAYERS = 32, 4
+SIZES = [
+    "levels=[1,3]",
+    "train.steps=3",
+    "train.dtype=bf16",
+    "model.d_model=128",
+    "model.heads=2",
+    "model.memory.chunk=16",
+    f"model.layers={LAYERS}",
+    f"data.sequence_length={LENGTH}",
+]
+LOSS = {"statistics_kernel": 1, "gradient_kernel": 1}
+"""Launches a micro batch."""
+READS = {"writes_kernel": 2, "reads_kernel": 1, "reads_backward_kernel": 1}
+S = {"main_kernel": 1, "main_backward_kernel": 1, "writes_backward_kernel": 1}
+PI = {"pi_kernel": 1, "pi_backward_kernel": 1, "inputs_backward_kernel": 1}
+HOPE = {**READS, **S, **PI}
+"""Launches a micro batch and layer."""
+
+
+def launched_in_each_step(overrides: list[str], rank: int, ranks: int) -> list[Counter[str]]:
+    """Of three steps, with an update of the slow level in the first and the last."""
+    from nlscale import trainer as module
+
+    os.environ["LOCAL_WORLD_SIZE"] = str(max(1, ranks // 2))
+    module.check_kernels = lambda *args: None  # compares numbers
+    config, found = load([*SIZES, *overrides]), []
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (1, LENGTH + 1))
+    tokens[0, LENGTH // 3] = SEPARATOR
+    with gpu.stand_in(rank, ranks), process_groups(config) as layout:
+        levels = spectrum(config.levels, tokens_per_step=100)
+        trainer = Trainer.build(config, layout, levels, VOCABULARY)
+        documents = None
+        if config.data.document_mask:
+            documents = Documents.of(tokens[:, :-1], SEPARATOR, 16, layout.device)
+        rows = to_device(tokens, layout.device)
+        micro_batches = config.train.global_batch // layout.data_size
+        batches = [Batch(rows[:, :-1], rows[:, 1:], 1, documents)] * micro_batches
+        for _ in range(config.train.steps):
+            gpu.launches.clear()
+            trainer.take_step(batches)
+            found.append(Counter({k: n // micro_batches for k, n in gpu.launches.items()}))
+    return found
+
+
+@dataclass(frozen=True)
+class Case:
+    overrides: str = ""
+    a_layer: dict[str, int] = field(default_factory=lambda: HOPE)
+    layers: int = LAYERS
+    """That this rank holds."""
+    loss: dict[str, int] = field(default_factory=lambda: LOSS)
+    rank: int = 0
+    ranks: int = 1
+
+
+HALF = LAYERS // 2
+CASES = [
+    Case(),
+    Case("model.mixer=hope-pure", {**READS, **PI}),
+    Case("model.mixer=gated-delta", {**READS, **S}),
+    Case("model.mixer=attention", {}),
+    Case("data.document_mask=true"),
+    Case("data.document_mask=true model.mixer=attention", {}),
+    Case("model.cms=independent"),
+    Case("train.dtype=fp32", {}),
+    Case("train.kernels=false", {}, loss={}),
+    Case("parallel.tensor=2 parallel.sequence=true", rank=5, ranks=8),
+    Case("parallel.tensor=2 levels.reduction=every-step", ranks=8),
+    Case("parallel.pipeline=2 parallel.overlap=true", HOPE, HALF, {}, ranks=8),
+    Case("parallel.pipeline=2", HOPE, HALF, rank=7, ranks=8),
+    Case("parallel.pipeline=2 parallel.virtual_stages=2", HOPE, HALF, rank=7, ranks=8),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.overrides} rank {case.rank}")
+def test_a_step_stays_on_the_gpu_and_runs_through_the_kernels(case: Case) -> None:
+    few = [f"train.global_batch={max(2, case.ranks)}"]
+    given = (few + case.overrides.split(), case.rank, case.ranks)
+    (steps,) = world.run(1, launched_in_each_step, *given)
+    want = Counter({kernel: n * case.layers for kernel, n in case.a_layer.items()} | case.loss)
+    assert steps == [want] * 3
+
+
+def launched_by_bench(*arguments: str) -> Counter[str]:
+    from nlscale import trainer as module
+
+    module.check_kernels = lambda *args: None
+    with gpu.stand_in(numbers=True), pytest.raises(SystemExit) as ended:
+        cli.main(["bench", *arguments])
+    assert not ended.value.code
+    return gpu.launches
+
+
+@pytest.mark.parametrize("what", ["step", "layer", "train"])
+def test_benches_of_a_recipe_find_what_they_ask_a_gpu_for(what: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: {dir: none}\n")
+    batch = ["train.global_batch=2", "train.micro_batch=2"]
+    sizes = [*SIZES[1:], *batch, "levels=[1]", "model.vocabulary=32"]
+    once = ["--repeats" if what == "layer" else "--steps", "1"]
+    (launches,) = world.run(1, launched_by_bench, what, str(recipe), *sizes, *once)
+    assert launches.keys() >= (HOPE.keys() if what == "layer" else {**HOPE, **LOSS}.keys())
+
+
+def test_bench_scan_times_the_kernels() -> None:
+    sizes = ["--sizes", "2x64x2x64", "--repeats", "2"]
+    (launches,) = world.run(1, launched_by_bench, "scan", *sizes)
+    assert launches.keys() == HOPE.keys()
