@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,10 +25,19 @@ SHAPE = [
     "optimizer.learning_rate=1e-2",
 ]
 VOCABULARY, LENGTH, STEPS = 32, 32, 6
+SCAN = {"pi_kernel", "main_kernel", "writes_kernel", "reads_kernel"}
+SCAN |= {name.replace("_kernel", "_backward_kernel") for name in {*SCAN, "inputs_kernel"}}
+LOSS = {"statistics_kernel", "gradient_kernel"}
 
 
-def losses(kernels: bool, seed: int, steps: int, *overrides: str) -> list[float]:
-    """In the process of the interpreter: of a run, with the kernels or without."""
+def trained(kernels: bool, seed: int, steps: int, *overrides: str) -> tuple[list[float], set[str]]:
+    """In the process of the interpreter: a run, with the kernels or without.
+
+    Returns:
+        Its losses, and the names of the kernels that ran.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+
     import nlscale.ops.triton
     from nlscale import recipe
     from nlscale.levels import spectrum
@@ -37,10 +47,15 @@ def losses(kernels: bool, seed: int, steps: int, *overrides: str) -> list[float]
     from nlscale.parallel.schedule import Batch
     from nlscale.trainer import Trainer
 
-    launched = []
+    asked, ran = [], set()
+    run = InterpretedFunction.run
+
+    def noted(self: Any, *args: Any, **options: Any) -> Any:
+        ran.add(self.__name__)
+        return run(self, *args, **options)
 
     def supports(*given: Any) -> bool:
-        launched.append(given)
+        asked.append(given)
         return kernels
 
     nlscale.ops.triton.supports = supports  # type: ignore[assignment]
@@ -48,7 +63,7 @@ def losses(kernels: bool, seed: int, steps: int, *overrides: str) -> list[float]
     config = recipe.load(None, [*SHAPE, f"train.steps={steps}", *overrides]).config
     draw = np.random.default_rng(seed)
     curve = []
-    with process_groups(config) as layout:
+    with mock.patch.object(InterpretedFunction, "run", noted), process_groups(config) as layout:
         levels = spectrum(config.levels, 2 * LENGTH)
         trainer = Trainer.build(config, layout, levels, VOCABULARY)
         for _ in range(steps):
@@ -61,8 +76,8 @@ def losses(kernels: bool, seed: int, steps: int, *overrides: str) -> list[float]
             tokens = torch.from_numpy(rows)
             batch = Batch(tokens[:, :-1], tokens[:, 1:], 2, documents)
             curve.append(trainer.take_step([batch])[0].loss)
-    assert bool(launched) == config.train.kernels
-    return curve
+    assert bool(asked) == config.train.kernels
+    return curve, ran
 
 
 @pytest.mark.slow
@@ -72,15 +87,15 @@ def losses(kernels: bool, seed: int, steps: int, *overrides: str) -> list[float]
 def test_training_through_the_kernels_is_training(
     overrides: list[str], seed: int, interpreted: Call
 ) -> None:
-    fused, plain = (
-        interpreted(losses, kernels, seed, STEPS, *overrides) for kernels in (True, False)
+    (fused, ran), (plain, none) = (
+        interpreted(trained, kernels, seed, STEPS, *overrides) for kernels in (True, False)
     )
-    assert fused != plain, "the kernels did not run"
+    assert ran == SCAN | LOSS and not none
     assert np.abs(np.subtract(fused, plain)).max() < 1e-4, (fused, plain)
     assert np.ptp(plain) > 0.05, f"too little happened to go wrong: {plain}"
 
 
 def test_kernels_can_be_switched_off(interpreted: Call) -> None:
-    assert interpreted(losses, True, 1, 1, "train.kernels=false") == interpreted(
-        losses, False, 1, 1
-    )
+    off, ran = interpreted(trained, True, 1, 1, "train.kernels=false")
+    plain, _ = interpreted(trained, False, 1, 1)
+    assert off == plain and not ran
