@@ -13,6 +13,7 @@ from parallel.level_runs import largest_difference, run_engine
 TOLERANCE = 1e-5
 
 BASE = [
+    "train.global_batch=4",  # with one data-parallel rank that is four micro batches
     "model.layers=4",
     "data.sequence_length=16",
     "levels=[1,2,4]",

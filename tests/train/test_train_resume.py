@@ -122,20 +122,37 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(data: Path, tmp_path:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("to", ["torchrun", "one rank"])
-def test_a_signal_ends_all_ranks_after_the_same_step_and_changes_nothing(
-    data: Path, tmp_path: Path, to: str
-) -> None:
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "nlscale", "train", "recipes/quickstart.yaml", f"data.dir={data}"),
+TORCHRUN = [
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    *("-m", "nlscale", "train", "recipes/quickstart.yaml"),
+]
+
+
+def signalled(data: Path) -> list[str]:
+    return [
+        *(*TORCHRUN, f"data.dir={data}"),
         *("data.sequence_length=64", "train.steps=60", "train.validation_sequences=8"),
         *("checkpoint.pending=exact", "train.validate_every=50"),
     ]
+
+
+@pytest.fixture(scope="module")
+def never_stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The last checkpoint of the run that nothing has happened to."""
+    folder = tmp_path_factory.mktemp("never")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    never, stopped = tmp_path / "never", tmp_path / "stopped"
-    subprocess.run([*command, f"run.dir={never}"], check=True, capture_output=True, env=environment)
+    command = [*signalled(data), f"run.dir={folder}"]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    return Store(folder / "checkpoints").checkpoints()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["torchrun", "one rank"])
+def test_a_signal_ends_all_ranks_after_the_same_step_and_changes_nothing(
+    data: Path, never_stopped: Checkpoint, tmp_path: Path, to: str
+) -> None:
+    command, stopped = signalled(data), tmp_path / "stopped"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*command, f"run.dir={stopped}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env=environment,
@@ -157,16 +174,15 @@ def test_a_signal_ends_all_ranks_after_the_same_step_and_changes_nothing(
     subprocess.run(
         [*command, f"run.dir={stopped}"], check=True, capture_output=True, env=environment
     )
-    ends = [Store(run / "checkpoints").checkpoints()[-1] for run in (stopped, never)]
-    assert compare(*ends)["bitwise"]
+    end = Store(stopped / "checkpoints").checkpoints()[-1]
+    assert compare(end, never_stopped)["bitwise"]
 
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_loses_nothing(data: Path, tmp_path: Path) -> None:
     """The whole run under torchrun, killed three times at random moments."""
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "nlscale", "train", "recipes/quickstart.yaml", f"data.dir={data}"),
+        *(*TORCHRUN, f"data.dir={data}"),
         *("data.sequence_length=64", "train.steps=30", "train.validation_sequences=8"),
         *("checkpoint.every=3 steps", "train.validate_every=10"),
     ]
