@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from nlscale.bench.clock import ceilings, median_seconds, name_of
+from nlscale.bench.progress import each
 from nlscale.config import Config
 from nlscale.model.block import Block
 from nlscale.model.flops import flops_by_part
@@ -32,7 +33,7 @@ def bench_layer(configs: list[Config], repeats: int) -> dict[str, Any]:
         the forward pass leaves for the backward pass.
     """
     rows = []
-    for config in configs:
+    for config in each("layer", configs, lambda config: config.model.mixer.value):
         with process_groups(config) as layout:
             device = layout.device
             rows.append(_measure(config, device, repeats))

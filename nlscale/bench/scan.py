@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nlscale import recipe
 from nlscale.bench.clock import Ceilings, ceilings, here, median_seconds, name_of
+from nlscale.bench.progress import each
 from nlscale.config import MIXER_PRESETS, MemoryConfig, Mixer, ModelConfig
 from nlscale.errors import UserError
 from nlscale.model.flops import flops_by_part
@@ -77,14 +78,14 @@ def bench_scan(sizes: list[Size], mixers: list[Mixer], chunk: int, repeats: int)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     most = ceilings(device, dtype)
     rows = []
-    for size in sizes:
-        for mixer in mixers:
-            floor = _floors(mixer, size, chunk, dtype, most)
-            for path, run, leaves in _runs(mixer, size, chunk, dtype, device):
-                measured = _measure(device, run, leaves, repeats)
-                rows.append(
-                    {"size": str(size), "mixer": mixer.value, "path": path, **measured, **floor}
-                )
+    parts = [(size, mixer) for size in sizes for mixer in mixers]
+    for size, mixer in each("scan", parts, lambda part: f"{part[0]} by {part[1].value}"):
+        floor = _floors(mixer, size, chunk, dtype, most)
+        for path, run, leaves in _runs(mixer, size, chunk, dtype, device):
+            measured = _measure(device, run, leaves, repeats)
+            rows.append(
+                {"size": str(size), "mixer": mixer.value, "path": path, **measured, **floor}
+            )
     return {
         "device": name_of(device),
         "dtype": str(dtype).removeprefix("torch."),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nlscale.bench.clock import here, name_of
+from nlscale.bench.progress import each
 from nlscale.bench.scan import Size, model_of, triton_version
 from nlscale.config import Mixer
 from nlscale.ops.check import (
@@ -52,7 +53,8 @@ def check_scan() -> dict[str, Any]:
         the second run was the same (`repeats`), and what it was compared with (`against`).
     """
     device = here()
-    rows = [_check(mixer, case, device) for mixer in _MIXERS for case in _cases(device)]
+    parts = [(mixer, case) for case in _cases(device) for mixer in _MIXERS]
+    rows = [_check(*part, device) for part in each("scan --check", parts, _label)]
     if device.type == "cuda":
         rows += [_check_loss(dtype, device) for dtype in BOUNDS]
         rows += [_check_attention(d, device) for d in (64, 128)]
@@ -77,6 +79,11 @@ def _cases(device: torch.device) -> Iterator[_Case]:
         if on_gpu and chunk == 64:
             yield _Case("large", chunk, Size(8, 1024, 16, d))
             yield _Case("long", chunk, Size(1, 32768, 2, d))
+
+
+def _label(part: tuple[Mixer, _Case]) -> str:
+    mixer, case = part
+    return f"{mixer.value} of {case.name}, {case.size} in chunks of {case.chunk}"
 
 
 def _check(mixer: Mixer, case: _Case, device: torch.device) -> dict[str, Any]:

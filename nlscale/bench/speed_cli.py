@@ -168,6 +168,7 @@ def _layer(args: argparse.Namespace) -> int:
 
 
 def _step(args: argparse.Namespace) -> int:
+    _at_least_one("--steps", args.steps)
     from nlscale import recipe
     from nlscale.checks import check_sizes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nlscale.bench.clock import ceilings, here, name_of
+from nlscale.bench.progress import each
 from nlscale.bench.step import bench_step
 from nlscale.bench.trace import trace
 from nlscale.bench.transformer import bench_transformer
@@ -44,22 +46,20 @@ def bench_train(configs: list[Config], steps: int, trace_to: Path | None) -> dic
     """
     rows: list[dict[str, Any]] = []
     costs: list[dict[str, Any]] = []
-    ranks = 1
-    for config in configs:
-        look = None
-        if trace_to is not None and config is configs[0]:
-            look = partial(_trace, costs, trace_to)
-        found = bench_step(config, steps, look)
-        ranks = found["ranks"]
-        rows.append(_row(config, config.model.mixer.value, found))
-        _forget()
-    device = here()
-    for config in configs:
-        if config.model.mixer == Mixer.attention and ranks == 1:
+    device, ranks = here(), int(os.environ.get("WORLD_SIZE", "1"))
+    parts = [(config, config.model.mixer.value) for config in configs]
+    parts += [(c, PLAIN) for c in configs if c.model.mixer == Mixer.attention and ranks == 1]
+    for config, name in each("train", parts, lambda part: part[1]):
+        if name == PLAIN:
             assert config.model.vocabulary is not None
             found = bench_transformer(config, config.model.vocabulary, steps, device)
-            rows.append(_row(config, PLAIN, found))
-            _forget()
+        else:
+            look = None
+            if trace_to is not None and config is configs[0]:
+                look = partial(_trace, costs, trace_to)
+            found = bench_step(config, steps, look)
+        rows.append(_row(config, name, found))
+        _forget()
     dtype = torch.bfloat16 if configs[0].train.dtype == Dtype.bf16 else torch.float32
     most = ceilings(device, dtype).flops_per_second
     speeds = {row["mixer"]: row["tokens_per_second"] for row in rows}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from nlscale import cli, recipe
+from nlscale.bench.trace import STEPS, largest_costs
 from nlscale.bench.train import PLAIN
 from nlscale.bench.transformer import Transformer
 from nlscale.model.flops import flops_by_part, flops_per_token
@@ -108,7 +112,8 @@ def test_check_finds_one_wrong_token_of_a_gradient(
     monkeypatch.setattr(check, "memory_scan", wrong)
     code, out, err = bench(capsys, "scan", "--check")
     assert code == 2 and not json.loads(out)["ok"]
-    assert err.count("\n") == 1 and "9 of 12 checks failed" in err and "b is off" in err
+    said = err.splitlines()[-1]
+    assert "9 of 12 checks failed" in said and "b is off" in said
 
 
 def test_layer_times_blocks_and_mixers(
@@ -157,11 +162,46 @@ def test_train_compares_mixers_and_traces(
     assert code == 0 and "largest costs of gated-delta" in out and str(traced) in out
 
 
+def test_on_a_gpu_costs_are_those_of_kernels_each_once() -> None:
+    def event(name: str, device: DeviceType, microseconds: float, region: bool = False) -> Any:
+        return SimpleNamespace(
+            key=name, device_type=device, self_device_time_total=microseconds, count=2 * STEPS,
+            self_cpu_time_total=1.0, is_user_annotation=region,
+        )  # fmt: skip
+
+    events = [
+        event("aten::mm", DeviceType.CPU, 3000),  # of the kernel that it launched
+        event("gemm", DeviceType.CUDA, 3000),
+        event("pi_kernel", DeviceType.CUDA, 1000),
+        event("ProfilerStep", DeviceType.CUDA, 4000, region=True),
+    ]
+    assert largest_costs(events, on_gpu=True) == [
+        {"name": "gemm", "milliseconds": 3 / STEPS, "calls": 2, "share": 0.75},
+        {"name": "pi_kernel", "milliseconds": 1 / STEPS, "calls": 2, "share": 0.25},
+    ]
+
+
+def test_progress_says_what_is_begun_and_how_long_the_rest_may_take(
+    recipe_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("layer", recipe_file, "--repeats", 1, "--mixers", "hope", "attention")
+    _, out, err = bench(capsys, *sizes, "--json")
+    json.loads(out)
+    begun, next_one = [line for line in err.splitlines() if line.startswith("nlscale bench")]
+    assert begun == "nlscale bench layer: 1 of 2, hope"
+    assert re.fullmatch(r"nlscale bench layer: 2 of 2, attention, about \d+ s left", next_one)
+
+
 def test_train_says_what_it_lacks(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = bench(capsys, "train", recipe_file)
     assert code == 2 and err.count("\n") == 1 and "model.vocabulary" in err
     code, _, err = bench(capsys, "train", recipe_file, VOCABULARY, "--trace", "nowhere/trace.json")
     assert code == 2 and err.count("\n") == 1 and "nowhere" in err
+
+
+def test_step_wants_one(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = bench(capsys, "step", recipe_file, VOCABULARY, "--steps", 0)
+    assert code == 2 and err == "nlscale: --steps 0 is less than 1\n"
 
 
 def test_step_times_a_recipe(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
