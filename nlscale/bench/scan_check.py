@@ -83,7 +83,8 @@ def _cases(device: torch.device) -> Iterator[_Case]:
 
 def _label(part: tuple[Mixer, _Case]) -> str:
     mixer, case = part
-    return f"{mixer.value} of {case.name}, {case.size} in chunks of {case.chunk}"
+    dtype = str(case.dtype).removeprefix("torch.")
+    return f"{mixer.value}, {case.name}, {case.size} in chunks of {case.chunk}, {dtype}"
 
 
 def _check(mixer: Mixer, case: _Case, device: torch.device) -> dict[str, Any]:
