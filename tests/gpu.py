@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, library
 from torch._C._distributed_c10d import FakeWork
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -30,7 +30,6 @@ _is_meta = Tensor.is_meta.__get__  # type: ignore[attr-defined]
 
 launches: Counter[str] = Counter()
 """Kernels that were launched, by name."""
-_LIBRARY = torch.library.Library("c10d", "IMPL")
 
 
 class _Gpu(TorchFunctionMode):
@@ -135,9 +134,9 @@ def _have_others(rank: int, world: int) -> None:
         found[:] = [mine] * len(found)
 
     any_dist.all_gather_object = all_gather_object
-    # torch has these for meta tensors too, but not coalesced ones
+    # torch has the others for meta tensors, too
     for name in ("reduce_scatter_tensor_coalesced_", "allgather_into_tensor_coalesced_"):
-        _LIBRARY.impl(name, lambda *args: FakeWork().boxed(), "Meta")
+        library.impl(f"c10d::{name}", "meta", lambda *args: FakeWork().boxed())
 
 
 def _launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
