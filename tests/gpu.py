@@ -30,6 +30,8 @@ _is_meta = Tensor.is_meta.__get__  # type: ignore[attr-defined]
 
 launches: Counter[str] = Counter()
 """Kernels that were launched, by name."""
+waits: list[str] = []
+"""One for each time that the host waited until the GPU had done everything."""
 
 
 class _Gpu(TorchFunctionMode):
@@ -52,7 +54,7 @@ class _Gpu(TorchFunctionMode):
             return args[0]
         if name == "type" and len(args) == 1 and _is_meta(args[0]):
             return _TYPES[args[0].dtype]
-        if name == "copy_" and _is_meta(args[1]) and not _is_meta(args[0]):
+        if name == "copy_" and kwargs.get("non_blocking") and not _is_meta(args[0]):
             return args[0].fill_(1)  # some number has arrived on the host
         if self._numbers and name in _NUMBERS and _is_meta(args[0]):
             return 1
@@ -118,7 +120,8 @@ def _have_cuda() -> None:
     cuda.current_stream = cuda.default_stream = lambda *args: _Stream()
     cuda.stream = cuda.device = lambda *args: contextlib.nullcontext()
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    for name in ("set_device", "synchronize", "set_rng_state", "manual_seed", "empty_cache",
+    cuda.synchronize = lambda *args: waits.append("synchronize")
+    for name in ("set_device", "set_rng_state", "manual_seed", "empty_cache",
                  "reset_peak_memory_stats"):  # fmt: skip
         setattr(cuda, name, lambda *args, **kwargs: None)
     cuda.memory_allocated = cuda.max_memory_allocated = lambda *args: 1 << 30

@@ -105,14 +105,15 @@ def test_a_step_stays_on_the_gpu_and_runs_through_the_kernels(case: Case) -> Non
     assert steps == [want] * 3
 
 
-def launched_by_bench(*arguments: str) -> Counter[str]:
+def bench(*arguments: str) -> tuple[Counter[str], int]:
+    """The kernels that it launches, and how often it waits for the GPU to have done everything."""
     from nlscale import trainer as module
 
     module.check_kernels = lambda *args: None
     with gpu.stand_in(numbers=True), pytest.raises(SystemExit) as ended:
         cli.main(["bench", *arguments])
     assert not ended.value.code
-    return gpu.launches
+    return gpu.launches, len(gpu.waits)
 
 
 @pytest.mark.parametrize("what", ["step", "layer", "train"])
@@ -121,12 +122,17 @@ def test_benches_of_a_recipe_find_what_they_ask_a_gpu_for(what: str, tmp_path: P
     recipe.write_text("data: {dir: none}\n")
     batch = ["train.global_batch=2", "train.micro_batch=2"]
     sizes = [*SIZES[1:], *batch, "levels=[1]", "model.vocabulary=32"]
-    once = ["--repeats" if what == "layer" else "--steps", "1"]
-    (launches,) = world.run(1, launched_by_bench, what, str(recipe), *sizes, *once)
+    times = ["--repeats" if what == "layer" else "--steps", "3"]
+    ((launches, waits),) = world.run(1, bench, what, str(recipe), *sizes, *times)
     assert launches.keys() >= (HOPE.keys() if what == "layer" else {**HOPE, **LOSS}.keys())
 
+    # Once for each row, not for each step, in which training does not wait either.
+    assert what != "step" or waits == 1
 
-def test_bench_scan_times_the_kernels() -> None:
-    sizes = ["--sizes", "2x64x2x64", "--repeats", "2"]
-    (launches,) = world.run(1, launched_by_bench, "scan", *sizes)
+
+def test_bench_scan_times_the_kernels_while_the_host_is_ahead() -> None:
+    sizes = ["--sizes", "2x64x2x64", "--mixers", "hope", "attention"]
+    ((launches, waits),) = world.run(1, bench, "scan", *sizes, "--repeats", "3")
     assert launches.keys() == HOPE.keys()
+    # A matrix product and a copy; forward and backward of kernels, torch and attention.
+    assert waits == 2 + 3 * 2
