@@ -43,9 +43,14 @@ def by_parts(
     return log_sum - sum(at_target for _, _, at_target in found), torch.cat(parts, -1)
 
 
-def compare(
-    seed: int, case: str, split: list[int], dtype: torch.dtype, bound: float, kernels: bool
-) -> None:
+def compare(seed: int, case: str, split: list[int], dtype: torch.dtype, kernels: bool) -> None:
+    """Against float64, within what rounding can do.
+
+    The log sum, the distance of a logit from it and the loss are numbers of the size of the logits,
+    each rounded once or twice; exp turns their absolute error into a relative one of a probability.
+    Probabilities of a row sum to 1, so that this is all the error of the row's gradient, but for
+    the rounding of what is written. 16 epsilon are for exp, log and the sum over 300 columns.
+    """
     torch.manual_seed(seed)
     cross_entropy.supports = lambda logits: kernels  # type: ignore[assignment]
     logits, targets = problem(case)
@@ -56,27 +61,22 @@ def compare(
     (d_want,) = torch.autograd.grad((want * d_loss).sum(), exact)
     losses, d_logits = by_parts(low, targets, d_loss, split)
     assert losses.dtype == torch.promote_types(dtype, torch.float32) and d_logits.dtype == dtype
-    scale = exact.abs().amax()
-    assert (losses.double() - want).abs().max() <= 1e-6 * scale + 1e-12
-    assert (d_logits.double() - d_want).norm() <= bound * d_want.norm() + bound * 1e-3
+    scale = float(exact.detach().abs().amax())
+    epsilon, rounded = torch.finfo(losses.dtype).eps, torch.finfo(dtype).eps / 2
+    assert (losses.double() - want).abs().max() <= epsilon * (2 * scale + 16)
+    of_exp = epsilon * (scale + 16)
+    assert (d_logits.double() - d_want).norm() <= rounded * d_want.norm() + of_exp * d_loss.norm()
 
 
 @pytest.mark.parametrize("case", ["", "large", "equal"])
 @pytest.mark.parametrize("split", [[300], [100, 150, 50]], ids=["whole", "split"])
-@pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-3)]
-)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_torch_form(
-    case: str,
-    split: list[int],
-    dtype: torch.dtype,
-    bound: float,
-    seed: int,
-    monkeypatch: pytest.MonkeyPatch,
+    case: str, split: list[int], dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cross_entropy, "_BLOCK", 2 * COLUMNS)  # several blocks, and a rest
     monkeypatch.setattr(cross_entropy, "supports", cross_entropy.supports)  # put back at the end
-    compare(seed, case, split, dtype, bound, kernels=False)
+    compare(seed, case, split, dtype, kernels=False)
 
 
 def with_several_tiles(*given: Any) -> None:
@@ -89,8 +89,8 @@ def with_several_tiles(*given: Any) -> None:
 
 @pytest.mark.parametrize("case", ["", "large", "equal"])
 @pytest.mark.parametrize("split", [[300], [100, 150, 50]], ids=["whole", "split"])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels(
-    case: str, split: list[int], dtype: torch.dtype, bound: float, seed: int, interpreted: Call
+    case: str, split: list[int], dtype: torch.dtype, seed: int, interpreted: Call
 ) -> None:
-    interpreted(with_several_tiles, seed, case, split, dtype, bound)
+    interpreted(with_several_tiles, seed, case, split, dtype)

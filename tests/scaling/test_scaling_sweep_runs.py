@@ -162,7 +162,7 @@ def test_ctrl_c_saves_what_is_under_way_and_the_same_command_goes_on(
     assert process.returncode == 75, said
     assert "SIGINT: waiting for" in out
     assert "of 6 runs have finished; the same command goes on" in said
-    assert not any(alive(pid) for pid in pids)
+    wait_until_gone(pids)
     assert len(finished_runs(sweep)) < 6
     logs = [path.read_text() for path in (tmp_path / "runs").glob("*/output.log")]
     assert any("with a checkpoint" in log for log in logs)
@@ -189,10 +189,7 @@ def test_killed_half_way_it_goes_on_to_the_same_results(
     for name, stat in kept.items():
         now = (tmp_path / "runs" / name / "summary.json").stat()
         assert now.st_mtime_ns == stat.st_mtime_ns, "a finished run is not run again"
-    ends = time.monotonic() + PATIENCE
-    while any(alive(pid) for pid in pids):
-        assert time.monotonic() < ends, "a process outlived its sweep"
-        time.sleep(0.05)
+    wait_until_gone(pids)
 
 
 def test_two_sweeps_do_not_run_in_one_folder(
@@ -256,6 +253,14 @@ def test_slurm_needs_to_know_the_machines(
     sweep = write_sweep(tmp_path, data, {"run.seed": [1]})
     assert sweep_ends(sweep, "--executor", "slurm") == 2
     assert "--cluster YAML" in capsys.readouterr().err
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    """Processes end a moment after what they belong to; none may stay."""
+    ends = time.monotonic() + PATIENCE
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < ends, "a process outlived its sweep"
+        time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:
