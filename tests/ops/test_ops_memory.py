@@ -6,48 +6,45 @@ import random
 
 import pytest
 import torch
-from ops.problems import CASES, MODES, Problem, assert_same
+from ops.problems import CASES, MODES, Problem, assert_same, conditions, relative_errors
 from torch import Tensor
 
 from nlscale.ops.memory import MemoryState, memory_scan
 
 every_mode = pytest.mark.parametrize("mode", MODES)
 
-# Norm of the error by norm of the value. The largest of ten seeds were 1e-13 and 1.2e-5 (`paper`
-# under strong decay, which has to bring forth small gradients), else 3e-14 and 7e-6.
-BOUND = {torch.float64: 1e-12, torch.float32: 1e-4}
+ROUNDINGS = 500
+"""Relative errors may be so many roundings, times what the problem itself magnifies them by. In 60
+seeds of every mode and case they were at most 60 in fp32 and 90 in float64."""
 
 
-def compare(problem: Problem, dtype: torch.dtype) -> None:
-    low = problem.cast(dtype)
-    exact = low.cast(torch.float64)  # the rounding of the inputs is no error of the scan
-    read, _ = low.scan()
-    assert read.dtype == dtype
-    want = exact.reference()
-    weight = torch.randn_like(want)
-    assert_same(
-        {"read": read, **low.gradients((read * weight.to(dtype)).sum())},
-        {"read": want, **exact.gradients((want * weight).sum())},
-        BOUND[dtype],
-    )
+def compare(problem: Problem) -> None:
+    """In fp32 and in float64, of the same inputs."""
+    exact = problem.cast(torch.float32).cast(torch.float64)
+    exact_read = exact.reference()
+    weight = torch.randn_like(exact_read)
+    want = {"read": exact_read, **exact.gradients((exact_read * weight).sum())}
+    magnified = conditions(exact, want, weight)
+    for dtype in (torch.float64, torch.float32):
+        given = exact.cast(dtype)
+        read, _ = given.scan()
+        assert read.dtype == dtype
+        got = {"read": read, **given.gradients((read * weight.to(dtype)).sum())}
+        for name, error in relative_errors(got, want).items():
+            bound = ROUNDINGS * torch.finfo(dtype).eps / 2 * (1 + magnified[name])
+            assert error <= bound, f"{name}, {dtype}: relative error {error:.1e} > {bound:.1e}"
 
 
-@pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("length", [1, 3, 4, 11])
 @every_mode
-def test_reads_and_gradients_are_those_of_the_recurrence(
-    mode: str, length: int, dtype: torch.dtype, seed: int
-) -> None:
-    compare(Problem(mode, length), dtype)
+def test_reads_and_gradients_are_those_of_the_recurrence(mode: str, length: int, seed: int) -> None:
+    compare(Problem(mode, length))
 
 
-@pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("case", CASES)
 @every_mode
-def test_extreme_inputs_are_as_accurate(
-    mode: str, case: str, dtype: torch.dtype, seed: int
-) -> None:
-    compare(Problem(mode, 11, case), dtype)
+def test_extreme_inputs_are_as_accurate(mode: str, case: str, seed: int) -> None:
+    compare(Problem(mode, 11, case))
 
 
 @every_mode
