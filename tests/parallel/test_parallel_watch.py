@@ -53,6 +53,14 @@ def at_step(run: Path, step: int) -> None:
     raise AssertionError(f"no step {step}")
 
 
+def saved(run: Path) -> None:
+    """Wait until a checkpoint of the run is whole: it is written while the next steps are taken."""
+    until = time.monotonic() + 60
+    while not Store(run / "checkpoints").checkpoints():
+        assert time.monotonic() < until, "no checkpoint"
+        time.sleep(0.02)
+
+
 def reasons(ended: list[world.Ended]) -> list[str]:
     """The lines in which some rank says why the run ends."""
     lines = [line for rank in ended for line in rank.output.splitlines()]
@@ -62,6 +70,7 @@ def reasons(ended: list[world.Ended]) -> list[str]:
 def test_a_killed_rank_ends_all_and_the_same_command_goes_on(data: Path, tmp_path: Path) -> None:
     def kill(pids: list[int]) -> None:
         at_step(tmp_path / "a" / "run", 6)
+        saved(tmp_path / "a" / "run")
         os.kill(pids[2], signal.SIGKILL)
 
     here = train(data, tmp_path / "a")
