@@ -53,12 +53,14 @@ def at_step(run: Path, step: int) -> None:
     raise AssertionError(f"no step {step}")
 
 
-def saved(run: Path) -> None:
-    """Wait until a checkpoint of the run is whole: it is written while the next steps are taken."""
+def saved(run: Path, step: int) -> None:
+    """Wait until the checkpoint of that step is written, and some steps after: no rank is in it."""
+    at_step(run, step)
     until = time.monotonic() + 60
-    while not Store(run / "checkpoints").checkpoints():
+    while f"checkpoint at step {step}: " not in (run / "train.log").read_text():
         assert time.monotonic() < until, "no checkpoint"
         time.sleep(0.02)
+    at_step(run, len(records(run, "train")) + 3)
 
 
 def reasons(ended: list[world.Ended]) -> list[str]:
@@ -69,11 +71,11 @@ def reasons(ended: list[world.Ended]) -> list[str]:
 
 def test_a_killed_rank_ends_all_and_the_same_command_goes_on(data: Path, tmp_path: Path) -> None:
     def kill(pids: list[int]) -> None:
-        at_step(tmp_path / "a" / "run", 6)
-        saved(tmp_path / "a" / "run")
+        saved(tmp_path / "a" / "run", 4)
         os.kill(pids[2], signal.SIGKILL)
 
-    here = train(data, tmp_path / "a")
+    once = ["checkpoint.every=null", "checkpoint.steps=[4]"]  # and after the last step
+    here = train(data, tmp_path / "a", *once)
     ended = world.command(4, here, tmp_path / "a", kill, ranks_per_node=2)
     assert [rank.code for rank in ended] == [5, 5, -signal.SIGKILL, 5]
     assert all(rank.seconds < 15 for rank in ended)
@@ -83,7 +85,7 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on(data: Path, tmp_pat
     again = world.command(4, here, tmp_path / "a", ranks_per_node=2)
     assert [rank.code for rank in again] == [0] * 4
     assert "resuming from" in again[0].output
-    whole = world.command(4, train(data, tmp_path / "b"), tmp_path / "b", ranks_per_node=2)
+    whole = world.command(4, train(data, tmp_path / "b", *once), tmp_path / "b", ranks_per_node=2)
     assert [rank.code for rank in whole] == [0] * 4
     stores = [Store(tmp_path / name / "run" / "checkpoints") for name in "ab"]
     assert compare(*(store.checkpoints()[-1] for store in stores))["bitwise"]
