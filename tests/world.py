@@ -20,7 +20,7 @@ from typing import Any
 
 os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the server and so for the ranks
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["nlscale.train"])
+_CONTEXT.set_forkserver_preload(["nlscale.train.loop"])
 
 
 def run(

@@ -14,9 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nlscale.figures import read_records
-from nlscale.recipe import load
-from nlscale.units import human_bytes
+from nlscale.config.recipe import load
+from nlscale.config.units import human_bytes
+from nlscale.telemetry.figures import read_records
 
 RUNS = {
     "every step": ["levels.reduction=every-step"],

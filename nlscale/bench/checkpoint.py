@@ -19,14 +19,15 @@ import torch.distributed as dist
 from nlscale.bench.tokens import random_tokens
 from nlscale.checkpoint.saver import Saver
 from nlscale.checkpoint.state import restore
-from nlscale.checkpoint.store import Checkpoint, Store, Written
-from nlscale.config import Config, Pending
+from nlscale.checkpoint.store.store import Checkpoint, Store, Written
+from nlscale.config.units import human_bytes, human_count
+from nlscale.config.vocabulary import Config, Pending
 from nlscale.errors import TrainingFailed, UserError
-from nlscale.levels import spectrum
-from nlscale.model.groups import group_parameters
+from nlscale.levels.groups import group_parameters
+from nlscale.levels.spectrum import spectrum
+from nlscale.optim.table import rule
 from nlscale.parallel.layout import Layout, process_groups
-from nlscale.trainer import Trainer
-from nlscale.units import human_bytes, human_count
+from nlscale.step.trainer import Trainer
 
 _WARM_UP = 2
 _SAVES = 3
@@ -46,7 +47,7 @@ def bench_checkpoint(config: Config, steps: int, out: Path | None) -> dict[str, 
         (the copy to host memory, and the reduction of pending windows across nodes), and
         `write_seconds`, in the background; `bytes_per_second` of the writing.
         Of the last checkpoint: `bytes` and `files` on the disk; `theoretical_bytes`: 4 a parameter
-        (fp32 weights), 8 more where it has updated (Adam's moments) and 4 where its window is
+        (fp32 weights), more where it has updated (8 of Adam's moments) and 4 where its window is
         pending (of each node with checkpoint.pending=exact); `ratio` of these; `verify_seconds`
         and `load_seconds`, read back at once and so, where they fit, from the system's cache.
         `median_step_seconds` without saves, `parameters`, `pending_parameters`, `saves`, `ranks`,
@@ -174,10 +175,11 @@ def _held(trainer: Trainer) -> dict[str, int]:
     pending = sum(size for group, size in sizes.items() if progress[group].tokens)
     exact = config.checkpoint.pending == Pending.exact
     copies = trainer.layout.nodes if exact else 1
+    kept = rule(config.optimizer.rule).state_bytes
     return {
         "parameters": total,
         "pending_parameters": pending,
-        "theoretical_bytes": 4 * total + 8 * updated + 4 * copies * pending,
+        "theoretical_bytes": 4 * total + kept * updated + 4 * copies * pending,
     }
 
 

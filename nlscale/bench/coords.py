@@ -24,17 +24,15 @@ from rich.table import Table
 from torch import Tensor
 
 from nlscale.bench.tokens import random_tokens
-from nlscale.checks import check_sizes
-from nlscale.config import Config, Dtype, ParallelConfig
+from nlscale.config.vocabulary import Config, Dtype, ParallelConfig, head_dim
 from nlscale.errors import UserError
-from nlscale.levels import spectrum
+from nlscale.levels.spectrum import spectrum
 from nlscale.model.cms import CMS
-from nlscale.model.hope import Hope
+from nlscale.model.decoder import Decoder
 from nlscale.model.layers import gather_input
-from nlscale.model.mixers.attention import Attention
-from nlscale.model.sizes import head_dim
 from nlscale.parallel.layout import Layout, process_groups
-from nlscale.trainer import Trainer
+from nlscale.plan.checks import check_sizes
+from nlscale.step.trainer import Trainer
 
 SMALL_MODEL = (
     "data.dir=none",
@@ -111,7 +109,7 @@ def check_coordinates(
                 say(f"{_NAMES[kind]}, width {run.model.d_model}: {steps} steps done")
             found[kind] = _collect(widths, measured)
     return {
-        "mixer": config.model.mixer.value,
+        "mixer": config.model.mixer,
         "widths": widths,
         "mup_base_width": base,
         "head_size": size,
@@ -175,7 +173,7 @@ def _train_and_measure(config: Config, layout: Layout) -> Measured:
 
 
 def _activations(
-    model: Hope, levels: list[str], tokens: Tensor, targets: Tensor
+    model: Decoder, levels: list[str], tokens: Tensor, targets: Tensor
 ) -> tuple[float, dict[str, list[Tensor]]]:
     """The mean loss, and what each kind of part gave in each block, in the order of the model."""
     seen: dict[str, list[Tensor]] = {}
@@ -189,7 +187,7 @@ def _activations(
 
 
 @contextmanager
-def _recording(model: Hope, levels: list[str], record: Record) -> Iterator[None]:
+def _recording(model: Decoder, levels: list[str], record: Record) -> Iterator[None]:
     """While it lasts, every forward pass of the model is recorded part by part."""
     handles = []
 
@@ -226,14 +224,8 @@ def _recording(model: Hope, levels: list[str], record: Record) -> Iterator[None]
 
 def _record_projections(mixer: Any, projected: Tensor, record: Record) -> None:
     """What a mixer projects its input to, each by itself; they lie side by side."""
-    if isinstance(mixer, Attention):
-        names = ["query", "key", "value"]
-    else:
-        names = ["k input", "v input"] if mixer.inputs == 2 else ["k, v input"]
-        names += ["query"] + ["output gate"] * mixer.gated
-        names += ["eta logit", "alpha logit"] * mixer.static_gates
     parts = projected.split(list(mixer.project.weight.sections), dim=-1)
-    for name, part in zip(names, parts, strict=True):
+    for name, part in zip(mixer.projected(), parts, strict=True):
         record(name, part)
 
 
@@ -245,7 +237,7 @@ def _record_cms(cms: CMS, x: Tensor, levels: list[str], record: Record) -> None:
     norms = list(cms.norms) * (len(levels) if len(cms.norms) == 1 else 1)
     start = x
     for name, mlp, norm, weight in zip(levels, cms.mlps, norms, weights, strict=True):
-        added = mlp.partial(weight, gather_input(cms.mc, norm(x)))  # type: ignore[operator]
+        added = mlp.partial(weight, gather_input(cms.megatron, norm(x)))  # type: ignore[operator]
         record(f"CMS {name}", added)
         x = start if cms.mixture is not None else x + added
 

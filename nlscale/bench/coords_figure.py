@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nlscale.figures import save_figure
+from nlscale.telemetry.figures import save_figure
 
 _TITLES = {"standard": "standard parametrisation", "mup": "muP"}
 _ROWS = {"size": "size of activations", "change": "their change since step 0"}

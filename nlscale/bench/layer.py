@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nlscale.bench.clock import ceilings, median_seconds, name_of
 from nlscale.bench.progress import each
-from nlscale.config import Config
+from nlscale.config.vocabulary import Config
 from nlscale.model.block import Block
 from nlscale.model.flops import flops_by_part
 from nlscale.model.init import initialize
@@ -33,7 +33,7 @@ def bench_layer(configs: list[Config], repeats: int) -> dict[str, Any]:
         the forward pass leaves for the backward pass.
     """
     rows = []
-    for config in each("layer", configs, lambda config: config.model.mixer.value):
+    for config in each("layer", configs, lambda config: config.model.mixer):
         with process_groups(config) as layout:
             device = layout.device
             rows.append(_measure(config, device, repeats))
@@ -54,12 +54,12 @@ def bench_layer(configs: list[Config], repeats: int) -> dict[str, Any]:
 
 
 def _measure(config: Config, device: torch.device, repeats: int) -> dict[str, Any]:
-    mc = megatron_config(config)
-    block = Block(config.model, mc, level_hidden(config), config.train)
+    megatron = megatron_config(config)
+    block = Block(config.model, megatron, level_hidden(config), config.train)
     initialize(block, config.run.seed, 0, 1)
     block.to(device)
     shape = (config.data.sequence_length, config.train.micro_batch, config.model.d_model)
-    x = torch.randn(shape, device=device, dtype=mc.params_dtype, requires_grad=True)
+    x = torch.randn(shape, device=device, dtype=megatron.params_dtype, requires_grad=True)
 
     def through_block() -> Tensor:
         out, update, _ = block(x)
@@ -77,7 +77,7 @@ def _measure(config: Config, device: torch.device, repeats: int) -> dict[str, An
     parts = flops_by_part(config, vocabulary=0)
     flops = tokens * sum(parts.values()) / config.model.layers
     return {
-        "mixer": config.model.mixer.value,
+        "mixer": config.model.mixer,
         "parameters": sum(p.numel() for p in block.parameters()),
         "forward_ms": 1e3 * forward,
         "backward_ms": 1e3 * backward,

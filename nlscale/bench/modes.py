@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nlscale.bench.netns import EmulatedNodes
-from nlscale.config import Config, Reduction
+from nlscale.config.vocabulary import Config, Reduction
 from nlscale.errors import UserError
-from nlscale.levels import Level, spectrum
+from nlscale.levels.spectrum import Level, spectrum
 from nlscale.plan import Cluster, make_plan
 from nlscale.plan.plan import vocabulary_of
 from nlscale.plan.traffic import cycle_steps

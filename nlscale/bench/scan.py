@@ -8,20 +8,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from nlscale import recipe
 from nlscale.bench.clock import Ceilings, ceilings, here, median_seconds, name_of
 from nlscale.bench.progress import each
-from nlscale.config import MIXER_PRESETS, MemoryConfig, Mixer, ModelConfig
+from nlscale.config import recipe
+from nlscale.config.presets import MIXER_PRESETS
+from nlscale.config.vocabulary import MemoryConfig, ModelConfig
 from nlscale.errors import UserError
 from nlscale.model.flops import flops_by_part
-from nlscale.ops.check import ScanInputs
-from nlscale.ops.memory import memory_scan
+from nlscale.model.mixers.module import Way
+from nlscale.model.mixers.table import mixer
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,20 @@ def parse_sizes(given: list[str] | None) -> list[Size]:
     return [Size.parse(text) for text in given or default]
 
 
-def model_of(mixer: Mixer, size: Size, chunk: int) -> ModelConfig:
+def model_of(name: str, size: Size, chunk: int) -> ModelConfig:
     """A model whose mixer scans that."""
-    memory = MemoryConfig(chunk=chunk, **MIXER_PRESETS.get(mixer, {}))  # type: ignore[arg-type]
+    memory = MemoryConfig(chunk=chunk, **MIXER_PRESETS.get(name, {}))  # type: ignore[arg-type]
     heads = size.heads
-    return ModelConfig(mixer=mixer, heads=heads, d_model=heads * size.head_dim, memory=memory)
+    return ModelConfig(mixer=name, heads=heads, d_model=heads * size.head_dim, memory=memory)
 
 
-def bench_scan(sizes: list[Size], mixers: list[Mixer], chunk: int, repeats: int) -> dict[str, Any]:
+def ways(name: str, size: Size, chunk: int, dtype: torch.dtype, device: torch.device) -> list[Way]:
+    """Every way to compute what lies between the projections of a mixer."""
+    facts, model = mixer(name), model_of(name, size, chunk)
+    return facts.module().ways(facts, model, size.batch, size.length, dtype, device)
+
+
+def bench_scan(sizes: list[Size], mixers: list[str], chunk: int, repeats: int) -> dict[str, Any]:
     """Time forward and backward passes, warm; medians.
 
     On a GPU inputs are bf16, which the kernels take; the torch chunk form is timed beside them, on
@@ -78,14 +84,12 @@ def bench_scan(sizes: list[Size], mixers: list[Mixer], chunk: int, repeats: int)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     most = ceilings(device, dtype)
     rows = []
-    parts = [(size, mixer) for size in sizes for mixer in mixers]
-    for size, mixer in each("scan", parts, lambda part: f"{part[0]} by {part[1].value}"):
-        floor = _floors(mixer, size, chunk, dtype, most)
-        for path, run, leaves in _runs(mixer, size, chunk, dtype, device):
+    parts = [(size, name) for size in sizes for name in mixers]
+    for size, name in each("scan", parts, lambda part: f"{part[0]} by {part[1]}"):
+        floor = _floors(name, size, chunk, dtype, most)
+        for path, run, leaves in ways(name, size, chunk, dtype, device):
             measured = _measure(device, run, leaves, repeats)
-            rows.append(
-                {"size": str(size), "mixer": mixer.value, "path": path, **measured, **floor}
-            )
+            rows.append({"size": str(size), "mixer": name, "path": path, **measured, **floor})
     return {
         "device": name_of(device),
         "dtype": str(dtype).removeprefix("torch."),
@@ -97,30 +101,6 @@ def bench_scan(sizes: list[Size], mixers: list[Mixer], chunk: int, repeats: int)
         "copy_bytes_per_second": most.bytes_per_second,
         "rows": rows,
     }
-
-
-def _runs(
-    mixer: Mixer, size: Size, chunk: int, dtype: torch.dtype, device: torch.device
-) -> list[tuple[str, Callable[[], Tensor], list[Tensor]]]:
-    """Each way to run it: its name, a forward pass, and what that is differentiated by."""
-    if mixer == Mixer.attention:
-        shape = (size.batch, size.heads, size.length, size.head_dim)
-        qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
-
-        def attend() -> Tensor:
-            q, k, v = qkv
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-        return [("sdpa", attend, qkv)]
-    model = model_of(mixer, size, chunk)
-    given = [ScanInputs(model, size.batch, size.length, dtype, device)]
-    if given[0].path == "kernels":
-        given.append(given[0].to(torch.float32, device))
-
-    def scan(inputs: ScanInputs) -> Callable[[], Tensor]:
-        return lambda: memory_scan(*inputs.arguments())[0]
-
-    return [(inputs.path, scan(inputs), [*inputs.leaves.values()]) for inputs in given]
 
 
 def _measure(
@@ -143,12 +123,13 @@ def _measure(
 
 
 def _floors(
-    mixer: Mixer, size: Size, chunk: int, dtype: torch.dtype, most: Ceilings
+    name: str, size: Size, chunk: int, dtype: torch.dtype, most: Ceilings
 ) -> dict[str, float]:
+    facts = mixer(name)
     overrides = [
         "data.dir=none",
         f"data.sequence_length={size.length}",
-        f"model.mixer={mixer.value}",
+        f"model.mixer={name}",
         "model.layers=1",
         f"model.d_model={size.heads * size.head_dim}",
         f"model.heads={size.heads}",
@@ -156,9 +137,9 @@ def _floors(
     ]
     parts = flops_by_part(recipe.load(None, overrides).config, vocabulary=1)
     tokens = size.batch * size.length
-    flops = tokens * parts["attention" if mixer == Mixer.attention else "memory"]
+    flops = tokens * parts[facts.core]
     tile = tokens * size.heads * size.head_dim * dtype.itemsize
-    column = 0 if mixer == Mixer.attention else tokens * size.heads * 4
+    column = tokens * size.heads * facts.logit_bytes
     forward, backward = 4 * tile + 2 * column, 7 * tile + 4 * column
     return {
         "flops_forward_ms": 1e3 * flops / 3 / most.flops_per_second,

@@ -11,13 +11,13 @@ import torch
 
 from nlscale.bench.clock import now
 from nlscale.bench.tokens import random_tokens
-from nlscale.config import Config
+from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
-from nlscale.levels import spectrum
+from nlscale.levels.spectrum import spectrum
 from nlscale.model.sizes import level_parameters
 from nlscale.parallel.layout import process_groups
 from nlscale.plan.memory import memory
-from nlscale.trainer import Trainer
+from nlscale.step.trainer import Trainer
 
 _WARM_UP = 5
 
@@ -87,7 +87,7 @@ def bench_step(
         "parameters": sum(level_parameters(config, config.model.vocabulary)),
         "planned_memory_bytes": max(rank.total for rank in planned),
         "peak_memory_bytes": peak,
-        "mixer": config.model.mixer.value,
+        "mixer": config.model.mixer,
         "dtype": config.train.dtype.value,
         "device": layout.device.type,
         "ranks": layout.world,

@@ -30,11 +30,11 @@ from nlscale.bench.modes import WARMUP, Bench, Mode
 from nlscale.bench.netns import EmulatedNodes, sent_bytes
 from nlscale.bench.ranks import run_ranks, scratch
 from nlscale.bench.tokens import random_tokens
-from nlscale.config import Config
+from nlscale.config.vocabulary import Config
 from nlscale.errors import TrainingFailed
 from nlscale.parallel.layout import process_groups
 from nlscale.plan import traffic
-from nlscale.trainer import Trainer
+from nlscale.step.trainer import Trainer
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nlscale.config import Config
-from nlscale.parallel.schedule import Batch
+from nlscale.config.vocabulary import Config
+from nlscale.step.micro_batches import Batch
 
 
 def random_tokens(

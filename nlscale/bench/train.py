@@ -19,11 +19,13 @@ from nlscale.bench.progress import each
 from nlscale.bench.step import bench_step
 from nlscale.bench.trace import trace
 from nlscale.bench.transformer import bench_transformer
-from nlscale.config import Config, Dtype, Mixer
+from nlscale.config.units import human_bytes, human_count
+from nlscale.config.vocabulary import Config, Dtype
 from nlscale.model.flops import flops_per_token
-from nlscale.units import human_bytes, human_count
 
 PLAIN = "torch alone"
+BESIDE = "attention"
+"""The mixer that the speeds of the others are compared with."""
 
 
 def bench_train(configs: list[Config], steps: int, trace_to: Path | None) -> dict[str, Any]:
@@ -47,8 +49,10 @@ def bench_train(configs: list[Config], steps: int, trace_to: Path | None) -> dic
     rows: list[dict[str, Any]] = []
     costs: list[dict[str, Any]] = []
     device, ranks = here(), int(os.environ.get("WORLD_SIZE", "1"))
-    parts = [(config, config.model.mixer.value) for config in configs]
-    parts += [(c, PLAIN) for c in configs if c.model.mixer == Mixer.attention and ranks == 1]
+    parts = [(config, config.model.mixer) for config in configs]
+    beside = {name: config for config, name in parts}.get(BESIDE)
+    if beside is not None and ranks == 1:
+        parts.append((beside, PLAIN))
     for config, name in each("train", parts, lambda part: part[1]):
         if name == PLAIN:
             assert config.model.vocabulary is not None
@@ -66,8 +70,8 @@ def bench_train(configs: list[Config], steps: int, trace_to: Path | None) -> dic
     for row in rows:
         speed = row["tokens_per_second"]
         row["mfu"] = speed * row["flops_per_token"] / (most * ranks)
-        attention = speeds.get(Mixer.attention.value)
-        row["ratio"] = speed / attention if attention else None
+        yardstick = speeds.get(BESIDE)
+        row["ratio"] = speed / yardstick if yardstick else None
     train = configs[0].train
     return {
         "device": name_of(device),

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nlscale.bench.clock import median_seconds
-from nlscale.config import Config, Dtype
-from nlscale.model.sizes import head_dim, level_hidden
+from nlscale.config.vocabulary import Config, Dtype, head_dim
+from nlscale.model.sizes import level_hidden
 
 
 class Layer(nn.Module):

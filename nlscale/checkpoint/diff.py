@@ -10,16 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlscale.checkpoint.pieces import Piece, TensorInfo
-from nlscale.checkpoint.store import Checkpoint
+from nlscale.checkpoint.store.pieces import Piece, TensorInfo
+from nlscale.checkpoint.store.store import Checkpoint
 
-_CLASSES = {
-    "weights": "parameters",
-    "exp_avg": "optimizer",
-    "exp_avg_sq": "optimizer",
-    "window": "windows",
-}
-"""By the first part of a tensor's name."""
+_CLASSES = {"weights": "parameters", "window": "windows"}
+"""By the first part of a tensor's name; the others are what the optimizer rule keeps."""
 _LOSSES = ("recent", "first_loss", "last_losses")
 _CIRCUMSTANCES = ("config", "versions", "layout", "data", "wandb_id", "pending")
 """What may differ between checkpoints of one state."""
@@ -48,7 +43,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
         CheckpointError: a tensor cannot be read.
     """
     tensors = a.tensors(), b.tensors()
-    classes = {kind: _Class() for kind in dict.fromkeys(_CLASSES.values())}
+    classes = {kind: _Class() for kind in ("parameters", "optimizer", "windows")}
     for name, sides in _pairs(*tensors):
         kind = class_of(name)
         infos = [infos[n] for infos, names in zip(tensors, sides, strict=True) for n in names]
@@ -75,7 +70,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
 
 def class_of(name: str) -> str:
     """The class that a stored tensor belongs to: parameters, optimizer or windows."""
-    return _CLASSES[name.partition("/")[0]]
+    return _CLASSES.get(name.partition("/")[0], "optimizer")
 
 
 def differing(a: Any, b: Any) -> dict[str, list[Any]]:

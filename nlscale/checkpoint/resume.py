@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from nlscale.checkpoint.same_run import check_same_run
 from nlscale.checkpoint.state import restore
-from nlscale.checkpoint.store import Checkpoint, CheckpointError, Store
-from nlscale.config import Config
+from nlscale.checkpoint.store.store import Checkpoint, CheckpointError, Store
+from nlscale.config.vocabulary import Config, ResumeConfig
 from nlscale.errors import UserError
-from nlscale.trainer import Trainer
+from nlscale.step.trainer import Trainer
 
 
 def check_store(config: Config, data: dict[str, Any], store: Store) -> None:
@@ -35,7 +35,7 @@ def check_store(config: Config, data: dict[str, Any], store: Store) -> None:
             f"another run.dir or checkpoint.every=null"
         ) from None
     own = store.checkpoints()[-1:]
-    for checkpoint in own or filter(None, [_start(config)]):
+    for checkpoint in own or filter(None, [_start(config.resume)]):
         try:
             state = checkpoint.state
         except CheckpointError:
@@ -64,7 +64,7 @@ def resume(
     choice: list[Any] = [None, None]
     if trainer.layout.is_writer:
         try:
-            found = store.newest_valid(say) or _verified(_start(trainer.config))
+            found = store.newest_valid(say) or _verified(_start(trainer.config.resume))
             choice[0] = None if found is None else (found.path.parent, found.step)
         except UserError as error:
             choice[1] = str(error)
@@ -86,15 +86,15 @@ def resume(
     return checkpoint
 
 
-def _start(config: Config) -> Checkpoint | None:
+def _start(resume: ResumeConfig) -> Checkpoint | None:
     """The checkpoint of another run that `resume.start` names; None where it is null.
 
     Raises:
         UserError: there is none of that name.
     """
-    if config.resume.start is None:
+    if resume.start is None:
         return None
-    path = Path(config.resume.start)
+    path = Path(resume.start)
     for checkpoint in Store(path.parent).checkpoints():
         if checkpoint.path.stem == path.name:  # without the ending of one that is being replaced
             return checkpoint

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nlscale import recipe
-from nlscale.config import Config
+from nlscale.config import recipe
+from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
 from nlscale.optim.schedule import stable_steps
 
@@ -13,11 +13,13 @@ _FREE = (
     "run.dir",
     "run.max_restarts",
     "run.weights",
+    "run.imports",
     "data.dir",
     "parallel.",
     "timeouts.",
     "checkpoint.",
     "resume.",
+    "evaluate",
     "wandb.",
     "train.micro_batch",
     "train.recompute",

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nlscale.checkpoint import FOLDER
-from nlscale.checkpoint.pieces import Piece
 from nlscale.checkpoint.state import trainer_pieces, trainer_state
-from nlscale.checkpoint.store import Store, Written
-from nlscale.checks import checkpoint_interval
-from nlscale.config import Config
+from nlscale.checkpoint.store.pieces import Piece
+from nlscale.checkpoint.store.store import Store, Written
+from nlscale.cluster.life.watch import doing
+from nlscale.config.vocabulary import CheckpointConfig, RunConfig
 from nlscale.errors import TrainingFailed, UserError
-from nlscale.parallel.watch import doing
-from nlscale.trainer import Counters, Trainer
+from nlscale.plan.checks import checkpoint_interval
+from nlscale.step.trainer import Counters, Trainer
 
 
 class Saver:
@@ -48,7 +48,7 @@ class Saver:
         self._trainer, self._data, self._wandb_id = trainer, data, wandb_id
         self._store, self._say = store, say
         self._config = trainer.config.checkpoint
-        self._every = checkpoint_interval(trainer.config)
+        self._every = checkpoint_interval(trainer.config.checkpoint)
         self._saved_at = time.monotonic()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -165,14 +165,14 @@ class Saver:
             self._say(f"warning: older checkpoints were not removed: {error}")
 
 
-def saves(config: Config) -> bool:
+def saves(checkpoint: CheckpointConfig) -> bool:
     """Whether a run saves at all."""
-    return config.checkpoint.every is not None or bool(config.checkpoint.steps)
+    return checkpoint.every is not None or bool(checkpoint.steps)
 
 
-def store_of(config: Config) -> Store:
+def store_of(run: RunConfig) -> Store:
     """Where a run's checkpoints are."""
-    return Store(Path(config.run.dir) / FOLDER)
+    return Store(Path(run.dir) / FOLDER)
 
 
 def _on_host(piece: Piece) -> Piece:

@@ -3,12 +3,13 @@
 Tensors, each whole and under its parameter's own name, whatever rank holds which range of it:
 
     weights/NAME                   fp32, what the optimizer updates
-    exp_avg/NAME, exp_avg_sq/NAME  fp32, Adam's moments; absent before the first update
+    exp_avg/NAME, exp_avg_sq/NAME  fp32, Adam's moments; absent before the first update. Of another
+                                   rule what that keeps (`nlscale.optim.table`)
     window/NAME                    fp32, sum of gradients of an unfinished window, over all nodes
     window/NAME@3                  the same of node 3 alone (checkpoint.pending=exact)
 
-and `state.json`: counters, progress of every sync group, configuration, data and versions. Adam's
-step count is the updates of a group. No random numbers are drawn in training (weights come from
+and `state.json`: counters, progress of every sync group, configuration, data and versions. A rule's
+step count is the updates of its group. No random numbers are drawn in training (weights come from
 the seed and their names, samples from the seed and their numbers), so no generator has a state.
 """
 
@@ -26,18 +27,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nlscale import recipe
-from nlscale.checkpoint.export import read_weights
-from nlscale.checkpoint.pieces import Piece
-from nlscale.checkpoint.store import Checkpoint
-from nlscale.config import Pending, Reduction
+from nlscale.checkpoint.export.weights import read_weights
+from nlscale.checkpoint.store.pieces import Piece
+from nlscale.checkpoint.store.store import Checkpoint
+from nlscale.config import recipe
+from nlscale.config.vocabulary import Pending, Reduction
 from nlscale.errors import UserError
-from nlscale.levels import SyncGroup
+from nlscale.levels.engine import Progress
+from nlscale.levels.spectrum import SyncGroup
+from nlscale.levels.state import Shard, shards
 from nlscale.model.init import full_shape
-from nlscale.optim.levels import Progress
-from nlscale.optim.shards import Shard, shards
 from nlscale.parallel.layout import Layout
-from nlscale.trainer import Counters, Trainer
+from nlscale.step.trainer import Counters, Trainer
 
 _PACKAGES = ("nlscale", "torch", "megatron-core")
 
@@ -59,8 +60,8 @@ def trainer_pieces(trainer: Trainer) -> list[Piece]:
             continue
         if index % layout.nodes == layout.node_rank:
             # An update that found its window empty has left zeros.
-            moments = shard.moments() if trainer.optimizer.progress[shard.group].updates else {}
-            for kind, tensor in {"weights": shard.weights, **moments}.items():
+            kept = shard.state() if trainer.optimizer.progress[shard.group].updates else {}
+            for kind, tensor in {"weights": shard.weights, **kept}.items():
                 pieces += _boxes(f"{kind}/{shard.name}", shard, layout, tensor)
         if _pending(trainer, shard.group) and (layout.node_rank == 0 or not canonical):
             pieces += _boxes(_window_name(shard, layout, canonical), shard, layout, shard.window)
@@ -113,7 +114,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     for shard in held:
         progress = trainer.optimizer.progress[shard.group]
         if progress.updates:
-            for kind, tensor in shard.begin_moments(progress.updates).items():
+            for kind, tensor in shard.begin_state(progress.updates).items():
                 pieces += _boxes(f"{kind}/{shard.name}", shard, layout, tensor)
         everywhere = not canonical or trainer.config.levels.reduction == Reduction.every_step
         if _pending(trainer, shard.group) and (layout.node_rank == 0 or everywhere):

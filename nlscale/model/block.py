@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nlscale.config import Mixer, ModelConfig, Recompute, TrainConfig
+from nlscale.config.vocabulary import ModelConfig, Recompute, TrainConfig
+from nlscale.errors import UserError
 from nlscale.model.cms import CMS
+from nlscale.model.init import full_shape
 from nlscale.model.layers import RMSNorm
-from nlscale.model.mixers.attention import Attention
-from nlscale.model.mixers.memory import MemoryMixer
+from nlscale.model.mixers.table import mixer
 from nlscale.ops.documents import Documents
 
 
@@ -21,18 +23,20 @@ class Block(nn.Module):
     def __init__(
         self,
         model: ModelConfig,
-        mc: TransformerConfig,
+        megatron: TransformerConfig,
         hidden: list[int],
         train: TrainConfig,
     ) -> None:
         super().__init__()
         # two additions to the residual stream a block, whatever the number of levels
         residual_std = model.init_std / (2 * model.layers) ** 0.5
-        make = Attention if model.mixer == Mixer.attention else MemoryMixer
         recompute, kernels = train.recompute, train.kernels
-        self.norm = RMSNorm(mc, model.d_model, model.norm_eps, kernels)
-        self.mixer = make(model, mc, residual_std, Recompute.mixer in recompute, kernels)
-        self.cms = CMS(model, mc, hidden, residual_std, Recompute.cms in recompute, kernels)
+        self.norm = RMSNorm(megatron, model.d_model, model.norm_eps, kernels)
+        self.mixer = mixer(model.mixer).make(
+            model, megatron, residual_std, Recompute.mixer in recompute, kernels
+        )
+        _check_counts(self.norm, self.mixer, model, megatron.tensor_model_parallel_size)
+        self.cms = CMS(model, megatron, hidden, residual_std, Recompute.cms in recompute, kernels)
 
     def forward(
         self,
@@ -48,3 +52,25 @@ class Block(nn.Module):
         x, normed = self.norm.after(x, update)
         mixed, state = self.mixer(normed, state, documents)
         return *self.cms(x, mixed), state
+
+
+def _check_counts(norm: RMSNorm, mixer_: nn.Module, model: ModelConfig, tensor_size: int) -> None:
+    """Hold a mixer against its facts, from which widths, plans and laws follow.
+
+    Raises:
+        UserError: a parameter that is not tagged, or more or fewer than the facts say.
+    """
+    count = 0
+    for name, parameter in (*norm.named_parameters(), *mixer_.named_parameters()):
+        if not hasattr(parameter, "tensor_model_parallel"):
+            raise UserError(
+                f"model.mixer={model.mixer}: its parameter {name} is not tagged; "
+                f"nlscale.model.init.tag says how it is drawn and split"
+            )
+        count += math.prod(full_shape(parameter, tensor_size))
+    said = mixer(model.mixer).parameters(model)
+    if count != said:
+        raise UserError(
+            f"model.mixer={model.mixer}: its facts say {said:,} parameters a layer, with the norm "
+            f"before it, and its module has {count:,}"
+        )

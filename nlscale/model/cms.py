@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nlscale.config import CmsForm, ModelConfig
+from nlscale.config.vocabulary import CmsForm, ModelConfig
 from nlscale.model.init import constant, normal, tag
 from nlscale.model.layers import (
     RMSNorm,
@@ -29,7 +29,7 @@ class LevelMLP(nn.Module):
     def __init__(
         self,
         model: ModelConfig,
-        mc: TransformerConfig,
+        megatron: TransformerConfig,
         hidden: int,
         residual_std: float,
         recompute: bool,
@@ -37,8 +37,8 @@ class LevelMLP(nn.Module):
     ) -> None:
         super().__init__()
         d, wider = model.d_model, width_multiplier(model)
-        self.up = column_linear(mc, d, [hidden, hidden], normal(model.init_std), wider)
-        self.down = row_linear(mc, hidden, d, normal(residual_std), wider)
+        self.up = column_linear(megatron, d, [hidden, hidden], normal(model.init_std), wider)
+        self.down = row_linear(megatron, hidden, d, normal(residual_std), wider)
         self.recompute = recompute
         if recompute:
             # The second time, autograd hands on a copy of the weight that knows of no buffer.
@@ -73,25 +73,29 @@ class CMS(nn.Module):
     def __init__(
         self,
         model: ModelConfig,
-        mc: TransformerConfig,
+        megatron: TransformerConfig,
         hidden: list[int],
         residual_std: float,
         recompute: bool,
         kernels: bool,
     ) -> None:
         super().__init__()
-        self.mc, self.independent = mc, model.cms == CmsForm.independent
+        self.megatron, self.independent = megatron, model.cms == CmsForm.independent
         self.mlps = nn.ModuleList(
-            LevelMLP(model, mc, h, residual_std, recompute, kernels) for h in hidden
+            LevelMLP(model, megatron, h, residual_std, recompute, kernels) for h in hidden
         )
         norms = 1 if self.independent else len(hidden)
         self.norms = nn.ModuleList(
-            RMSNorm(mc, model.d_model, model.norm_eps, kernels) for _ in range(norms)
+            RMSNorm(megatron, model.d_model, model.norm_eps, kernels) for _ in range(norms)
         )
         if self.independent and len(hidden) > 1:
-            self.mixture = nn.Parameter(torch.empty(len(hidden), dtype=mc.params_dtype))
+            self.mixture = nn.Parameter(torch.empty(len(hidden), dtype=megatron.params_dtype))
             # a rank sees what its own hidden units make of each weight
-            tag(self.mixture, constant(0.0), partial_gradient=mc.tensor_model_parallel_size > 1)
+            tag(
+                self.mixture,
+                constant(0.0),
+                partial_gradient=megatron.tensor_model_parallel_size > 1,
+            )
         else:
             self.register_parameter("mixture", None)
 
@@ -109,10 +113,10 @@ class CMS(nn.Module):
                 update = mlp(normed)
             return x, update
         x, normed = self.norms[0].after(x, update)  # type: ignore[operator]
-        normed = gather_input(self.mc, normed)
+        normed = gather_input(self.megatron, normed)
         weights = torch.softmax(self.mixture, 0)
         partials = [
             mlp.partial(weight, normed)  # type: ignore[operator]
             for weight, mlp in zip(weights, self.mlps, strict=True)
         ]
-        return x, reduce_output(self.mc, torch.stack(partials).sum(0))
+        return x, reduce_output(self.megatron, torch.stack(partials).sum(0))

@@ -11,18 +11,17 @@ Softmax attention **[choice]** counts the pairs that a causal mask leaves, (T + 
 which is what fused kernels compute. PaLM's and Chinchilla's formulas take all T of them: their MFU
 is higher for the same speed, and attention would look dearer beside a memory than it is.
 
-The memory counts the chunk form of `nlscale.ops.chunk`, whole squares within a chunk; kernels of
-the same form count the same. tests/model compares all of it with what a profiler counts in a real
-forward and backward pass.
+The memory counts the chunk form of `nlscale.ops.memory.chunk`, whole squares within a chunk;
+kernels of the same form count the same. tests/model compares all of it with what a profiler counts
+in a real forward and backward pass.
 """
 
 from __future__ import annotations
 
-from nlscale.config import Config, Mixer
-from nlscale.model.sizes import head_dim, level_hidden
-
-_PASSES = 3
-"""Forward, and twice that backward: a product is differentiated by both of its factors."""
+from nlscale.config.vocabulary import Config
+from nlscale.model.mixers.facts import PASSES
+from nlscale.model.mixers.table import mixer
+from nlscale.model.sizes import level_hidden
 
 
 def flops_per_token(config: Config, vocabulary: int) -> float:
@@ -37,63 +36,13 @@ def flops_per_token(config: Config, vocabulary: int) -> float:
 
 
 def flops_by_part(config: Config, vocabulary: int) -> dict[str, float]:
-    """The same by part: `projections`, `convolution`, `memory`, `attention`, `levels`, `head`.
+    """The same by part: those of the mixer, `levels`, `head`.
 
-    `projections` are those into and out of the mixers, `levels` the MLPs of the CMS; a part that
-    the mixer does not have is left out.
+    Of the mixer, `projections` are those into and out of it, and the rest is its own:
+    `convolution` and `memory`, or `attention`. `levels` are the MLPs of the CMS.
     """
     model = config.model
-    parts = {"projections": float(_PASSES * 2 * model.d_model * _projected(config))}
-    if model.mixer == Mixer.attention:
-        parts["attention"] = _attention(config)
-    else:
-        channels = (2 if model.memory.separate_inputs else 1) * model.d_model
-        parts["convolution"] = float(_PASSES * 2 * model.memory.convolution * channels)
-        parts["memory"] = model.heads * _memory(config)
-    parts["levels"] = float(_PASSES * 2 * 3 * model.d_model * sum(level_hidden(config)))
+    parts = mixer(model.mixer).flops(config)
+    parts["levels"] = float(PASSES * 2 * 3 * model.d_model * sum(level_hidden(config)))
     parts = {name: model.layers * flops for name, flops in parts.items()}
-    return parts | {"head": float(_PASSES * 2 * model.d_model * vocabulary)}
-
-
-def _projected(config: Config) -> int:
-    """Columns of the projections of one mixer, the output's included."""
-    model, memory = config.model, config.model.memory
-    if model.mixer == Mixer.attention:
-        return 4 * model.d_model
-    sections = (2 if memory.separate_inputs else 1) + 2 + bool(memory.output_gate)
-    return sections * model.d_model + 2 * model.heads * bool(memory.static_gates)
-
-
-def _attention(config: Config) -> float:
-    """Scores and the sum of the values, a token of one layer."""
-    keys = (config.data.sequence_length + 1) / 2
-    return _PASSES * 2 * 2 * keys * config.model.d_model
-
-
-def _memory(config: Config) -> float:
-    """The memory of one head, a token."""
-    model, length = config.model, config.data.sequence_length
-    whole, rest = divmod(length, model.memory.chunk)
-    flops = whole * _chunk(config, model.memory.chunk) + (_chunk(config, rest) if rest else 0)
-    read_off = model.mixer in (Mixer.hope_pure, Mixer.hope_paper)  # M_m times what is read
-    return flops / length + _PASSES * 2 * head_dim(model) ** 2 * read_off
-
-
-def _chunk(config: Config, size: int) -> int:
-    """One chunk of `size` tokens of one head, in the notation of `nlscale.ops.chunk`."""
-    mixer, d = config.model.mixer, head_dim(config.model)
-    own_state = mixer in (Mixer.hope, Mixer.gated_delta)
-    modifies_itself = mixer != Mixer.gated_delta
-    rows = d * (own_state + modifies_itself)
-    products = size * size * d  # k k^T
-    products += size * size * rows + size * rows * d  # T diag(r) X, and Z' = ... + D^T n
-    products += 2 * size * size * d + size * d * d  # the read: q k^T, A D, q Z^T
-    if own_state:
-        products += size * d * d  # f Z^T
-    if modifies_itself:
-        products += d * d * (d + 2) + d**3  # what makes keys with gates, and values, now
-        products += size * d * (d + 2) + size * d * d  # keys with gates; values
-        products += size * d * d  # (u - c k - f) P^T
-    inverse = size**3  # T, forward only: its derivative is made of products with T
-    decays = 2 * size * (size + 1)  # derivatives of the decays are summed by a product, backward
-    return _PASSES * 2 * products + inverse + decays
+    return parts | {"head": float(PASSES * 2 * model.d_model * vocabulary)}

@@ -1,6 +1,7 @@
 """The tensor-parallel building blocks: megatron-core's layers, with our initialisation and norm.
 
-The only file of the model that names megatron-core. Tensors are [sequence, batch, hidden].
+Other files of the model name megatron-core for its configuration alone. Tensors are
+[sequence, batch, hidden].
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nlscale.config import Config, Dtype
+from nlscale.config.vocabulary import Config, Dtype
 from nlscale.model.init import Initializer, normal, ones, tag
 from nlscale.ops import pointwise
 from nlscale.ops.accumulate import accumulate_product_
@@ -81,7 +82,7 @@ def megatron_config(config: Config, fuse_accumulation: bool = False) -> Transfor
 
 
 def column_linear(
-    mc: TransformerConfig,
+    megatron: TransformerConfig,
     inputs: int,
     outputs: Sequence[int],
     init: Initializer,
@@ -93,14 +94,14 @@ def column_linear(
     part of every one.
     """
     layer = ColumnParallelLinear(
-        inputs, sum(outputs), config=mc, init_method=_unused, bias=False, gather_output=False
+        inputs, sum(outputs), config=megatron, init_method=_unused, bias=False, gather_output=False
     )
     tag(layer.weight, init, 0, sections=outputs, width_multiplier=width_multiplier)
     return layer
 
 
 def row_linear(
-    mc: TransformerConfig,
+    megatron: TransformerConfig,
     inputs: int,
     outputs: int,
     init: Initializer,
@@ -110,7 +111,7 @@ def row_linear(
     layer = RowParallelLinear(
         inputs,
         outputs,
-        config=mc,
+        config=megatron,
         init_method=_unused,
         bias=False,
         input_is_parallel=True,
@@ -120,12 +121,12 @@ def row_linear(
     return layer
 
 
-def gather_input(mc: TransformerConfig, x: Tensor) -> Tensor:
+def gather_input(megatron: TransformerConfig, x: Tensor) -> Tensor:
     """The input side of `column_linear` alone, for several products of one input.
 
     Gathers the sequence where it is split; the gradient is summed over the tensor-parallel group.
     """
-    if mc.sequence_parallel:
+    if megatron.sequence_parallel:
         return mappings.gather_from_sequence_parallel_region(x)
     return mappings.copy_to_tensor_model_parallel_region(x)
 
@@ -143,21 +144,21 @@ def product(layer: ColumnParallelLinear | RowParallelLinear, x: Tensor) -> Tenso
     )
 
 
-def reduce_output(mc: TransformerConfig, partial: Tensor) -> Tensor:
+def reduce_output(megatron: TransformerConfig, partial: Tensor) -> Tensor:
     """The reduction of `row_linear` alone, for a sum of several partial products."""
     reduce: Callable[[Tensor], Tensor] = (
         mappings.reduce_scatter_to_sequence_parallel_region
-        if mc.sequence_parallel
+        if megatron.sequence_parallel
         else mappings.reduce_from_tensor_model_parallel_region
     )
     return reduce(partial)
 
 
-def embedding(mc: TransformerConfig, vocabulary: int, std: float) -> VocabParallelEmbedding:
+def embedding(megatron: TransformerConfig, vocabulary: int, std: float) -> VocabParallelEmbedding:
     """Token embedding with the vocabulary split over the tensor-parallel group."""
     layer = VocabParallelEmbedding(
-        vocabulary, mc.hidden_size, init_method=_unused, config=mc,
-        reduce_scatter_embeddings=mc.sequence_parallel,
+        vocabulary, megatron.hidden_size, init_method=_unused, config=megatron,
+        reduce_scatter_embeddings=megatron.sequence_parallel,
     )  # fmt: skip
     tag(layer.weight, normal(std), partition_dim=0)
     return layer
@@ -174,12 +175,12 @@ class RMSNorm(nn.Module):
     `after` is the norm of a residual stream, in which the last update may not have been added yet.
     """
 
-    def __init__(self, mc: TransformerConfig, size: int, eps: float, kernels: bool) -> None:
+    def __init__(self, megatron: TransformerConfig, size: int, eps: float, kernels: bool) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size, dtype=mc.params_dtype))
+        self.weight = nn.Parameter(torch.empty(size, dtype=megatron.params_dtype))
         self.add_and_norm = compiled_on_gpu(pointwise.add_and_norm, kernels)
-        tag(self.weight, ones, partial_gradient=mc.sequence_parallel)
+        tag(self.weight, ones, partial_gradient=megatron.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

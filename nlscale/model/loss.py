@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nlscale.ops.cross_entropy import row_statistics, to_gradient_
+from nlscale.ops.loss.cross_entropy import row_statistics, to_gradient_
 
 
 def cross_entropy(

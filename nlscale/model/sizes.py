@@ -6,36 +6,12 @@ together are as large as a Transformer block of the same width, 12 d_model^2 **[
 
 from __future__ import annotations
 
-from nlscale.config import Config, Mixer, ModelConfig
+from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
+from nlscale.model.mixers.table import mixer
 
 _BLOCK_BUDGET = 12  # a Transformer block: 4 d^2 of attention and 8 d^2 of feed-forward
 _HIDDEN_MULTIPLE = 8  # hidden widths are rounded to this
-
-
-def head_dim(model: ModelConfig) -> int:
-    """Dimension of a head of the mixer."""
-    return model.d_model // model.heads
-
-
-def mixer_parameters(model: ModelConfig) -> int:
-    """Parameters of one mixer, its norms included."""
-    d, h, n = model.d_model, model.heads, head_dim(model)
-    norm = d
-    if model.mixer == Mixer.attention:
-        return norm + 4 * d * d
-    memory = model.memory
-    inputs = 2 if memory.separate_inputs else 1
-    total = norm + (inputs + 1) * d * d + d * d  # inputs, queries, output projection
-    total += inputs * d * memory.convolution
-    total += d * d if memory.output_gate else 0
-    total += d if memory.read_norm else 0
-    total += 2 * h * d if memory.static_gates else 0
-    total += 2 * h  # gate biases
-    if model.mixer != Mixer.gated_delta:
-        total += h * (2 * n * n + 2 * n)  # M_k, M_v, m_eta, m_alpha
-        total += 2 * h if model.mixer == Mixer.hope else h * n * n  # lambdas, or M_m
-    return total
 
 
 def level_hidden(config: Config) -> list[int]:
@@ -57,7 +33,7 @@ def level_hidden(config: Config) -> list[int]:
         return [h for h in given if h is not None]
     total = model.hidden
     if total is None:
-        left = _BLOCK_BUDGET * model.d_model**2 - mixer_parameters(model)
+        left = _BLOCK_BUDGET * model.d_model**2 - mixer(model.mixer).parameters(model)
         total = round(left / (3 * model.d_model))
     # in units of the multiple, the first levels take one more where it does not come out even
     units, more = divmod(round((total - chosen) / _HIDDEN_MULTIPLE), open_levels)
@@ -84,7 +60,9 @@ def level_parameters(config: Config, vocabulary: int) -> list[int]:
         for hidden in level_hidden(config)
     ]
     mixture = k if k > 1 else 0
-    counts[0] += model.layers * (mixer_parameters(model) + (d + mixture if independent else 0))
+    counts[0] += model.layers * (
+        mixer(model.mixer).parameters(model) + (d + mixture if independent else 0)
+    )
     counts[0] += 2 * vocabulary * d + d
     return counts
 

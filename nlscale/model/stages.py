@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nlscale.config import Config
+from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
 from nlscale.model.sizes import level_parameters
 

@@ -32,7 +32,7 @@ for bit; what a level's own learning rate and period rule say multiplies on top.
 
 from __future__ import annotations
 
-from nlscale.config import ModelConfig
+from nlscale.config.vocabulary import ModelConfig
 
 
 def width_multiplier(model: ModelConfig) -> float:

@@ -2,28 +2,27 @@
 
 Compilers for GPUs have miscompiled kernels of this kind, silently (flash-linear-attention #640 and
 #984, Triton 3.4 to 3.7 on Hopper). So a run on GPUs compares those it is about to use with float64
-before its first step, and `nlscale bench scan --check` all of them.
+before its first step (`nlscale.model.kernels`), and `nlscale bench scan --check` all of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nlscale.config import Mixer, ModelConfig
 from nlscale.errors import TrainingFailed
-from nlscale.ops import cross_entropy
-from nlscale.ops import triton as fused_scan
 from nlscale.ops.accumulate import accumulate_product_
 from nlscale.ops.attention import causal_attention, takes_packed
 from nlscale.ops.documents import Documents
-from nlscale.ops.memory import MemoryRules, MemoryWeights, memory_scan
+from nlscale.ops.loss import cross_entropy
+from nlscale.ops.memory.kernels import sizes as fused_scan
+from nlscale.ops.memory.reference import memory_reference
+from nlscale.ops.memory.rules import MemoryRules, MemoryWeights
+from nlscale.ops.memory.scan import memory_scan
 from nlscale.ops.pointwise import normalize
-from nlscale.ops.reference import memory_reference
 
 BOUNDS = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
 """Norm of the error by norm of the value; bf16 products leave 0.3e-2 to 3e-2."""
@@ -38,42 +37,48 @@ _TOGETHER = {
 
 
 class ScanInputs:
-    """What the memory of a mixer scans: random, with learned memories as at the start of a run.
+    """What a memory scans: random, with learned memories as at the start of a run.
 
-    model: its mixer, heads, head size and `memory`.
-    batch, length: of what is scanned.
+    Args:
+        rules: what kind of memory it is.
+        shape: of what is scanned, [batch, heads, time, d].
+        makes: whether memories make k, v and the gates.
+        lambda_init: weight of the self-modified part of k and v, where there is a static one.
+        biases: of the logits of write strength and decay.
+        dtype: of what feeds it.
+        device: where it runs.
     """
 
     def __init__(
         self,
-        model: ModelConfig,
-        batch: int,
-        length: int,
+        rules: MemoryRules,
+        shape: tuple[int, int, int, int],
+        makes: bool,
+        lambda_init: float,
+        biases: tuple[float, float],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.rules, memory = MemoryRules.of(model), model.memory
-        heads, d = model.heads, model.d_model // model.heads
-        shape = (batch, heads, length)
+        self.rules = rules
+        batch, heads, length, d = shape
 
         def normal(*sizes: int, scale: float = 1.0) -> Tensor:
             return scale * torch.randn(*sizes, device=device)
 
         leaves = {
-            "a": normal(*shape, d).to(dtype),
-            "b": normal(*shape, d).to(dtype),
-            "q": normalize(normal(*shape, d)).to(dtype),
-            "eta": normal(*shape) + float(memory.eta_bias or 0.0),
-            "alpha": normal(*shape) + memory.alpha_bias,
+            "a": normal(*shape).to(dtype),
+            "b": normal(*shape).to(dtype),
+            "q": normalize(normal(*shape)).to(dtype),
+            "eta": normal(batch, heads, length) + biases[0],
+            "alpha": normal(batch, heads, length) + biases[1],
         }
-        if model.mixer != Mixer.gated_delta:
-            for name in ("key", "value") + (() if self.rules.main_memory else ("read",)):
+        if makes:
+            for name in ("key", "value") + (() if rules.main_memory else ("read",)):
                 leaves[name] = torch.linalg.qr(normal(heads, d, d))[0]
             leaves["gates"] = normal(heads, 2, d, scale=0.02)
-        if model.mixer == Mixer.hope:
-            start = float(memory.lambda_init or 0.0)
+        if makes and rules.main_memory:
             for name in ("lambda_key", "lambda_value"):
-                leaves[name] = torch.full((heads,), start, device=device)
+                leaves[name] = torch.full((heads,), lambda_init, device=device)
         self.leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
 
     def to(self, dtype: torch.dtype, device: torch.device | str) -> ScanInputs:
@@ -137,42 +142,14 @@ def relative_errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str
     return errors
 
 
-def check_kernels(
-    model: ModelConfig,
-    columns: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    documents: bool = False,
-) -> None:
-    """Compare the kernels that a run is about to use with float64.
-
-    Args:
-        model: of the run.
-        columns: of the vocabulary that this rank holds; 0 where it holds no head.
-        dtype: of activations.
-        device: where it runs.
-        documents: whether they are told apart (data.document_mask).
-
-    Raises:
-        TrainingFailed: a kernel is wrong.
-    """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        of_triton = loss_errors(columns, dtype, device) if columns else {}
-        of_torch = {}
-        if model.mixer != Mixer.attention:
-            of_triton |= _scan_errors(model, dtype, device)
-        elif documents:
-            of_torch = attention_errors(model.d_model // model.heads, dtype, device)
-        sums = accumulation_errors(dtype, device)
-    _refuse_beyond(BOUNDS[dtype], of_triton, "Triton", device)
-    _refuse_beyond(BOUNDS[dtype], of_torch, "torch", device)
-    _refuse_beyond(BOUNDS[torch.float32], sums, "torch", device)
-
-
-def _refuse_beyond(
+def refuse_beyond(
     bound: float, errors: dict[str, float], library: str, device: torch.device
 ) -> None:
+    """Refuse to train where a kernel is off by more than rounding.
+
+    Raises:
+        TrainingFailed: what is off, by how much, and whose kernel it is.
+    """
     what, error = max(errors.items(), key=lambda item: item[1], default=("", 0.0))
     if error > bound:
         raise TrainingFailed(
@@ -181,20 +158,6 @@ def _refuse_beyond(
             f"{library} (nlscale bench scan --check tells of each kernel), or set "
             f"train.kernels=false, which is much slower"
         )
-
-
-def _scan_errors(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Of the scan in this chunk and head size; none where it does not run through the kernels."""
-    heads, chunk = min(2, model.heads), model.memory.chunk
-    few = replace(model, heads=heads, d_model=model.d_model // model.heads * heads)
-    inputs = ScanInputs(few, 1, 2 * chunk + chunk // 2 + 1, dtype, device)
-    if inputs.path == "torch":
-        return {}
-    inputs.make_keys_alike()
-    weight = torch.randn_like(inputs.leaves["a"])
-    want = scan_results(inputs.to(torch.float64, "cpu"), weight, reference=True)
-    errors = relative_errors(scan_results(inputs, weight), want)
-    return {f"{name} of the memory scan": error for name, error in errors.items()}
 
 
 def loss_errors(columns: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nlscale.ops.chunk import NORMALIZE_EPS
+from nlscale.ops.memory.rules import NORMALIZE_EPS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

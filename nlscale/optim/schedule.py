@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from nlscale.config import OptimizerConfig, Schedule
+from nlscale.config.vocabulary import OptimizerConfig, Schedule
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from nlscale.config import Config, TimeoutsConfig
-from nlscale.errors import UserError
+from nlscale.cluster.life.rendezvous import meet
+from nlscale.cluster.life.watch import Watch, doing
+from nlscale.cluster.spread import nodes_of_a_data_group
+from nlscale.config.vocabulary import Config, ParallelConfig, TimeoutsConfig
 from nlscale.parallel import cpu
-from nlscale.parallel.rendezvous import meet
-from nlscale.parallel.watch import Watch, doing
 
 _WATCH_SPEAKS_FIRST_SECONDS = 60.0
 
@@ -75,7 +75,7 @@ def process_groups(config: Config, on_end: Callable[[str], None] = _nothing) -> 
 
     Args:
         config: the run.
-        on_end: see `nlscale.parallel.watch.Watch`.
+        on_end: see `nlscale.cluster.life.watch.Watch`.
 
     Raises:
         LostRank: a rank did not come, was lost or hangs, now or while the body ran.
@@ -88,7 +88,7 @@ def process_groups(config: Config, on_end: Callable[[str], None] = _nothing) -> 
         if started_here:
             _join(config.timeouts, on_end, ends)
         ends.callback(parallel_state.destroy_model_parallel)
-        yield _layout(config)
+        yield _layout(config.parallel)
 
 
 def _join(timeouts: TimeoutsConfig, on_end: Callable[[str], None], ends: ExitStack) -> None:
@@ -100,7 +100,7 @@ def _join(timeouts: TimeoutsConfig, on_end: Callable[[str], None], ends: ExitSta
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ:
         meeting = meet(timeouts.startup)
-        store, rank, world = meeting.store, meeting.rank, len(meeting.hosts)
+        store, rank, world = meeting.store, meeting.place.rank, len(meeting.hosts)
     else:
         store, rank, world = dist.HashStore(), 0, 1
     watch = ends.enter_context(Watch(meeting, timeouts, on_end)) if world > 1 else None
@@ -111,11 +111,11 @@ def _join(timeouts: TimeoutsConfig, on_end: Callable[[str], None], ends: ExitSta
     ends.enter_context(telling())
 
 
-def _layout(config: Config) -> Layout:
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    virtual = config.parallel.virtual_stages
-    per_node = config.parallel.ranks_per_node or _ranks_here()
-    nodes = _nodes_of_a_data_group(dist.get_world_size(), per_node, tensor, pipeline)
+def _layout(parallel: ParallelConfig) -> Layout:
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    virtual = parallel.virtual_stages
+    per_node = parallel.ranks_per_node or _ranks_here()
+    nodes = nodes_of_a_data_group(dist.get_world_size(), per_node, tensor, pipeline)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
@@ -165,28 +165,3 @@ def _ranks_here() -> int:
     """Ranks on this node, as torchrun or launch/slurm says (or DeepSpeed's launcher), else all."""
     said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     return int(said) if said else dist.get_world_size()
-
-
-def _nodes_of_a_data_group(world: int, per_node: int, tensor: int, pipeline: int) -> int:
-    """Nodes that a data-parallel group spans; megatron-core numbers tensor, data, pipeline.
-
-    Raises:
-        UserError: nodes that are not full, or a group that does not fill its nodes evenly.
-    """
-    if world % per_node:
-        raise UserError(
-            f"{world} ranks do not fill nodes of {per_node}; set parallel.ranks_per_node"
-        )
-    data = world // (tensor * pipeline)
-    shares = set()
-    for stage in range(pipeline):
-        for i in range(tensor):
-            group = [((stage * data + j) * tensor + i) // per_node for j in range(data)]
-            shares.add(tuple(sorted(group.count(node) for node in set(group))))
-    nodes = len(max(shares, key=len))
-    if shares != {(data // nodes,) * nodes}:
-        raise UserError(
-            f"the {data} data-parallel ranks do not spread evenly over nodes of {per_node} ranks; "
-            f"choose parallel.tensor and parallel.pipeline so that a node holds whole groups"
-        )
-    return nodes

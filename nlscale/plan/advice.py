@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from operator import attrgetter
 
-from nlscale.cluster import Cluster
-from nlscale.config import Config, Recompute
+from nlscale.cluster.machines import Cluster
+from nlscale.config.vocabulary import Config, Recompute
 from nlscale.errors import UserError
 from nlscale.plan.memory import GIB, USABLE
 from nlscale.plan.plan import Plan, memory_on

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nlscale.figures import save_figure
+from nlscale.config.units import human_bytes
 from nlscale.plan.plan import Plan
 from nlscale.plan.traffic import Traffic
-from nlscale.units import human_bytes
+from nlscale.telemetry.figures import save_figure
 
 _BLUE, _PALE, _GREY = "#0072B2", "#EFB48A", "#8C8C8C"
 

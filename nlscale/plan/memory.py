@@ -3,8 +3,8 @@
     weights       2 bytes (bf16) or 4 (fp32) a parameter that the rank holds
     gradients     4 bytes a parameter: megatron-core's buffer, in fp32
     windows       4 bytes a parameter of a level of period above 1, sharded over a node
-    optimizer     8 bytes a parameter, Adam's moments, and with bf16 4 more, the fp32 weights;
-                  sharded over a node
+    optimizer     what the rule keeps (8 bytes a parameter, Adam's moments), and with bf16 4 more,
+                  the fp32 weights; sharded over a node
     activations   what `nlscale.plan.activations` counts, for the micro batches in flight
 
 Sharded over a node: divided by the data-parallel ranks of one node. `USABLE` of the memory counts
@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from nlscale.config import CmsForm, Config, Dtype
-from nlscale.levels import Level
-from nlscale.model.groups import parameters_by_depth
+from nlscale.config.vocabulary import CmsForm, Config, Dtype
+from nlscale.levels.groups import parameters_by_depth
+from nlscale.levels.spectrum import Level
 from nlscale.model.stages import stage_blocks
-from nlscale.plan.activations import MicroBatch
+from nlscale.optim.table import rule
+from nlscale.plan.activations import Activations
 from nlscale.plan.pipeline import most_kept
 
 USABLE = 0.9
@@ -89,8 +90,9 @@ def memory(
         UserError: fewer blocks than stages, or `parallel.stages` that do not fit.
     """
     bf16 = config.train.dtype == Dtype.bf16
-    ranks, batch = config.parallel.pipeline, MicroBatch(config, vocabulary)
+    ranks, batch = config.parallel.pipeline, Activations(config, vocabulary)
     stages = stage_blocks(config, vocabulary)
+    of_rule = rule(config.optimizer.rule).state_bytes
     result = []
     for rank in range(ranks):
         mine = stages[rank::ranks]
@@ -103,14 +105,14 @@ def memory(
                 weights=parameters * (2 if bf16 else 4),
                 gradients=parameters * 4,
                 windows=waiting * 4 / in_node,
-                optimizer=parameters * (12 if bf16 else 8) / in_node,
+                optimizer=parameters * (of_rule + (4 if bf16 else 0)) / in_node,
                 activations=kept + batch.transient() + batch.gathered(),
             )
         )
     return result
 
 
-def _stage(batch: MicroBatch, blocks: range) -> float:
+def _stage(batch: Activations, blocks: range) -> float:
     """Bytes that one micro batch keeps in a model stage."""
     kept = len(blocks) * batch.block()
     if blocks.start == 0:

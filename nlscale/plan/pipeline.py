@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nlscale.config import Config
+from nlscale.config.vocabulary import Config
 from nlscale.model.sizes import level_parameters
-from nlscale.model.stages import EMBEDDING_COST as EMBEDDING_COST
-from nlscale.model.stages import stage_blocks
+from nlscale.model.stages import EMBEDDING_COST, stage_blocks
 
 
 @dataclass(frozen=True)

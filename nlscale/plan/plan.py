@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nlscale.checks import check_sizes
-from nlscale.cluster import Cluster
-from nlscale.config import Config, Pending, Reduction
+from nlscale.cluster.machines import Cluster
+from nlscale.cluster.spread import check_tensor
+from nlscale.config.vocabulary import Config, Pending, Reduction, TrainConfig
 from nlscale.data.index import read_index
 from nlscale.errors import UserError
-from nlscale.levels import planned_updates, slow_level_warnings, spectrum
+from nlscale.levels.spectrum import planned_updates, slow_level_warnings, spectrum
 from nlscale.model.flops import flops_by_part
 from nlscale.model.sizes import level_parameters
+from nlscale.optim.table import rule
+from nlscale.plan.checks import check_sizes
 from nlscale.plan.memory import GIB, USABLE, Memory, memory
 from nlscale.plan.pipeline import Pipeline, pipeline
 from nlscale.plan.traffic import Traffic, activation_bytes, cycle_steps, node_bytes, traffic
@@ -56,6 +58,8 @@ class Plan:
     activations: float
     """Bytes of activations between pipeline ranks, a step; not in the traffic of the levels."""
     memory: Memory
+    state_bytes: int
+    """Kept of each parameter: fp32 weights, and what the optimizer rule keeps."""
     pipeline: Pipeline
     settles: bool
     """Whether a checkpoint sums pending windows over the nodes (checkpoint.pending=canonical)."""
@@ -67,8 +71,8 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """A checkpoint on disk, at most: fp32 weights and two moments, and pending windows."""
-        return 12 * self.parameters + 4 * self._slow
+        """A checkpoint on disk, at most: weights, what updates them, and pending windows."""
+        return self.state_bytes * self.parameters + 4 * self._slow
 
     @property
     def checkpoint_traffic(self) -> float:
@@ -226,7 +230,8 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
         defers=config.levels.reduction == Reduction.deferred,
         activations=activation_bytes(config, nodes, cluster.gpus_per_node),
         memory=memory_on(config, cluster),
-        pipeline=pipeline(config, vocabulary, _micro_batches(config, data_parallel)),
+        state_bytes=4 + rule(config.optimizer.rule).state_bytes,
+        pipeline=pipeline(config, vocabulary, _micro_batches(config.train, data_parallel)),
         settles=config.checkpoint.pending == Pending.canonical,
         warnings=slow_level_warnings(levels, config.model.layers, config.levels.stagger, steps),
     )
@@ -242,14 +247,17 @@ def memory_on(config: Config, cluster: Cluster) -> Memory:
     data_parallel = check(config, cluster, vocabulary)
     group_nodes = cluster.nodes_of_a_data_group(config.parallel.tensor, config.parallel.pipeline)
     levels = spectrum(config.levels, config.train.global_batch * config.data.sequence_length)
-    micro_batches, in_node = _micro_batches(config, data_parallel), data_parallel // group_nodes
+    micro_batches, in_node = (
+        _micro_batches(config.train, data_parallel),
+        data_parallel // group_nodes,
+    )
     return Memory(
         memory(config, levels, vocabulary, in_node, micro_batches), cluster.gpu_memory_gib
     )
 
 
-def _micro_batches(config: Config, data_parallel: int) -> int:
-    return config.train.global_batch // (config.train.micro_batch * data_parallel)
+def _micro_batches(train: TrainConfig, data_parallel: int) -> int:
+    return train.global_batch // (train.micro_batch * data_parallel)
 
 
 def vocabulary_of(config: Config) -> int:
@@ -283,11 +291,7 @@ def check(config: Config, cluster: Cluster, vocabulary: int) -> int:
             f"parallel.ranks_per_node is {per_node}, but {where} has {cluster.gpus_per_node} GPUs "
             f"a node; leave it null"
         )
-    if cluster.gpus_per_node % tensor:
-        raise UserError(
-            f"parallel.tensor {tensor} does not divide the {cluster.gpus_per_node} GPUs of a node "
-            f"of {where}: layers would cross the network; use a divisor of {cluster.gpus_per_node}"
-        )
+    check_tensor(cluster.gpus_per_node, tensor)
     if vocabulary % tensor:
         raise UserError(
             f"model.vocabulary {vocabulary} is not divisible by parallel.tensor {tensor}; use "

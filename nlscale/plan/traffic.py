@@ -2,7 +2,7 @@
 
 Gradients cross in fp32. Each data-parallel rank of a node reduces its shard over the ranks that
 hold the same shard on the other nodes, so that together they send what one ring all-reduce over
-the nodes would (`nlscale.levels.reduction_bytes`).
+the nodes would (`nlscale.levels.spectrum.reduction_bytes`).
 
 Ranks are numbered tensor first, then data, then pipeline. With a pipeline over several nodes a
 node holds some of its ranks only, and a data-parallel group spans some of the nodes only; the
@@ -25,9 +25,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nlscale.config import Config, Dtype, Reduction
-from nlscale.levels import Level, reduction_bytes
-from nlscale.model.groups import group_parameters
+from nlscale.config.vocabulary import Config, Dtype, Reduction
+from nlscale.levels.groups import group_parameters
+from nlscale.levels.spectrum import Level, reduction_bytes
 
 _LONGEST_SERIES = 1_000_000
 

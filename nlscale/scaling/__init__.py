@@ -3,8 +3,8 @@
 No torch is imported.
 """
 
-from nlscale.scaling.fit import Fit, fit
-from nlscale.scaling.law import Law
-from nlscale.scaling.points import Points
+from nlscale.scaling.law.fit import Fit, fit
+from nlscale.scaling.law.law import Law
+from nlscale.scaling.law.points import Points
 
 __all__ = ["Fit", "Law", "Points", "fit"]

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from nlscale.units import human_bytes, human_count
+from nlscale.config.units import human_bytes, human_count
 
 _LINES = 40
 
@@ -163,6 +163,12 @@ def validation_line(record: Mapping[str, Any], total_steps: int) -> str:
     """The plain line of a validation."""
     loss, bits = loss_text(record["loss"]), loss_text(record["bits_per_byte"])
     return f"{step_of(record, total_steps)}  validation loss {loss}  {bits} bits per byte"
+
+
+def evaluation_line(name: str, step: int, total_steps: int, figures: Mapping[str, Any]) -> str:
+    """The plain line of an evaluation: those of its figures that are numbers."""
+    shown = [f"{key} {value:.4g}" for key, value in figures.items() if isinstance(value, float)]
+    return "  ".join([step_of({"step": step}, total_steps), name, *shown])
 
 
 def step_of(record: Mapping[str, Any], total_steps: int) -> str:

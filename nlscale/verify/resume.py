@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nlscale import recipe
 from nlscale.checkpoint import FOLDER
 from nlscale.checkpoint.diff import compare
-from nlscale.checkpoint.store import Checkpoint, Store
-from nlscale.checks import check_sizes
+from nlscale.checkpoint.store.store import Checkpoint, Store
+from nlscale.config import recipe
 from nlscale.errors import TrainingFailed, UserError
-from nlscale.figures import METRICS_FILE
-from nlscale.levels import spectrum
+from nlscale.levels.spectrum import spectrum
+from nlscale.plan.checks import check_sizes
+from nlscale.telemetry.figures import METRICS_FILE
 
 _KEYS = ("ranks", "tensor", "pipeline", "virtual_stages", "sequence", "ranks_per_node")
 _POLL_SECONDS = 0.01
@@ -99,7 +99,7 @@ def verify_resume(
         UserError: the recipe, a layout or the step do not fit.
         TrainingFailed: a run failed.
     """
-    config = recipe.load(path, overrides).config
+    config = recipe.load(path, overrides, trusted=True).config
     levels = spectrum(config.levels, config.train.global_batch * config.data.sequence_length)
     steps = at + max(level.period for level in levels) + 3
     if not 1 <= at <= config.train.steps:
@@ -120,7 +120,7 @@ def verify_resume(
     check_sizes(config, ranks)
     layouts = layouts or _others(path, common, own)
     for layout in layouts:
-        check_sizes(recipe.load(path, [*common, *layout.overrides]).config, layout.ranks)
+        _check_layout(path, common, layout)
 
     reference, killed = folder / "never-stopped", folder / "killed"
     _note(f"training {steps} steps without a stop, {own}")
@@ -146,6 +146,12 @@ def verify_resume(
     }
 
 
+def _check_layout(path: Path, common: list[str], layout: Arrangement) -> None:
+    """Refuse a layout on which the run's sizes do not divide."""
+    config = recipe.load(path, [*common, *layout.overrides], trusted=True).config
+    check_sizes(config, layout.ranks)
+
+
 def _others(path: Path, common: list[str], own: Arrangement) -> list[Arrangement]:
     """Two other layouts that the recipe allows."""
     found: list[Arrangement] = []
@@ -155,7 +161,7 @@ def _others(path: Path, common: list[str], own: Arrangement) -> list[Arrangement
     ):  # fmt: skip
         layout = Arrangement.parse(text)
         try:
-            check_sizes(recipe.load(path, [*common, *layout.overrides]).config, layout.ranks)
+            _check_layout(path, common, layout)
         except UserError:
             continue
         if layout != own:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from nlscale import cli, recipe
+from nlscale import cli
 from nlscale.bench.coords import SMALL_MODEL, check_coordinates
+from nlscale.config import recipe
 
 STEPS = 4
 FLAT = 0.15

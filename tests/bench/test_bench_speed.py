@@ -12,16 +12,17 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from nlscale import cli, recipe
+from nlscale import cli
 from nlscale.bench.trace import STEPS, largest_costs
 from nlscale.bench.train import PLAIN
 from nlscale.bench.transformer import Transformer
+from nlscale.config import recipe
+from nlscale.model.decoder import Decoder
 from nlscale.model.flops import flops_by_part, flops_per_token
-from nlscale.model.hope import Hope
 from nlscale.model.init import initialize
 from nlscale.model.layers import megatron_config
 from nlscale.ops import check
-from nlscale.ops.memory import memory_scan
+from nlscale.ops.memory.scan import memory_scan
 from nlscale.parallel.layout import process_groups
 
 TINY = """
@@ -218,7 +219,7 @@ def test_the_plain_transformer_is_the_same_model(recipe_file: Path) -> None:
     tokens, targets = rows[:, :-1], rows[:, 1:]
     plain = Transformer(config, 32)
     with process_groups(config):
-        model = Hope(config, megatron_config(config), 32)
+        model = Decoder(config, megatron_config(config), 32)
         initialize(model, 1, 0, 1)
         want = model(tokens, targets).mean()
     weights = dict(model.named_parameters())

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from parallel.level_runs import (
+from levels.level_runs import (
     VOCABULARY,
     load,
     sequences,
@@ -16,10 +16,10 @@ from parallel.level_runs import (
 
 from nlscale.checkpoint.resume import resume
 from nlscale.checkpoint.saver import Saver
-from nlscale.checkpoint.store import Checkpoint, Store
-from nlscale.levels import spectrum
+from nlscale.checkpoint.store.store import Checkpoint, Store
+from nlscale.levels.spectrum import spectrum
 from nlscale.parallel.layout import process_groups
-from nlscale.trainer import Trainer
+from nlscale.step.trainer import Trainer
 
 DATA = {"fingerprint": "synthetic"}
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlscale import recipe
-from nlscale.checkpoint.pieces import Piece
-from nlscale.checkpoint.store import Checkpoint, Store
-from nlscale.config import Config
-from nlscale.model.hope import Hope
+from nlscale.checkpoint.store.pieces import Piece
+from nlscale.checkpoint.store.store import Checkpoint, Store
+from nlscale.config import recipe
+from nlscale.config.vocabulary import Config
+from nlscale.model.decoder import Decoder
 from nlscale.model.layers import megatron_config
 
 SLOW = "blocks.1.cms.mlps.1.up.weight"
@@ -42,7 +42,7 @@ def contents(seed: int, of: Config | None = None) -> dict[str, Tensor]:
     """
     of = of or config()
     assert of.model.vocabulary is not None
-    model = Hope(of, megatron_config(of), of.model.vocabulary)
+    model = Decoder(of, megatron_config(of), of.model.vocabulary)
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, parameter in model.named_parameters():

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from nlscale.checkpoint import files, manifest
-from nlscale.checkpoint.files import Digest
-from nlscale.checkpoint.pieces import Piece
-from nlscale.checkpoint.store import Checkpoint, Store
+from nlscale.checkpoint.store import files, manifest
+from nlscale.checkpoint.store.files import Digest
+from nlscale.checkpoint.store.pieces import Piece
+from nlscale.checkpoint.store.store import Checkpoint, Store
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes."""

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from nlscale import recipe
 from nlscale.checkpoint import saver as saver_module
 from nlscale.checkpoint.saver import Saver, saves
-from nlscale.checkpoint.store import Store
+from nlscale.checkpoint.store.store import Store
+from nlscale.config import recipe
+from nlscale.config.units import Interval
 from nlscale.errors import UserError
-from nlscale.trainer import Counters
-from nlscale.units import Interval
+from nlscale.step.trainer import Counters
 
 
 def saver(*overrides: str, writer: bool = True) -> Saver:
@@ -65,9 +65,9 @@ def test_a_run_may_not_save_at_all() -> None:
     def configuration(*overrides: str) -> Any:
         return recipe.load(None, ["data.dir=none", *overrides]).config
 
-    assert saves(configuration())
-    assert not saves(configuration("checkpoint.every=null"))
-    assert saves(configuration("checkpoint.every=null", "checkpoint.steps=[7]"))
+    assert saves(configuration().checkpoint)
+    assert not saves(configuration("checkpoint.every=null").checkpoint)
+    assert saves(configuration("checkpoint.every=null", "checkpoint.steps=[7]").checkpoint)
 
 
 @pytest.mark.parametrize("text", ["0 minutes", "soon", "0 steps", "1.5 steps", "-3 minutes", ""])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nlscale import recipe
 from nlscale.checkpoint.same_run import check_same_run, differences
+from nlscale.config import recipe
 from nlscale.errors import UserError
 
 BASE = ["data.dir=a", "model.layers=2", "levels=[1,4]"]

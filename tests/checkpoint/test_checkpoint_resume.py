@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import world
 from checkpoint.resume_runs import checkpoint, load_and_save, train
-from parallel.level_runs import largest_difference
+from levels.level_runs import largest_difference
 
 from nlscale.checkpoint.diff import compare
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from nlscale import recipe
 from nlscale.checkpoint.same_run import check_same_run
-from nlscale.config import Config
+from nlscale.config import recipe
+from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
 
 

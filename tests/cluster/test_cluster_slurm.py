@@ -19,7 +19,7 @@ from train.test_train_run import records, small_data
 
 from nlscale import cli
 from nlscale.checkpoint.diff import compare
-from nlscale.checkpoint.store import Store
+from nlscale.checkpoint.store.store import Store
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 

@@ -13,7 +13,7 @@ import pytest
 from train.test_train_run import records, small_data
 
 from nlscale.bench.netns import LINK, EmulatedNodes, check_tools
-from nlscale.checkpoint.store import Store
+from nlscale.checkpoint.store.store import Store
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 

@@ -11,15 +11,19 @@ from argparse import _SubParsersAction
 from pathlib import Path
 
 import pytest
+import world
 
 ROOT = Path(__file__).parents[2]
 # Training commands other than the quickstart run a few steps of what they say.
 SHORT = "train.steps=6 train.validation_sequences=4 optimizer.warmup_steps=2"
 
 
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+
+
 def commands() -> list[str]:
-    """The lines of the README's bash blocks, continuation lines joined, comments dropped."""
-    text = (ROOT / "README.md").read_text()
+    """The lines of the pages' bash blocks, continuation lines joined, comments dropped."""
+    text = "\n".join((ROOT / page).read_text() for page in PAGES)
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [" ".join(shlex.split(line, comments=True)) for line in lines if line.strip()]
@@ -97,7 +101,7 @@ def test_running_the_quickstart_again_is_quick_and_keeps_the_run(
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs(clone: Path, quickstart: tuple[Path, str]) -> None:
+def test_every_command_of_the_pages_runs(clone: Path, quickstart: tuple[Path, str]) -> None:
     ran = 0
     for command in commands():
         if command.startswith("git clone") or command.startswith("cd "):
@@ -114,26 +118,27 @@ def test_every_command_of_the_readme_runs(clone: Path, quickstart: tuple[Path, s
             command = re.sub(r"--at \d+", "--at 3 --layout ranks=1 levels=[1,2]", command)
         run(clone, command, timeout=600)
         ran += 1
-    assert ran >= 6, "the README's commands were not found"
+    assert ran >= 6, "the commands were not found"
 
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(
+DOCUMENTS = [*PAGES, "CONTRIBUTING.md", *sorted(
     str(p.relative_to(ROOT)) for p in (ROOT / "launch").rglob("*") if p.suffix in (".sh", ".sbatch")
 )]  # fmt: skip
 
 
 def options_of(words: list[str]) -> set[str]:
     """The options of the command that the first of these words name: `checkpoint list`."""
-    from nlscale.cli import _parser
+    from nlscale.cli.command import _parser
 
-    parser = _parser()
+    parser, anywhere = _parser(), {"--import"}
     for word in words:
         verbs = next((a for a in parser._actions if isinstance(a, _SubParsersAction)), None)
         if verbs is None:
             break
         assert word in verbs.choices, f"nlscale has no command {' '.join(words[:3])}"
         parser = verbs.choices[word]
-    return {option for action in parser._actions for option in action.option_strings}
+    of_verb = {option for action in parser._actions for option in action.option_strings}
+    return of_verb | anywhere
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -151,10 +156,21 @@ def test_documents_name_only_commands_and_flags_that_exist(document: str) -> Non
     assert document != "README.md" or checked >= 8
 
 
-def test_the_readme_names_only_keys_that_exist() -> None:
-    from nlscale.recipe import load
+def load_all(pages: list[tuple[list[str], list[str]]]) -> None:
+    """On a rank, so that what is imported here adds its names there alone."""
+    from nlscale.config.extensions import import_all
+    from nlscale.config.recipe import load
 
+    for modules, pairs in pages:
+        import_all(modules)
+        load(ROOT / "recipes" / "quickstart.yaml", pairs, trusted=True)
+
+
+def test_the_pages_name_only_keys_that_exist() -> None:
+    pages = []
     for command in commands():
         pairs = [word for word in command.split() if re.fullmatch(r"[a-z_.0-9]+=\S+", word)]
         if "nlscale" in command and pairs:
-            load(ROOT / "recipes" / "quickstart.yaml", pairs)
+            pages.append((re.findall(r"--import (\S+)", command), pairs))
+    assert len(pages) > 10
+    world.run(1, load_all, pages)

@@ -20,11 +20,11 @@ sys.path.insert(0, str(FOLDER.parent))
 
 import world  # noqa: E402
 
-from nlscale import recipe  # noqa: E402
-from nlscale.levels import spectrum  # noqa: E402
+from nlscale.config import recipe  # noqa: E402
+from nlscale.levels.spectrum import spectrum  # noqa: E402
 from nlscale.parallel.layout import process_groups  # noqa: E402
-from nlscale.parallel.schedule import Batch  # noqa: E402
-from nlscale.train import Trainer  # noqa: E402
+from nlscale.step.micro_batches import Batch  # noqa: E402
+from nlscale.train.loop import Trainer  # noqa: E402
 
 STEPS, VOCABULARY, LENGTH, BATCH, MICRO_BATCH = 20, 64, 32, 8, 2
 COMMON = [

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 import pytest
 
-from nlscale.config import LevelConfig, LevelsConfig, PeriodRule
+from nlscale.config.units import Period
+from nlscale.config.vocabulary import LevelConfig, LevelsConfig, PeriodRule
 from nlscale.errors import UserError
-from nlscale.levels import Level, SyncGroup, phase, spectrum, sync_group
-from nlscale.units import Period
+from nlscale.levels.spectrum import Level, SyncGroup, phase, spectrum, sync_group
 
 
 def config_of(*periods: str, **other: object) -> LevelsConfig:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from nlscale import recipe
-from nlscale.config import CmsForm, Config, Mixer
-from nlscale.model.hope import Hope
+from nlscale.config import recipe
+from nlscale.config.vocabulary import MIXERS, CmsForm, Config
+from nlscale.model.decoder import Decoder
 from nlscale.model.init import initialize
 from nlscale.model.layers import megatron_config
 from nlscale.parallel.layout import process_groups
@@ -25,7 +25,7 @@ TINY = [
     "model.memory.chunk=4",
 ]
 
-Build = Callable[..., Hope]
+Build = Callable[..., Decoder]
 
 
 def tiny(*overrides: str) -> Config:
@@ -39,9 +39,9 @@ def build() -> Iterator[Build]:
     torch.set_num_threads(1)  # more only wait for each other at these sizes
     with process_groups(tiny()):
 
-        def make(*overrides: str, seed: int = 1234) -> Hope:
+        def make(*overrides: str, seed: int = 1234) -> Decoder:
             config = tiny(*overrides)
-            model = Hope(config, megatron_config(config), VOCABULARY)
+            model = Decoder(config, megatron_config(config), VOCABULARY)
             initialize(model, seed, tensor_rank=0, tensor_size=1)
             return model
 
@@ -58,7 +58,7 @@ def tokens() -> torch.Tensor:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`mixer` and `cms` run over all of them, as overrides."""
-    for name, choices in (("mixer", Mixer), ("cms", CmsForm)):
+    for name, choices in (("mixer", MIXERS), ("cms", CmsForm)):
         if name in metafunc.fixturenames:
-            values = [f"model.{name}={choice.value}" for choice in choices]
-            metafunc.parametrize(name, values, ids=[choice.value for choice in choices])
+            texts = [getattr(choice, "value", choice) for choice in choices]
+            metafunc.parametrize(name, [f"model.{name}={text}" for text in texts], ids=texts)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import world
 
-from nlscale import recipe
-from nlscale.config import Config, Mixer
+from nlscale.config import recipe
+from nlscale.config.vocabulary import MIXERS, Config
 from nlscale.model.flops import flops_by_part, flops_per_token
 
 VOCABULARY = 96
@@ -44,7 +44,7 @@ def profiled(configs: list[Config]) -> list[float]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from nlscale.model.hope import Hope
+    from nlscale.model.decoder import Decoder
     from nlscale.model.init import initialize
     from nlscale.model.layers import megatron_config
     from nlscale.parallel.layout import process_groups
@@ -62,7 +62,7 @@ def profiled(configs: list[Config]) -> list[float]:
     found = []
     with process_groups(configs[0]) as layout:
         for config in configs:
-            model = Hope(config, megatron_config(config), VOCABULARY)
+            model = Decoder(config, megatron_config(config), VOCABULARY)
             initialize(model, 1, layout.tensor_rank, layout.tensor_size)
             shape = (config.train.micro_batch, config.data.sequence_length)
             tokens = torch.randint(VOCABULARY, shape)
@@ -84,9 +84,9 @@ def in_products(config: Config) -> float:
 
 
 def test_a_training_token_costs_what_a_profiler_counts() -> None:
-    shapes = [[f"model.mixer={mixer.value}", *s] for mixer in Mixer for s in SHAPES.values()]
+    shapes = [[f"model.mixer={mixer}", *s] for mixer in MIXERS for s in SHAPES.values()]
     configs = [make(*shape) for shape in shapes]
-    twice = [make(f"model.mixer={mixer.value}", "train.recompute=[mixer,cms]") for mixer in Mixer]
+    twice = [make(f"model.mixer={mixer}", "train.recompute=[mixer,cms]") for mixer in MIXERS]
     real = world.run(1, profiled, [*configs, *twice])[0]
     for config, flops in zip(configs, real[: len(configs)], strict=True):
         assert in_products(config) == pytest.approx(flops, rel=1e-9), config
@@ -95,17 +95,17 @@ def test_a_training_token_costs_what_a_profiler_counts() -> None:
         assert in_all - in_products(config) < 0.02 * in_all
     # the profiler counts what is recomputed; model FLOPs do not
     for config, flops in zip(twice, real[len(configs) :], strict=True):
-        once = make(f"model.mixer={config.model.mixer.value}")
+        once = make(f"model.mixer={config.model.mixer}")
         assert flops_per_token(config, VOCABULARY) == flops_per_token(once, VOCABULARY)
         assert flops > 1.05 * in_products(config)
 
 
-@pytest.mark.parametrize(("kind", "inputs"), [(Mixer.hope, 2), (Mixer.hope_paper, 1)])
-def test_a_convolution_costs_three_of_its_forward_passes(kind: Mixer, inputs: int) -> None:
+@pytest.mark.parametrize(("kind", "inputs"), [("hope", 2), ("hope-paper", 1)])
+def test_a_convolution_costs_three_of_its_forward_passes(kind: str, inputs: int) -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = make(f"model.mixer={kind.value}", "model.memory.convolution=5")
+    config = make(f"model.mixer={kind}", "model.memory.convolution=5")
     channels, length = 64 * inputs, 96
     with FlopCounterMode(display=False) as counter:
         torch.conv1d(

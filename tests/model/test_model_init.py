@@ -6,16 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nlscale.model.init import (
-    constant,
-    initialize,
-    join,
-    normal,
-    orthogonal,
-    split,
-    spread,
-    tag,
-)
+from nlscale.model.init import constant, initialize, join, normal, orthogonal, split, spread, tag
 
 LEVELS = "levels=[1,4]"
 

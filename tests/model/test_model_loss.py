@@ -12,7 +12,7 @@ SEQUENCE, BATCH, VOCABULARY = 5, 3, 24
 
 def losses(seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """On each rank: the losses, and the derivative by its part of the logits."""
-    from nlscale import recipe
+    from nlscale.config import recipe
     from nlscale.model.layers import vocabulary_group
     from nlscale.model.loss import cross_entropy
     from nlscale.parallel.layout import process_groups
@@ -52,7 +52,7 @@ def test_ranks_that_share_the_vocabulary_have_the_loss_of_all_of_it(
 
 
 def test_logits_are_kept_once_and_only_differentiated_once() -> None:
-    from nlscale import recipe
+    from nlscale.config import recipe
     from nlscale.model.layers import vocabulary_group
     from nlscale.model.loss import cross_entropy
     from nlscale.parallel.layout import process_groups

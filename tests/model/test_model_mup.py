@@ -10,15 +10,15 @@ import pytest
 import torch
 import world
 from checkpoint.resume_runs import checkpoint, train
-from parallel.level_runs import VOCABULARY, largest_difference, load, run_engine, sequences
+from levels.level_runs import VOCABULARY, largest_difference, load, run_engine, sequences
 
-from nlscale import recipe
 from nlscale.checkpoint.diff import compare
-from nlscale.checks import check_sizes
+from nlscale.config import recipe
 from nlscale.errors import UserError
-from nlscale.levels import spectrum
+from nlscale.levels.spectrum import spectrum
 from nlscale.parallel.layout import process_groups
-from nlscale.trainer import Trainer
+from nlscale.plan.checks import check_sizes
+from nlscale.step.trainer import Trainer
 
 LEVELS = "levels=[1,2]"
 HIDDEN = ("project.weight", "output.weight", "up.weight", "down.weight")

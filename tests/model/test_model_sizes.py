@@ -6,15 +6,11 @@ import itertools
 
 import pytest
 
-from nlscale import recipe
-from nlscale.config import Config, Mixer
+from nlscale.config import recipe
+from nlscale.config.vocabulary import MIXERS, Config
 from nlscale.errors import UserError
-from nlscale.model.sizes import (
-    level_hidden,
-    level_parameters,
-    mixer_parameters,
-    non_embedding_parameters,
-)
+from nlscale.model.mixers.table import mixer as mixer_of
+from nlscale.model.sizes import level_hidden, level_parameters, non_embedding_parameters
 
 SPECTRA = ["[1]", "[1,4,16]", "[1,{period: 4, hidden: 40},8,64]", "[{hidden: 24},{hidden: 8}]"]
 
@@ -56,16 +52,17 @@ def test_parameters_are_counted_right_whatever_the_memory(build, mixer, memory: 
     choice = [mixer, f"model.memory={memory}", "model.d_model=32", "model.heads=2"]
     block = build(*choice).blocks["0"]
     count = sum(p.numel() for part in (block.norm, block.mixer) for p in part.parameters())
-    assert mixer_parameters(config_of(*choice).model) == count
+    sizes = config_of(*choice).model
+    assert mixer_of(sizes.mixer).parameters(sizes) == count
 
 
 @pytest.mark.parametrize("spectrum", ["[1]", "[1,4,16]", "[1,4,16,64]"])
 @pytest.mark.parametrize(("width", "heads"), [(256, 4), (512, 8), (768, 12), (2048, 16)])
 def test_mixers_compare_at_equal_parameters(width: int, heads: int, spectrum: str) -> None:
     totals = {}
-    for mixer in Mixer:
+    for mixer in MIXERS:
         config = config_of(
-            f"model.mixer={mixer.value}",
+            f"model.mixer={mixer}",
             f"model.d_model={width}",
             f"model.heads={heads}",
             f"levels={spectrum}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nlscale import recipe
+from nlscale.config import recipe
 from nlscale.errors import UserError
 from nlscale.model.stages import stage_blocks
 

@@ -1,14 +1,11 @@
-"""Fixtures of the tests of the memory."""
+"""Fixtures of the tests of the operations."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from importlib.util import find_spec
 
 import pytest
 import torch
-from ops.interpreter import Call, interpreter
 
 
 @pytest.fixture
@@ -17,13 +14,3 @@ def seed() -> int:
     print(f"seed {seed}")  # shown when the test fails
     torch.manual_seed(seed)
     return seed
-
-
-@pytest.fixture(scope="session")
-def interpreted() -> Iterator[Call]:
-    """`interpreted(function, *arguments)` runs it where Triton's kernels run on CPU tensors."""
-    assert find_spec("triton"), (
-        "triton not found: pip install triton (Linux; it is in nlscale[dev])"
-    )
-    with interpreter() as call:
-        yield call

@@ -7,14 +7,10 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from nlscale.ops.memory import (
-    MemoryRules,
-    MemoryState,
-    MemoryWeights,
-    memory_scan,
-)
+from nlscale.ops.memory.reference import memory_reference
+from nlscale.ops.memory.rules import MemoryRules, MemoryState, MemoryWeights
+from nlscale.ops.memory.scan import memory_scan
 from nlscale.ops.pointwise import normalize
-from nlscale.ops.reference import memory_reference
 
 MODES = {
     "hope": MemoryRules(4, anchored=True, c=0.0, normalize_value=True, main_memory=True),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from ops.interpreter import Call
+from ops.memory.kernels.test_ops_kernels_scan import BOUND, use
 from ops.problems import MODES, Problem, assert_same
-from ops.test_ops_triton_scan import BOUND, use
 
 from nlscale.ops.documents import Documents
-from nlscale.ops.memory import memory_scan
+from nlscale.ops.memory.scan import memory_scan
 
 SEPARATOR = 7
 LENGTHS = [[5, 1, 11, 4], [21]]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nlscale.model.mixers.memory import scan_inputs
+from nlscale.model.mixers.memory.module import scan_inputs
 from nlscale.ops import pointwise
 
 

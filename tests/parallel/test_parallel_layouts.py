@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import world
-from parallel.level_runs import largest_difference, run_engine
+from levels.level_runs import largest_difference, run_engine
 
 # Sums in another order, through six Adam steps.
 TOLERANCE = 1e-5

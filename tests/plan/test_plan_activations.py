@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import world
 
-from nlscale import recipe
-from nlscale.config import Config, Mixer, Recompute
-from nlscale.plan.activations import MicroBatch
+from nlscale.config import recipe
+from nlscale.config.vocabulary import MIXERS, Config, Recompute
+from nlscale.plan.activations import Activations
 
 VOCABULARY = 64
 SHAPES = {
@@ -48,10 +48,10 @@ def cases(dtypes: list[str], shapes: list[str], *more: str) -> list[Config]:
     chosen.append(("levels mixed", RECOMPUTE[-1]))
     return [
         make(
-            f"model.mixer={mixer.value}", f"train.dtype={dtype}", *SHAPES[shape], *more,
+            f"model.mixer={mixer}", f"train.dtype={dtype}", *SHAPES[shape], *more,
             recompute=parts,
         )
-        for mixer in Mixer
+        for mixer in MIXERS
         for dtype in dtypes
         for shape, parts in chosen
     ]  # fmt: skip
@@ -59,7 +59,7 @@ def cases(dtypes: list[str], shapes: list[str], *more: str) -> list[Config]:
 
 def live_bytes(configs: list[Config], backward: bool) -> list[tuple[int, int]]:
     """For each configuration what stays alive after the forward pass, and what `backward` adds."""
-    from nlscale.model.hope import Hope
+    from nlscale.model.decoder import Decoder
     from nlscale.model.init import initialize
     from nlscale.model.layers import megatron_config
     from nlscale.parallel.layout import process_groups
@@ -69,7 +69,7 @@ def live_bytes(configs: list[Config], backward: bool) -> list[tuple[int, int]]:
     found = []
     with process_groups(configs[0]) as layout:
         for config in configs:
-            model = Hope(config, megatron_config(config), VOCABULARY)
+            model = Decoder(config, megatron_config(config), VOCABULARY)
             initialize(model, 1, layout.tensor_rank, layout.tensor_size)
             found.append(_live_bytes(config, model, backward))
     return found
@@ -150,10 +150,11 @@ def kernels_as_on_a_gpu() -> None:
     kept for them is kept."""
     import torch
 
-    import nlscale.ops.triton
+    import nlscale.ops.memory.kernels.sizes
     from nlscale.model import cms
-    from nlscale.model.mixers import attention, memory
-    from nlscale.ops.triton import scan
+    from nlscale.model.mixers.attention import module as attention
+    from nlscale.model.mixers.memory import module as memory
+    from nlscale.ops.memory.kernels import fused as scan
 
     class Nowhere:
         """A kernel that is launched and does nothing."""
@@ -175,18 +176,20 @@ def kernels_as_on_a_gpu() -> None:
         return (lambda *given: Compiled.apply(function, *given)) if wanted else function
 
     def supports(a: Any, b: Any, q: Any, rules: Any, static: bool) -> bool:
-        fits = nlscale.ops.triton.takes(rules.chunk, a.shape[-1], rules.anchored, static)
+        fits = nlscale.ops.memory.kernels.sizes.takes(
+            rules.chunk, a.shape[-1], rules.anchored, static
+        )
         return fits and a.dtype == torch.bfloat16
 
     for module in (cms, attention, memory):
         module.compiled_on_gpu = compiled_on_gpu
-    nlscale.ops.triton.supports = supports
+    nlscale.ops.memory.kernels.sizes.supports = supports
     for name in [name for name in vars(scan) if name.endswith("_kernel")]:
         setattr(scan, name, Nowhere())
 
 
 def kept(config: Config) -> float:
-    batch = MicroBatch(config, VOCABULARY)
+    batch = Activations(config, VOCABULARY)
     blocks = config.model.layers * batch.block()
     return batch.embedding() + blocks + batch.head() + batch.gathered()
 
@@ -211,18 +214,18 @@ def test_what_it_keeps_on_a_tensor_parallel_rank(sequence: str) -> None:
 def test_the_peak_of_a_micro_batch_is_near_what_is_planned() -> None:
     configs = [
         make(
-            f"model.mixer={mixer.value}",
+            f"model.mixer={mixer}",
             "train.dtype=bf16",
             "model.layers=4",
             f"train.kernels={kernels}",
             recompute=parts,
         )
-        for mixer in Mixer
+        for mixer in MIXERS
         for parts in RECOMPUTE
         for kernels in ("true", "false")
     ]
     real = world.run(1, live_bytes, configs, True)[0]
     for config, (alive, on_top) in zip(configs, real, strict=True):
-        planned = kept(config) + MicroBatch(config, VOCABULARY).transient()
+        planned = kept(config) + Activations(config, VOCABULARY).transient()
         # gradients on their way are left to the margin; in four layers they count for much
         assert 0.9 < planned / (alive + on_top) < 1.2, config

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import world
 
-from nlscale import recipe
-from nlscale.cluster import Cluster
-from nlscale.config import Config
-from nlscale.levels import spectrum
+from nlscale.cluster.machines import Cluster
+from nlscale.config import recipe
+from nlscale.config.vocabulary import Config
+from nlscale.levels.spectrum import spectrum
 from nlscale.model.sizes import level_parameters
 from nlscale.model.stages import stage_blocks
 from nlscale.plan import memory
-from nlscale.plan.activations import MicroBatch
+from nlscale.plan.activations import Activations
 from nlscale.plan.advice import fitting_overrides
 from nlscale.plan.memory import GIB
 from nlscale.plan.pipeline import most_kept, pipeline
@@ -51,7 +51,7 @@ SPREAD = [
 
 def parameters_of_stages() -> list[list[list[int]]]:
     """[configuration][pipeline rank][level]: what a tensor-parallel rank really holds."""
-    from nlscale.model.hope import Hope
+    from nlscale.model.decoder import Decoder
     from nlscale.model.layers import megatron_config
     from nlscale.parallel.layout import process_groups
 
@@ -62,7 +62,7 @@ def parameters_of_stages() -> list[list[list[int]]]:
             config = make(*overrides, "parallel.pipeline=1", "parallel.virtual_stages=1")
             counts = [[0] * 3 for _ in range(cut.parallel.pipeline)]
             for stage, blocks in enumerate(stage_blocks(cut, VOCABULARY)):
-                model = Hope(config, megatron_config(config), VOCABULARY, blocks)
+                model = Decoder(config, megatron_config(config), VOCABULARY, blocks)
                 for name, parameter in model.named_parameters():
                     level, _ = model.level_and_depth(name)
                     counts[stage % cut.parallel.pipeline][level] += parameter.numel()
@@ -102,8 +102,8 @@ def bytes_between_steps(*overrides: str) -> tuple[int, int]:
     import torch
 
     from nlscale.parallel.layout import process_groups
-    from nlscale.parallel.schedule import Batch
-    from nlscale.train import Trainer
+    from nlscale.step.micro_batches import Batch
+    from nlscale.train.loop import Trainer
 
     config = steady(*overrides)
     with process_groups(config) as layout:
@@ -131,7 +131,7 @@ def test_between_steps_a_rank_holds_what_is_planned(overrides: tuple[str, ...]) 
 
 def test_a_pipeline_rank_keeps_the_micro_batches_in_flight() -> None:
     config = make("parallel.pipeline=2", "parallel.stages=[2,3]")
-    batch = MicroBatch(config, VOCABULARY)
+    batch = Activations(config, VOCABULARY)
     first, last = memory(config, spectrum(config.levels, 1), VOCABULARY, 1, 8)
     sent, moment = batch.residual, batch.transient()
     assert first.activations == 2 * (batch.embedding() + 2 * batch.block() + sent) + moment

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nlscale import recipe
-from nlscale.checks import head_dim
+from nlscale.config import recipe
+from nlscale.config.units import human_count
+from nlscale.config.vocabulary import head_dim
 from nlscale.plan import load_cluster, make_plan
 from nlscale.plan.advice import does_not_fit
-from nlscale.units import human_count
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SIZES = {"340m": 340e6, "760m": 760e6, "1.3b": 1.3e9, "7b": 7e9, "70b": 70e9}

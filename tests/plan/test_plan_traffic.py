@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import world
 
-from nlscale import recipe
-from nlscale.config import Config, Reduction
+from nlscale.config import recipe
+from nlscale.config.vocabulary import Config, Reduction
 from nlscale.errors import UserError
-from nlscale.levels import spectrum, sync_group
-from nlscale.model.groups import group_parameters, parameters_by_depth
+from nlscale.levels.groups import group_parameters, parameters_by_depth
+from nlscale.levels.spectrum import spectrum, sync_group
 from nlscale.model.sizes import level_parameters
 from nlscale.model.stages import stage_blocks
 from nlscale.plan import Cluster, make_plan, traffic
@@ -153,16 +153,16 @@ MODELS = [
 
 
 def real_groups() -> list[dict[tuple[int, int], int]]:
-    from nlscale.model.hope import Hope
+    from nlscale.levels.engine import split_by_group
+    from nlscale.model.decoder import Decoder
     from nlscale.model.layers import megatron_config
-    from nlscale.optim.levels import split_by_group
     from nlscale.parallel.layout import process_groups
 
     found = []
     for overrides in MODELS:
         config = make(*overrides)
         with process_groups(config):
-            model = Hope(config, megatron_config(config), VOCABULARY)
+            model = Decoder(config, megatron_config(config), VOCABULARY)
             split = split_by_group(config, spectrum(config.levels, 1), [model])
         found.append(
             {(g.level, g.phase): sum(p.numel() for p in ps.values()) for g, ps in split.items()}

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nlscale import recipe
-from nlscale.levels import spectrum
+from nlscale.config import recipe
+from nlscale.levels.spectrum import spectrum
 from nlscale.model.flops import flops_per_token
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from nlscale.figures import SUMMARY_FILE
+from nlscale.telemetry.figures import SUMMARY_FILE
 
 RECIPE = {
     "model": {"layers": 2, "d_model": 32, "heads": 2, "memory": {"chunk": 8}},

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nlscale import figures
 from nlscale.errors import UserError
-from nlscale.figures import draw_comparison, draw_loss, human_count, update_steps
-from nlscale.telemetry import Telemetry, WandbOptions
+from nlscale.telemetry import figures
+from nlscale.telemetry.figures import draw_comparison, draw_loss, human_count, update_steps
+from nlscale.telemetry.run import Telemetry, WandbOptions
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from nlscale.errors import UserError
-from nlscale.figures import read_records
-from nlscale.telemetry import Telemetry, WandbOptions
+from nlscale.telemetry.figures import read_records
 from nlscale.telemetry.files import LineFile, to_json
+from nlscale.telemetry.run import Telemetry, WandbOptions
 
 
 def train(step: int, loss: float = 2.5, **changes: Any) -> dict[str, Any]:
@@ -175,6 +175,6 @@ def test_an_exception_closes_and_passes_through(tmp_path: Path) -> None:
 
 
 def test_importing_it_loads_neither_wandb_nor_matplotlib() -> None:
-    code = "import sys, nlscale.telemetry; print({'wandb', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, nlscale.telemetry.run; print({'wandb', 'matplotlib'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from nlscale.telemetry import Telemetry, WandbOptions, terminal
+from nlscale.telemetry import terminal
+from nlscale.telemetry.run import Telemetry, WandbOptions
 from nlscale.telemetry.terminal import Pace, duration, step_line, summary_lines
 
 
@@ -45,7 +46,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(terminal, "monotonic", clock)
-    monkeypatch.setattr("nlscale.telemetry.monotonic", clock)
+    monkeypatch.setattr("nlscale.telemetry.run.monotonic", clock)
     return clock
 
 
@@ -145,7 +146,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_telemetry_terminal import train
-from nlscale.telemetry import Telemetry, WandbOptions
+from nlscale.telemetry.run import Telemetry, WandbOptions
 with Telemetry(Path({run_dir!r}), 40, WandbOptions(), {{}}, 1024) as telemetry:
     for step in range(1, 41):
         telemetry.train_step(train(step))

@@ -10,8 +10,8 @@ import pytest
 import wandb
 
 from nlscale.errors import UserError
-from nlscale.figures import read_records
-from nlscale.telemetry import Telemetry, WandbOptions
+from nlscale.telemetry.figures import read_records
+from nlscale.telemetry.run import Telemetry, WandbOptions
 from nlscale.telemetry.tracking import has_api_key
 
 CALLS = ("init", "define_metric", "log", "finish")

@@ -11,14 +11,14 @@ import pytest
 from numpy.typing import NDArray
 from train.test_train_run import SMALL, small_data
 
-from nlscale import recipe
-from nlscale.batches import StepReader
-from nlscale.checks import prepare
+from nlscale.config import recipe
 from nlscale.data.reader import BatchReader
 from nlscale.errors import UserError
 from nlscale.parallel.layout import process_groups
-from nlscale.parallel.schedule import Batch
-from nlscale.trainer import Trainer
+from nlscale.step.micro_batches import Batch
+from nlscale.step.trainer import Trainer
+from nlscale.train.batches import StepReader
+from nlscale.train.prepare import prepare
 
 
 @pytest.fixture(scope="module")

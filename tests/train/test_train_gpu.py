@@ -11,15 +11,15 @@ import gpu
 import numpy as np
 import pytest
 import world
-from parallel.level_runs import SEPARATOR, VOCABULARY, load
+from levels.level_runs import SEPARATOR, VOCABULARY, load
 
 from nlscale import cli
-from nlscale.levels import spectrum
+from nlscale.levels.spectrum import spectrum
 from nlscale.ops.documents import Documents
 from nlscale.ops.transfer import to_device
 from nlscale.parallel.layout import process_groups
-from nlscale.parallel.schedule import Batch
-from nlscale.trainer import Trainer
+from nlscale.step.micro_batches import Batch
+from nlscale.step.trainer import Trainer
 
 LENGTH, LAYERS = 32, 4
 SIZES = [
@@ -43,7 +43,7 @@ HOPE = {**READS, **S, **PI}
 
 def launched_in_each_step(overrides: list[str], rank: int, ranks: int) -> list[Counter[str]]:
     """Of three steps, with an update of the slow level in the first and the last."""
-    from nlscale import trainer as module
+    from nlscale.step import trainer as module
 
     os.environ["LOCAL_WORLD_SIZE"] = str(max(1, ranks // 2))
     module.check_kernels = lambda *args: None  # compares numbers
@@ -107,7 +107,7 @@ def test_a_step_stays_on_the_gpu_and_runs_through_the_kernels(case: Case) -> Non
 
 def bench(*arguments: str) -> tuple[Counter[str], int]:
     """The kernels that it launches, and how often it waits for the GPU to have done everything."""
-    from nlscale import trainer as module
+    from nlscale.step import trainer as module
 
     module.check_kernels = lambda *args: None
     with gpu.stand_in(numbers=True), pytest.raises(SystemExit) as ended:

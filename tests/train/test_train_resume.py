@@ -16,7 +16,7 @@ import world
 from train.test_train_run import records, run, small_data
 
 from nlscale.checkpoint.diff import compare
-from nlscale.checkpoint.store import Checkpoint, Store
+from nlscale.checkpoint.store.store import Checkpoint, Store
 from nlscale.verify.resume import family
 
 STEPS = 40

@@ -11,16 +11,16 @@ import pytest
 import torch
 import world
 
-from nlscale import recipe
-from nlscale.checks import prepare
+from nlscale.cluster.life.signals import StopSignals
+from nlscale.config import recipe
 from nlscale.data.build import build
 from nlscale.errors import TrainingFailed, UserError
-from nlscale.levels import spectrum
+from nlscale.levels.spectrum import spectrum
 from nlscale.parallel.layout import process_groups
-from nlscale.parallel.schedule import Batch
-from nlscale.signals import StopSignals
-from nlscale.train import train
-from nlscale.trainer import Trainer
+from nlscale.step.micro_batches import Batch
+from nlscale.step.trainer import Trainer
+from nlscale.train.loop import train
+from nlscale.train.prepare import prepare
 
 SMALL = [
     "data.sequence_length=32", "model.layers=2", "model.d_model=64", "model.heads=2",

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from nlscale import recipe
+from nlscale.config import recipe
 from nlscale.errors import UserError
 from nlscale.optim.schedule import stable_steps
 from nlscale.scaling.sweep.runs import Run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nlscale.cluster import Cluster
+from nlscale.cluster.machines import Cluster
 from nlscale.errors import UserError
 from nlscale.scaling.sweep.runs import Run
 from nlscale.scaling.sweep.status import Status

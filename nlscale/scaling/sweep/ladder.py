@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from nlscale.config.units import human_count
 from nlscale.errors import UserError
-from nlscale.units import human_count
 
 _FARTHEST = 0.25  # from the target, as a share of it: beyond that a name would mislead
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from nlscale import recipe
+from nlscale.cluster.life.exits import exit_with
+from nlscale.config import recipe
 from nlscale.errors import Stopped, UserError
 from nlscale.scaling.sweep.board import Board
 from nlscale.scaling.sweep.runs import Run
@@ -183,7 +184,7 @@ class _Executor:
     def _start(self, run: Run) -> None:
         self._waiting.remove(run)
         run.folder.mkdir(parents=True, exist_ok=True)
-        recipe.write(run.config, run.folder / RECIPE_FILE)
+        recipe.write(run.config, run.folder / RECIPE_FILE, imports=True)
         log = run.folder / LOG_FILE
         place = self._free.pop(0)
         log_start = log.stat().st_size if log.exists() else 0
@@ -258,10 +259,10 @@ def _train(recipe_file: Path, log: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     import torch
 
-    from nlscale.cli import main
+    from nlscale.train.start import start
 
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    main(["train", str(recipe_file)])
+    exit_with(lambda: start(recipe_file, []))
 
 
 def _stop_with_the_sweep() -> None:

@@ -1,7 +1,7 @@
 """What the process imports from which runs are forked: all that a run needs, once for all runs."""
 
-import warnings
+from nlscale.cluster.life.exits import quiet
 
-warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # as nlscale.cli does
+quiet()
 
-import nlscale.train  # noqa: E402, F401
+import nlscale.train.loop  # noqa: E402, F401

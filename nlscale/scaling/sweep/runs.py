@@ -10,15 +10,16 @@ from typing import Any
 
 import yaml
 
-from nlscale import recipe
-from nlscale.checks import check_sizes, prepare
-from nlscale.config import Config
+from nlscale.config import recipe
+from nlscale.config.vocabulary import Config
 from nlscale.data import read_index
 from nlscale.errors import UserError
-from nlscale.levels import spectrum
+from nlscale.levels.spectrum import spectrum
 from nlscale.model.flops import flops_per_token
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
+from nlscale.plan.checks import check_sizes
 from nlscale.scaling.sweep.spec import Budget, Sweep, Value
+from nlscale.train.prepare import prepare
 
 
 @dataclass
@@ -145,7 +146,8 @@ def _run(
 
 
 def _load(sweep: Sweep, keys: dict[str, Any]) -> Config:
-    return recipe.load(sweep.recipe, [f"{key}={_text(v)}" for key, v in keys.items()]).config
+    overrides = [f"{key}={_text(value)}" for key, value in keys.items()]
+    return recipe.load(sweep.recipe, overrides, trusted=True).config
 
 
 def _text(value: Any) -> str:

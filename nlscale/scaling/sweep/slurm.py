@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from nlscale import recipe
+from nlscale.config import recipe
 from nlscale.scaling.sweep.local import RECIPE_FILE
 from nlscale.scaling.sweep.runs import Run
 from nlscale.scaling.sweep.spec import Sweep
@@ -28,7 +28,7 @@ def write_commands(sweep: Sweep, runs: list[Run], states: Mapping[str, Status]) 
             continue
         run.folder.mkdir(parents=True, exist_ok=True)
         path = run.folder / RECIPE_FILE
-        recipe.write(run.config, path)
+        recipe.write(run.config, path, imports=True)
         command = shlex.join(["python", "-m", "nlscale", "train", str(path)])
         shares = run.start is not None or bool(run.branches)
         lines.setdefault(run.chain if shares else run.name, []).append(command)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-import io
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
-from nlscale import recipe
+from nlscale.config import recipe, schema
+from nlscale.config.units import Period
 from nlscale.errors import UserError
 from nlscale.scaling.sweep.ladder import Ladder
-from nlscale.units import Period
 
-_KEYS = ("recipe", "dir", "set", "axes", "workers", "build_data")
 _SIZE, _TOKENS, _PER_PARAMETER = "size", "tokens", "per_parameter"
 _OURS = ("run.dir", "resume.start", "checkpoint.steps", "checkpoint.keep_every")
 """Keys that a sweep sets itself."""
@@ -62,6 +57,28 @@ class Sweep:
     build_data: str | None = None
 
 
+@dataclass
+class _File:
+    """The keys of a sweep file."""
+
+    recipe: str = MISSING
+    dir: str = MISSING
+    set: Any = None
+    axes: Any = MISSING
+    workers: int | None = None
+    build_data: str = ""
+
+
+_SWEEP = schema.Kind(
+    name="sweep file",
+    schema=_File,
+    form=f"a sweep is a mapping of {', '.join(each.name for each in fields(_File))}",
+    folder="recipes/sweeps",
+    unset="{} not set; see recipes/sweeps",
+    exact=True,
+)
+
+
 def read_sweep(path: Path) -> Sweep:
     """Read and check a sweep file.
 
@@ -69,17 +86,13 @@ def read_sweep(path: Path) -> Sweep:
         UserError: no such file, not YAML, an unknown or missing key, an axis without values, two
             values of one name, two axes that set the same key.
     """
-    tree = _read(path)
-    _known(tree, _KEYS, str(path))
-    for name in ("recipe", "dir", "axes"):
-        if tree.get(name) is None:
-            raise UserError(f"{path}: {name} is not set; see recipes/sweeps for examples")
-    for name in ("recipe", "dir", "build_data"):
-        if not isinstance(tree.get(name, ""), str):
-            raise UserError(f"{path}: {name} is {tree[name]!r}; it must be a text")
+    tree, sources = schema.read(path, _SWEEP)
+    # Not built: what it sets may hold interpolations, which are for the recipe to resolve.
+    tree = schema.check(tree, _SWEEP, sources)
     workers = tree.get("workers")
-    if workers is not None and (not isinstance(workers, int) or workers < 1):
-        raise UserError(f"{path}: workers is {workers!r}; it must be a whole number above 0")
+    if workers is not None and workers < 1:
+        at = schema.where("workers", sources)
+        raise UserError(f"workers is {workers}; it must be a whole number above 0{at}")
     axes, ladder = _axes(tree["axes"], path)
     sweep = Sweep(
         path=path,
@@ -93,26 +106,6 @@ def read_sweep(path: Path) -> Sweep:
     )
     _check_overlap(sweep)
     return sweep
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        here = ", ".join(sorted(str(p) for p in Path("recipes/sweeps").glob("*.yaml")))
-        raise UserError(
-            f"cannot read {path}: {error.strerror}" + (f"; there are {here}" if here else "")
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a sweep: {error}") from None
-    try:
-        # OmegaConf's YAML reads 1e-3 as a number, and refuses a key that is there twice.
-        tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a sweep is a mapping of {', '.join(_KEYS)}")
-    return cast(dict[str, Any], tree)
 
 
 def _axes(tree: Any, path: Path) -> tuple[dict[str, list[Value]], Ladder | None]:
@@ -205,12 +198,8 @@ def _keys(tree: Any, where: str) -> dict[str, Any]:
 def _check_key(key: str, where: str) -> None:
     if key in _OURS:
         raise UserError(f"{where}: {key} is what a sweep sets itself for each run")
-    known = recipe.all_keys()
-    plain = re.sub(r"\.\d+", ".N", key)
-    if plain not in known:
-        near = difflib.get_close_matches(plain, known, 1, 0.6)
-        hint = f"did you mean {near[0]!r}?" if near else "`nlscale config --keys` lists all keys"
-        raise UserError(f"{where}: unknown key {key!r}; {hint}")
+    if not recipe.has_key(key):
+        raise UserError(f"{where}: {recipe.unknown_key(key)}")
 
 
 def _check_overlap(sweep: Sweep) -> None:
@@ -231,9 +220,7 @@ def _check_overlap(sweep: Sweep) -> None:
 def _known(tree: dict[str, Any], known: tuple[str, ...], where: str) -> None:
     for key in tree:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1, 0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
-            raise UserError(f"{where}: unknown key {str(key)!r}; {hint}")
+            raise UserError(f"{where}: {schema.unknown_name(str(key), known)}")
 
 
 def _name(value: Any) -> str:

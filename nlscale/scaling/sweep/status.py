@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nlscale import recipe
 from nlscale.checkpoint import FOLDER
 from nlscale.checkpoint.same_run import differences
+from nlscale.config import recipe
 from nlscale.errors import UserError
-from nlscale.figures import METRICS_FILE, SUMMARY_FILE
 from nlscale.scaling.sweep.runs import Run
+from nlscale.telemetry.figures import METRICS_FILE, SUMMARY_FILE
 
-CONFIG_FILE = "config.yaml"  # as nlscale.train writes it
+CONFIG_FILE = "config.yaml"  # as nlscale.train.loop writes it
 _TAIL_BYTES = 1 << 16  # more than a record of metrics.jsonl
 
 
@@ -78,7 +78,7 @@ def checkpoints(run: Run) -> list[Path]:
 
 
 def checkpoint_at(run: Run, step: int) -> Path:
-    """Where a run has its checkpoint of that step, as nlscale.checkpoint.store names it."""
+    """Where a run has its checkpoint of that step, as nlscale.checkpoint.store.store names it."""
     return run.folder / FOLDER / f"step-{step:08d}"
 
 

@@ -1,0 +1,262 @@
+"""Reading what may not be trusted: nothing that a checkpoint holds is ever run.
+
+torch.distributed.checkpoint keeps its metadata as a pickle, and reads it with `pickle.load`, which
+runs whatever the file says. Here only the classes that such metadata is made of are looked up.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.futures import Future
+
+from nlscale.checkpoint.store.pieces import Piece
+from nlscale.errors import UserError
+
+_CLASSES: dict[tuple[str, str], Any] = {
+    (kind.__module__, kind.__name__): kind
+    for kind in (
+        *(Metadata, MetadataIndex, TensorStorageMetadata, TensorProperties, ChunkStorageMetadata),
+        *(dcp._MEM_FORMAT_ENCODING, _StorageInfo, torch.Size),
+    )
+}
+# how torch pickles a layout: the function looks its argument up among the layouts there are
+_CLASSES["torch.serialization", "_get_layout"] = torch.serialization._get_layout
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, or that is not whole: what, where, and why."""
+
+
+def load_metadata(path: Path, data: bytes) -> Metadata:
+    """The metadata in the bytes of a `.metadata` file; `path` is named in errors.
+
+    Raises:
+        CheckpointError: something in it that metadata do not hold, of which nothing was run, or
+            not metadata of tensors at all.
+    """
+    try:
+        metadata = _MetadataUnpickler(path, data).load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # a pickle can be broken in as many ways as there are exceptions
+        raise CheckpointError(f"{path} is not the metadata of a checkpoint: {error}") from error
+    problem = _malformed(metadata)
+    if problem:
+        raise CheckpointError(f"{path} is not the metadata of a checkpoint: {problem}")
+    return metadata
+
+
+def stored_tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """What is stored by name; `load_metadata` has checked that there is nothing but tensors."""
+    return cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
+
+
+def read_pieces(
+    path: Path, files: Collection[str], metadata: Metadata, pieces: list[Piece]
+) -> None:
+    """Fill the pieces from a checkpoint's folder, in whatever boxes it was written.
+
+    Every rank plans and reads for itself.
+
+    Args:
+        path: the folder.
+        files: names of the files that belong to it; no other is opened.
+        metadata: of `load_metadata`.
+        pieces: filled in place; a dtype that differs is converted.
+
+    Raises:
+        CheckpointError: a name is not stored or has another shape, a box is not covered by what
+            is stored, a file is missing or broken, or holds anything but tensors.
+    """
+    reader = _Reader(path, files)
+    reader.set_up_storage_reader(metadata, is_coordinator=False)
+    plan = LoadPlan(_read_items(path, metadata, pieces))
+    reader.read_data(plan, _Destinations(pieces))
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def __init__(self, path: Path, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = _CLASSES.get((module, name))
+        if known is not None:
+            return known
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+            return vars(torch)[name]
+        raise _refusal(self._path, f"{module}.{name}")
+
+
+class _Reader(FileSystemReader):
+    """DCP's reader of data files; the tensors are read by `torch.load(weights_only=True)`."""
+
+    def __init__(self, path: Path, files: Collection[str]) -> None:
+        super().__init__(path)
+        self._folder = path
+        self._files = files
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        raise NotImplementedError("DCP's own would unpickle anything; see load_metadata")
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read file after file, each from its beginning to its end, so that errors can name it."""
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in sorted(by_file.items()):
+            # also keeps a path such as ../../x from being followed
+            if name not in self._files:
+                raise CheckpointError(f"{self._folder} is not whole: its manifest has no {name}")
+            items.sort(key=lambda item: self.storage_data[item.storage_index].offset)
+            try:
+                super().read_data(LoadPlan(items), planner)
+            except pickle.UnpicklingError as error:
+                found = re.search(r"GLOBAL ([\w.]+)", str(error))
+                what = found[1] if found else "more than tensors"
+                raise _refusal(self._folder / name, what) from error
+            except Exception as error:  # broken data fail in as many ways
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise CheckpointError(f"{self._folder / name} cannot be read: {reason}") from error
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+class _Destinations(LoadPlanner):
+    """Where what is read goes; the plan is made by `_read_items`, so the rest is not needed."""
+
+    def __init__(self, pieces: list[Piece]) -> None:
+        self._pieces = pieces
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        target = self._pieces[_number(read_item)].data.detach()
+        for dim, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            target = target.narrow(dim, start, length)
+        return target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        pass  # it was written in place
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    def create_local_plan(self) -> LoadPlan:
+        raise NotImplementedError
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        raise NotImplementedError
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        raise NotImplementedError
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise NotImplementedError
+
+
+def _read_items(path: Path, metadata: Metadata, pieces: list[Piece]) -> list[ReadItem]:
+    """What to read for each piece; `dest_index.index` is its number in `pieces`."""
+    tensors = stored_tensors(metadata)
+    wanted: dict[str, list[int]] = {}
+    for number, piece in enumerate(pieces):
+        stored = tensors.get(piece.name)
+        if stored is None:
+            raise CheckpointError(f"{path} holds no tensor {piece.name}")
+        if tuple(stored.size) != tuple(piece.shape):
+            raise CheckpointError(
+                f"{path} holds {piece.name} of shape {tuple(stored.size)}, "
+                f"where {tuple(piece.shape)} is wanted"
+            )
+        if piece.data.numel():
+            wanted.setdefault(piece.name, []).append(number)
+    items: list[ReadItem] = []
+    covered = [0] * len(pieces)
+    for name, numbers in wanted.items():
+        boxes = [box(pieces[number]) for number in numbers]
+        for item in create_read_items_for_chunk_list(name, tensors[name], boxes):
+            number = numbers[_number(item)]
+            items.append(replace(item, dest_index=replace(item.dest_index, index=number)))
+            covered[number] += item.lengths.numel()
+        for number in numbers:
+            missing = pieces[number].data.numel() - covered[number]
+            if missing:
+                raise CheckpointError(
+                    f"{path} does not hold all of {name}: {missing} elements are missing of "
+                    f"{tuple(pieces[number].data.shape)} at {tuple(pieces[number].offsets)}"
+                )
+    return items
+
+
+def _number(item: ReadItem) -> int:
+    number = item.dest_index.index
+    assert number is not None
+    return number
+
+
+def box(piece: Piece) -> ChunkStorageMetadata:
+    """The piece's box in DCP's words."""
+    return ChunkStorageMetadata(torch.Size(piece.offsets), piece.data.size())
+
+
+def _malformed(metadata: Any) -> str | None:
+    """What is wrong with the form of what was unpickled; everything in it may be anything."""
+    if not isinstance(metadata, Metadata):
+        return f"it is a {type(metadata).__name__}"
+    tensors, where = (vars(metadata).get(key) for key in ("state_dict_metadata", "storage_data"))
+    if not isinstance(tensors, dict) or not isinstance(where, dict):
+        return "it lists no tensors"
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, TensorStorageMetadata):
+            return f"{name!r} is not a tensor"
+        fields = vars(tensor)
+        properties, size, chunks = (fields.get(key) for key in ("properties", "size", "chunks"))
+        if (
+            not isinstance(properties, TensorProperties)
+            or not isinstance(vars(properties).get("dtype"), torch.dtype)
+            or not isinstance(size, torch.Size)
+            or not isinstance(chunks, list)
+        ):
+            return f"{name!r} has no dtype, shape or boxes"
+        for chunk in chunks:
+            fields = vars(chunk) if isinstance(chunk, ChunkStorageMetadata) else {}
+            ends = [fields.get(key) for key in ("offsets", "sizes")]
+            if not all(isinstance(end, torch.Size) and len(end) == len(size) for end in ends):
+                return f"{name!r} has a box that is none"
+            if MetadataIndex(name, ends[0]) not in where:
+                return f"{name!r} has a box that is in no file"
+    for info in where.values():
+        fields = vars(info) if isinstance(info, _StorageInfo) else {}
+        if (
+            not isinstance(fields.get("relative_path"), str)
+            or not all(isinstance(fields.get(key), int) for key in ("offset", "length"))
+            or fields.get("transform_descriptors")  # this project writes none
+        ):
+            return "a box is at no place in a file"
+    return None
+
+
+def _refusal(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"refused: {path} holds {what}, which a checkpoint does not; nothing of it was run"
+    )

@@ -1,0 +1,214 @@
+"""`nlscale bench scan|layer|step|train`: how fast, from the kernel to the training step."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nlscale.cli.recipe import add_recipe, config_of
+from nlscale.errors import UserError
+
+if TYPE_CHECKING:
+    from nlscale.config.vocabulary import Config
+
+_SCANNED = ["hope", "gated-delta", "hope-pure", "attention"]
+_COMPARED = ["hope", "gated-delta", "attention"]
+
+
+def add_arguments(verbs: Any) -> None:
+    """Hang the sub-parsers under `verbs`; each sets `func(args) -> int`."""
+    _add_scan(verbs)
+    layer = verbs.add_parser(
+        "layer",
+        help="time one block of each mixer",
+        description="Time one block of a recipe's size, forward and backward, with each mixer, and "
+        "its mixer alone, on one micro batch and one process.",
+    )
+    add_recipe(layer)
+    _add_mixers(layer, _COMPARED)
+    _add_repeats(layer)
+    layer.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    layer.set_defaults(func=_layer)
+
+    step = verbs.add_parser(
+        "step",
+        help="tokens a second of whole training steps",
+        description="Time whole training steps of a recipe on random tokens, on this process or, "
+        "under torchrun, on all of them; prints JSON.",
+    )
+    add_recipe(step)
+    _add_steps(step)
+    step.set_defaults(func=_step)
+
+    train = verbs.add_parser(
+        "train",
+        help="whole training steps of each mixer, and of plain torch",
+        description="Time whole training steps of a recipe with each mixer, on random tokens, on "
+        "this process or, under torchrun, on all of them; beside attention, on one process, also "
+        "a Transformer of its size in torch alone, compiled on a GPU. Speeds, their ratio to "
+        "attention's, peak memory, and MFU: model FLOPs over the measured rate of a large matrix "
+        "product.",
+    )
+    add_recipe(train)
+    _add_mixers(train, _COMPARED)
+    _add_steps(train)
+    train.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="also write a torch profiler trace of two steps of the first mixer (for Perfetto or "
+        "chrome://tracing), and print its five largest costs",
+    )
+    train.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    train.set_defaults(func=_train)
+
+
+def _add_scan(verbs: Any) -> None:
+    scan = verbs.add_parser(
+        "scan",
+        help="time the memory scan, or check its kernels on this device",
+        description="Time the memory scan of each mixer, forward and backward, by the fused "
+        "kernels (GPU, bf16) and in torch, beside softmax attention (SDPA) of the same shape and "
+        "beside floors: FLOPs over the measured rate of a matrix product, bytes over that of a "
+        "copy. --check compares reads and gradients with a float64 reference instead: run it once "
+        "on every kind of GPU and version of Triton before training there.",
+    )
+    scan.add_argument(
+        "--sizes",
+        nargs="+",
+        metavar="BxTxHxD",
+        help="sequences, tokens, heads and dimension of a head (default: 8x4096x16x64 "
+        "2x16384x16x64 8x4096x8x128; on a CPU 1x256x2x32)",
+    )
+    scan.add_argument(
+        "--chunk", type=int, default=64, metavar="N", help="tokens a chunk (default: %(default)s)"
+    )
+    _add_mixers(scan, _SCANNED)
+    _add_repeats(scan)
+    scan.add_argument(
+        "--check",
+        action="store_true",
+        help="print the errors of all sizes that the kernels take, as JSON, and fail if one is "
+        "out of bounds",
+    )
+    scan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    scan.set_defaults(func=_scan)
+
+
+def _add_mixers(parser: argparse.ArgumentParser, mixers: list[str]) -> None:
+    parser.add_argument(
+        "--mixers",
+        nargs="+",
+        default=mixers,
+        metavar="MIXER",
+        help=f"values of model.mixer (default: {' '.join(mixers)})",
+    )
+
+
+def _add_repeats(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--repeats", type=int, default=10, metavar="N", help="times (default: %(default)s)"
+    )
+
+
+def _add_steps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--steps", type=int, default=20, metavar="N", help="steps to time (default: %(default)s)"
+    )
+
+
+def _scan(args: argparse.Namespace) -> int:
+    _at_least_one("--repeats", args.repeats)
+    _at_least_one("--chunk", args.chunk)
+    if args.check:
+        return _check()
+    from nlscale.bench.scan import bench_scan, parse_sizes, print_scan  # imports torch
+
+    sizes = parse_sizes(args.sizes)
+    _print(bench_scan(sizes, args.mixers, args.chunk, args.repeats), print_scan, args)
+    return 0
+
+
+def _check() -> int:
+    from nlscale.verify.kernels import check_scan  # imports torch
+
+    result = check_scan()
+    print(json.dumps(result, indent=1))
+    wrong = [row for row in result["rows"] if not row["ok"]]
+    if wrong:
+        worst = max(wrong, key=lambda row: row["error"])
+        raise UserError(
+            f"{len(wrong)} of {len(result['rows'])} checks failed, worst {worst['kernel']}, "
+            f"{worst['case']} of size {worst['size']} in {worst['dtype']}: {worst['what']} is off "
+            f"by {worst['error']:.1e}; do not train here with this Triton ({result['triton']}), "
+            f"use another"
+        )
+    return 0
+
+
+def _layer(args: argparse.Namespace) -> int:
+    _at_least_one("--repeats", args.repeats)
+    configs = _configs(args)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("bench layer runs on one process; start it without torchrun")
+    from nlscale.bench.layer import bench_layer, print_layer  # imports torch
+
+    _print(bench_layer(configs, args.repeats), print_layer, args)
+    return 0
+
+
+def _step(args: argparse.Namespace) -> int:
+    _at_least_one("--steps", args.steps)
+    from nlscale.plan.checks import check_sizes
+
+    config = config_of(args)
+    check_sizes(config, int(os.environ.get("WORLD_SIZE", "1")))
+    from nlscale.bench.step import bench_step  # imports torch
+
+    result = bench_step(config, args.steps)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(result, indent=1))
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    _at_least_one("--steps", args.steps)
+    if args.trace is not None and not args.trace.parent.is_dir():
+        raise UserError(f"--trace {args.trace}: there is no folder {args.trace.parent}")
+    configs = _configs(args)
+    if configs[0].model.vocabulary is None:
+        raise UserError("bench train reads no data: give model.vocabulary=256, for example")
+    from nlscale.bench.train import bench_train, print_train  # imports torch
+
+    result = bench_train(configs, args.steps, args.trace)
+    if os.environ.get("RANK", "0") == "0":
+        _print(result, print_train, args)
+    return 0
+
+
+def _configs(args: argparse.Namespace) -> list[Config]:
+    """The recipe with each mixer: what a mixer's keys mean follows from it on loading."""
+    from nlscale.plan.checks import check_sizes
+
+    configs = [config_of(args, f"model.mixer={mixer}") for mixer in args.mixers]
+    for config in configs:
+        check_sizes(config, int(os.environ.get("WORLD_SIZE", "1")))
+    return configs
+
+
+def _at_least_one(option: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{option} {value} is less than 1")
+
+
+def _print(
+    result: dict[str, Any], show: Callable[[dict[str, Any]], None], args: argparse.Namespace
+) -> None:
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        show(result)

@@ -1,0 +1,215 @@
+"""`nlscale checkpoint list|inspect|verify|diff|export`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nlscale.checkpoint import FOLDER
+from nlscale.config.units import human_bytes, human_count
+from nlscale.config.vocabulary import Dtype
+from nlscale.errors import UserError
+from nlscale.telemetry.files import to_json
+
+if TYPE_CHECKING:  # torch is slow to import, and --help needs none
+    from nlscale.checkpoint.store.store import Checkpoint
+
+_ANY = "a run's folder, its folder of checkpoints, or one checkpoint"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Hang the sub-parsers under `parser`; each sets `func(args) -> int`."""
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    listed = _verb(
+        verbs,
+        "list",
+        "the checkpoints of a run",
+        "List the checkpoints of a run: step, tokens, when they were written, size, and which one "
+        "LATEST names.",
+        _list,
+    )
+    _add_folder(listed)
+
+    inspect = _verb(
+        verbs,
+        "inspect",
+        "what a checkpoint holds",
+        "Show what a checkpoint holds: progress, layout, versions, the levels with their windows, "
+        "tensors, and the configuration where it is not the default. Of a run: the newest.",
+        _inspect,
+    )
+    _add_folder(inspect)
+
+    verify = _verb(
+        verbs,
+        "verify",
+        "read every byte again and compare checksums",
+        "Read every file of every checkpoint, or of the given one, and compare it with its sha256. "
+        "Exit code 2 if one is broken.",
+        _verify,
+    )
+    _add_folder(verify)
+
+    diff = _verb(
+        verbs,
+        "diff",
+        "how two checkpoints differ",
+        "Compare two checkpoints, of any layouts, class by class: equal bit for bit, or the "
+        "largest |a - b| / |b| of a tensor. Of a run: the newest.",
+        _diff,
+    )
+    diff.add_argument("a", type=Path, metavar="A", help=_ANY)
+    diff.add_argument("b", type=Path, metavar="B", help="the same; what A is compared with")
+
+    export = _verb(
+        verbs,
+        "export",
+        "write the weights as safetensors files",
+        "Write the weights of a checkpoint as Hugging Face lays them out: safetensors files and "
+        "config.json. `run.weights` starts a run from them. Of a run: the newest checkpoint.",
+        _export,
+    )
+    _add_folder(export)
+    export.add_argument(
+        "--to", required=True, choices=["safetensors"], help="the format: safetensors"
+    )
+    export.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="a folder that does not exist yet (default: export-step-N in the run's folder)",
+    )
+    export.add_argument(
+        "--dtype",
+        choices=[dtype.value for dtype in Dtype],
+        help="of the weights (default: that in which the model was trained)",
+    )
+
+
+def find(path: Path) -> tuple[list[Checkpoint], list[str]]:
+    """The checkpoints that a folder stands for, oldest first, at least one; names of unfinished.
+
+    Args:
+        path: a run's folder, its folder of checkpoints, or one checkpoint.
+
+    Raises:
+        UserError: it is none of these, or no checkpoint in it is finished.
+    """
+    from nlscale.checkpoint.inspection import unfinished
+    from nlscale.checkpoint.store.store import Checkpoint, Store
+
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; give {_ANY}")
+    named = re.fullmatch(r"step-(\d{8,})(\.\w+)?", path.resolve().name)
+    if (path / "manifest.json").exists() or (named and not named[2]):
+        step = int(named[1]) if named else Checkpoint(path, 0).manifest["step"]
+        return [Checkpoint(path, step)], []
+    if named:
+        raise UserError(
+            f"{path} is not a finished checkpoint: it is being written or deleted, or was when a "
+            f"run was killed; give another, `nlscale checkpoint list {path.parent}` shows them"
+        )
+    inside = path / FOLDER
+    store = Store(inside if inside.is_dir() else path)
+    found, begun = store.checkpoints(), unfinished(store)
+    if not found:
+        raise UserError(
+            f"no {'finished ' if begun else ''}checkpoint in {store.folder}"
+            f"{' (unfinished: ' + ', '.join(begun) + ')' if begun else ''}; give {_ANY}, or train "
+            f"with checkpoint.every set"
+        )
+    return found, begun
+
+
+def _verb(verbs: Any, name: str, short: str, description: str, func: Any) -> Any:
+    parser = verbs.add_parser(name, help=short, description=description)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.set_defaults(func=func)
+    return parser
+
+
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help=_ANY)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from nlscale.checkpoint.inspection import listing, print_listing
+
+    _show(args, listing(*find(args.folder)), print_listing)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from nlscale.checkpoint.inspection import inspection, print_inspection
+
+    _show(args, inspection(_newest(args.folder)), print_inspection)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    """JSON: `checkpoints`, each `path`, `step`, `whole` and `error`, None or what is wrong with
+    which file; `broken`: how many."""
+    from nlscale.checkpoint.store.store import CheckpointError
+
+    checkpoints, _ = find(args.folder)
+    verdicts = []
+    for checkpoint in checkpoints:
+        error = None
+        try:
+            checkpoint.verify()
+        except CheckpointError as found:
+            error = str(found)
+        path, step = str(checkpoint.path), checkpoint.step
+        verdicts.append({"path": path, "step": step, "whole": error is None, "error": error})
+        if not args.json:  # at once: the next may take minutes
+            print(f"broken: {error}" if error else f"whole:  {path}", flush=True)
+    broken = sum(not verdict["whole"] for verdict in verdicts)
+    if args.json:
+        print(to_json({"checkpoints": verdicts, "broken": broken}, indent=1))
+    else:
+        print(f"{broken} of {len(verdicts)} broken")
+    return 2 if broken else 0
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from nlscale.checkpoint.inspection import difference, print_difference
+
+    _show(args, difference(_newest(args.a), _newest(args.b)), print_difference)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    """JSON: `checkpoint`, `step`, `folder`, `files` (of weights), `tensors`, `parameters`, `bytes`
+    (of weights), `dtype`."""
+    from nlscale.checkpoint.export.weights import default_folder, export  # imports the model
+
+    checkpoint = _newest(args.folder)
+    folder = args.out or default_folder(checkpoint)
+    written = export(checkpoint, folder, Dtype(args.dtype) if args.dtype else None)
+    found = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, **asdict(written)}
+    _show(args, {**found, "dtype": written.dtype.value}, _print_export)
+    return 0
+
+
+def _print_export(found: dict[str, Any]) -> None:
+    count = len(found["files"])
+    print(
+        f"step {found['step']:,}: {human_count(found['parameters'])} parameters in "
+        f"{found['tensors']} tensors, {found['dtype']}, {human_bytes(found['bytes'])} in "
+        f"{count} file{'s' * (count > 1)}\n{found['folder']}"
+    )
+
+
+def _newest(path: Path) -> Checkpoint:
+    return find(path)[0][-1]
+
+
+def _show(args: argparse.Namespace, found: dict[str, Any], as_text: Any) -> None:
+    if args.json:
+        print(to_json(found, indent=1))
+    else:
+        as_text(found)

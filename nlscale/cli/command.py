@@ -1,0 +1,177 @@
+"""`nlscale ...`: one subcommand a verb; each is a file of this folder that calls a room."""
+
+from __future__ import annotations
+
+import argparse
+from types import ModuleType
+from typing import NamedTuple
+
+from nlscale import __version__
+from nlscale.cli import (
+    bench,
+    checkpoint,
+    config,
+    data,
+    doctor,
+    figure,
+    fit,
+    launch,
+    plan,
+    sweep,
+    train,
+    verify,
+)
+from nlscale.cluster.life.exits import exit_with, quiet
+from nlscale.config.extensions import import_all
+
+
+class _Verb(NamedTuple):
+    name: str
+    module: ModuleType
+    """Its `add_arguments(parser)` adds what the verb takes and sets `func(args) -> int`."""
+    help: str
+    description: str
+
+
+_VERBS = (
+    _Verb(
+        "train",
+        train,
+        "train a model from a recipe",
+        "Train a model from a recipe, in this process or, started by torchrun, as one of its "
+        "ranks. `nlscale config --keys` lists the keys of a recipe.",
+    ),
+    _Verb(
+        "config",
+        config,
+        "show and explain a configuration",
+        "Print the configuration that a recipe and overrides give, after checking its keys and "
+        "types.",
+    ),
+    _Verb(
+        "data",
+        data,
+        "build and inspect token shards",
+        "Build and inspect the token shards that training reads.",
+    ),
+    _Verb(
+        "figure",
+        figure,
+        "draw the loss of one run, or compare several",
+        "Draw the loss of one run, or the validation loss of several in one figure, from their "
+        "metrics.jsonl.",
+    ),
+    _Verb(
+        "plan",
+        plan,
+        "what a recipe will send between the nodes of a cluster",
+        "Parameters, updates and inter-node traffic of each level on a cluster, beside plain data "
+        "parallel; neither GPUs nor data are needed.",
+    ),
+    _Verb(
+        "bench",
+        bench,
+        "measure what the plan promises",
+        "Measurements on this machine.",
+    ),
+    _Verb(
+        "launch",
+        launch,
+        "start a run on a cluster, through Slurm or torchrun",
+        "Start a run on the nodes of a cluster file, after checking that it fits.",
+    ),
+    _Verb(
+        "checkpoint",
+        checkpoint,
+        "list, inspect, verify, compare and export checkpoints",
+        "Look at the checkpoints of a run, prove them whole, compare them, and export their "
+        "weights.",
+    ),
+    _Verb(
+        "verify-resume",
+        verify,
+        "prove that a run that is killed and resumed is the run that never stopped",
+        "Train without a stop; train again, kill it after the checkpoint at a step, resume it on "
+        "the same layout of ranks and on others; compare.",
+    ),
+    _Verb(
+        "doctor",
+        doctor,
+        "say what is wrong with this machine, or with several nodes",
+        "Check versions, GPUs, limits, addresses, disk and data of this machine; with --nodes, "
+        "started on every rank, also what the nodes share: bandwidth, latency, clocks, folders. "
+        "Says what to do about each finding. Exit code 2 if one is an error.",
+    ),
+    _Verb(
+        "fit",
+        fit,
+        "fit a scaling law to runs, and say what a budget buys",
+        "Fit L = E + A / N^alpha + B / D^beta to finished runs or a CSV file, with bootstrap "
+        "intervals, compute-optimal sizes and a figure.",
+    ),
+    _Verb(
+        "sweep",
+        sweep,
+        "train many runs from one file: sizes, lengths, mixers, seeds",
+        "List the runs that a file of axes gives, with what they cost, and train those that have "
+        "not finished. The same command goes on where it was stopped.",
+    ),
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command and exit."""
+    args = _parse(argv)
+    quiet()
+
+    def work() -> int:
+        import_all(args.imports)
+        return args.func(args)
+
+    exit_with(work)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    # `--import` may stand before or after the verb, which argparse knows no way to say.
+    anywhere = argparse.ArgumentParser(prog="nlscale", add_help=False, allow_abbrev=False)
+    _add_import(anywhere)
+    found, others = anywhere.parse_known_args(argv)
+    args, rest = parser.parse_known_args(others)
+    # argparse takes no more positional arguments once an option has come between them.
+    if any(text.startswith("-") for text in rest) or (rest and "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    args.imports = found.imports
+    if args.imports and "overrides" in args:  # what starts the recipe elsewhere passes it on
+        args.overrides.append(f"run.imports=[{','.join(args.imports)}]")
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nlscale",
+        allow_abbrev=False,
+        description="Pretrain Hope / Nested-Learning models, whose levels update at different "
+        "periods.",
+    )
+    parser.add_argument("--version", action="version", version=f"nlscale {__version__}")
+    _add_import(parser)
+    verbs = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for verb in _VERBS:
+        one = verbs.add_parser(verb.name, help=verb.help, description=verb.description)
+        verb.module.add_arguments(one)
+    return parser
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="with any command: first import a Python module that adds mixers, optimizer rules or "
+        "evaluations, beside those of a recipe's run.imports",
+    )

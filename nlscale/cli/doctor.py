@@ -1,0 +1,100 @@
+"""`nlscale doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from nlscale.cluster.machines import load_cluster
+from nlscale.errors import UserError
+
+if TYPE_CHECKING:  # rich is slow to import, and --help needs none
+    from nlscale.cluster.doctor.machine import Asked
+    from nlscale.cluster.doctor.report import Report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `doctor` takes; sets `func`."""
+    parser.add_argument(
+        "--path",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="where runs and their checkpoints will be written (default: %(default)s)",
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="a data folder to look at as well")
+    parser.add_argument(
+        "--cluster",
+        metavar="YAML",
+        help="what the nodes should have, such as recipes/clusters/two-nodes.yaml",
+    )
+    parser.add_argument(
+        "--nodes",
+        action="store_true",
+        help="check all nodes together: start the same command on every rank, by torchrun or srun",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to wait for a rank that does not come or answer (default: %(default)g)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(func=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if not args.nodes and ranks != "1":
+        raise UserError(f"this is one of {ranks} ranks; add --nodes to check them together")
+    if not 0 < args.timeout < float("inf"):
+        raise UserError(f"--timeout {args.timeout:g} is not a number of seconds above 0")
+    if args.path.exists() and not args.path.is_dir():
+        raise UserError(f"--path {args.path} is a file; give the folder of the runs")
+    cluster = load_cluster(args.cluster) if args.cluster is not None else None
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # addresses without names are no news
+
+    from nlscale.cluster.doctor.machine import Asked
+
+    asked = Asked(args.path, args.data, cluster, args.timeout)
+    # test files are removed on the way out
+    handler = signal.signal(signal.SIGTERM, _end_as_if_interrupted)
+    try:
+        return _examine(asked, args)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _examine(asked: Asked, args: argparse.Namespace) -> int:
+    from nlscale.cluster.doctor.machine import examine
+    from nlscale.cluster.doctor.report import progress
+
+    with progress(os.environ.get("RANK", "0") == "0") as say:
+        if args.nodes:
+            from nlscale.cluster.doctor.nodes import examine as examine_nodes  # imports torch
+
+            return examine_nodes(asked, say, lambda report: _show(report, args.json))
+        report = examine(asked, say)
+    _show(report, args.json)
+    return report.exit_code
+
+
+def _show(report: Report, as_json: bool) -> None:
+    from nlscale.cluster.doctor.report import print_report
+    from nlscale.telemetry.files import to_json
+
+    if as_json:
+        print(to_json(report.plain(), indent=1), flush=True)
+    else:
+        print_report(report)
+    # torchrun ends the ranks that are left when the first of them ends with an error
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_as_if_interrupted(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,58 @@
+"""`nlscale plan`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from nlscale.cli.recipe import add_recipe, config_of
+from nlscale.errors import UserError
+
+_FILE_WIDTH = 100  # columns, where there is no terminal to ask
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `plan` takes; sets `func(args) -> int`."""
+    add_recipe(parser)
+    parser.add_argument(
+        "--cluster",
+        required=True,
+        metavar="YAML",
+        help="the machines, for example recipes/clusters/two-nodes.yaml",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--figure", type=Path, metavar="PNG", help="draw the bytes of each step of a cycle"
+    )
+    parser.set_defaults(func=_plan)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from nlscale.plan import load_cluster, make_plan
+    from nlscale.plan.advice import does_not_fit
+    from nlscale.plan.figure import draw_plan
+    from nlscale.plan.tables import print_plan
+
+    config, cluster = config_of(args), load_cluster(args.cluster)
+    plan = make_plan(config, cluster)
+    if args.figure and not plan.plain:
+        where = "is one node" if cluster.nodes == 1 else "holds each data-parallel group in a node"
+        raise UserError(f"--figure: {cluster.name} {where}, no gradient crosses the network")
+    if args.json:
+        print(json.dumps(plan.to_plain(), indent=1))
+    else:
+        width = None if sys.stdout.isatty() else _FILE_WIDTH
+        print_plan(plan, Console(highlight=False, markup=False, width=width))
+    if args.figure:
+        try:
+            written = draw_plan(plan, args.figure)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--figure {args.figure}: {error}") from None
+        print(written, file=sys.stderr if args.json else sys.stdout)
+    if not plan.fits:
+        raise UserError(does_not_fit(plan, config))
+    return 0

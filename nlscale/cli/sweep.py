@@ -1,0 +1,148 @@
+"""`nlscale sweep`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nlscale.errors import TrainingFailed, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from nlscale.cluster.machines import Cluster
+    from nlscale.scaling.sweep.runs import Run
+    from nlscale.scaling.sweep.spec import Sweep
+    from nlscale.scaling.sweep.status import Status
+
+_FILE_WIDTH = 120  # columns, where there is no terminal to ask
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `sweep` takes; sets `func(args) -> int`."""
+    parser.add_argument(
+        "sweep",
+        type=Path,
+        metavar="SWEEP",
+        help="a YAML file of axes, such as recipes/sweeps/quickstart.yaml",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only list the runs and what they cost"
+    )
+    parser.add_argument(
+        "--executor",
+        choices=("local", "slurm"),
+        default="local",
+        help="local: processes on this machine (default); slurm: an array of jobs",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="runs at a time on this machine (default: the sweep's workers, or a GPU each, or a "
+        "core each)",
+    )
+    parser.add_argument(
+        "--cluster",
+        metavar="YAML",
+        help="price the sweep in GPU-hours of these machines, for example "
+        "recipes/clusters/one-node-8-gpus.yaml; needed for slurm",
+    )
+    parser.add_argument(
+        "--utilisation",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="of the GPUs' peak that the price assumes (default: 0.4)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(func=_sweep)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from nlscale.cluster.machines import load_cluster
+    from nlscale.scaling.sweep.branches import share_stable_phases
+    from nlscale.scaling.sweep.cost import Price
+    from nlscale.scaling.sweep.listing import print_sweep, to_plain
+    from nlscale.scaling.sweep.runs import check_data, expand
+    from nlscale.scaling.sweep.spec import read_sweep
+    from nlscale.scaling.sweep.status import status
+
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers}: give 1 or more")
+    if args.executor == "slurm" and args.cluster is None:
+        raise UserError("--executor slurm: give the machines as well, --cluster YAML")
+    cluster = load_cluster(args.cluster) if args.cluster else None
+    price = None
+    if cluster and (args.executor == "local" or cluster.gpu_tflops):
+        price = Price(cluster, args.utilisation)
+    sweep = read_sweep(args.sweep)
+    if args.imports:
+        sweep.common["run.imports"] = [*sweep.common.get("run.imports", []), *args.imports]
+    runs = expand(sweep)
+    states = {run.name: status(run) for run in runs}
+    share_stable_phases(sweep, runs, states)
+
+    console = Console(
+        highlight=False,
+        markup=False,
+        stderr=args.json,
+        width=None if sys.stdout.isatty() else _FILE_WIDTH,
+    )
+    workers = args.workers or sweep.workers
+    if not args.dry_run:
+        for line in check_data(sweep, runs):
+            console.print(line, soft_wrap=True)
+    if not args.json:
+        print_sweep(sweep, runs, states, price, workers, console)
+    failed: dict[str, str] = {}
+    if not args.dry_run and not all(state.finished for state in states.values()):
+        if args.executor == "slurm":
+            assert cluster is not None
+            with contextlib.redirect_stdout(console.file):
+                _submit(sweep, runs, states, cluster)
+        else:
+            failed = _run_here(sweep, runs, states, workers, console)
+    if args.json:
+        print(json.dumps(to_plain(sweep, runs, states, price) | {"failed": failed}, indent=1))
+    if failed:
+        for name, reason in failed.items():
+            console.print(f"failed: {name}: {reason}", style="bold red", soft_wrap=True)
+        raise TrainingFailed(
+            f"{len(failed)} of {len(runs)} runs failed; mend that, and the same command runs only "
+            f"what is missing"
+        )
+    return 0
+
+
+def _run_here(
+    sweep: Sweep,
+    runs: list[Run],
+    states: dict[str, Status],
+    workers: int | None,
+    console: Console,
+) -> dict[str, str]:
+    from nlscale.scaling.sweep.board import Board
+    from nlscale.scaling.sweep.local import only_sweep, run_local, worker_places
+
+    with only_sweep(sweep.folder):
+        places = worker_places(workers)
+        console.print()
+        with Board(runs, states, len(places), console) as board:
+            failed = run_local(runs, states, places, board)
+    if not failed:
+        console.print(f"All have finished: nlscale fit {sweep.folder}", soft_wrap=True)
+    return failed
+
+
+def _submit(sweep: Sweep, runs: list[Run], states: dict[str, Status], cluster: Cluster) -> None:
+    from nlscale.cluster.launch.slurm import submit_array
+    from nlscale.scaling.sweep.slurm import write_commands
+
+    submit_array(write_commands(sweep, runs, states), cluster, sweep.path.stem, dry_run=False)

@@ -1,0 +1,127 @@
+"""The machines a run is planned for: a small YAML file, see recipes/clusters/."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from nlscale.cluster.spread import nodes_of_a_data_group
+from nlscale.config import schema
+from nlscale.errors import UserError
+
+_TIME = re.compile(r"(\d+-)?\d+:\d\d:\d\d")
+
+
+@dataclass
+class Slurm:
+    """How jobs are submitted."""
+
+    partition: str | None = None
+    """Null: the default one."""
+    account: str | None = None
+    """Null: the user's default."""
+    time: str = "24:00:00"
+    """Time limit of a job, as Slurm writes it: [days-]hours:minutes:seconds. A run that needs
+    longer goes on by itself in the next one."""
+    warn_seconds: int = 300
+    """How long before the time limit the ranks are told to stop; at least what a checkpoint and two
+    steps take."""
+    gpus: bool = True
+    """Ask for gpus_per_node GPUs on each node; false: ranks run on the CPU."""
+    options: list[str] = field(default_factory=list)
+    """Further options of sbatch, such as --exclusive or --qos=long."""
+    container: str | None = None
+    """Image for srun's --container-image (pyxis, enroot); null: none."""
+    mounts: str | None = None
+    """Its --container-mounts."""
+
+
+@dataclass
+class Launch:
+    """How ranks are started on the nodes."""
+
+    hosts: list[str] = field(default_factory=list)
+    """Names or addresses of the nodes, the first rank's first, where no scheduler chooses them."""
+    port: int = 29500
+    """Of the rendezvous on the first node; Slurm jobs use one that follows from their number."""
+    interface: str | None = None
+    """Network interface for NCCL's and gloo's sockets, such as ib0; null: they choose."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Further variables of every rank, such as NCCL_DEBUG: WARN."""
+    setup: str = "source .venv/bin/activate"
+    """Shell line run on each node before its ranks, in the folder of the clone."""
+    slurm: Slurm = field(default_factory=Slurm)
+    """Of `nlscale launch slurm`."""
+
+
+@dataclass
+class Cluster:
+    """Equal nodes joined by a network."""
+
+    name: str = MISSING
+    """Used in tables and figures."""
+    nodes: int = MISSING
+    """Machines."""
+    gpus_per_node: int = MISSING
+    """GPUs of a node; one rank runs on each."""
+    inter_node_gbit: float = MISSING
+    """What one node can send to the others, Gbit/s (10^9 bits a second), all its links together."""
+    gpu_memory_gib: float = MISSING
+    """Memory of one GPU, GiB (2^30 bytes)."""
+    gpu_tflops: float | None = None
+    """Dense bf16 peak of one GPU, TFLOP/s (10^12 FLOPs a second); only what prices needs it."""
+    launch: Launch = field(default_factory=Launch)
+    """How runs are started there; what only plans does not need it."""
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    def nodes_of_a_data_group(self, tensor: int, pipeline: int) -> int:
+        """Nodes that a data-parallel group spans.
+
+        Raises:
+            UserError: see `nlscale.cluster.spread.nodes_of_a_data_group`.
+        """
+        return nodes_of_a_data_group(self.ranks, self.gpus_per_node, tensor, pipeline)
+
+    def link_seconds(self, bytes_leaving: float) -> float:
+        """Seconds a node needs to send that many bytes at the full rate of its links."""
+        return bytes_leaving * 8 / (self.inter_node_gbit * 1e9)
+
+
+_CLUSTER = schema.Kind(
+    name="cluster file",
+    schema=Cluster,
+    form="a cluster is a mapping such as 'nodes: 2'; see recipes/clusters",
+    folder="recipes/clusters",
+    unset="{} not set; see recipes/clusters",
+    plain=True,
+)
+
+
+def load_cluster(path: str | Path) -> Cluster:
+    """Read and check a cluster file.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key (naming the nearest), a missing key, a
+            wrong type or a number that is not greater than 0.
+    """
+    tree, sources = schema.read(Path(path), _CLUSTER)
+    cluster = schema.build(tree, _CLUSTER, sources)
+    for name in ("nodes", "gpus_per_node", "inter_node_gbit", "gpu_memory_gib", "gpu_tflops"):
+        value = getattr(cluster, name)
+        if value is not None and not 0 < value < math.inf:
+            at = schema.where(name, sources)
+            raise UserError(f"{name} is {value}; it must be greater than 0{at}")
+    time = cluster.launch.slurm.time
+    if not _TIME.fullmatch(time):
+        raise UserError(
+            f"launch.slurm.time {time!r} is not a time limit; write [days-]hours:minutes:seconds "
+            f"in quotes, such as '24:00:00'{schema.where('launch.slurm.time', sources)}"
+        )
+    return cluster

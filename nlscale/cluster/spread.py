@@ -1,0 +1,54 @@
+"""How the ranks of a run are spread over nodes, for plan and training alike (without torch)."""
+
+from __future__ import annotations
+
+from nlscale.errors import UserError
+
+
+def nodes_of_a_data_group(ranks: int, per_node: int, tensor: int, pipeline: int) -> int:
+    """Nodes that a data-parallel group spans, the same number of its ranks on each.
+
+    megatron-core numbers tensor, data, pipeline: the ranks of a pipeline rank follow each other,
+    and those of a tensor-parallel group within them.
+
+    Args:
+        ranks: of the run.
+        per_node: of each node.
+        tensor: `parallel.tensor`.
+        pipeline: `parallel.pipeline`; with `tensor` it divides the ranks.
+
+    Raises:
+        UserError: nodes that are not full, a tensor-parallel group that does not fit a node, or
+            data-parallel groups that do not spread evenly.
+    """
+    if ranks % per_node:
+        raise UserError(
+            f"{ranks} ranks do not fill nodes of {per_node}; set parallel.ranks_per_node"
+        )
+    check_tensor(per_node, tensor)
+    of_a_pipeline_rank = ranks // pipeline
+    if of_a_pipeline_rank % per_node and per_node % of_a_pipeline_rank:
+        raise UserError(
+            f"parallel.pipeline {pipeline} gives each pipeline rank {of_a_pipeline_rank} GPUs "
+            f"({of_a_pipeline_rank // tensor} data-parallel x {tensor} tensor-parallel), which "
+            f"do not spread evenly over nodes of {per_node}; use a pipeline for which they fill "
+            f"whole nodes, or several fill one"
+        )
+    return max(1, of_a_pipeline_rank // per_node)
+
+
+def check_tensor(per_node: int, tensor: int) -> None:
+    """Refuse a tensor-parallel group that spans nodes.
+
+    Args:
+        per_node: ranks of a node.
+        tensor: `parallel.tensor`.
+
+    Raises:
+        UserError: the ranks of a node are not whole groups.
+    """
+    if per_node % tensor:
+        raise UserError(
+            f"parallel.tensor {tensor} does not divide the {per_node} GPUs of a node: layers would "
+            f"cross the network; use a divisor of {per_node}"
+        )

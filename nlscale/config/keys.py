@@ -1,0 +1,109 @@
+"""What a configuration class holds: its keys, their choices and meaning, and its plain values.
+
+All of it is read off the class: the fields, their types, and the text under each field.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import re
+import textwrap
+import typing
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+import yaml
+from omegaconf import MISSING
+
+
+def to_plain(value: Any) -> Any:
+    """A configuration as plain dicts, lists and scalars, enums by value, for YAML and JSON."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, list):
+        return [to_plain(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def keys_of(schema: type, prefix: str = "") -> list[str]:
+    """Every dotted key of a class; ``N`` stands for the index into a list."""
+    keys: list[str] = []
+    for name, hint in typing.get_type_hints(schema).items():
+        keys.append(prefix + name)
+        item = item_of(hint)
+        if is_dataclass(item):
+            index = "" if item is hint else ".N"
+            keys += keys_of(typing.cast(type, item), f"{prefix}{name}{index}.")
+    return keys
+
+
+def has_key(schema: type, key: str) -> bool:
+    """Whether a class has a dotted key; it may hold indices into lists."""
+    return re.sub(r"\.\d+", ".N", key) in keys_of(schema)
+
+
+def item_of(hint: Any) -> Any:
+    """The type of an entry where the type is a list, else the type itself."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
+
+
+def choices_of(hint: Any, f: dataclasses.Field[Any]) -> list[str]:
+    """The values that a field of a type may have, where they are listed: by it, or by name."""
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return [member.value for member in hint]
+    return f.metadata.get("names", [])
+
+
+def describe(schema: type, prefix: str = "") -> str:
+    """Every key with its default, choices and meaning, one paragraph a section."""
+    lines: list[str] = []
+    docs, hints = field_docs(schema), typing.get_type_hints(schema)
+    for f in fields(schema):
+        hint = hints[f.name]
+        item = item_of(hint)
+        key = f"{prefix}{f.name}"
+        if is_dataclass(item):
+            lines += [""] * (not prefix) + [f"{key}: {docs[f.name]}"]
+            lines.append(describe(typing.cast(type, item), f"{key}{'.N' * (item is not hint)}."))
+        else:
+            lines.append(f"{key} ({_default_of(f, choices_of(item, f))}): {docs[f.name]}")
+    return "\n".join(lines).strip()
+
+
+def _default_of(f: dataclasses.Field[Any], choices: list[str]) -> str:
+    value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    default = "required" if value == MISSING else yaml.safe_dump(to_plain(value))
+    notes = [default.strip().removesuffix("\n...")]
+    return "; ".join([*notes, "of " + ", ".join(choices)] if choices else notes)
+
+
+def field_docs(schema: type) -> dict[str, str]:
+    """The docstring under each field of a configuration class, on one line.
+
+    A field that is a section needs none: it has that of its class.
+    """
+    docs = {
+        name: class_doc(typing.cast(type, hint))
+        for name, hint in typing.get_type_hints(schema).items()
+        if is_dataclass(hint)
+    }
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(schema))).body
+    assert isinstance(definition, ast.ClassDef)
+    for node, following in itertools.pairwise(definition.body):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            docs[node.target.id] = " ".join(str(following.value.value).split())
+    return docs
+
+
+def class_doc(schema: type) -> str:
+    """The first paragraph of a class's docstring, on one line."""
+    return (inspect.getdoc(schema) or "").partition("\n\n")[0].replace("\n", " ")

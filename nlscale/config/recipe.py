@@ -1,0 +1,260 @@
+"""From a recipe and overrides to a checked `Config`, remembering where each value came from.
+
+    text (YAML) + overrides -> plain tree -> keys checked -> structured Config -> presets
+
+Everything here runs before a process group exists, so that a mistake costs a second.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import typing
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nlscale.config import keys, schema
+from nlscale.config.extensions import import_all
+from nlscale.config.keys import class_doc, field_docs, to_plain
+from nlscale.config.presets import MIXER_PRESETS
+from nlscale.config.units import declared_period
+from nlscale.config.vocabulary import Config, LevelConfig, LevelsConfig
+from nlscale.errors import UserError
+
+_LEVELS = "a list of levels, for example levels=[1,4,16]"
+RECIPE = schema.Kind(
+    name="recipe",
+    schema=Config,
+    form="a recipe is a mapping such as 'train: {steps: 10}'",
+    folder="recipes",
+    unset="{0} is not set; give it in the recipe or as {0}=...",
+    integer="an integer",
+    listing="`nlscale config --keys` lists all keys",
+    shapes={LevelsConfig: _LEVELS, LevelConfig: _LEVELS},
+)
+"""What a recipe has to be."""
+
+
+@dataclass
+class Recipe:
+    """A configuration and, for each key that is not a default, where its value came from."""
+
+    config: Config
+    sources: dict[str, str]
+
+
+def load(
+    path: str | Path | None, overrides: list[str] | None = None, trusted: bool = False
+) -> Recipe:
+    """Read a recipe and apply ``key=value`` overrides.
+
+    Args:
+        path: of the recipe; None: defaults and overrides alone.
+        overrides: applied in their order.
+        trusted: a person named this recipe, so that the modules of its `run.imports` are imported;
+            never for what lies in a run's folder, a checkpoint or an export.
+
+    Raises:
+        UserError: missing file, bad YAML, unknown key (naming the nearest), wrong type.
+    """
+    tree: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    if path is not None:
+        tree, sources = _read(Path(path))
+    _expand_levels(tree, sources)
+    for override in overrides or []:
+        key, value = _parse_override(override)
+        _override(tree, key, value, sources)
+        _expand_levels(tree, sources)
+    if trusted:
+        import_all(_imports(tree))
+    config = schema.build(tree, RECIPE, sources)
+    for index, level in enumerate(config.levels.spectrum):
+        declared_period(index, level)
+    _fill_presets(config, sources)
+    return Recipe(config, sources)
+
+
+def _imports(tree: dict[str, Any]) -> list[str]:
+    """run.imports, where it is what it should be; what is not is refused with all other keys."""
+    run = tree.get("run")
+    modules = run.get("imports") if isinstance(run, dict) else None
+    return [m for m in modules if isinstance(m, str)] if isinstance(modules, list) else []
+
+
+def write(config: Config, path: Path, imports: bool = False) -> None:
+    """Write the resolved configuration as a recipe that gives the same run again.
+
+    Args:
+        config: of the run.
+        path: of the file.
+        imports: keep `run.imports`. Without it they stand in a comment alone: what lies in a run's
+            folder is not to decide what is imported.
+    """
+    plain = to_plain(config)
+    command = f"nlscale train {path}"
+    if not imports:
+        command = " ".join([command, *(f"--import {module}" for module in config.run.imports)])
+        plain["run"]["imports"] = []
+    text = yaml.safe_dump(plain, sort_keys=False, default_flow_style=False)
+    path.write_text(f"# Resolved configuration; `{command}` runs it again.\n{text}")
+
+
+def explain(recipe: Recipe, key: str) -> str:
+    """What a key is, what it means, and where its value came from.
+
+    Raises:
+        UserError: no such key; the nearest one is named.
+    """
+    value: Any = recipe.config
+    meaning = ""
+    for part in key.split("."):
+        if is_dataclass(value) and part in {f.name for f in fields(value)}:
+            meaning = field_docs(type(value)).get(part, "")
+            value = getattr(value, part)
+        elif isinstance(value, list):
+            value = value[_index(value, part, key)]
+            meaning = class_doc(type(value))
+        else:
+            raise UserError(unknown_key(key))
+    source = recipe.sources.get(key, "the default, nlscale/config/vocabulary.py")
+    shown = yaml.safe_dump(
+        to_plain(value), default_flow_style=True, width=math.inf, sort_keys=False
+    )
+    shown = shown.strip().removesuffix("\n...")
+    return f"{key} = {shown}\n  from: {source}\n  {meaning}"
+
+
+def all_keys() -> list[str]:
+    """Every dotted key of a recipe; ``N`` stands for the index into a list."""
+    return keys.keys_of(Config)
+
+
+def has_key(key: str) -> bool:
+    """Whether a recipe may hold a dotted key."""
+    return keys.has_key(Config, key)
+
+
+def unknown_key(key: str) -> str:
+    """What to say of a dotted key that a recipe may not hold: the nearest that it may."""
+    return schema.unknown_key(key, RECIPE)
+
+
+def describe_keys() -> str:
+    """Every key with its default, choices and meaning, one paragraph a section."""
+    return keys.describe(Config)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    if "=" in str(path) and not path.exists():
+        raise UserError(
+            f"{str(path)!r} is an override; give the recipe before it{schema.others(RECIPE)}"
+        )
+    tree, sources = schema.read(path, RECIPE)
+    if isinstance(tree.get("levels"), list):  # `_expand_levels` moves it
+        for key in [key for key in sources if key.startswith("levels.")]:
+            sources[key.replace("levels", "levels.spectrum", 1)] = sources.pop(key)
+        sources["levels.spectrum"] = sources["levels"]
+    return tree, sources
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(
+            f"{text!r} is not an override; write key=value, for example train.steps=100"
+        )
+    try:
+        if "[" in key:
+            raise UserError(unknown_key(key))
+        # OmegaConf's YAML reads 1e-3 as a number, which plain YAML does not.
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError):
+        raise UserError(f"{text!r}: {value!r} is not a YAML value") from None
+    return key.strip(), typing.cast(dict[str, Any], parsed)["value"]
+
+
+def _override(tree: dict[str, Any], key: str, value: Any, sources: dict[str, str]) -> None:
+    """Set one key; a mapping sets the keys it holds and leaves the others alone."""
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            _override(tree, f"{key}.{name}", item, sources)
+        return
+    if key == "levels" and isinstance(value, list):
+        key = "levels.spectrum"
+    elif key == "run.imports" and isinstance(value, list):
+        value = list(dict.fromkeys([*_imports(tree), *value]))  # a command line adds modules
+    elif re.fullmatch(r"levels\.spectrum\.\d+", key):
+        key += ".period"
+    _set(tree, key.split("."), value, key)
+    for old in [k for k in sources if k == key or k.startswith(key + ".")]:
+        del sources[old]
+    _note(value, key, sources)
+
+
+def _note(value: Any, key: str, sources: dict[str, str]) -> None:
+    sources[key] = "the command line"
+    for name, item in value.items() if isinstance(value, dict) else ():
+        _note(item, f"{key}.{name}", sources)
+    for index, item in enumerate(value) if isinstance(value, list) else ():
+        _note(item, f"{key}.{index}", sources)
+
+
+def _set(tree: Any, parts: list[str], value: Any, key: str) -> None:
+    for depth, (part, following) in enumerate(itertools.pairwise(parts), 1):
+        if isinstance(tree, list):
+            tree = tree[_index(tree, part, key)]
+            continue
+        if not isinstance(tree.get(part), dict | list):
+            tree[part] = {}
+        tree = tree[part]
+        if isinstance(tree, dict) and following.isdigit():
+            if parts[:depth] == ["levels", "spectrum"]:
+                raise UserError(f"{key}: the recipe lists no levels; first give levels=[1,4,16]")
+            raise UserError(unknown_key(key))
+    if isinstance(tree, list):
+        tree[_index(tree, parts[-1], key)] = value
+    else:
+        tree[parts[-1]] = value
+
+
+def _index(items: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        last = f"; use 0 to {len(items) - 1}" if items else ""
+        raise UserError(f"{key}: {part!r} is not an index into a list of {len(items)}{last}")
+    return int(part)
+
+
+def _expand_levels(tree: dict[str, Any], sources: dict[str, str]) -> None:
+    """`levels: [1, 4, 16]` and `levels: [{name: ...}]` are short for `levels.spectrum`."""
+    levels = tree.get("levels")
+    if isinstance(levels, list):
+        levels = tree["levels"] = {"spectrum": levels}
+    spectrum = levels.get("spectrum") if isinstance(levels, dict) else None
+    if not isinstance(spectrum, list):
+        return
+    for i, entry in enumerate(spectrum):
+        key = f"levels.spectrum.{i}"
+        if not isinstance(entry, dict):
+            entry = spectrum[i] = {"period": entry}
+            sources[f"{key}.period"] = sources.get(key, "")
+        if "name" not in entry:
+            entry["name"] = f"level{i}"
+            sources[f"{key}.name"] = "its place in levels.spectrum"
+        if isinstance(entry.get("period"), int):
+            entry["period"] = str(entry["period"])
+
+
+def _fill_presets(config: Config, sources: dict[str, str]) -> None:
+    memory = config.model.memory
+    for name, value in MIXER_PRESETS.get(config.model.mixer, {}).items():
+        if getattr(memory, name) is None:
+            setattr(memory, name, value)
+            preset = f"the preset of model.mixer={config.model.mixer}"
+            sources[f"model.memory.{name}"] = preset

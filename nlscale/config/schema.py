@@ -1,0 +1,304 @@
+"""From a YAML file to a dataclass, and what to say where it is not one.
+
+    text -> plain tree, with the line of each key -> checked against the dataclass -> the dataclass
+
+Recipes, cluster files and sweep files are read and checked here; a `Kind` says what is particular
+to each. Every mistake is one line that names the key, the file and line, and the fix.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+from omegaconf import (
+    MISSING,
+    BooleanNode,
+    FloatNode,
+    IntegerNode,
+    OmegaConf,
+    StringNode,
+    ValueNode,
+)
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from nlscale.config.keys import choices_of, keys_of
+from nlscale.errors import UserError
+
+Made = TypeVar("Made")
+_NODES: dict[type, Callable[..., ValueNode]] = {
+    int: IntegerNode,
+    float: FloatNode,
+    bool: BooleanNode,
+    str: StringNode,
+}
+
+
+@dataclass(frozen=True)
+class Kind(Generic[Made]):
+    """A kind of file: the dataclass it becomes, and the words of its errors."""
+
+    name: str
+    """Such as 'recipe'."""
+    schema: type[Made]
+    """What it holds."""
+    form: str
+    """What its text has to be, as a sentence: 'a recipe is a mapping such as ...'."""
+    folder: str
+    """Where the repository keeps some."""
+    unset: str
+    """What is said of keys that are required and not there; ``{}`` stands for them."""
+    integer: str = "a whole number"
+    """What an int is called."""
+    listing: str = ""
+    """What lists all keys, which an unknown one is then compared with; empty: it is compared with
+    those of its section."""
+    plain: bool = False
+    """A number that plain YAML takes for a text, such as 1e6, is a text where one is asked for."""
+    exact: bool = False
+    """A number is not taken for a text, nor a text for a number."""
+    shapes: Mapping[type, str] = field(default_factory=dict)
+    """What a section of a class, or a list of them, is to be, where keys alone do not say it."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to say after a name that is none of the known: the nearest of them, or all."""
+    known = list(known)
+    return _close(name, known) or f"there are {', '.join(known)}"
+
+
+def _close(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"did you mean {near[0]!r}?" if near else ""
+
+
+def read(path: Path, kind: Kind[Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tree of plain values that a file holds, and for each dotted key its file and line.
+
+    The file alone stands under the empty key. Numbers are as OmegaConf reads them: 1e-3 is one.
+
+    Raises:
+        UserError: no such file (naming those that are there), not YAML, no mapping.
+    """
+    try:
+        if path.is_dir() or not path.exists():
+            raise UserError(f"no {kind.name} at {path}{others(kind)}")
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text)
+        # OmegaConf would take a lone word for a key.
+        if root is not None and not isinstance(root, yaml.MappingNode):
+            raise UserError(f"{path} is not a {kind.name}: {kind.form}")
+        tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+        if kind.plain:
+            tree = yaml.safe_load(text) or {}
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line} is not YAML: {error.problem}; {kind.form}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"{path} is not a {kind.name}: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    sources = {"": str(path)}
+    if root is not None:
+        _locate(root, "", str(path), sources)
+    return typing.cast(dict[str, Any], tree), sources
+
+
+def others(kind: Kind[Any]) -> str:
+    """What to say after a file that is not there: those of the repository, if any."""
+    here = sorted(str(path) for path in Path(kind.folder).glob("*.yaml"))
+    return f"; there are {', '.join(here)}" if here else ""
+
+
+def _locate(node: Any, key: str, path: str, sources: dict[str, str]) -> None:
+    if key:
+        sources[key] = f"{path} line {node.start_mark.line + 1}"
+    if isinstance(node, yaml.MappingNode):
+        for name, child in node.value:
+            _locate(child, f"{key}.{name.value}" if key else str(name.value), path, sources)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            _locate(child, f"{key}.{index}", path, sources)
+
+
+def where(key: str, sources: Mapping[str, str]) -> str:
+    """Where a key was read, in brackets, as errors end; nothing if it is not known."""
+    at = sources.get(key)
+    return f" ({at})" if at else ""
+
+
+def check(tree: Any, kind: Kind[Any], sources: Mapping[str, str]) -> dict[str, Any]:
+    """A tree whose keys and values are those of the kind's dataclass, choices by their member.
+
+    Raises:
+        UserError: an unknown key (naming the nearest), a section or list that is none, a value of
+            a wrong type or none of the choices, a required key that is not there.
+    """
+    return _Checker(kind, sources).whole(tree)
+
+
+def build(tree: Any, kind: Kind[Made], sources: Mapping[str, str]) -> Made:
+    """The dataclass of a kind, made of a tree; interpolations are resolved.
+
+    Raises:
+        UserError: see `check`; an interpolation of what is not there, or of a wrong type.
+    """
+    checker = _Checker(kind, sources)
+    checked = checker.whole(tree)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(kind.schema), OmegaConf.create(checked))
+        return typing.cast(Made, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise UserError(checker.explained(error)) from None
+
+
+def unknown_key(key: str, kind: Kind[Any]) -> str:
+    """What to say of a dotted key that is none of a kind's: the nearest of all, or their list."""
+    guess = _guess(key, keys_of(kind.schema))
+    return f"unknown key {key!r}; {f'did you mean {guess!r}?' if guess else kind.listing}"
+
+
+def unknown_name(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """What to say of a name in a section that holds others: the nearest of them, or all."""
+    guess = _close(name, known) or f"the keys are {', '.join(known)}"
+    return f"unknown key {prefix + name!r}; {guess}"
+
+
+def _guess(key: str, known: list[str]) -> str | None:
+    """The key that was meant, if one is near: in the same section, or of that name in another."""
+    plain = re.sub(r"[.\[](\d+)\]?", ".N", key)
+    near = difflib.get_close_matches(plain, known, 1, 0.75)
+    if not near:
+        names = [k.rpartition(".")[2] for k in known]
+        last = difflib.get_close_matches(key.rpartition(".")[2], names, 1, 0.6)
+        same = [k for k, name in zip(known, names, strict=True) if name in last]
+        near = difflib.get_close_matches(plain, same, 1, 0.0)
+    index = re.search(r"\d+", key)
+    return near[0].replace(".N", f".{index[0]}" if index else ".0") if near else None
+
+
+class _Checker:
+    """Holds a tree against a dataclass, all the way down."""
+
+    def __init__(self, kind: Kind[Any], sources: Mapping[str, str]) -> None:
+        self._kind, self._sources = kind, sources
+        self._unset: list[str] = []
+        self._scalars: dict[str, tuple[Any, type]] = {}
+
+    def whole(self, tree: Any) -> dict[str, Any]:
+        """The checked values of a tree."""
+        checked = self._section(tree, self._kind.schema, "")
+        if self._unset:
+            self._refuse("", self._kind.unset.format(", ".join(self._unset)))
+        return checked
+
+    def explained(self, error: OmegaConfBaseException) -> str:
+        """What OmegaConf says of an interpolation, in the words of the file."""
+        key = str(getattr(error, "full_key", "") or "").replace("[", ".").replace("]", "")
+        message = f"{key}: {str(error).strip().splitlines()[0]}"
+        if isinstance(error, ValidationError) and key in self._scalars:
+            message = self._wrong(key, *self._scalars[key])
+        return f"{message}{where(key, self._sources)}"
+
+    def _section(self, tree: Any, schema: type, prefix: str) -> dict[str, Any]:
+        hints = typing.get_type_hints(schema)
+        if not isinstance(tree, dict):
+            keys = f"a section of keys such as {prefix}{next(iter(hints))}"
+            self._misshapen(prefix.rstrip("."), tree, self._kind.shapes.get(schema, keys))
+        for name in tree:
+            if name not in hints:
+                self._unknown(str(name), hints, prefix)
+        checked = {}
+        for f in fields(schema):
+            value, key = tree.get(f.name, MISSING), f"{prefix}{f.name}"
+            if f.default == MISSING and value in (MISSING, None):
+                self._unset.append(key)
+            elif value != MISSING:  # which a file may say too, of a key that it does not set
+                checked[f.name] = self._value(value, hints[f.name], key, f)
+            elif is_dataclass(hints[f.name]):  # it may hold required keys
+                self._section({}, hints[f.name], f"{key}.")
+        return checked
+
+    def _value(self, value: Any, hint: Any, key: str, f: Field[Any]) -> Any:
+        if type(None) in typing.get_args(hint):
+            if value is None:
+                return None
+            (hint,) = (each for each in typing.get_args(hint) if each is not type(None))
+        if is_dataclass(hint):
+            return self._section(value, typing.cast(type, hint), f"{key}.")
+        if typing.get_origin(hint) is list:
+            return self._list(value, hint, key, f)
+        if typing.get_origin(hint) is dict:
+            return self._mapping(value, hint, key, f)
+        if choices := choices_of(hint, f):
+            if value not in choices:
+                more = "; --import the module that adds another" if "names" in f.metadata else ""
+                some = f"{', '.join(choices)}{more}"
+                self._refuse(key, f"{key}: {_shown(value)} is not one of {some}")
+            return hint(value)
+        if hint is not Any:
+            self._scalar(value, hint, key)
+        return value
+
+    def _list(self, value: Any, hint: Any, key: str, f: Field[Any]) -> list[Any]:
+        (item,) = typing.get_args(hint)
+        if not isinstance(value, list):
+            some = "a list" if isinstance(value, dict) else f"a list such as [{value or ''}]"
+            self._misshapen(key, value, self._kind.shapes.get(item, some))
+        return [self._value(each, item, f"{key}.{i}", f) for i, each in enumerate(value)]
+
+    def _mapping(self, value: Any, hint: Any, key: str, f: Field[Any]) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            self._misshapen(key, value, "a mapping such as {NAME: value}")
+        item = typing.get_args(hint)[1]
+        return {name: self._value(each, item, f"{key}.{name}", f) for name, each in value.items()}
+
+    def _scalar(self, value: Any, hint: type, key: str) -> None:
+        self._scalars[key] = value, hint
+        if not _fits(value, hint, self._kind.exact):
+            self._refuse(key, self._wrong(key, value, hint))
+
+    def _wrong(self, key: str, value: Any, hint: type) -> str:
+        words = {int: self._kind.integer, float: "a number", bool: "true or false", str: "a text"}
+        message = f"{key}: {_shown(value)} is not {words[hint]}"
+        if hint is int and re.fullmatch(r"-?\d+\.0", str(value)):
+            message += f"; write {str(value).removesuffix('.0')}"
+        if hint is str and value is not None:
+            message += "; put it in quotes"
+        return message
+
+    def _unknown(self, name: str, known: Iterable[str], prefix: str) -> typing.NoReturn:
+        key = prefix + name
+        if self._kind.listing:
+            self._refuse(key, unknown_key(key, self._kind))
+        self._refuse(key, unknown_name(name, known, prefix))
+
+    def _misshapen(self, key: str, value: Any, right: str) -> typing.NoReturn:
+        shown = "empty" if value is None else _shown(value)
+        self._refuse(key, f"{key} is {shown}; it must be {right}")
+
+    def _refuse(self, key: str, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}{where(key, self._sources)}")
+
+
+def _fits(value: Any, hint: type, exact: bool) -> bool:
+    """Whether OmegaConf takes a value for one of a scalar type; exact: only if it is of it."""
+    try:
+        _NODES[hint](value, is_optional=False)
+    except OmegaConfBaseException:
+        return False
+    return not exact or isinstance(value, (int, float) if hint is float else hint)
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML writes it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else repr(value)

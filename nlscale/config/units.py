@@ -1,0 +1,111 @@
+"""Values that carry their unit, as a recipe writes them: ``16 steps``, ``8M tokens``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Literal
+
+from nlscale.config.vocabulary import LevelConfig
+from nlscale.errors import UserError
+
+_MULTIPLIERS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+_PERIOD = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMGBT]?)\s*(steps?|tokens?)?\s*")
+
+
+@dataclass(frozen=True)
+class Period:
+    """How often a level updates: a number of optimizer steps or of tokens.
+
+    In tokens a period does not change when the global batch does (MATH: levels and update
+    frequency); in steps it does not change when the data do.
+    """
+
+    count: int
+    unit: Literal["steps", "tokens"]
+
+    @classmethod
+    def parse(cls, text: str | int) -> Period:
+        """Read ``16``, ``"16 steps"`` or ``"8M tokens"``; a bare number is steps.
+
+        Raises:
+            UserError: not of that form, not whole, or not at least 1.
+        """
+        match = _PERIOD.fullmatch(str(text))
+        if match is None:
+            raise UserError(
+                f"period {text!r} is not a duration; write for example '16 steps' or '8M tokens'"
+            )
+        number, multiplier, unit = match.groups()
+        count = Decimal(number) * _MULTIPLIERS[multiplier]
+        if count < 1:
+            raise UserError(f"period {text!r} is less than 1; the fastest level has '1 step'")
+        if count != int(count):
+            raise UserError(f"period {text!r} is not a whole number of steps or tokens")
+        return cls(int(count), "tokens" if (unit or "").startswith("token") else "steps")
+
+    def in_steps(self, tokens_per_step: int) -> int:
+        """The period in optimizer steps, at least 1, for a global batch of that many tokens."""
+        if self.unit == "steps":
+            return self.count
+        return max(1, round(self.count / tokens_per_step))
+
+    def __str__(self) -> str:
+        unit = self.unit[:-1] if self.count == 1 else self.unit
+        return f"{human_count(self.count) if self.unit == 'tokens' else self.count} {unit}"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often something is done in a run: every so many steps, tokens or minutes."""
+
+    count: float
+    unit: Literal["steps", "tokens", "minutes"]
+
+    @classmethod
+    def parse(cls, text: str) -> Interval:
+        """Read ``"500 steps"``, ``"2B tokens"`` or ``"30 minutes"``.
+
+        Raises:
+            UserError: not of that form, or not above 0.
+        """
+        minutes = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*minutes?\s*", text)
+        if minutes and float(minutes[1]) > 0:
+            return cls(float(minutes[1]), "minutes")
+        try:
+            period = Period.parse(text)
+        except UserError:
+            raise UserError(
+                f"{text!r} is not an interval; write '500 steps', '2B tokens' or '30 minutes'"
+            ) from None
+        return cls(period.count, period.unit)
+
+
+def declared_period(index: int, entry: LevelConfig) -> Period:
+    """The period of a level as the recipe has it.
+
+    Raises:
+        UserError: it is not a period; the key is named.
+    """
+    try:
+        return Period.parse(entry.period)
+    except UserError as error:
+        raise UserError(f"levels.spectrum.{index}.{error}") from None
+
+
+def human_count(count: float) -> str:
+    """A count in three figures and a unit: 950, 21.3k, 557k, 13.1M, 2.5B, 1T."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        # 999,950 reads "1M", not "1000k": the unit is chosen after rounding.
+        if abs(count) >= size * 0.9995:
+            return f"{float(f'{count / size:.3g}'):g}{unit}"
+    return f"{count:.3g}"
+
+
+def human_bytes(number: float) -> str:
+    """Bytes with a decimal prefix, as network and disk vendors count: ``1.3 GB``."""
+    for limit, suffix in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g} {suffix}"
+    return f"{number:.0f} B"

@@ -1,0 +1,385 @@
+"""The whole configuration vocabulary: every key a recipe may hold, with its unit and default.
+
+A recipe is a YAML file of these keys; ``nlscale train recipe.yaml key=value ...`` overrides them.
+How a recipe is read, merged, explained and checked is in `nlscale.config.recipe`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+MIXERS = ["hope", "hope-pure", "hope-paper", "gated-delta", "attention"]
+"""Names of the sequence mixers; what each is stands in `nlscale.model.mixers.table`."""
+
+RULES = ["adamw"]
+"""Names of the optimizer rules; what each is stands in `nlscale.optim.table`."""
+
+
+def one_of(names: list[str]) -> Any:
+    """A field that takes one of some names, the first by default. Packages may add names."""
+    return field(default=names[0], metadata={"names": names})
+
+
+class CmsForm(str, Enum):
+    """How the MLPs of a CMS block are composed (Eq. 70-73)."""
+
+    sequential = "sequential"
+    independent = "independent"
+
+
+class Dtype(str, Enum):
+    """Precision of parameters and activations; optimizer state is always fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Schedule(str, Enum):
+    """Shape of the learning rate after warm-up."""
+
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class PeriodRule(str, Enum):
+    """How a level's learning rate grows with its period C: not at all, sqrt(C) or C."""
+
+    none = "none"
+    sqrt = "sqrt"
+    linear = "linear"
+
+
+class ClipScope(str, Enum):
+    """Whose norm is clipped: each updating level by itself, or all that update jointly."""
+
+    level = "level"
+    joint = "joint"
+
+
+class Reduction(str, Enum):
+    """When a window crosses the network: once, when due, or (for comparison) at every step."""
+
+    deferred = "deferred"
+    every_step = "every-step"
+
+
+class Pending(str, Enum):
+    """How a checkpoint holds the windows of slow levels that are not full."""
+
+    canonical = "canonical"
+    """Summed over the nodes: loads on any layout. Costs one reduction of the pending groups."""
+    exact = "exact"
+    """Each node's own sums: the run is not touched, but only the same layout can load it."""
+
+
+class Recompute(str, Enum):
+    """A part of a block whose activations are computed again in the backward pass."""
+
+    mixer = "mixer"
+    """The memory scan, or softmax attention, from its projected inputs."""
+    cms = "cms"
+    """The hidden units of every CMS MLP, from the normalised residual stream."""
+
+
+@dataclass
+class RunConfig:
+    """Where a run writes and what makes it reproducible."""
+
+    dir: str = "runs/default"
+    """Folder of the run: resolved config, metrics.jsonl, summary.json, loss.png."""
+    max_restarts: int = 3
+    """Restarts of a Slurm job without a new checkpoint after which it gives up (exit code 4)."""
+    seed: int = 1234
+    """Seed of initial weights and of the order of the data."""
+    weights: str | None = None
+    """Folder of exported weights to start from instead of drawing them (continued pretraining);
+    see `nlscale checkpoint export`."""
+    imports: list[str] = field(default_factory=list)
+    """Python modules to import first, which add mixers, optimizer rules or evaluations of their
+    own; the command line adds to them. A run's own config.yaml names them in a comment alone."""
+
+
+@dataclass
+class DataConfig:
+    """The token shards made by ``nlscale data build``."""
+
+    dir: str = MISSING
+    """Folder of the shards and their index.json."""
+    sequence_length: int = 1024
+    """Tokens a sample trains on (it reads one more, the last target)."""
+    document_mask: bool = False
+    """Begin memories, convolutions and attention anew with each document of a sample, as if it
+    stood alone. False: a document sees those before it in the sample."""
+
+
+@dataclass
+class MemoryConfig:
+    """The self-modifying memory of the mixer (MATH 4). Null means: as `model.mixer` says."""
+
+    chunk: int = 64
+    """Tokens between two self-modifications; it is part of the model, not only of its speed."""
+    convolution: int = 4
+    """Window of the causal depthwise convolution before the memory, in tokens."""
+    lambda_init: float | None = None
+    """Initial weight of the self-modified part of k and v, per head (hope: 0.3)."""
+    anchored: bool | None = None
+    """Decay toward the learned initial memory instead of toward zero (MATH 4.4)."""
+    c: float | None = None
+    """1: the paper's delta gradient descent; 0: the plain delta rule (MATH 4.3)."""
+    normalize_value: bool | None = None
+    """L2-normalise v in the update of the memories that make k, v and the gates."""
+    separate_inputs: bool | None = None
+    """Separate projections of x for what feeds k and what feeds v."""
+    static_gates: bool | None = None
+    """Add a linear of x to the self-modifying gate logits."""
+    output_gate: bool | None = None
+    """Multiply the read by SiLU of a linear of x."""
+    read_norm: bool | None = None
+    """RMS-normalise the read of each head."""
+    eta_bias: float | None = None
+    """Initial bias of the write-strength logit (hope: 0; c = 1 needs about -2)."""
+    alpha_bias: float = 4.0
+    """Initial bias of the decay logit, the middle of a spread of 1 over the heads."""
+
+
+@dataclass
+class ModelConfig:
+    """The network. A Transformer is `mixer: attention` with one level."""
+
+    mixer: str = one_of(MIXERS)
+    """hope | hope-pure | hope-paper | gated-delta | attention (MATH 4.5)."""
+    layers: int = 12
+    """Blocks; each is a mixer followed by a CMS block."""
+    d_model: int = 768
+    """Width of the residual stream."""
+    heads: int = 12
+    """Heads of the mixer; the head dimension is d_model / heads."""
+    cms: CmsForm = CmsForm.sequential
+    """How the MLPs of a block's levels are composed: sequential (Eq. 70) or independent."""
+    hidden: int | None = None
+    """Hidden units of all CMS MLPs of a block together. Null: what makes mixer and CMS together
+    as large as a Transformer block, 12 d_model^2, so that mixers compare at equal parameters."""
+    vocabulary: int | None = None
+    """Token ids the model knows; null: what the data's tokenizer has."""
+    rope_base: float = 10000.0
+    """Base of the rotary positions of `attention`."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in every RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; projections into the residual stream are divided
+    by sqrt(2 layers)."""
+    mup_base_width: int | None = None
+    """The d_model at which the optimizer's numbers and init_std were tuned: muP carries them over
+    to this d_model, at the same head size and with the CMS wider in proportion
+    (nlscale/model/width.py). Null, or d_model itself: the standard parametrisation."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """The self-modifying memory."""
+
+
+def head_dim(model: ModelConfig) -> int:
+    """Dimension of a head of the mixer."""
+    return model.d_model // model.heads
+
+
+@dataclass
+class LevelConfig:
+    """One level: the parts of the model that update together, once a period (MATH 1)."""
+
+    name: str = MISSING
+    """Used in metrics and figures."""
+    period: str = "1 step"
+    """How often the level updates: '16 steps' or '8M tokens'."""
+    hidden: int | None = None
+    """Hidden units of this level's MLP in each block; null: an equal share of model.hidden."""
+    learning_rate: float = 1.0
+    """Factor on optimizer.learning_rate for this level, beside the rule of its period."""
+
+
+@dataclass
+class LevelsConfig:
+    """The spectrum of levels, fastest first, and how they are reduced and learn.
+
+    A recipe may give `levels` as a plain list; it is then the spectrum. An entry may be a bare
+    period: ``levels=[1,4,16]``.
+    """
+
+    spectrum: list[LevelConfig] = field(default_factory=lambda: [LevelConfig(name="base")])
+    """The levels. Everything outside the CMS MLPs belongs to the first."""
+    stagger: bool = True
+    """Blocks at different depths update a slow level at different steps of its period, so that
+    its traffic is spread evenly; the phase depends on depth only."""
+    learning_rate_rule: PeriodRule = PeriodRule.none
+    """How the learning rate grows with the period. The default is none: Adam's step does not
+    shrink with a longer window."""
+    reduction: Reduction = Reduction.deferred
+    """deferred: a window crosses the inter-node network once, when due. every-step: at each step,
+    with the same updates; only for measuring what deferral saves."""
+
+
+@dataclass
+class OptimizerConfig:
+    """The rule that updates weights, sampled at each update of a level."""
+
+    rule: str = one_of(RULES)
+    """How a gradient becomes an update: adamw."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    min_learning_rate: float = 0.1
+    """Final learning rate as a fraction of the peak."""
+    schedule: Schedule = Schedule.cosine
+    """cosine, or wsd: warm-up, stable, linear decay."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up of the whole run."""
+    warmup_updates: int = 0
+    """Updates over which each level warms up beside that, linearly, counted in its own updates:
+    a slow level makes its first ones when the run's warm-up is long over. 0: none."""
+    decay_fraction: float = 0.2
+    """Share of the steps that wsd spends decaying."""
+    beta1: float = 0.9
+    """Decay of the first moment, per update."""
+    beta2: float = 0.95
+    """Decay of the second moment, per update."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay per update, on matrices only."""
+    clip: float = 1.0
+    """Largest norm of the window gradient; 0 switches clipping off."""
+    clip_scope: ClipScope = ClipScope.level
+    """level: each updating level by its own norm; joint: by the norm of all that update."""
+
+
+@dataclass
+class TrainConfig:
+    """The length and shape of training."""
+
+    steps: int = 1000
+    """Optimizer steps of the run."""
+    global_batch: int = 32
+    """Sequences a step, over all ranks."""
+    micro_batch: int = 4
+    """Sequences a rank passes through the model at once."""
+    dtype: Dtype = Dtype.bf16
+    """bf16 or fp32 parameters and activations."""
+    recompute: list[Recompute] = field(default_factory=list)
+    """Parts of each block that are computed again in the backward pass instead of kept: `mixer`,
+    `cms`. Same numbers, less memory, more time."""
+    kernels: bool = True
+    """On GPUs run the memory scan, the loss and the small operations as fused kernels, and add up
+    the gradients of weights inside the products that make them. False: as torch operations, one
+    by one, and many times slower; to find out whether a kernel is at fault."""
+    validate_every: int = 100
+    """Steps between validations; one is always made before the first and after the last step."""
+    validation_sequences: int = 64
+    """Held-out sequences a validation reads."""
+    drop_spikes: float | None = None
+    """Drop a step whose loss is more than this many times the median of the last 50 steps; null:
+    only steps whose loss or gradient is not finite are dropped."""
+    max_dropped_steps: int = 8
+    """Dropped steps in a row after which training gives up."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the model and the batch are spread over ranks."""
+
+    tensor: int = 1
+    """Ranks that share every layer (tensor parallel)."""
+    pipeline: int = 1
+    """Ranks that share the stack of layers (pipeline parallel)."""
+    sequence: bool = False
+    """Split the residual stream along the sequence between the tensor-parallel regions (sequence
+    parallel): activations shrink, the bytes sent stay the same. Needs tensor > 1."""
+    virtual_stages: int = 1
+    """Model stages a pipeline rank holds; above 1 the schedule is interleaved."""
+    stages: list[int] | None = None
+    """Blocks of each of the pipeline x virtual_stages model stages, first stage first; null: cut
+    so that the costliest stage costs least."""
+    ranks_per_node: int | None = None
+    """Ranks on one node; null: what torchrun says (LOCAL_WORLD_SIZE), else all of them."""
+    overlap: bool = True
+    """Overlap the reduction inside the node with the backward pass."""
+    replica_check_every: int = 200
+    """Steps between comparisons of parameters and optimizer state across replicas; 0: never."""
+    straggler_check_every: int = 50
+    """Steps between comparisons of how long the ranks compute; 0: never."""
+
+
+@dataclass
+class TimeoutsConfig:
+    """Seconds after which a rank that is lost or hangs ends the run on all ranks, with exit code 5
+    and one message that names it."""
+
+    startup: float = 1800.0
+    """Until all ranks have come together, and again for each part of the first step of a start."""
+    step: float = 600.0
+    """For each part of a later step, such as its consensus, and for a validation."""
+    checkpoint: float = 1800.0
+    """For writing a checkpoint, and for reading one."""
+    silence: float = 60.0
+    """A rank of which nothing is heard for so long was killed, stopped or cut off."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints in run.dir/checkpoints; a run that is started again goes on from the newest."""
+
+    every: str | None = "500 steps"
+    """How often: '500 steps', '2B tokens' or '30 minutes'; null: only at `steps`."""
+    steps: list[int] = field(default_factory=list)
+    """Steps after which to save beside that, such as where a learning rate begins to fall. A run
+    that saves at all saves after its last step too."""
+    keep: int = 2
+    """The newest checkpoints that are kept."""
+    keep_every: int | None = None
+    """Beside them, those of every so many steps are kept for good; null: none."""
+    pending: Pending = Pending.canonical
+    """How unfinished windows are stored: canonical (any layout) or exact (same layout only)."""
+
+
+@dataclass
+class ResumeConfig:
+    """Going on from a checkpoint."""
+
+    allow: list[str] = field(default_factory=list)
+    """Keys whose value may differ from the checkpoint's, `data` for other data. Without it a
+    change that would make it another run is refused."""
+    start: str | None = None
+    """Checkpoint of another run to branch from, such as runs/a/checkpoints/step-00000800, used only
+    while this run has none of its own. That run may differ in length, where its learning rate does
+    not depend on that up to there (wsd before its decay)."""
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases; metrics.jsonl is written in any case."""
+
+    enabled: bool = False
+    """Track the run with wandb; without a key or network it is tracked offline."""
+    project: str = "nlscale"
+    """Project name."""
+    name: str | None = None
+    """Run name; null: the last part of run.dir."""
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    evaluate: list[str] = field(default_factory=list)
+    """Evaluations made with each validation, beside its loss, into metrics.jsonl."""
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    levels: LevelsConfig = field(default_factory=LevelsConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)

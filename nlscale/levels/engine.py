@@ -1,0 +1,373 @@
+"""Stepping the levels: each sync group when it is due, by its own window gradient (MATH 1).
+
+One megatron-core `DistributedOptimizer` a sync group, sharded over the data-parallel ranks of a
+node. The step count of a rule, and its bias correction, count the updates of the group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nlscale.config.vocabulary import ClipScope, Config, Dtype, Reduction
+from nlscale.levels.groups import group_parameters
+from nlscale.levels.spectrum import Level, SyncGroup, reduction_bytes, sync_group
+from nlscale.levels.window import Window, reduce_across_nodes, sum_of_squares
+from nlscale.model.decoder import Decoder, named_parameters
+from nlscale.model.width import width_multiplier
+from nlscale.ops.transfer import HostCopy
+from nlscale.optim.schedule import learning_rate, update_warmup
+from nlscale.optim.table import rule
+from nlscale.parallel import cpu
+from nlscale.parallel.consensus import Consensus, Verdict
+from nlscale.parallel.layout import Layout
+from nlscale.parallel.replicas import data_parallel_group, first_difference
+
+_RATIO_EVERY = 10
+"""Updates between two measurements of the update-to-weight ratio of a level of period 1."""
+
+
+@dataclass
+class GroupOptimizer:
+    """A sync group's window and the optimizer that applies it."""
+
+    window: Window
+    optimizer: DistributedOptimizer
+
+    @property
+    def group(self) -> SyncGroup:
+        return self.window.group
+
+
+@dataclass
+class Progress:
+    """Where a sync group stands; the same on every rank, also on those that hold none of it."""
+
+    tokens: int = 0
+    """Tokens in the window, of the steps admitted since the last update, over all ranks."""
+    updates: int = 0
+    reductions: int = 0
+    """Across nodes; fewer than steps only where they are deferred."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """An update that is under way on the device."""
+
+    rates: dict[SyncGroup, float]
+    """Learning rates of the groups that are due."""
+    norms: HostCopy
+    """Of the window gradients, by level."""
+    moved: HostCopy | None
+    """|update| and |weights| by level; None where no ratio is measured."""
+
+
+class LevelOptimizer:
+    """All sync groups of a rank's part of the model, and the progress of all of the model."""
+
+    def __init__(
+        self,
+        config: Config,
+        levels: list[Level],
+        stages: list[Decoder],
+        vocabulary: int,
+        megatron: TransformerConfig,
+        layout: Layout,
+    ) -> None:
+        self.config, self.levels, self.layout = config, levels, layout
+        self.groups = [
+            _group_optimizer(group, parameters, config, megatron, layout)
+            for group, parameters in split_by_group(config, levels, stages).items()
+        ]
+        self._sizes = group_parameters(config, levels, vocabulary, config.levels.stagger)
+        self.progress = {group: Progress() for group in self._sizes}
+        parameters: dict[str, Any] = named_parameters(stages)
+        self._partial = [p for p in parameters.values() if p.partial_gradient]
+
+    @property
+    def windows(self) -> list[Window]:
+        return [g.window for g in self.groups]
+
+    def start_step(self) -> None:
+        """Before the first backward pass of a step."""
+        for window in self.windows:
+            window.start_step()
+
+    def finish_backward(self) -> Tensor:
+        """Sum the step's gradient inside the node; whether it is finite here, a bool tensor."""
+        for window in self.windows:
+            window.finish_step()
+        self._sum_partial_gradients()
+        return torch.isfinite(torch.stack([w.square() for w in self.windows])).all()
+
+    def update(self, step: int, consensus: Consensus) -> Update:
+        """Add the step to the windows and step the groups that are due; at the end, all of them.
+
+        The host asks for all of this before it knows whether the step is admitted: a step that is
+        not enters no window, and a group whose window holds no tokens is left as it is. `conclude`
+        is to follow.
+
+        Args:
+            step: counted from 1.
+            consensus: of all ranks on that step.
+        """
+        if self.config.levels.reduction == Reduction.every_step:
+            reduce_across_nodes(self.layout, [s for w in self.windows for s in w.shards])
+        for window in self.windows:
+            window.add_step(consensus.admitted)
+        last = step == self.config.train.steps
+        closing = {g: progress for g, progress in self.progress.items() if g.due(step) or last}
+        due = [g for g in self.groups if g.group in closing]
+        if self.config.levels.reduction == Reduction.deferred:
+            reduce_across_nodes(self.layout, [s for g in due for s in g.window.sums])
+        tokens = {group: consensus.tokens + progress.tokens for group, progress in closing.items()}
+        for g in due:
+            g.window.close()
+            with cpu.cuda_by_name():
+                g.optimizer.prepare_grads()
+        norms = self._norms(due, tokens)
+        norms_for_host = HostCopy(norms)
+        compared = {
+            group
+            for group, progress in closing.items()
+            if group.period > 1 or progress.updates % _RATIO_EVERY == 0
+        }
+        measured = [g for g in due if g.group in compared]
+        before = [[p.detach().clone() for p in _main_parameters(g)] for g in measured]
+        rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
+        rates = {
+            group: rate
+            * self.levels[group.level].learning_rate_scale
+            * update_warmup(self.config.optimizer, progress.updates)
+            for group, progress in closing.items()
+        }
+        for g in due:
+            count = tokens[g.group]
+            g.window.scale(self._clip_factor(norms, g.group.level) / count.clamp(min=1))
+            inner: Any = g.optimizer.optimizer
+            # What torch's gradient scaler sets where the optimizer is to change nothing at all.
+            inner.found_inf = (count == 0).to(torch.float32)
+            for param_group in inner.param_groups:
+                param_group["lr"] = rates[g.group] * param_group["lr_mult"]
+            with cpu.cuda_by_name():
+                g.optimizer.step_with_ready_grads()
+        moved = HostCopy(self._moved(measured, before)) if compared else None
+        return Update(rates, norms_for_host, moved)
+
+    def conclude(self, update: Update, verdict: Verdict) -> dict[int, dict[str, float | None]]:
+        """Note where the groups stand after an update, once the verdict on its step is known.
+
+        The host waits for the norms, and for the whole update where a ratio is measured.
+
+        Returns:
+            For each level that updated: its learning rate, the norm of its window gradient before
+            clipping, and the norm of its update over that of its weights (None at the steps at
+            which that is not measured: for a level of period 1, all but every tenth).
+        """
+        every_step = self.config.levels.reduction == Reduction.every_step
+        done: dict[int, float] = {}
+        for group, progress in self.progress.items():
+            due = group in update.rates
+            progress.reductions += every_step or due
+            progress.tokens += verdict.tokens if verdict.admitted else 0
+            if due and progress.tokens:
+                progress.tokens, progress.updates = 0, progress.updates + 1
+                done[group.level] = update.rates[group]
+        norms = update.norms.read()
+        none = [0.0] * len(self.levels)
+        moved, weights = update.moved.read() if update.moved is not None else (none, none)
+        return {
+            level: {
+                "learning_rate": rate,
+                "grad_norm": norms[level],
+                "update_ratio": moved[level] / weights[level] if weights[level] else None,
+            }
+            for level, rate in done.items()
+        }
+
+    def settle_windows(self) -> None:
+        """Bring pending windows into canonical form: the first node holds the sum of all of them.
+
+        What they add up to stays the same, up to rounding. It costs one reduction across nodes of
+        the pending groups.
+        """
+        if self.layout.nodes == 1 or self.config.levels.reduction == Reduction.every_step:
+            return
+        pending = [w for w in self.windows if self.progress[w.group].tokens]
+        sums = [s for window in pending for s in window.sums]
+        reduce_across_nodes(self.layout, sums)
+        if self.layout.node_rank > 0:
+            for tensor in sums:
+                tensor.zero_()
+
+    def counts(self, level: int) -> tuple[int, int]:
+        """Updates and reductions of a level: of that of its sync groups that made most."""
+        mine = [p for group, p in self.progress.items() if group.level == level]
+        return max(p.updates for p in mine), max(p.reductions for p in mine)
+
+    def traffic(self, step: int) -> tuple[float, float]:
+        """Inter-node bytes that a node sends at this step, and that it does not have to send.
+
+        Gradients only, mean over the nodes, as `nlscale plan` counts them; the second because
+        groups are not due.
+        """
+        waiting = 0
+        if self.config.levels.reduction == Reduction.deferred:
+            waiting = sum(n for group, n in self._sizes.items() if not group.due(step))
+        crossing = sum(self._sizes.values()) - waiting
+        nodes = self.layout.nodes
+        share = nodes / self.layout.all_nodes
+        return share * reduction_bytes(crossing, nodes), share * reduction_bytes(waiting, nodes)
+
+    def window_fill(self, level: int, tokens_per_step: int) -> float:
+        """Share of its period that the fullest window of a level holds now, 0 to 1."""
+        return max(
+            progress.tokens / (group.period * tokens_per_step)
+            for group, progress in self.progress.items()
+            if group.level == level
+        )
+
+    def replica_difference(self, parameters: dict[str, Any]) -> str | None:
+        """The first parameter, or optimizer state, that replicas do not share bit for bit.
+
+        Args:
+            parameters: this rank's, by name.
+        """
+        named = {name: p.detach() for name, p in parameters.items()}
+        whole = {n: p for n, p in named.items() if not parameters[n].tensor_model_parallel}
+        different = first_difference(self.layout, named, data_parallel_group())
+        if different is None and whole:
+            different = first_difference(self.layout, whole, self.layout.tensor_group)
+        if different is None and self.layout.across_nodes is not None:
+            state = {
+                f"{key} of the optimizer, level {g.group.level} phase {g.group.phase}, shard {i}": v
+                for g in self.groups
+                for i, p in enumerate(_main_parameters(g))
+                for key, v in {"weights": p, **g.optimizer.optimizer.state[p]}.items()
+                if v.dim() > 0  # the step count of a shard is a scalar, equal by construction
+            }
+            if state:
+                different = first_difference(self.layout, state, self.layout.across_nodes)
+        return different
+
+    def _sum_partial_gradients(self) -> None:
+        """Sum over the tensor-parallel group what its ranks see parts of.
+
+        Of the buffers that the reduction inside the node has gone over: it changes other elements
+        of them on other data-parallel ranks, but the same ones on all ranks of a tensor group.
+        """
+        if not self._partial:
+            return
+        gradients = [p.main_grad for p in self._partial]
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        dist.all_reduce(flat, group=self.layout.tensor_group)
+        sums = flat.split([g.numel() for g in gradients])
+        for gradient, summed in zip(gradients, sums, strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+    def _norms(self, due: list[GroupOptimizer], tokens: dict[SyncGroup, Tensor]) -> Tensor:
+        """Norm of the mean window gradient of what updates now, per level, float64.
+
+        The buffers hold sums, over that many tokens; what holds none does not count.
+        """
+        squares = torch.zeros(len(self.levels), dtype=torch.float64, device=self.layout.device)
+        for g in due:
+            square = g.window.square()
+            if self.layout.tensor_rank > 0:
+                # what every tensor-parallel rank holds counts once, on the first of them
+                shared = [p.grad for p in _main_parameters(g) if not p.tensor_model_parallel]
+                square -= sum(sum_of_squares(grad) for grad in shared)
+            count = tokens[g.group]
+            squares[g.group.level] += torch.where(count > 0, square / count.square(), 0.0)
+        dist.all_reduce(squares, group=self.layout.replica)
+        return squares.sqrt()
+
+    def _moved(self, due: list[GroupOptimizer], before: list[list[Tensor]]) -> Tensor:
+        """|update| and |weights| of what has just updated, per level, float64 [2, levels].
+
+        A reduction over the replica: every rank of it takes part, whether or not it holds a part
+        of what has updated.
+        """
+        squares = torch.zeros(2, len(self.levels), dtype=torch.float64, device=self.layout.device)
+        for g, old in zip(due, before, strict=True):
+            squares[1, g.group.level] += self._square(old, g)
+            torch._foreach_sub_(old, _main_parameters(g))
+            squares[0, g.group.level] += self._square(old, g)
+        dist.all_reduce(squares, group=self.layout.replica)
+        return squares.sqrt()
+
+    def _square(self, tensors: list[Tensor], g: GroupOptimizer) -> Tensor | float:
+        """Sum of squares of one tensor a parameter shard, those on every tensor rank once."""
+        counted = [
+            tensor
+            for tensor, p in zip(tensors, _main_parameters(g), strict=True)
+            if p.tensor_model_parallel or self.layout.tensor_rank == 0
+        ]
+        return torch.stack(torch._foreach_norm(counted)).square().sum() if counted else 0.0
+
+    def _clip_factor(self, norms: Tensor, level: int) -> Tensor:
+        clip = self.config.optimizer.clip
+        if clip == 0:
+            return torch.ones_like(norms[level])
+        joint = self.config.optimizer.clip_scope == ClipScope.joint
+        norm = norms.square().sum().sqrt() if joint else norms[level]
+        return (clip / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _main_parameters(g: GroupOptimizer) -> list[Any]:
+    """This rank's fp32 parameter shards of a group, as the inner optimizer holds them."""
+    return [p for group in g.optimizer.optimizer.param_groups for p in group["params"]]
+
+
+def split_by_group(
+    config: Config, levels: list[Level], stages: list[Decoder]
+) -> dict[SyncGroup, dict[str, nn.Parameter]]:
+    """The parameters of some stages by sync group, in the order of levels and phases."""
+    split: dict[SyncGroup, dict[str, nn.Parameter]] = {}
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            level, depth = stage.level_and_depth(name)
+            group = sync_group(levels[level], depth, config.model.layers, config.levels.stagger)
+            split.setdefault(group, {})[name] = parameter
+    return dict(sorted(split.items()))
+
+
+def _group_optimizer(
+    group: SyncGroup,
+    parameters: dict[str, nn.Parameter],
+    config: Config,
+    megatron: TransformerConfig,
+    layout: Layout,
+) -> GroupOptimizer:
+    window = Window(group, parameters, megatron, layout, config.parallel.overlap)
+    inner = rule(config.optimizer.rule).make(
+        config.optimizer, width_multiplier(config.model), [*parameters.values()]
+    )
+    with cpu.cuda_by_name():
+        optimizer = DistributedOptimizer(
+            inner,
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.optimizer.learning_rate,
+                bf16=config.train.dtype == Dtype.bf16,
+                params_dtype=megatron.params_dtype,
+                use_distributed_optimizer=True,
+                clip_grad=0.0,
+            ),
+            None,  # no loss scale: bf16 and fp32 need none
+            None,
+            [window.ddp],
+            {0: window.ddp.buffers},
+            data_parallel_group=layout.within_node.dp,
+            data_parallel_group_gloo=None,
+            data_parallel_group_idx=0,
+            distributed_optimizer_instance_id=0,
+        )
+    return GroupOptimizer(window, optimizer)

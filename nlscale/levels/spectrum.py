@@ -1,0 +1,122 @@
+"""Levels: which parts of the model update when. Pure Python; nothing here knows of tensors.
+
+A level with period C updates at the end of every window of C steps (MATH 1, Eq. 70-71):
+
+    theta_l <- theta_l - sum_{t in window} eta_t f(theta_l; x_t)     if i = phase (mod C_l)
+
+A sync group is (level, phase): the parameters that are reduced and stepped together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nlscale.config.units import declared_period
+from nlscale.config.vocabulary import LevelsConfig, PeriodRule
+from nlscale.errors import UserError
+
+FEW_UPDATES = 200
+"""A slow level that updates less often than this in a run is warned about."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """A set of parameters that share an update period."""
+
+    index: int
+    """Position in the spectrum; 0 is the fastest and holds everything outside the CMS."""
+    name: str
+    period: int
+    """Steps between two updates of a parameter of this level."""
+    learning_rate_scale: float
+    """Factor on the run's learning rate: the level's own times the rule of its period."""
+
+
+@dataclass(frozen=True, order=True)
+class SyncGroup:
+    """The parameters of one level that update at the same steps."""
+
+    level: int
+    phase: int
+    """The group updates at the steps i = 1, 2, ... with i = phase (mod period)."""
+    period: int
+
+    def due(self, step: int) -> bool:
+        """Whether the group updates at the end of this step, counted from 1."""
+        return (step - self.phase) % self.period == 0
+
+    def updates(self, steps: int) -> int:
+        """How often it updates in a run of that many steps, the last partial window included."""
+        first = self.phase or self.period
+        full = 0 if steps < first else (steps - first) // self.period + 1
+        return full + (0 if self.due(steps) else 1)
+
+
+def spectrum(config: LevelsConfig, tokens_per_step: int) -> list[Level]:
+    """The levels of a configuration, fastest first, periods in steps.
+
+    Raises:
+        UserError: no level, a period that is none, two of one name, or a level faster than the
+            one before it.
+    """
+    if not config.spectrum:
+        raise UserError("levels.spectrum is empty; the simplest is levels=[1]")
+    levels: list[Level] = []
+    for index, entry in enumerate(config.spectrum):
+        period = declared_period(index, entry).in_steps(tokens_per_step)
+        if any(entry.name == level.name for level in levels):
+            raise UserError(f"levels.spectrum.{index}.name: {entry.name!r} is taken; rename one")
+        if levels and period < levels[-1].period:
+            raise UserError(
+                f"levels.spectrum.{index}: period {period} steps is shorter than "
+                f"{levels[-1].name!r}'s {levels[-1].period}; list the fastest level first"
+            )
+        scale = entry.learning_rate * _rule(config.learning_rate_rule, period)
+        levels.append(Level(index, entry.name, period, scale))
+    return levels
+
+
+def reduction_bytes(parameters: float, nodes: int) -> float:
+    """Bytes that leave a node when the gradient of that many parameters crosses the network once.
+
+    A ring all-reduce in fp32: each node sends 2 (n - 1) / n of the 4 bytes a parameter.
+    """
+    return 2 * (nodes - 1) / nodes * 4 * parameters
+
+
+def phase(level: Level, depth: int, layers: int, stagger: bool) -> int:
+    """The phase of a level in the block at that depth.
+
+    Staggered, the blocks of a stack divide the period evenly among themselves; unstaggered, all
+    update together. It depends on depth alone, never on the cluster, so that the same run on
+    other hardware makes the same updates.
+    """
+    return depth * level.period // layers if stagger else 0
+
+
+def sync_group(level: Level, depth: int, layers: int, stagger: bool) -> SyncGroup:
+    """The sync group of a level's parameters in the block at that depth."""
+    return SyncGroup(level.index, phase(level, depth, layers, stagger), level.period)
+
+
+def planned_updates(level: Level, layers: int, stagger: bool, steps: int) -> int:
+    """Updates of a level in a run: of that of its sync groups that makes most."""
+    groups = {sync_group(level, depth, layers, stagger) for depth in range(layers)}
+    return max(group.updates(steps) for group in groups)
+
+
+def slow_level_warnings(levels: list[Level], layers: int, stagger: bool, steps: int) -> list[str]:
+    """A line for each level that will hardly learn, because it updates too rarely in the run."""
+    lines = []
+    for level in levels:
+        updates = planned_updates(level, layers, stagger, steps)
+        if level.period > 1 and updates < FEW_UPDATES:
+            lines.append(
+                f"level {level.name!r} makes {updates} updates in {steps} steps, fewer than "
+                f"{FEW_UPDATES}: it will learn little; train longer or shorten its period"
+            )
+    return lines
+
+
+def _rule(rule: PeriodRule, period: int) -> float:
+    return {PeriodRule.none: 1.0, PeriodRule.sqrt: period**0.5, PeriodRule.linear: period}[rule]

@@ -1,0 +1,91 @@
+"""What a rank holds of each parameter's optimizer state, by the parameter's name.
+
+megatron-core's DistributedOptimizer gives each data-parallel rank of a node a range of every
+gradient bucket, whatever parameters lie in it: of a parameter a rank holds nothing, all, or a range
+of its flattened local part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nlscale.errors import TrainingFailed
+from nlscale.levels.engine import LevelOptimizer
+from nlscale.levels.spectrum import SyncGroup
+from nlscale.optim.table import rule
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A range of a parameter's flattened local part, with the state that updates it."""
+
+    name: str
+    parameter: Any
+    group: SyncGroup
+    start: int
+    """Where the range begins in the local part."""
+    weights: Tensor
+    """fp32 [length]: what the optimizer updates."""
+    window: Tensor
+    """fp32 [length]: sum of the gradients of the window, on this node."""
+    inner: torch.optim.Optimizer
+    kept: tuple[str, ...]
+    """What the rule keeps of each parameter (`nlscale.optim.table.Rule.state`)."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What the rule keeps, fp32 [length] each: Adam's moments; none before the first update.
+
+        Raises:
+            TrainingFailed: it keeps something else than the table says, which would be lost.
+        """
+        state = self.inner.state.get(self.weights, {})
+        if state and state.keys() != {"step", *self.kept}:
+            raise TrainingFailed(
+                f"{type(self.inner).__name__} keeps {', '.join(sorted(state))} of each parameter, "
+                f"and its rule says step, {', '.join(self.kept)}: Rule.state has to name them"
+            )
+        return {name: state[name] for name in self.kept if name in state}
+
+    def begin_state(self, updates: int) -> dict[str, Tensor]:
+        """The same, of zeros, after that many updates, to be filled."""
+        state = self.inner.state[self.weights]
+        state["step"] = torch.tensor(float(updates), device=self.weights.device)
+        for name in self.kept:
+            state[name] = torch.zeros_like(self.weights)
+        return self.state()
+
+
+def shards(optimizer: LevelOptimizer, parameters: dict[str, Any]) -> list[Shard]:
+    """What this rank holds of its parameters' optimizer state.
+
+    Args:
+        optimizer: of this rank's part of the model.
+        parameters: that part, by name.
+    """
+    kept = rule(optimizer.config.optimizer.rule).state
+    names = {parameter: name for name, parameter in parameters.items()}
+    found = []
+    for g in optimizer.groups:
+        distributed: Any = g.optimizer
+        sums = dict(zip(g.window.places, g.window.sums, strict=True))
+        for parameter, (index, order) in distributed.model_param_group_index_map.items():
+            buffer, dtype, bucket = distributed.model_param_gbuf_map[parameter]
+            ranges = distributed.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]
+            local = ranges["gbuf_local"]
+            found.append(
+                Shard(
+                    name=names[parameter],
+                    parameter=parameter,
+                    group=g.group,
+                    start=ranges["param"].start,
+                    weights=distributed.optimizer.param_groups[index]["params"][order],
+                    window=sums[buffer, bucket][local.start : local.end],
+                    inner=distributed.optimizer,
+                    kept=kept,
+                )
+            )
+    return found

@@ -1,0 +1,127 @@
+"""What is known of a mixer without making one. No torch is imported: plans answer at once.
+
+A mixer is a folder: `module.py` computes, `facts.py` counts what that takes, and a line of
+`nlscale.model.mixers.table` gives it a name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from nlscale.config.vocabulary import Config, Dtype, ModelConfig
+
+PASSES = 3
+"""Forward, and twice that backward: a product is differentiated by both of its factors."""
+FP32 = 4
+"""Bytes."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro batch on one tensor-parallel rank."""
+
+    config: Config
+
+    @property
+    def rows(self) -> int:
+        return self.config.train.micro_batch
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.config.data.sequence_length
+
+    @property
+    def own_tokens(self) -> float:
+        """Of the residual stream: split along the sequence where `parallel.sequence` is set."""
+        parallel = self.config.parallel
+        return self.tokens / (parallel.tensor if parallel.sequence else 1)
+
+    @property
+    def element(self) -> int:
+        """Bytes of a parameter or an activation."""
+        return 2 if self.config.train.dtype == Dtype.bf16 else FP32
+
+    @property
+    def width(self) -> int:
+        """Channels of the mixer on this rank."""
+        return self.config.model.d_model // self.config.parallel.tensor
+
+    @property
+    def heads(self) -> int:
+        return self.config.model.heads // self.config.parallel.tensor
+
+    @property
+    def channels(self) -> int:
+        """Bytes of a mixer's channels, once."""
+        return self.tokens * self.width * self.element
+
+    @property
+    def residual(self) -> float:
+        """Bytes of the residual stream, once."""
+        return self.own_tokens * self.config.model.d_model * self.element
+
+    @property
+    def compiled(self) -> bool:
+        """Whether small operations that follow each other are one, which keeps what it begins with
+        and nothing between."""
+        return self.config.train.kernels
+
+    @property
+    def half_kernels(self) -> bool:
+        """Whether what kernels for bf16 take runs through them."""
+        return self.config.train.kernels and self.config.train.dtype == Dtype.bf16
+
+
+class MixerFacts(ABC):
+    """Of one mixer: what makes it, how large it is, and what it takes."""
+
+    made_by: ClassVar[str]
+    """`package.module:Class` of a `nlscale.model.mixers.module.Mixer`, imported when made."""
+    core: ClassVar[str]
+    """The part of its FLOPs that lies between the projections."""
+    logit_bytes: ClassVar[int] = 0
+    """Of logits that the core takes beside queries, keys and values, a token and head."""
+
+    def module(self) -> Any:
+        """The class that computes; importing it imports torch."""
+        module, _, name = self.made_by.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def make(self, *given: Any) -> Any:
+        """The module itself, of these facts; `Mixer` says what it is given."""
+        return self.module()(self, *given)
+
+    def check(self, model: ModelConfig) -> None:  # noqa: B027 (most mixers take any sizes)
+        """Refuse sizes that it does not take.
+
+        Raises:
+            UserError: one line with the numbers and a fix.
+        """
+
+    @abstractmethod
+    def parameters(self, model: ModelConfig) -> int:
+        """Of one layer, over all tensor-parallel ranks, the norm before it included."""
+
+    @abstractmethod
+    def flops(self, config: Config) -> dict[str, float]:
+        """FLOPs of a token of one layer, forward and backward, by part of the mixer.
+
+        `projections` are those into and out of it; the other names are its own
+        (`nlscale.model.flops` says what is counted).
+        """
+
+    @abstractmethod
+    def kept(self, batch: MicroBatch, recompute: bool) -> float:
+        """Bytes that one layer keeps for the backward pass, from its normalised input on.
+
+        Args:
+            batch: on one rank.
+            recompute: whether what lies between the projections is computed again.
+        """
+
+    @abstractmethod
+    def transient(self, batch: MicroBatch, recompute: bool) -> float:
+        """Bytes that the backward pass of one layer has at once, beside all that is kept."""

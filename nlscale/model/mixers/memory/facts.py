@@ -1,0 +1,226 @@
+"""What a mixer with a memory takes: parameters, FLOPs, and what its backward pass needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from nlscale.config.vocabulary import Config, ModelConfig, head_dim
+from nlscale.errors import UserError
+from nlscale.model.mixers.facts import FP32, PASSES, MicroBatch, MixerFacts
+from nlscale.ops.memory.kernels.sizes import takes
+from nlscale.ops.memory.rules import MemoryRules
+
+
+@dataclass(frozen=True)
+class MemoryFacts(MixerFacts):
+    """A memory, self-modifying or not (MATH 4.5); `model.memory` says the rest."""
+
+    made_by = "nlscale.model.mixers.memory.module:MemoryMixer"
+    core = "memory"
+    logit_bytes = FP32
+
+    modifies_itself: bool
+    """Memories of its own make k, v and the gates; else projections alone do."""
+    main_memory: bool
+    """The main memory is a state of its own, S, beside which k and v have a static part; else it is
+    read off the transfer matrix Pi."""
+
+    def check(self, model: ModelConfig) -> None:
+        """Refuse a memory of which something is not said: no null means anything by itself."""
+        for f in fields(model.memory):
+            if getattr(model.memory, f.name) is None:
+                raise UserError(
+                    f"model.memory.{f.name} is null, and model.mixer={model.mixer} has no preset "
+                    f"for it; give it a value"
+                )
+
+    def rules(self, model: ModelConfig) -> MemoryRules:
+        """Those of the scan."""
+        memory = model.memory
+        return MemoryRules(
+            chunk=memory.chunk,
+            anchored=bool(memory.anchored),
+            c=float(memory.c or 0.0),
+            normalize_value=bool(memory.normalize_value),
+            main_memory=self.main_memory,
+        )
+
+    def parameters(self, model: ModelConfig) -> int:
+        d, h, n, memory = model.d_model, model.heads, head_dim(model), model.memory
+        inputs = _inputs(model)
+        total = d + (inputs + 1) * d * d + d * d  # norm, inputs, queries, output projection
+        total += inputs * d * memory.convolution
+        total += d * d if memory.output_gate else 0
+        total += d if memory.read_norm else 0
+        total += 2 * h * d if memory.static_gates else 0
+        total += 2 * h  # gate biases
+        if self.modifies_itself:
+            total += h * (2 * n * n + 2 * n)  # M_k, M_v, m_eta, m_alpha
+            total += 2 * h if self.main_memory else h * n * n  # lambdas, or M_m
+        return total
+
+    def flops(self, config: Config) -> dict[str, float]:
+        model, memory = config.model, config.model.memory
+        columns = _sections(model) * model.d_model + 2 * model.heads * bool(memory.static_gates)
+        columns += model.d_model  # the output's
+        channels = _inputs(model) * model.d_model
+        return {
+            "projections": float(PASSES * 2 * model.d_model * columns),
+            "convolution": float(PASSES * 2 * memory.convolution * channels),
+            "memory": model.heads * self._head_flops(config),
+        }
+
+    def _head_flops(self, config: Config) -> float:
+        """The memory of one head, a token."""
+        model, length = config.model, config.data.sequence_length
+        chunk, d = model.memory.chunk, head_dim(model)
+        whole, rest = divmod(length, chunk)
+        flops = whole * self._chunk_flops(d, chunk) + (self._chunk_flops(d, rest) if rest else 0)
+        read_off = PASSES * 2 * d**2 * (not self.main_memory)  # M_m times what is read
+        return flops / length + read_off
+
+    def _chunk_flops(self, d: int, size: int) -> int:
+        """One chunk of `size` tokens of one head, in the notation of `nlscale.ops.memory.chunk`."""
+        rows = d * (self.main_memory + self.modifies_itself)
+        products = size * size * d  # k k^T
+        products += size * size * rows + size * rows * d  # T diag(r) X, and Z' = ... + D^T n
+        products += 2 * size * size * d + size * d * d  # the read: q k^T, A D, q Z^T
+        if self.main_memory:
+            products += size * d * d  # f Z^T
+        if self.modifies_itself:
+            products += d * d * (d + 2) + d**3  # what makes keys with gates, and values, now
+            products += size * d * (d + 2) + size * d * d  # keys with gates; values
+            products += size * d * d  # (u - c k - f) P^T
+        inverse = size**3  # T, forward only: its derivative is made of products with T
+        decays = (
+            2 * size * (size + 1)
+        )  # derivatives of the decays are summed by a product, backward
+        return PASSES * 2 * products + inverse + decays
+
+    def fused(self, batch: MicroBatch) -> bool:
+        """Whether the scan runs through the kernels."""
+        model = batch.config.model
+        anchored, static = bool(model.memory.anchored), not self.modifies_itself
+        return batch.half_kernels and takes(model.memory.chunk, head_dim(model), anchored, static)
+
+    def kept(self, batch: MicroBatch, recompute: bool) -> float:
+        model, memory = batch.config.model, batch.config.model.memory
+        gates = 2 * batch.heads if memory.static_gates else 0
+        projected = _sections(model) * batch.channels + batch.tokens * gates * batch.element
+        kept = batch.residual + batch.channels  # the inputs of both projections
+        if recompute:
+            return kept + projected
+        # a view of the projection keeps all of it
+        by_view = batch.compiled or bool(memory.output_gate)
+        return kept + projected * by_view + self._mixed(batch)
+
+    def transient(self, batch: MicroBatch, recompute: bool) -> float:
+        gradients = self._scan_gradients(batch)
+        return max(
+            gradients if self.fused(batch) else 0.0,
+            self._mixed(batch) + gradients if recompute else 0.0,
+        )
+
+    def _mixed(self, batch: MicroBatch) -> float:
+        """Kept between the projected inputs and the read."""
+        return self._around_the_scan(batch) + self._makers(batch) + self._scan(batch)
+
+    def _around_the_scan(self, batch: MicroBatch) -> float:
+        """Convolution, norms and gate; norms are taken in fp32."""
+        memory, inputs = batch.config.model.memory, _inputs(batch.config.model)
+        channels, scalars = batch.tokens * batch.width, batch.tokens * batch.heads
+        tail = inputs * batch.rows * (memory.convolution - 1) * batch.width
+        if batch.compiled:
+            # the tail and the read; the projection counts where it is made
+            return batch.element * (tail + channels)
+        # inputs of the convolution and of the SiLU
+        kept = batch.element * (2 * inputs * channels + tail)
+        # a and q before they are normalised; where b is what a was made of, it counts as b
+        same = inputs == 1 and batch.element == FP32
+        kept += FP32 * ((1 if same else 2) * channels + 2 * scalars)
+        if memory.read_norm:
+            kept += batch.element * 2 * channels + FP32 * scalars
+        if memory.output_gate:
+            kept += batch.element * 2 * channels  # the read and the SiLU of its gate
+        return kept
+
+    def _makers(self, batch: MicroBatch) -> float:
+        """The learned memories, as the scan wants them."""
+        d, fused, kept = head_dim(batch.config.model), self.fused(batch), 0.0
+        if not self.modifies_itself:
+            return kept
+        if not fused:
+            # [M_k; m_eta; m_alpha] and M_v, once a sequence
+            kept += FP32 * batch.rows * batch.heads * (2 * d + 2) * d
+        else:
+            kept += batch.element * batch.heads * (2 * d + 2) * d
+        if not self.main_memory:
+            # M_m times the read
+            number = batch.element if fused else FP32
+            own = 1 if fused else batch.rows
+            kept += number * (batch.tokens * batch.width + own * batch.heads * d * d)
+        elif batch.element < FP32:
+            kept += FP32 * 2 * batch.heads * d * d  # M_k and M_v, to be weighted in fp32
+        return kept
+
+    def _scan(self, batch: MicroBatch) -> float:
+        model, length = batch.config.model, batch.config.data.sequence_length
+        chunk, d = model.memory.chunk, head_dim(model)
+        if self.fused(batch):
+            # static logits, the states at the start of chunks, and a, b and q where a rest of a
+            # chunk cuts them in two; else they are made again
+            cut = length > chunk and length % chunk > 0
+            states = self.modifies_itself + self.main_memory
+            chunks = batch.rows * batch.heads * -(-length // chunk)
+            kept = batch.element * (
+                3.0 * cut * batch.tokens * batch.width + states * chunks * d * d
+            )
+            return kept + 2 * FP32 * batch.tokens * batch.heads
+        kept = 0.0
+        sequences = batch.rows * batch.heads
+        whole, rest = divmod(length, chunk)
+        for count, size in ((whole, chunk), (1, rest)):
+            if count * size:
+                kept += FP32 * sequences * self._chunks(model, count, size)
+        return kept
+
+    def _chunks(self, model: ModelConfig, count: int, size: int) -> int:
+        """Numbers that `ChunkWrites` and `ChunkReads` keep of equal chunks of one sequence."""
+        memory, d = model.memory, head_dim(model)
+        # the states: Pi, S or both
+        rows = d * (self.modifies_itself + self.main_memory)
+        kept = 4 * size * d  # a, b, q, k
+        kept += 2 * (size + 1) + (size + 1) * size  # decays: g, its exp, F
+        kept += 2 * size * size  # the inverse of the triangular system; the scores
+        kept += size * rows + rows * d  # writes, states
+        kept += size * (1 + 1 + 2)  # 1 / |x|, write strengths, logits of the gates
+        if self.modifies_itself:
+            kept += (2 * d + 2) * d + size * d  # what makes keys, values and gates now; v
+            kept += size * bool(memory.normalize_value)
+        return count * kept + rows * d  # the state after the last chunk
+
+    def _scan_gradients(self, batch: MicroBatch) -> float:
+        """What the backward pass of the scan has at once."""
+        model = batch.config.model
+        states = head_dim(model) / model.memory.chunk
+        if not self.fused(batch):
+            # gradients of k, of the writes, of a, and of the states
+            return FP32 * batch.tokens * batch.width * (3 + states)
+        solve, main = 1 / states, self.main_memory
+        # a, b, q, keys, writes, gradients of q, of k and of the writes; the states', the inverses
+        tiles = 8 + states + solve
+        if main:
+            tiles += 2 + states  # what S decides of the writes, gradient of v and of S after
+        if self.modifies_itself:
+            tiles += 6 + main  # v, what Pi writes, gradients of x, v, a and b
+        return batch.channels * tiles
+
+
+def _inputs(model: ModelConfig) -> int:
+    """Projections that feed keys and values: one for both, or one each."""
+    return 2 if model.memory.separate_inputs else 1
+
+
+def _sections(model: ModelConfig) -> int:
+    """Of the projection: what feeds keys and values, queries, and the gate of the output."""
+    return _inputs(model) + 1 + bool(model.memory.output_gate)

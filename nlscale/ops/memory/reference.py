@@ -1,0 +1,93 @@
+"""The golden reference of the self-modifying memory: token by token, in float64, as written.
+
+Slow and plain on purpose: `nlscale.ops.memory.scan` and every kernel are compared with it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nlscale.ops.memory.rules import NORMALIZE_EPS, MemoryRules, MemoryWeights
+
+
+def memory_reference(
+    a: Tensor,
+    b: Tensor,
+    q: Tensor,
+    eta: Tensor,
+    alpha: Tensor,
+    weights: MemoryWeights | None,
+    rules: MemoryRules,
+) -> Tensor:
+    """The recurrence of MATH 4 (Eq. 93 and the choices of 4.3-4.5), one head and token at a time.
+
+    Arguments and result are those of `nlscale.ops.memory.scan.memory_scan`, in float64. The
+    memories themselves are updated, not the transfer matrix:
+    M_t = M_{t-1} (alpha I - eta k k^T) - ...
+    """
+    batch, heads, length, d = a.shape
+    rows = []
+    for i in range(batch):
+        for h in range(heads):
+            rows.append(_one_head(i, h, a, b, q, eta, alpha, weights, rules))
+    return torch.stack(rows).view(batch, heads, length, d)
+
+
+def _one_head(
+    i: int,
+    h: int,
+    a: Tensor,
+    b: Tensor,
+    q: Tensor,
+    eta: Tensor,
+    alpha: Tensor,
+    weights: MemoryWeights | None,
+    rules: MemoryRules,
+) -> Tensor:
+    d = a.shape[-1]
+    zero = torch.zeros(d, d, dtype=torch.float64, device=a.device)
+    main = zero
+    learned = None
+    if weights is not None:
+        parts = [weights.key[h], weights.value[h], weights.gates[h]]
+        if weights.read is not None:
+            parts.append(weights.read[h])
+        learned = torch.cat(parts).double()
+    stacked = learned  # [M_k; M_v; m_eta; m_alpha; (M_m)], [rows, d]
+    at_start = stacked
+    reads = []
+    for t in range(a.shape[2]):
+        if t % rules.chunk == 0:
+            at_start = stacked
+        at, bt, qt = a[i, h, t].double(), b[i, h, t].double(), q[i, h, t].double()
+        eta_logit, alpha_logit = eta[i, h, t].double(), alpha[i, h, t].double()
+        k, v = at, bt
+        if weights is not None:
+            assert at_start is not None and stacked is not None and learned is not None
+            k, v = at_start[:d] @ at, at_start[d : 2 * d] @ bt
+            eta_logit = eta_logit + at_start[2 * d] @ at
+            alpha_logit = alpha_logit + at_start[2 * d + 1] @ at
+            if weights.lambda_key is not None and weights.lambda_value is not None:
+                k = at + weights.lambda_key[h].double() * k
+                v = bt + weights.lambda_value[h].double() * v
+        k = _unit(k)
+        e, al = torch.sigmoid(eta_logit), torch.sigmoid(alpha_logit)
+        forget = al * torch.eye(d, dtype=torch.float64, device=a.device) - e * torch.outer(k, k)
+        if stacked is not None and at_start is not None and learned is not None:
+            target = _unit(v) if rules.normalize_value else v
+            error = at_start @ (rules.c * k - target)  # M k - vhat, vhat = M v
+            stacked = stacked @ forget - e * torch.outer(error, k)
+            if rules.anchored:
+                stacked = stacked + (1 - al) * learned
+        if rules.main_memory:
+            main = main @ forget + e * torch.outer(v, k)
+            reads.append(main @ qt)
+        else:
+            assert stacked is not None
+            reads.append(stacked[2 * d + 2 :] @ qt)
+    return torch.stack(reads)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / torch.sqrt(x @ x + NORMALIZE_EPS)

@@ -1,0 +1,194 @@
+"""The self-modifying memory, chunk by chunk (MATH 4.2, 4.3, 4.5), as a pure function.
+
+One `d x d` transfer matrix `Pi` a head and sequence carries every memory that makes k, v and the
+gates, because all of them are multiplied from the right by the same thing (MATH 4.1). The main
+memory is either read off that matrix (`hope-pure`, `hope-paper`) or is a state `S` of its own
+(`hope`, `gated-delta`), written with the same keys and gates. Within a chunk, whose start is
+`Pi_s`, token t does
+
+    k_t = normalize(a_t + lambda_k M_k Pi_s a_t)      v_t = b_t + lambda_v M_v Pi_s b_t
+    d_t = eta_t ( Pi_s (v_t - c k_t) - Pi_{t-1} k_t )
+    Pi_t = alpha_t Pi_{t-1} + (1 - alpha_t) I + d_t k_t^T          (anchored)
+    S_t  = alpha_t S_{t-1}  + eta_t (v_t - S_{t-1} k_t) k_t^T
+
+and the chunk form solves the triangular system that couples the d_t, so that a chunk costs a few
+matrix products. `nlscale.ops.memory.reference` is the same token by token, in float64.
+
+There are two implementations. bf16 inputs on a GPU run through the kernels of
+`nlscale.ops.memory.kernels`, in the sizes they take (`sizes.py` there says which); all else, and
+the rest of a chunk that an earlier piece of the sequence has begun, through torch, in fp32 or
+float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nlscale.ops.memory.chunk import ChunkWrites
+from nlscale.ops.memory.kernels import sizes as fused_scan
+from nlscale.ops.memory.reads import ChunkReads
+from nlscale.ops.memory.rules import MemoryRules, MemoryState, MemoryWeights
+
+Makers = tuple[Tensor, Tensor, Tensor]
+"""lambda_k M_k, lambda_v M_v [heads, d, d], and [m_eta; m_alpha] [heads, 2, d]: what k, v and the
+gates are made with."""
+
+
+def memory_scan(
+    a: Tensor,
+    b: Tensor,
+    q: Tensor,
+    eta: Tensor,
+    alpha: Tensor,
+    weights: MemoryWeights | None,
+    rules: MemoryRules,
+    state: MemoryState | None = None,
+    carried: Tensor | None = None,
+    kernels: bool = True,
+) -> tuple[Tensor, MemoryState]:
+    """Write and read the memory over a sequence; differentiable through every write.
+
+    Args:
+        a: what feeds k, [batch, heads, time, d].
+        b: what feeds v, same shape.
+        q: queries of unit norm, same shape.
+        eta: static logit of the write strength, [batch, heads, time].
+        alpha: static logit of the decay, same shape.
+        weights: the initial memories; None for a static memory.
+        rules: what kind of memory it is.
+        state: where an earlier piece of the sequence ended; None at the start.
+        carried: 0 at chunks before which the memory starts anew, else 1, fp32 [batch, chunks];
+            for whole chunks without a `state`. None: it never does.
+        kernels: whether the kernels for GPUs may be used.
+
+    Returns:
+        The reads [batch, heads, time, d], in the dtype of `a`, and the state after the piece.
+        Feeding a sequence in pieces of any length gives what feeding it at once gives.
+    """
+    dtype, length, d = a.dtype, a.shape[2], a.shape[3]
+    wide = torch.promote_types(dtype, torch.float32)
+    if state is None:
+        state = _initial_state(a, wide, weights, rules)
+    start, current, position = state.start, state.current, state.position
+    assert carried is None or (position == 0 and length % rules.chunk == 0)
+    makers = None if weights is None else _makers(weights, wide)
+    additive = weights is None or weights.lambda_key is not None
+    fused = kernels and fused_scan.supports(a, b, q, rules, weights is None)
+    runs = _runs(position, length, rules.chunk)
+    # split, not slices: the backward of a slice fills a tensor of the whole length with zeros
+    lengths = [count * size for count, size in runs]
+    inputs = (a, b, q, eta.to(wide), alpha.to(wide))
+    parts = zip(*(x.split(lengths, dim=2) for x in inputs), strict=True)
+    each: tuple[Tensor, Tensor] | None = None  # makers for the torch form, once for all runs
+    reads = []
+    for run, part in zip(runs, parts, strict=True):
+        begun = start if position else None
+        if fused and begun is None:
+            read, current = _fused_run(part, current, carried, makers, additive, rules)
+        else:
+            if makers is not None and each is None:
+                key, value, gates = makers
+                for_key = torch.cat([key, gates], dim=1)
+                each = _each_sequence(for_key, len(a)), _each_sequence(value, len(a))
+            part = tuple(x.to(wide) for x in part)
+            read, current = _torch_run(run, part, current, begun, carried, each, additive, rules)
+        reads.append(read)
+        position = (position + read.shape[2]) % rules.chunk
+        if position == 0 and start is not None:
+            start = current.split(d, dim=2)[0]
+    out = reads[0] if len(reads) == 1 else torch.cat(reads, dim=2)
+    if weights is not None and weights.read is not None:
+        out = out @ weights.read.to(out.dtype).mT
+    return out.to(dtype), MemoryState(start, current, position)
+
+
+def _torch_run(
+    run: tuple[int, int],
+    part: tuple[Tensor, ...],
+    current: Tensor,
+    begun: Tensor | None,
+    carried: Tensor | None,
+    makers: tuple[Tensor, Tensor] | None,
+    additive: bool,
+    rules: MemoryRules,
+) -> tuple[Tensor, Tensor]:
+    """Consecutive chunks of equal size, in torch: what they read, and the state after them.
+
+    `makers` are [M_k; m_eta; m_alpha] and M_v of each sequence.
+    """
+    (count, size), (a, b, q, eta, alpha) = run, part
+    batch, heads, length, d = a.shape
+    for_key, for_value = makers or (None, None)
+    xa, xb, xq, logits = (
+        _by_chunk(x, count, size) for x in (a, b, q, torch.stack([eta, alpha], -1))
+    )
+    if carried is not None:
+        carried = carried.to(xa.dtype).repeat_interleave(heads, 0).T[..., None, None]
+    k, g, fade, main, written, last = ChunkWrites.apply(
+        xa, xb, logits, current.flatten(0, 1), None if begun is None else begun.flatten(0, 1),
+        carried, for_key, for_value, additive, rules,
+    )  # fmt: skip
+    anchored = rules.anchored and not rules.main_memory
+    read = ChunkReads.apply(xq, k, g, fade, main, written, anchored)
+    return read.movedim(0, 1).reshape(batch, heads, length, d), last.view_as(current)
+
+
+def _fused_run(
+    part: tuple[Tensor, ...],
+    current: Tensor,
+    carried: Tensor | None,
+    makers: Makers | None,
+    additive: bool,
+    rules: MemoryRules,
+) -> tuple[Tensor, Tensor]:
+    """The same by the kernels, for chunks of which none was begun before."""
+    from nlscale.ops.memory.kernels.fused import FusedScan  # Triton is there only where it is used
+
+    states = current.split(part[0].shape[-1], dim=2)
+    pi = None if makers is None else states[0]
+    main = states[-1] if rules.main_memory else None
+    read, *after = FusedScan.apply(
+        *part, pi, main, carried, *(makers or (None,) * 3), additive, rules
+    )
+    return read, torch.cat([x for x in after if x is not None], dim=2)
+
+
+def _initial_state(
+    a: Tensor, dtype: torch.dtype, weights: MemoryWeights | None, rules: MemoryRules
+) -> MemoryState:
+    batch, heads, _, d = a.shape
+    parts = []
+    if weights is not None:
+        parts.append(torch.eye(d, dtype=dtype, device=a.device).expand(batch, heads, d, d))
+    if rules.main_memory:
+        parts.append(a.new_zeros(batch, heads, d, d, dtype=dtype))
+    return MemoryState(parts[0] if weights is not None else None, torch.cat(parts, dim=2), 0)
+
+
+def _runs(position: int, length: int, chunk: int) -> list[tuple[int, int]]:
+    """Cuts a piece of a sequence into runs of equal chunks, (number, tokens of each).
+
+    The rest of a chunk begun before, the whole chunks, and the beginning of one more.
+    """
+    first = min(-position % chunk, length)
+    whole, rest = divmod(length - first, chunk)
+    return [(n, size) for n, size in ((1, first), (whole, chunk), (1, rest)) if n * size]
+
+
+def _makers(weights: MemoryWeights, dtype: torch.dtype) -> Makers:
+    key, value, gates = (x.to(dtype) for x in (weights.key, weights.value, weights.gates))
+    if weights.lambda_key is not None and weights.lambda_value is not None:
+        key = weights.lambda_key.to(dtype)[:, None, None] * key
+        value = weights.lambda_value.to(dtype)[:, None, None] * value
+    return key, value, gates
+
+
+def _each_sequence(x: Tensor, batch: int) -> Tensor:
+    """[heads, ...] -> [batch * heads, ...]."""
+    return x.expand(batch, *x.shape).flatten(0, 1)
+
+
+def _by_chunk(x: Tensor, count: int, size: int) -> Tensor:
+    """[batch, heads, time, ...] -> [chunk, batch * heads, size, ...]."""
+    return x.unflatten(2, (count, size)).movedim(2, 0).flatten(1, 2)

@@ -1,0 +1,183 @@
+"""Whether the numbers of a configuration go together, before anything is started or planned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from operator import attrgetter
+
+from nlscale.config.units import Interval
+from nlscale.config.vocabulary import CheckpointConfig, Config, ModelConfig, head_dim
+from nlscale.errors import UserError
+from nlscale.model.mixers.table import mixer
+from nlscale.model.sizes import level_hidden
+from nlscale.model.stages import stage_blocks
+from nlscale.optim.table import rule
+
+
+def check_sizes(config: Config, ranks: int) -> int:
+    """Check every number of the configuration, for that many ranks; no data are needed.
+
+    Returns:
+        The data-parallel ranks, those that share a batch.
+
+    Raises:
+        UserError: one line with the numbers and a fix.
+    """
+    _ranges(config)
+    checkpoint_interval(config.checkpoint)
+    _divides(config)
+    train, parallel = config.train, config.parallel
+    model_ranks = parallel.tensor * parallel.pipeline
+    if ranks % model_ranks:
+        raise UserError(
+            f"{ranks} ranks do not divide by parallel.tensor {parallel.tensor} x "
+            f"parallel.pipeline {parallel.pipeline}; use a multiple of {model_ranks} ranks"
+        )
+    data_parallel = ranks // model_ranks
+    per_pass = train.micro_batch * data_parallel
+    if train.global_batch % per_pass:
+        below, above = train.global_batch // per_pass * per_pass, -(-train.global_batch // per_pass)
+        near = " or ".join(str(n) for n in (below, above * per_pass) if n)
+        raise UserError(
+            f"train.global_batch {train.global_batch} is not divisible by train.micro_batch "
+            f"{train.micro_batch} x {data_parallel} data-parallel ranks; use {near}"
+        )
+    _enough_micro_batches(config, data_parallel)
+    return data_parallel
+
+
+def _enough_micro_batches(config: Config, data_parallel: int) -> None:
+    """The interleaved schedule passes micro batches in groups of the pipeline's size."""
+    parallel, train = config.parallel, config.train
+    micro_batches = train.global_batch // (train.micro_batch * data_parallel)
+    if parallel.virtual_stages == 1 or micro_batches % parallel.pipeline == 0:
+        return
+    group = train.micro_batch * data_parallel * parallel.pipeline
+    below, above = train.global_batch // group * group, -(-train.global_batch // group) * group
+    near = " or ".join(str(n) for n in sorted({below, above} - {0}))
+    raise UserError(
+        f"train.global_batch {train.global_batch} makes {micro_batches} micro batches a rank; with "
+        f"parallel.virtual_stages {parallel.virtual_stages} they must be a multiple of "
+        f"parallel.pipeline {parallel.pipeline}; use train.global_batch={near}, or another "
+        f"train.micro_batch"
+    )
+
+
+def checkpoint_interval(checkpoint: CheckpointConfig) -> Interval | None:
+    """checkpoint.every.
+
+    Raises:
+        UserError: it is not an interval.
+    """
+    if checkpoint.every is None:
+        return None
+    try:
+        return Interval.parse(checkpoint.every)
+    except UserError as error:
+        raise UserError(f"checkpoint.every: {error}") from None
+
+
+_RANGES: dict[str, tuple[tuple[str, str], ...]] = {
+    "above 0": (
+        ("data", "sequence_length"),
+        ("model", "layers d_model heads hidden vocabulary rope_base norm_eps init_std"),
+        ("model", "mup_base_width"),
+        ("model.memory", "chunk convolution"),
+        ("optimizer", "learning_rate eps"),
+        ("train", "steps global_batch micro_batch validate_every validation_sequences"),
+        ("train", "max_dropped_steps"),
+        ("checkpoint", "keep keep_every"),
+        ("parallel", "tensor pipeline virtual_stages ranks_per_node"),
+        ("timeouts", "startup step checkpoint silence"),
+    ),
+    "0 or above": (
+        ("run", "max_restarts"),
+        ("optimizer", "warmup_steps warmup_updates weight_decay clip"),
+    ),
+    "from 0 to 1": (("optimizer", "min_learning_rate decay_fraction"),),
+    "at least 0 and below 1": (("optimizer", "beta1 beta2"),),
+}
+_WITHIN: dict[str, Callable[[float], bool]] = {
+    "above 0": lambda x: x > 0,
+    "0 or above": lambda x: x >= 0,
+    "from 0 to 1": lambda x: 0 <= x <= 1,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
+}
+
+
+def _ranges(config: Config) -> None:
+    def check(key: str, value: float | None, wanted: str) -> None:
+        # a null follows from other keys; not a number is within no range
+        if value is not None and not (math.isfinite(value) and _WITHIN[wanted](value)):
+            raise UserError(f"{key} is {value}; it must be {wanted}")
+
+    for wanted, sections in _RANGES.items():
+        for section, names in sections:
+            for name in names.split():
+                key = f"{section}.{name}"
+                check(key, attrgetter(key)(config), wanted)
+    for index, level in enumerate(config.levels.spectrum):
+        check(f"levels.spectrum.{index}.hidden", level.hidden, "above 0")
+        check(f"levels.spectrum.{index}.learning_rate", level.learning_rate, "0 or above")
+
+
+def _divides(config: Config) -> None:
+    model, tensor = config.model, config.parallel.tensor
+    if model.d_model % model.heads:
+        raise UserError(not_divisible("model.d_model", model.d_model, model.heads, "model.heads"))
+    mixer(model.mixer).check(model)
+    rule(config.optimizer.rule)
+    if model.heads % tensor:
+        raise UserError(not_divisible("model.heads", model.heads, tensor))
+    _base_width(model)
+    for index, hidden in enumerate(level_hidden(config)):
+        if hidden % tensor:
+            raise UserError(not_divisible(f"levels.spectrum.{index}.hidden", hidden, tensor))
+    _sequence_parallel(config)
+    _pipeline(config)
+
+
+def _base_width(model: ModelConfig) -> None:
+    size = head_dim(model)
+    base = model.mup_base_width
+    if base is None or base % size == 0:
+        return
+    near = " or ".join(str(n) for n in sorted({base // size * size, -(-base // size) * size} - {0}))
+    raise UserError(
+        f"model.mup_base_width {base} is not a whole number of heads of {size} (model.d_model "
+        f"{model.d_model} / model.heads {model.heads}), and muP carries over between widths of one "
+        f"head size; use {near}, or model.heads that keep the head size of the model that was tuned"
+    )
+
+
+def _sequence_parallel(config: Config) -> None:
+    tensor, length = config.parallel.tensor, config.data.sequence_length
+    if not config.parallel.sequence:
+        return
+    if tensor == 1:
+        raise UserError(
+            "parallel.sequence splits the sequence over the tensor-parallel ranks; "
+            "use parallel.tensor=2 or more, or leave parallel.sequence out"
+        )
+    if length % tensor:
+        raise UserError(not_divisible("data.sequence_length", length, tensor))
+
+
+def _pipeline(config: Config) -> None:
+    parallel = config.parallel
+    if parallel.virtual_stages > 1 and parallel.pipeline == 1:
+        raise UserError(
+            "parallel.virtual_stages interleaves the stages of pipeline ranks; "
+            "use parallel.pipeline=2 or more, or leave it at 1"
+        )
+    stage_blocks(config, config.model.vocabulary or 0)
+
+
+def not_divisible(what: str, number: int, by: int, by_what: str = "parallel.tensor") -> str:
+    """What to say of a number that does not divide, with the nearest that do."""
+    near = sorted({number // by * by, -(-number // by) * by} - {0})
+    return (
+        f"{what} {number} is not divisible by {by_what} {by}; "
+        f"use {' or '.join(map(str, near))}, or another {by_what}"
+    )

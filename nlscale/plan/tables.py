@@ -1,0 +1,168 @@
+"""A plan as a person reads it: tables of the levels and of a GPU's memory, and what they mean."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from nlscale.config.units import human_bytes, human_count
+from nlscale.plan.memory import GIB, USABLE
+from nlscale.plan.plan import Plan
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print the tables, what they mean, and the warnings."""
+    cluster = plan.cluster
+    nodes = f"{cluster.nodes} node{'s' * (cluster.nodes > 1)} of {cluster.gpus_per_node} GPUs"
+    console.print(
+        f"{cluster.name}: {nodes}, {cluster.inter_node_gbit:g} Gbit/s a node; "
+        f"{human_count(plan.parameters)} parameters, {human_count(plan.tokens_per_step)} tokens a "
+        f"step, {plan.steps:,} steps"
+    )
+    crosses = plan.plain > 0
+    console.print()
+    console.print(_levels(plan, crosses))
+    console.print()
+    if crosses:
+        _summarise(plan, console)
+    elif cluster.nodes > 1:
+        console.print("Data-parallel groups are within a node: no gradient crosses the network.")
+    else:
+        console.print("One node: nothing crosses the network.")
+    if plan.activations:
+        console.print(
+            f"Beside gradients, {human_bytes(plan.activations)} of activations a step leave a node "
+            f"for other pipeline ranks."
+        )
+    console.print()
+    console.print(_memory(plan))
+    console.print()
+    _explain_memory(plan, console)
+    if plan.pipeline.ranks > 1:
+        _explain_pipeline(plan, console)
+    console.print(_compute(plan))
+    console.print(_checkpoint(plan))
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", style="yellow")
+
+
+def _compute(plan: Plan) -> str:
+    total = sum(plan.flops.values())
+    shares = {name: flops / total for name, flops in plan.flops.items()}
+    parts = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share > 5e-4)
+    run = total * plan.tokens_per_step * plan.steps
+    return (
+        f"A training token takes {human_count(total)} FLOPs ({parts}), the run {run:.3g}; "
+        f"what is computed again for memory is not counted."
+    )
+
+
+def _checkpoint(plan: Plan) -> str:
+    line = f"A checkpoint takes up to {human_bytes(plan.checkpoint_bytes)} on disk"
+    if not plan.checkpoint_traffic:
+        return f"{line}."
+    return (
+        f"{line} and sends up to {human_bytes(plan.checkpoint_traffic)} from a node, to sum "
+        f"unfinished windows."
+    )
+
+
+def _levels(plan: Plan, crosses: bool) -> Table:
+    # narrow enough for a terminal of 80 columns
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    table.add_column("\nlevel", no_wrap=True)
+    columns = ["\nparameters", "period,\nsteps", "\nupdates"]
+    if crosses:
+        columns += ["bytes,\nmean", "peak\naligned", "peak\nstaggered", "link\ntime"]
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    seconds = plan.cluster.link_seconds
+    for i, level in enumerate(plan.levels):
+        cells = [human_count(level.parameters), f"{level.period:,}", f"{level.updates:,}"]
+        if crosses:
+            mean = float(plan.aligned.mean_per_level[i])
+            cells += [
+                human_bytes(mean),
+                human_bytes(plan.aligned.peak_per_level[i]),
+                human_bytes(plan.staggered.peak_per_level[i]),
+                human_seconds(seconds(mean)),
+            ]
+        table.add_row(level.name, *cells)
+    if crosses:
+        table.add_section()
+        total = [plan.aligned.mean, plan.aligned.peak, plan.staggered.peak]
+        table.add_row(
+            "all levels",
+            human_count(plan.parameters), "", "",
+            *map(human_bytes, total),
+            human_seconds(seconds(plan.aligned.mean)),
+            style="bold",
+        )  # fmt: skip
+        table.add_row(
+            "plain",
+            human_count(plan.parameters), "1", f"{plan.steps:,}",
+            *[human_bytes(plan.plain)] * 3,
+            human_seconds(seconds(plan.plain)),
+        )  # fmt: skip
+    return table
+
+
+def _summarise(plan: Plan, console: Console) -> None:
+    assert plan.fewer is not None
+    console.print(
+        f"Bytes are gradients leaving a node in a step; plain is plain data parallel. Levels send "
+        f"{plan.fewer:.2f} times fewer; their largest step is "
+        f"{plan.aligned.peak / plan.plain:.2f} of plain when aligned, "
+        f"{plan.staggered.peak / plan.plain:.2f} when staggered."
+    )
+    if not plan.defers:
+        console.print("levels.reduction=every-step: this run sends what plain data parallel sends.")
+    else:
+        chosen = "staggered" if plan.staggers else "aligned"
+        peak = (plan.staggered if plan.staggers else plan.aligned).peak
+        console.print(
+            f"This run is {chosen}: at most {human_seconds(plan.cluster.link_seconds(peak))} of "
+            f"link time in a step. The last step, which applies unfinished windows, is not counted."
+        )
+
+
+def _memory(plan: Plan) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    rank = plan.memory.largest
+    table.add_column("memory", no_wrap=True)
+    for name in (*rank.terms, "total", "of"):
+        table.add_column(name, justify="right", no_wrap=True)
+    decimals = 2 if rank.total >= GIB else 4
+    sizes = [f"{size / GIB:.{decimals}f}" for size in (*rank.terms.values(), rank.total)]
+    table.add_row("GiB", *sizes, f"{plan.memory.gpu_gib:g}")
+    return table
+
+
+def _explain_memory(plan: Plan, console: Console) -> None:
+    memory = plan.memory
+    which = "a GPU"
+    if len(memory.ranks) > 1:
+        which = f"a GPU of pipeline rank {memory.fullest}, the fullest"
+    console.print(
+        f"Of {which}. {USABLE:.0%} of the memory, {memory.usable_gib:.3g} GiB, counts as usable; "
+        f"the rest is for NCCL, fragmentation and what is not counted."
+    )
+
+
+def _explain_pipeline(plan: Plan, console: Console) -> None:
+    pipeline = plan.pipeline
+    stages = pipeline.ranks * pipeline.virtual_stages
+    console.print(
+        f"Pipeline of {pipeline.ranks} ranks, {stages} stages, {pipeline.micro_batches} micro "
+        f"batches a step: a rank waits {pipeline.bubble:.1%} of a step; the costliest stage costs "
+        f"{pipeline.imbalance:.2f} times the mean."
+    )
+
+
+def human_seconds(seconds: float) -> str:
+    """``0.0123`` as ``12.3 ms``; three significant digits."""
+    for limit, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if seconds >= limit:
+            return f"{seconds / limit:.3g} {unit}"
+    return f"{seconds * 1e6:.2g} us"

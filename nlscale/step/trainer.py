@@ -1,0 +1,176 @@
+"""A rank's part of the model with its optimizer, one training step of it, and where it stands."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from nlscale.cluster.life.watch import doing
+from nlscale.config.vocabulary import Config, Dtype
+from nlscale.levels.engine import LevelOptimizer
+from nlscale.levels.spectrum import Level
+from nlscale.model.decoder import Decoder, named_parameters
+from nlscale.model.init import initialize
+from nlscale.model.kernels import check_kernels
+from nlscale.model.layers import megatron_config
+from nlscale.model.stages import stage_blocks
+from nlscale.ops.documents import Documents
+from nlscale.ops.transfer import to_device
+from nlscale.parallel.consensus import Requests, Verdict, agree
+from nlscale.parallel.layout import Layout
+from nlscale.step.micro_batches import Batch, run_micro_batches
+from nlscale.step.stragglers import BusyTime
+
+_SPIKE_MEMORY = 50
+
+
+@dataclass
+class Counters:
+    """What a run's next step follows from, beside weights, optimizer state and windows.
+
+    The same on every rank; a checkpoint holds it as it is.
+    """
+
+    step: int = 0
+    """Steps taken."""
+    samples: int = 0
+    """Global number of the next sample."""
+    tokens: int = 0
+    """Tokens of the steps that were admitted."""
+    dropped: int = 0
+    dropped_in_a_row: int = 0
+    bytes_sent: float = 0.0
+    """Between nodes, by a node, as `nlscale plan` counts them."""
+    bytes_saved: float = 0.0
+    recent: list[float] = field(default_factory=list)
+    """Losses of the last admitted steps, for `train.drop_spikes`."""
+    first_loss: float | None = None
+    last_losses: list[float] = field(default_factory=list)
+    """Losses of the last admitted steps of the run, as many as its summary averages."""
+
+
+@dataclass
+class Trainer:
+    """A rank's part of the model with its optimizer, and one training step of it."""
+
+    config: Config
+    layout: Layout
+    levels: list[Level]
+    stages: list[Decoder]
+    """What this rank holds of the model: all of it, or one or several pipeline stages."""
+    optimizer: LevelOptimizer
+    busy: BusyTime
+    counters: Counters = field(default_factory=Counters)
+
+    @classmethod
+    def build(cls, config: Config, layout: Layout, levels: list[Level], vocabulary: int) -> Trainer:
+        """Make and initialise the model; the same weights on every layout."""
+        kernels = layout.device.type == "cuda" and config.train.kernels
+        bf16 = config.train.dtype == Dtype.bf16
+        megatron = megatron_config(config, fuse_accumulation=kernels and bf16)
+        cut = stage_blocks(config, vocabulary)
+        mine = cut[layout.pipeline_rank :: layout.pipeline_size]
+        stages = [Decoder(config, megatron, vocabulary, blocks) for blocks in mine]
+        for stage in stages:
+            initialize(stage, config.run.seed, layout.tensor_rank, layout.tensor_size)
+            stage.to(layout.device)
+        if kernels:
+            columns = vocabulary // layout.tensor_size if stages[-1].is_last else 0
+            check_kernels(
+                config.model,
+                columns,
+                megatron.params_dtype,
+                layout.device,
+                config.data.document_mask,
+            )
+        optimizer = LevelOptimizer(config, levels, stages, vocabulary, megatron, layout)
+        return cls(config, layout, levels, stages, optimizer, BusyTime(layout.device))
+
+    def take_step(
+        self,
+        batches: list[Batch],
+        requests: Requests | None = None,
+        before_update: Callable[[], None] | None = None,
+    ) -> tuple[Verdict, dict[int, dict[str, float | None]]]:
+        """One step on this rank's micro batches: what all ranks saw of it, what was updated.
+
+        A step that is not admitted enters no window. A window that is due closes all the same,
+        with the steps that it holds. The device decides that by itself: the host learns of it when
+        all of the step is under way, and waits for nothing before.
+
+        Args:
+            batches: of this rank, from `nlscale.train.batches.StepReader` or the like.
+            requests: what this rank asks of all of them.
+            before_update: called once the ranks have agreed, before anything is reduced across
+                nodes or updated.
+        """
+        counters = self.counters
+        counters.step += 1
+        counters.samples += self.config.train.global_batch
+        self.optimizer.start_step()
+        with doing("forward and backward pass"):
+            loss_sum, seen = run_micro_batches(self.stages, batches, self.optimizer.windows)
+        self.busy.stop()
+        with doing("reduction inside the node"):
+            finite = self.optimizer.finish_backward()
+        with doing("consensus"):
+            consensus = agree(
+                self.layout, loss_sum, seen, finite, requests, limit=self._highest_loss()
+            )
+        if before_update is not None:
+            before_update()
+        with doing("reduction across nodes and update of the levels due"):
+            update = self.optimizer.update(counters.step, consensus)
+        with doing("waiting for the GPU"):
+            verdict = consensus.read()
+            updated = self.optimizer.conclude(update, verdict)
+        self._count(verdict)
+        return verdict, updated
+
+    def to_batch(self, rows: NDArray[np.int64], separator: int, counted: int) -> Batch:
+        """A micro batch of samples, [rows, sequence + 1]: the last token of each is only a target.
+
+        Args:
+            rows: token ids.
+            separator: the token that ends a document, where `data.document_mask` tells them apart.
+            counted: the first rows, whose loss counts.
+        """
+        device, documents = self.layout.device, None
+        if self.config.data.document_mask:
+            chunk = self.config.model.memory.chunk
+            documents = Documents.of(rows[:, :-1], separator, chunk, device)
+        tokens = to_device(rows, device)
+        return Batch(tokens[:, :-1], tokens[:, 1:], counted, documents)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters by their names in the whole model."""
+        return named_parameters(self.stages)
+
+    def _count(self, verdict: Verdict) -> None:
+        counters = self.counters
+        sent, saved = self.optimizer.traffic(counters.step)
+        counters.bytes_sent += sent
+        counters.bytes_saved += saved
+        if math.isfinite(verdict.loss) and counters.first_loss is None:
+            counters.first_loss = verdict.loss
+        if not verdict.admitted:
+            counters.dropped += 1
+            counters.dropped_in_a_row += 1
+            return
+        counters.tokens += verdict.tokens
+        counters.dropped_in_a_row = 0
+        counters.recent = [*counters.recent[1 - _SPIKE_MEMORY :], verdict.loss]
+        averaged = max(1, self.config.train.steps // 20)
+        counters.last_losses = [*counters.last_losses, verdict.loss][-averaged:]
+
+    def _highest_loss(self) -> float:
+        """Above it a loss is out of line with the steps before it (train.drop_spikes)."""
+        limit, recent = self.config.train.drop_spikes, self.counters.recent
+        enough = len(recent) >= _SPIKE_MEMORY // 5
+        return limit * statistics.median(recent) if limit is not None and enough else math.inf

@@ -1,0 +1,80 @@
+"""Whether a run can start: sizes that divide, data that are there. Before any process group."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nlscale.config.vocabulary import Config
+from nlscale.data import BatchReader, Samples, TokenShards
+from nlscale.data.index import Index
+from nlscale.errors import UserError
+from nlscale.evaluate.table import check as check_evaluations
+from nlscale.levels.spectrum import Level, spectrum
+from nlscale.plan.checks import check_sizes, not_divisible
+
+
+@dataclass
+class Prepared:
+    """What a checked run stands on."""
+
+    levels: list[Level]
+    reader: BatchReader
+    validation: Samples
+    vocabulary: int
+    micro_batches: int
+    """Micro batches a rank passes through the model in a step."""
+    tokens_per_step: int
+    data: dict[str, Any]
+    """What identifies the data: the same data in another folder have the same."""
+
+
+def prepare(config: Config) -> Prepared:
+    """Check sizes, open the data and fill in what follows from them.
+
+    Sets `model.vocabulary` where it was null. Rank 0 of the run verifies the checksums of the
+    shards; the other ranks check that they are there.
+
+    Raises:
+        UserError: one line with the numbers and a fix.
+    """
+    train, model = config.train, config.model
+    data_parallel = check_sizes(config, int(os.environ.get("WORLD_SIZE", "1")))
+    tokens_per_step = train.global_batch * config.data.sequence_length
+    levels = spectrum(config.levels, tokens_per_step)
+    check_evaluations(config.evaluate)
+    verify = int(os.environ.get("RANK", "0")) == 0
+    shards = TokenShards(Path(config.data.dir), "train", verify=verify)
+    held_out = TokenShards(Path(config.data.dir), "validation", verify=verify)
+    model.vocabulary = model.vocabulary or shards.vocabulary
+    if model.vocabulary < shards.vocabulary:
+        raise UserError(
+            f"model.vocabulary {model.vocabulary} is smaller than the {shards.vocabulary} "
+            f"token ids of {config.data.dir}; leave it null"
+        )
+    if model.vocabulary % config.parallel.tensor:
+        raise UserError(not_divisible("model.vocabulary", model.vocabulary, config.parallel.tensor))
+    return Prepared(
+        levels=levels,
+        reader=BatchReader(Samples(shards, config.data.sequence_length), config.run.seed),
+        validation=Samples(held_out, config.data.sequence_length),
+        vocabulary=model.vocabulary,
+        micro_batches=train.global_batch // (train.micro_batch * data_parallel),
+        tokens_per_step=tokens_per_step,
+        data=_identity(shards.index),
+    )
+
+
+def _identity(index: Index) -> dict[str, Any]:
+    sums = [
+        shard["sha256"]
+        for name in ("train", "validation")
+        for shard in index["splits"][name]["shards"]
+    ]
+    return {
+        "fingerprint": hashlib.sha256("".join(sums).encode()).hexdigest(),
+        "train_tokens": index["splits"]["train"]["tokens"],
+    }

@@ -1,0 +1,119 @@
+"""What a run says of itself: at its start, of its levels at each step, and at its end."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from nlscale.checkpoint.saver import saves
+from nlscale.config.vocabulary import Config
+from nlscale.errors import Stopped
+from nlscale.levels.engine import LevelOptimizer
+from nlscale.model.flops import flops_per_token
+from nlscale.model.sizes import level_parameters, non_embedding_parameters
+from nlscale.parallel.layout import Layout
+from nlscale.step.trainer import Trainer
+from nlscale.train.prepare import Prepared
+
+_STANDS_STILL = 1e-7
+
+
+def describe(config: Config, prepared: Prepared, layout: Layout) -> str:
+    """The run in a line."""
+    parameters = level_parameters(config, prepared.vocabulary)
+    spectrum = ", ".join(
+        f"{level.name} every {level.period} ({count / 1e6:.2f}M)"
+        for level, count in zip(prepared.levels, parameters, strict=True)
+    )
+    return (
+        f"{config.model.mixer}, {sum(parameters) / 1e6:.2f}M parameters; levels: {spectrum}; "
+        f"{layout.world} rank{'s' * (layout.world > 1)} on {layout.device.type}, "
+        f"{config.train.dtype.value}, {prepared.tokens_per_step} tokens a step"
+    )
+
+
+def level_records(
+    prepared: Prepared, optimizer: LevelOptimizer, updated: dict[int, dict[str, float | None]]
+) -> dict[str, Any]:
+    """The levels of a train record (see `nlscale.telemetry.run`), by name."""
+    records = {}
+    for level in prepared.levels:
+        updates, reductions = optimizer.counts(level.index)
+        records[level.name] = {
+            "period": level.period,
+            "updates": updates,
+            "reductions": reductions,
+            "updated": level.index in updated,
+            "window_fill": optimizer.window_fill(level.index, prepared.tokens_per_step),
+            "learning_rate": None,
+            "grad_norm": None,
+            "update_ratio": None,
+            **updated.get(level.index, {}),
+        }
+    return records
+
+
+def standing_still(updated: dict[int, dict[str, float | None]]) -> set[int]:
+    """Levels whose update is next to nothing beside their weights."""
+    ratios = {level: seen["update_ratio"] for level, seen in updated.items()}
+    return {level for level, ratio in ratios.items() if ratio is not None and ratio < _STANDS_STILL}
+
+
+def hardly_moves(level: str, step: int, seen: dict[str, float | None]) -> str:
+    """A warning on a level that stands still."""
+    return (
+        f"level {level!r} hardly moves: its update at step {step} is {seen['update_ratio']:.1e} of "
+        f"its weights; raise its learning_rate"
+    )
+
+
+def stopped(config: Config, step: int, why: str | None) -> Stopped:
+    """What ends a run that was asked to stop after that step; `why` if this rank knows."""
+    after = f"stopped after step {step:,} of {config.train.steps:,}{f' ({why})' if why else ''}"
+    if saves(config.checkpoint):
+        error = Stopped(f"{after} with a checkpoint; the same command goes on from it")
+    else:
+        error = Stopped(f"{after}; nothing was saved, because checkpoint.every is null")
+    error.echo = why is None
+    return error
+
+
+def summarise(
+    trainer: Trainer, prepared: Prepared, held_out: dict[str, Any], speeds: list[float]
+) -> dict[str, Any]:
+    """What summary.json holds of a finished run, but for its goodput.
+
+    Args:
+        trainer: after the last step.
+        prepared: what the run is made of.
+        held_out: the last validation's record.
+        speeds: tokens per second of the steps of this start.
+    """
+    config, counters, optimizer = trainer.config, trainer.counters, trainer.optimizer
+    parameters = level_parameters(config, prepared.vocabulary)
+    mean = statistics.fmean(counters.last_losses) if counters.last_losses else math.nan
+    return {
+        "initial_loss": counters.first_loss,
+        "final_train_loss": mean,
+        "final_val_loss": held_out["loss"],
+        "val_bits_per_byte": held_out["bits_per_byte"],
+        "unigram_bits_per_byte": prepared.validation.shards.index["unigram_bits_per_byte"],
+        "steps": config.train.steps,
+        "dropped_steps": counters.dropped,
+        "tokens": counters.tokens,
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "parameters": sum(parameters),
+        "parameters_non_embedding": non_embedding_parameters(config, prepared.vocabulary),
+        "flops": flops_per_token(config, prepared.vocabulary) * counters.tokens,
+        "levels": [
+            {
+                "name": level.name,
+                "period_steps": level.period,
+                "parameters": parameters[level.index],
+                "updates": optimizer.counts(level.index)[0],
+                "reductions": optimizer.counts(level.index)[1],
+            }
+            for level in prepared.levels
+        ],
+    }

@@ -1,0 +1,173 @@
+"""`nlscale bench scan --check`: whether the kernels compute the right thing on this device.
+
+Every size they are launched with is run, as it is launched in training (`nlscale.ops.check`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nlscale.bench.clock import here, name_of
+from nlscale.bench.progress import each
+from nlscale.bench.scan import Size, model_of, triton_version
+from nlscale.model.mixers.memory.check import inputs_of
+from nlscale.model.mixers.memory.facts import MemoryFacts
+from nlscale.model.mixers.table import mixer
+from nlscale.ops.check import (
+    BOUNDS,
+    ScanInputs,
+    accumulation_errors,
+    attention_errors,
+    loss_errors,
+    relative_errors,
+    scan_results,
+)
+from nlscale.ops.memory.kernels.sizes import LAUNCHES
+
+_MIXERS = ("hope", "gated-delta", "hope-pure")
+"""One of each kind of memory that the kernels know."""
+_ON_CPU = ((16, 16),)
+_COLUMNS = 32000
+
+
+@dataclass(frozen=True)
+class _Case:
+    name: str
+    chunk: int
+    size: Size
+    dtype: torch.dtype = torch.bfloat16
+
+
+def check_scan() -> dict[str, Any]:
+    """Reads and all gradients of each mixer, chunk, head size and dtype, against a reference.
+
+    The reference is the token-by-token recurrence in float64, on the CPU, for short sequences;
+    torch's chunk form, in float64 on the CPU for one of several documents, and in fp32 for some
+    that fill a GPU and for long ones. Half of the heads have keys that are alike. Each runs twice:
+    the kernels have no reason to give another result. On a GPU follow the loss with its gradient,
+    attention within documents, and the sum of a weight's gradients.
+
+    Returns:
+        `ok`, what it ran on, and `rows`: the largest `error` and of `what`, its `bound`, whether
+        the second run was the same (`repeats`), and what it was compared with (`against`).
+    """
+    device = here()
+    parts = [(mixer, case) for case in _cases(device) for mixer in _MIXERS]
+    rows = [_check(*part, device) for part in each("scan --check", parts, _label)]
+    if device.type == "cuda":
+        rows += [_check_loss(dtype, device) for dtype in BOUNDS]
+        rows += [_check_attention(d, device) for d in (64, 128)]
+        rows.append(_check_accumulation(device))
+    return {
+        "ok": all(row["ok"] for row in rows),
+        "device": name_of(device),
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "rows": rows,
+    }
+
+
+def _cases(device: torch.device) -> Iterator[_Case]:
+    on_gpu = device.type == "cuda"
+    for chunk, d in LAUNCHES if on_gpu else _ON_CPU:
+        short = Size(1, 2 * chunk + chunk // 2 + 1, 2, d)
+        yield _Case("short", chunk, short)
+        yield _Case("short", chunk, short, torch.float32)
+        yield _Case("one token", chunk, Size(1, 1, 2, d))
+        yield _Case("documents", chunk, Size(2, 5 * chunk, 2, d))
+        if on_gpu and chunk == 64:
+            yield _Case("large", chunk, Size(8, 1024, 16, d))
+            yield _Case("long", chunk, Size(1, 32768, 2, d))
+
+
+def _label(part: tuple[str, _Case]) -> str:
+    name, case = part
+    dtype = str(case.dtype).removeprefix("torch.")
+    return f"{name}, {case.name}, {case.size} in chunks of {case.chunk}, {dtype}"
+
+
+def _inputs(name: str, case: _Case, device: torch.device) -> ScanInputs:
+    size, facts = case.size, mixer(name)
+    assert isinstance(facts, MemoryFacts)
+    model = model_of(name, size, case.chunk)
+    return inputs_of(facts, model, size.batch, size.length, case.dtype, device)
+
+
+def _check(name: str, case: _Case, device: torch.device) -> dict[str, Any]:
+    torch.manual_seed(0)
+    size, chunk, dtype = case.size, case.chunk, case.dtype
+    inputs = _inputs(name, case, device)
+    inputs.make_keys_alike()
+    carried = None
+    if case.name == "documents":
+        carried = torch.tensor([[0.0, 1, 0, 1, 1], [0, 1, 1, 1, 0]], device=device)
+    weight = torch.randn_like(inputs.leaves["a"])
+    first, second = (scan_results(inputs, weight, carried) for _ in range(2))
+    if case.name in ("large", "long"):
+        against = "torch in fp32"
+        want = scan_results(inputs.to(torch.float32, device), weight)
+    elif carried is not None:
+        against = "torch in float64"
+        want = scan_results(inputs.to(torch.float64, "cpu"), weight, carried.cpu())
+    else:
+        against = "the recurrence in float64"
+        want = scan_results(inputs.to(torch.float64, "cpu"), weight, reference=True)
+    repeats = all(torch.equal(first[name], second[name]) for name in first)
+    return {
+        "kernel": name,
+        "case": case.name,
+        "size": str(size),
+        "chunk": chunk,
+        "path": inputs.path,
+        "against": against,
+        **_worst(relative_errors(first, want), dtype, repeats),
+    }
+
+
+def _check_loss(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {
+        "kernel": "cross entropy",
+        "case": "rows of logits",
+        "size": str(_COLUMNS),
+        "against": "torch in float64",
+        **_worst(loss_errors(_COLUMNS, dtype, device), dtype),
+    }
+
+
+def _check_attention(d: int, device: torch.device) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {
+        "kernel": "attention",
+        "case": "documents",
+        "size": str(Size(2, 200, 2, d)),
+        "against": "torch in float64",
+        **_worst(attention_errors(d, torch.bfloat16, device), torch.bfloat16),
+    }
+
+
+def _check_accumulation(device: torch.device) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {
+        "kernel": "weight gradients",
+        "case": "two sums of bf16 products",
+        "size": "",
+        "against": "torch in float64",
+        **_worst(accumulation_errors(torch.bfloat16, device), torch.float32),
+    }
+
+
+def _worst(errors: dict[str, float], dtype: torch.dtype, repeats: bool = True) -> dict[str, Any]:
+    what = max(errors, key=lambda name: errors[name])
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "error": errors[what],
+        "what": what,
+        "bound": BOUNDS[dtype],
+        "repeats": repeats,
+        "ok": errors[what] <= BOUNDS[dtype] and repeats,
+    }

@@ -1,0 +1,63 @@
+"""The `nlscale data` verbs, as a user runs them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from nlscale.cli.data import add_arguments
+from nlscale.data import read_index
+from nlscale.errors import UserError
+
+
+def run(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser.add_subparsers().add_parser("data"))
+    args = parser.parse_args(["data", *arguments])
+    return args.func(args)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i:02d}.txt").write_text(f"text number {i}, " * 10)
+    (folder / "bad.txt").write_bytes(b"\xe9")
+    return folder
+
+
+def test_build_and_info(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = texts.parent / "out"
+    command = ["build", "--source", str(texts / "00.txt"), str(texts / "01.txt")]
+    command += ["--source", str(texts), "--tokenizer", "bytes", "--out", str(out)]
+    assert run(*command) == 0
+    printed = capsys.readouterr().out
+    assert "seconds" in printed and "bad.txt: not UTF-8" in printed
+    assert "bits per byte" in printed and "skipped 1 unreadable" in printed
+    assert sum(split["documents"] for split in read_index(out)["splits"].values()) == 20
+    assert run("info", str(out)) == 0
+    info = capsys.readouterr().out
+    assert "validation" in info and "tokenizer bytes" in info
+    assert run(*command) == 0
+    assert "up to date" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--overwrite"):
+        run(*command, "--held-out", "0.3")
+    assert run(*command, "--held-out", "0.3", "--overwrite") == 0
+
+
+def test_info_names_a_missing_shard(texts: Path) -> None:
+    out = texts.parent / "out"
+    run("build", "--source", str(texts), "--tokenizer", "bpe:270", "--out", str(out))
+    (out / "validation-000000.tar").unlink()
+    with pytest.raises(UserError, match=r"validation-000000\.tar is missing"):
+        run("info", str(out))
+
+
+@pytest.mark.parametrize("verb", ["build", "info"])
+def test_help_reads(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(verb, "--help")
+    assert "DIR" in capsys.readouterr().out

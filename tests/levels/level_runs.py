@@ -1,0 +1,240 @@
+"""A few training steps on synthetic tokens: the level engine, and an independent oracle of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from nlscale.config import recipe
+from nlscale.config.vocabulary import Config, DataConfig
+from nlscale.levels.spectrum import spectrum, sync_group
+from nlscale.model.decoder import Decoder
+from nlscale.model.init import initialize, join
+from nlscale.model.layers import megatron_config
+from nlscale.ops.documents import Documents
+from nlscale.optim.schedule import learning_rate
+from nlscale.parallel.layout import process_groups
+from nlscale.step.micro_batches import Batch
+from nlscale.train.loop import Trainer
+
+VOCABULARY = 32
+SEPARATOR = 31
+TINY = [
+    "data.dir=none",
+    "model.layers=3",
+    "model.d_model=32",
+    "model.heads=4",
+    "model.memory.chunk=8",
+    "optimizer.warmup_steps=3",
+    # Differences are relative to a parameter's norm, so none may start at zero; and at a learning
+    # rate where this tiny model's training amplifies rounding, rounding is what would be compared.
+    "model.memory.eta_bias=-1",
+    "optimizer.learning_rate=0.001",
+    # Adam steps by g / (|g| + eps): a gradient that is nothing but rounding would make a full step.
+    "optimizer.eps=1e-5",
+    "train.dtype=fp32",
+    "train.global_batch=8",
+]
+
+
+def load(overrides: list[str]) -> Config:
+    return recipe.load(None, TINY + overrides).config
+
+
+def sequences(config: Config, step: int) -> list[Batch]:
+    """The sequences of a step, one a batch.
+
+    Of `data.sequence_length` where that is given; else of lengths that differ within and between
+    steps, which a schedule of one pipeline rank allows.
+    """
+    out = []
+    for i in range(config.train.global_batch):
+        generator = torch.Generator().manual_seed(1000 * step + i)
+        length = 5 + (7 * step + 5 * i) % 13
+        if config.data.sequence_length != DataConfig.sequence_length:
+            length = config.data.sequence_length
+        tokens = torch.randint(0, VOCABULARY, (1, length + 1), generator=generator)
+        documents = None
+        if config.data.document_mask:
+            tokens[0, length // 3] = tokens[0, -3] = SEPARATOR
+            chunk = config.model.memory.chunk
+            documents = Documents.of(tokens[:, :-1].numpy(), SEPARATOR, chunk, tokens.device)
+        out.append(Batch(tokens[:, :-1], tokens[:, 1:], 1, documents))
+    return out
+
+
+def run_engine(overrides: list[str], spoil: dict[int, int] | None = None) -> dict[str, Any]:
+    """Train as configured with the level engine, on this rank of a world.
+
+    Args:
+        overrides: on top of `TINY`.
+        spoil: at step s, rank r gets a NaN into its gradient.
+
+    Returns:
+        losses, the full parameters at the end, a hash of the parameters after each step, the
+        updates and reductions of each level.
+    """
+    config = load(overrides)
+    with process_groups(config) as layout:
+        levels = spectrum(config.levels, tokens_per_step=100)
+        trainer = Trainer.build(config, layout, levels, VOCABULARY)
+        losses, hashes, admitted = [], [], []
+        for step in range(1, config.train.steps + 1):
+            mine = sequences(config, step)[layout.data_rank :: layout.data_size]
+            spoils = spoil is not None and spoil.get(step) == layout.rank
+            with spoiled_gradient(trainer.stages[-1]) if spoils else nullcontext():
+                verdict, _ = trainer.take_step(mine)
+            losses.append(verdict.loss)
+            admitted.append(verdict.admitted)
+            hashes.append(_hash(trainer))
+        return {
+            "losses": losses,
+            "admitted": admitted,
+            "hashes": hashes,
+            "parameters": whole_parameters(trainer),
+            "counts": [trainer.optimizer.counts(level.index) for level in levels],
+        }
+
+
+@contextmanager
+def spoiled_gradient(model: torch.nn.Module) -> Iterator[None]:
+    """One element of one gradient of this rank is NaN."""
+    last = list(model.parameters())[-1]
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient.view(-1)[3] = float("nan")
+        return gradient
+
+    handle = last.register_hook(spoil)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def run_oracle(overrides: list[str], skip: frozenset[int] = frozenset()) -> dict[str, Any]:
+    """The same training written down plainly: one process, whole tensors, torch's AdamW.
+
+    A dictionary of summed gradients a sync group; nothing of the engine is used.
+    """
+    config = load(overrides)
+    with process_groups(config):
+        model = Decoder(config, megatron_config(config), VOCABULARY)
+        initialize(model, config.run.seed, 0, 1)
+        named = dict(model.named_parameters())
+        levels = spectrum(config.levels, tokens_per_step=100)
+        group_of = {}
+        for name in named:
+            level, depth = model.level_and_depth(name)
+            group_of[name] = sync_group(
+                levels[level], depth, config.model.layers, config.levels.stagger
+            )
+        adam = {name: _adam(config, p) for name, p in named.items()}
+        sums = {name: torch.zeros_like(p) for name, p in named.items()}
+        tokens = dict.fromkeys(set(group_of.values()), 0)
+        losses = []
+        for step in range(1, config.train.steps + 1):
+            model.zero_grad()
+            batch = sequences(config, step)
+            loss = sum(model(b.tokens, b.targets).sum() for b in batch)
+            count = sum(b.tokens.numel() for b in batch)
+            loss.backward()
+            losses.append(loss.item() / count)
+            if step not in skip:
+                for name, p in named.items():
+                    sums[name] += p.grad
+                for group in tokens:
+                    tokens[group] += count
+            due = [g for g in tokens if (g.due(step) or step == config.train.steps) and tokens[g]]
+            _step(config, levels, due, group_of, named, sums, tokens, adam, step)
+        return {
+            "losses": losses,
+            "parameters": {n: p.detach().clone() for n, p in named.items()},
+        }
+
+
+def _step(config, levels, due, group_of, named, sums, tokens, adam, step) -> None:
+    means = {name: sums[name] / tokens[group_of[name]] for name in named if group_of[name] in due}
+    for name, mean in means.items():
+        level = group_of[name].level
+        together = [
+            m
+            for other, m in means.items()
+            if config.optimizer.clip_scope.value == "joint" or group_of[other].level == level
+        ]
+        norm = torch.stack([m.norm() for m in together]).norm()
+        clip = config.optimizer.clip
+        factor = min(1.0, clip / (norm.item() + 1e-6)) if clip > 0 else 1.0
+        rate = learning_rate(config.optimizer, step, config.train.steps)
+        made = len(adam[name].state) and int(adam[name].state[named[name]]["step"])
+        warm = min(1.0, (made + 1) / (config.optimizer.warmup_updates + 1))
+        adam[name].param_groups[0]["lr"] = rate * levels[level].learning_rate_scale * warm
+        named[name].grad = mean * factor
+        adam[name].step()
+        sums[name].zero_()
+    for group in due:
+        tokens[group] = 0
+
+
+def _adam(config: Config, p: torch.nn.Parameter) -> torch.optim.AdamW:
+    o = config.optimizer
+    decay = o.weight_decay if p.dim() > 1 else 0.0
+    return torch.optim.AdamW(
+        [p], lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=decay, foreach=False
+    )
+
+
+def whole_parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The full tensors of the whole model, on every rank, in the order of their names."""
+    mine = {
+        name: (
+            trainer.layout.tensor_rank,
+            p.detach().clone(),
+            SimpleNamespace(
+                tensor_model_parallel=p.tensor_model_parallel,
+                partition_dim=p.partition_dim,
+                sections=p.sections,
+            ),
+        )
+        for name, p in trainer.named_parameters().items()
+    }
+    everyones: list[Any] = [None] * trainer.layout.world
+    torch.distributed.all_gather_object(everyones, mine)
+    parts: dict[str, dict[int, torch.Tensor]] = {}
+    tags = {}
+    for held in everyones:
+        for name, (rank, part, tag) in held.items():
+            parts.setdefault(name, {})[rank] = part
+            tags[name] = tag
+    return {
+        name: join([by_rank[rank] for rank in sorted(by_rank)], tags[name])
+        for name, by_rank in sorted(parts.items())
+    }
+
+
+def _hash(trainer: Trainer) -> str:
+    digest = hashlib.sha256()
+    for p in trainer.named_parameters().values():
+        digest.update(p.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """max over parameters of |a - b| / |b|, by norm.
+
+    Logits of a mixture start at zero and have no scale of their own: their softmax is compared.
+    """
+    assert a.keys() == b.keys()
+    worst = 0.0
+    for name in a:
+        x, y = a[name], b[name]
+        if name.endswith("mixture"):
+            x, y = x.softmax(0), y.softmax(0)
+        worst = max(worst, ((x - y).norm() / (y.norm() + 1e-12)).item())
+    return worst
