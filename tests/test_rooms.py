@@ -167,7 +167,7 @@ def test_functions_are_typed() -> None:
 
 
 def test_tests_mirror_the_rooms() -> None:
-    beside = {"docs", "golden", "examples", "__pycache__"}
+    beside = {"docs", "golden", "examples", "wheel", "__pycache__"}
     for folder in (path for path in (ROOT / "tests").rglob("*") if path.is_dir()):
         inside = folder.relative_to(ROOT / "tests")
         if beside.isdisjoint(inside.parts):
@@ -188,6 +188,7 @@ main(sys.argv[1:])
         "--help",
         "config recipes/hope-7b.yaml",
         "config --keys",
+        "recipe list",
         "plan recipes/hope-7b.yaml --cluster recipes/clusters/eight-nodes-64-gpus.yaml",
         "launch slurm recipes/hope-7b.yaml --cluster recipes/clusters/eight-nodes-64-gpus.yaml "
         "--dry-run",

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from nlscale.cli import bench_speed
-from nlscale.cli.recipe import add_recipe, config_of
+from nlscale.cli.arguments import add_recipe, config_of
 from nlscale.errors import UserError
 
-DEFAULT_RECIPE = Path("recipes/bench-sync.yaml")
+DEFAULT_RECIPE = "bench-sync"
 _FIGURES = (".png", ".svg", ".pdf")
 
 
@@ -86,7 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="*",
         metavar="RECIPE | KEY=VALUE",
-        help="a YAML file of keys (default: a small Hope), and overrides of its keys",
+        help="a YAML file of keys, or the name of one that comes with nlscale (default: a small "
+        "Hope), and overrides of its keys",
     )
     coords.add_argument(
         "--widths",

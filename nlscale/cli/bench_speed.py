@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nlscale.cli.recipe import add_recipe, config_of
+from nlscale.cli.arguments import add_recipe, config_of
 from nlscale.errors import UserError
 
 if TYPE_CHECKING:

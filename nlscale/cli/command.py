@@ -17,6 +17,7 @@ from nlscale.cli import (
     fit,
     launch,
     plan,
+    recipe,
     sweep,
     train,
     verify,
@@ -47,6 +48,12 @@ _VERBS = (
         "show and explain a configuration",
         "Print the configuration that a recipe and overrides give, after checking its keys and "
         "types.",
+    ),
+    _Verb(
+        "recipe",
+        recipe,
+        "list, show and copy the recipes that come with nlscale",
+        "The recipes, cluster files and sweep files that come with nlscale, by name.",
     ),
     _Verb(
         "data",

@@ -6,7 +6,7 @@ import argparse
 
 import yaml
 
-from nlscale.cli.recipe import add_recipe
+from nlscale.cli.arguments import add_recipe
 from nlscale.config import recipe
 from nlscale.errors import UserError
 
@@ -30,7 +30,7 @@ def _config(args: argparse.Namespace) -> int:
         print(recipe.describe_keys())
         return 0
     if args.recipe is None:
-        raise UserError("give a recipe, for example: nlscale config recipes/quickstart.yaml")
+        raise UserError("give a recipe, for example: nlscale config quickstart")
     loaded = recipe.load(args.recipe, args.overrides, trusted=True)
     if args.explain:
         print(recipe.explain(loaded, args.explain))

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from nlscale.cli.arguments import add_cluster
 from nlscale.cluster.machines import load_cluster
 from nlscale.errors import UserError
 
@@ -27,11 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where runs and their checkpoints will be written (default: %(default)s)",
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="a data folder to look at as well")
-    parser.add_argument(
-        "--cluster",
-        metavar="YAML",
-        help="what the nodes should have, such as recipes/clusters/two-nodes.yaml",
-    )
+    add_cluster(parser, "what the nodes should have")
     parser.add_argument(
         "--nodes",
         action="store_true",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nlscale.cli.arguments import add_cluster
 from nlscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,12 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PNG",
         help="draw loss against the bytes that each run would send between nodes of --cluster",
     )
-    parser.add_argument(
-        "--cluster",
-        type=Path,
-        metavar="YAML",
-        help="the machines of --frontier, for example recipes/clusters/two-nodes-16-gpus.yaml",
-    )
+    add_cluster(parser, "the machines of --frontier")
     parser.set_defaults(func=_fit)
 
 
@@ -159,7 +155,7 @@ def _check(args: argparse.Namespace) -> None:
     if (args.frontier is None) != (args.cluster is None):
         raise UserError(
             "--frontier and --cluster go together, such as --frontier bytes.png --cluster "
-            "recipes/clusters/two-nodes-16-gpus.yaml"
+            "two-nodes-16-gpus"
         )
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nlscale.cli.recipe import add_recipe, config_of
+from nlscale.cli.arguments import add_cluster, add_recipe, config_of
 from nlscale.cluster.machines import Cluster, load_cluster
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
@@ -38,12 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     torchrun.set_defaults(func=_torchrun)
     for one in (slurm, torchrun):
         add_recipe(one)
-        one.add_argument(
-            "--cluster",
-            required=True,
-            metavar="YAML",
-            help="the machines, for example recipes/clusters/two-nodes-16-gpus.yaml",
-        )
+        add_cluster(one, "the machines", required=True)
         one.add_argument(
             "--dry-run", action="store_true", help="print the script instead of starting it"
         )

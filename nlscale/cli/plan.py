@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from nlscale.cli.recipe import add_recipe, config_of
+from nlscale.cli.arguments import add_cluster, add_recipe, config_of
 from nlscale.errors import UserError
 
 _FILE_WIDTH = 100  # columns, where there is no terminal to ask
@@ -16,12 +16,7 @@ _FILE_WIDTH = 100  # columns, where there is no terminal to ask
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `plan` takes; sets `func(args) -> int`."""
     add_recipe(parser)
-    parser.add_argument(
-        "--cluster",
-        required=True,
-        metavar="YAML",
-        help="the machines, for example recipes/clusters/two-nodes.yaml",
-    )
+    add_cluster(parser, "the machines", required=True)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--figure", type=Path, metavar="PNG", help="draw the bytes of each step of a cycle"

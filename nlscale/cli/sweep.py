@@ -6,9 +6,9 @@ import argparse
 import contextlib
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nlscale.cli.arguments import add_cluster
 from nlscale.errors import TrainingFailed, UserError
 
 if TYPE_CHECKING:
@@ -26,9 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `sweep` takes; sets `func(args) -> int`."""
     parser.add_argument(
         "sweep",
-        type=Path,
         metavar="SWEEP",
-        help="a YAML file of axes, such as recipes/sweeps/quickstart.yaml",
+        help="a YAML file of axes, or the name of one that comes with nlscale, such as quickstart",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="only list the runs and what they cost"
@@ -46,12 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="runs at a time on this machine (default: the sweep's workers, or a GPU each, or a "
         "core each)",
     )
-    parser.add_argument(
-        "--cluster",
-        metavar="YAML",
-        help="price the sweep in GPU-hours of these machines, for example "
-        "recipes/clusters/one-node-8-gpus.yaml; needed for slurm",
-    )
+    add_cluster(parser, "price the sweep in GPU-hours of these machines (slurm needs them)")
     parser.add_argument(
         "--utilisation",
         type=float,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nlscale.cli.recipe import add_recipe
+from nlscale.cli.arguments import add_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

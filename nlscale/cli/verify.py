@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from nlscale.cli.recipe import add_recipe, config_of
+from nlscale.cli.arguments import add_recipe, config_of
 from nlscale.errors import UserError
 
 EXIT_DIFFERS = 3

@@ -52,8 +52,9 @@ class Launch:
     """Network interface for NCCL's and gloo's sockets, such as ib0; null: they choose."""
     environment: dict[str, str] = field(default_factory=dict)
     """Further variables of every rank, such as NCCL_DEBUG: WARN."""
-    setup: str = "source .venv/bin/activate"
-    """Shell line run on each node before its ranks, in the folder of the clone."""
+    setup: str | None = None
+    """Shell line run on each node before its ranks, in the folder of the launch; null: the Python
+    that launches is that of the nodes, too."""
     slurm: Slurm = field(default_factory=Slurm)
     """Of `nlscale launch slurm`."""
 
@@ -111,7 +112,7 @@ def load_cluster(path: str | Path) -> Cluster:
         UserError: no such file, not YAML, an unknown key (naming the nearest), a missing key, a
             wrong type or a number that is not greater than 0.
     """
-    tree, sources = schema.read(Path(path), _CLUSTER)
+    tree, sources = schema.read(path, _CLUSTER)
     cluster = schema.build(tree, _CLUSTER, sources)
     for name in ("nodes", "gpus_per_node", "inter_node_gbit", "gpu_memory_gib", "gpu_tflops"):
         value = getattr(cluster, name)

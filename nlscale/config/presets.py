@@ -48,4 +48,7 @@ MIXER_PRESETS: dict[str, dict[str, float | bool]] = {
         "eta_bias": 0.0,
     },
 }
-"""What a null field of `model.memory` means for each mixer with a memory (MATH 4.4, 4.5)."""
+"""What a null field of `model.memory` means for each mixer with a memory.
+
+docs/concepts/memory.md says why.
+"""

@@ -19,9 +19,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nlscale.config import keys, schema
+from nlscale.config import keys, schema, shipped
 from nlscale.config.extensions import import_all
 from nlscale.config.keys import class_doc, field_docs, to_plain
+from nlscale.config.pages import page_of
 from nlscale.config.presets import MIXER_PRESETS
 from nlscale.config.units import declared_period
 from nlscale.config.vocabulary import Config, LevelConfig, LevelsConfig
@@ -55,7 +56,8 @@ def load(
     """Read a recipe and apply ``key=value`` overrides.
 
     Args:
-        path: of the recipe; None: defaults and overrides alone.
+        path: of the recipe, or the name of one that comes with nlscale; None: defaults and
+            overrides alone.
         overrides: applied in their order.
         trusted: a person named this recipe, so that the modules of its `run.imports` are imported;
             never for what lies in a run's folder, a checkpoint or an export.
@@ -107,7 +109,7 @@ def write(config: Config, path: Path, imports: bool = False) -> None:
 
 
 def explain(recipe: Recipe, key: str) -> str:
-    """What a key is, what it means, and where its value came from.
+    """What a key is, where its value came from, what it means, and where to read more.
 
     Raises:
         UserError: no such key; the nearest one is named.
@@ -128,7 +130,7 @@ def explain(recipe: Recipe, key: str) -> str:
         to_plain(value), default_flow_style=True, width=math.inf, sort_keys=False
     )
     shown = shown.strip().removesuffix("\n...")
-    return f"{key} = {shown}\n  from: {source}\n  {meaning}"
+    return f"{key} = {shown}\n  from: {source}\n  {meaning}\n  read: {page_of(key)}"
 
 
 def all_keys() -> list[str]:
@@ -154,7 +156,8 @@ def describe_keys() -> str:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if "=" in str(path) and not path.exists():
         raise UserError(
-            f"{str(path)!r} is an override; give the recipe before it{schema.others(RECIPE)}"
+            f"{str(path)!r} is an override; give the recipe before it: a path, or one of "
+            f"{', '.join(shipped.names())}"
         )
     tree, sources = schema.read(path, RECIPE)
     if isinstance(tree.get("levels"), list):  # `_expand_levels` moves it

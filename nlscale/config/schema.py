@@ -29,6 +29,7 @@ from omegaconf import (
 )
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from nlscale.config import shipped
 from nlscale.config.keys import choices_of, keys_of
 from nlscale.errors import UserError
 
@@ -52,7 +53,7 @@ class Kind(Generic[Made]):
     form: str
     """What its text has to be, as a sentence: 'a recipe is a mapping such as ...'."""
     folder: str
-    """Where the repository keeps some."""
+    """Where those that come with nlscale lie, such as recipes/clusters."""
     unset: str
     """What is said of keys that are required and not there; ``{}`` stands for them."""
     integer: str = "a whole number"
@@ -79,17 +80,22 @@ def _close(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
-def read(path: Path, kind: Kind[Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def read(given: str | Path, kind: Kind[Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """The tree of plain values that a file holds, and for each dotted key its file and line.
 
     The file alone stands under the empty key. Numbers are as OmegaConf reads them: 1e-3 is one.
 
+    Args:
+        given: path of the file, or the name of one that comes with nlscale.
+        kind: of file.
+
     Raises:
-        UserError: no such file (naming those that are there), not YAML, no mapping.
+        UserError: no such file (naming those that there are), not YAML, no mapping.
     """
+    path = shipped.find(given, kind.folder)
     try:
         if path.is_dir() or not path.exists():
-            raise UserError(f"no {kind.name} at {path}{others(kind)}")
+            raise UserError(f"no {kind.name} at {path}; {others(path, kind)}")
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text)
         # OmegaConf would take a lone word for a key.
@@ -111,10 +117,11 @@ def read(path: Path, kind: Kind[Any]) -> tuple[dict[str, Any], dict[str, str]]:
     return typing.cast(dict[str, Any], tree), sources
 
 
-def others(kind: Kind[Any]) -> str:
-    """What to say after a file that is not there: those of the repository, if any."""
-    here = sorted(str(path) for path in Path(kind.folder).glob("*.yaml"))
-    return f"; there are {', '.join(here)}" if here else ""
+def others(path: Path, kind: Kind[Any]) -> str:
+    """What to say where there is no file: the name that is nearest to it, or all names."""
+    known = shipped.names(kind.folder)
+    near = _close(path.name.removesuffix(path.suffix), known) or _close(path.name, known)
+    return near or f"give a path, or one of {', '.join(known)}"
 
 
 def _locate(node: Any, key: str, path: str, sources: dict[str, str]) -> None:

@@ -18,8 +18,8 @@ _PERIOD = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMGBT]?)\s*(steps?|tokens?)?\s*")
 class Period:
     """How often a level updates: a number of optimizer steps or of tokens.
 
-    In tokens a period does not change when the global batch does (MATH: levels and update
-    frequency); in steps it does not change when the data do.
+    In tokens a period does not change when the global batch does (docs/concepts/levels.md); in
+    steps it does not change when the data do.
     """
 
     count: int

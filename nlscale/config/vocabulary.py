@@ -118,7 +118,7 @@ class DataConfig:
 
 @dataclass
 class MemoryConfig:
-    """The self-modifying memory of the mixer (MATH 4). Null means: as `model.mixer` says."""
+    """The self-modifying memory of the mixer. Null means: as `model.mixer` says."""
 
     chunk: int = 64
     """Tokens between two self-modifications; it is part of the model, not only of its speed."""
@@ -127,9 +127,9 @@ class MemoryConfig:
     lambda_init: float | None = None
     """Initial weight of the self-modified part of k and v, per head (hope: 0.3)."""
     anchored: bool | None = None
-    """Decay toward the learned initial memory instead of toward zero (MATH 4.4)."""
+    """Decay toward the learned initial memory instead of toward zero."""
     c: float | None = None
-    """1: the paper's delta gradient descent; 0: the plain delta rule (MATH 4.3)."""
+    """1: the paper's delta gradient descent; 0: the plain delta rule."""
     normalize_value: bool | None = None
     """L2-normalise v in the update of the memories that make k, v and the gates."""
     separate_inputs: bool | None = None
@@ -151,7 +151,7 @@ class ModelConfig:
     """The network. A Transformer is `mixer: attention` with one level."""
 
     mixer: str = one_of(MIXERS)
-    """hope | hope-pure | hope-paper | gated-delta | attention (MATH 4.5)."""
+    """hope | hope-pure | hope-paper | gated-delta | attention."""
     layers: int = 12
     """Blocks; each is a mixer followed by a CMS block."""
     d_model: int = 768
@@ -187,7 +187,7 @@ def head_dim(model: ModelConfig) -> int:
 
 @dataclass
 class LevelConfig:
-    """One level: the parts of the model that update together, once a period (MATH 1)."""
+    """One level: the parts of the model that update together, once a period."""
 
     name: str = MISSING
     """Used in metrics and figures."""

@@ -1,7 +1,8 @@
-"""Stepping the levels: each sync group when it is due, by its own window gradient (MATH 1).
+"""Stepping the levels: each sync group when it is due, by its own window gradient.
 
 One megatron-core `DistributedOptimizer` a sync group, sharded over the data-parallel ranks of a
-node. The step count of a rule, and its bias correction, count the updates of the group.
+node. The step count of a rule, and its bias correction, count the updates of the group
+(docs/concepts/windows.md).
 """
 
 from __future__ import annotations

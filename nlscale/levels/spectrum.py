@@ -1,6 +1,7 @@
 """Levels: which parts of the model update when. Pure Python; nothing here knows of tensors.
 
-A level with period C updates at the end of every window of C steps (MATH 1, Eq. 70-71):
+A level with period C updates at the end of every window of C steps (Eq. 70-71 of the
+paper; docs/concepts/levels.md):
 
     theta_l <- theta_l - sum_{t in window} eta_t f(theta_l; x_t)     if i = phase (mod C_l)
 

@@ -3,8 +3,8 @@
 One megatron-core `DistributedDataParallel` a sync group, over the data-parallel ranks of a node.
 At every step its buffer is reduce-scattered inside the node, and this rank's shard is added to the
 window sum; across nodes the sum goes once a period. Because the sums over steps and over replicas
-commute (MATH 1) that is the same update as reducing at every step. Sums live outside `.grad` and
-outside every norm, and a step is added to them whole or not at all.
+commute (docs/concepts/levels.md) that is the same update as reducing at every step. Sums live
+outside `.grad` and outside every norm, and a step is added to them whole or not at all.
 """
 
 from __future__ import annotations

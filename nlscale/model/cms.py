@@ -1,4 +1,7 @@
-"""The Continuum Memory System: a block's feed-forward part as MLPs of different levels (MATH 2)."""
+"""The Continuum Memory System: a block's feed-forward part as MLPs of different levels.
+
+More of it in docs/concepts/cms.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole model, or one pipeline stage of it (MATH 5)."""
+"""The whole model, or one pipeline stage of it (docs/concepts/cms.md)."""
 
 from __future__ import annotations
 

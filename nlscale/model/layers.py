@@ -50,7 +50,7 @@ def megatron_config(config: Config, fuse_accumulation: bool = False) -> Transfor
     """What megatron-core's layers and schedules need to know of the run.
 
     The loss is a sum over tokens (`calculate_per_token_loss`): windows are divided by their
-    token count only when they are applied (MATH 1).
+    token count only when they are applied (docs/concepts/windows.md).
 
     Args:
         config: the run.

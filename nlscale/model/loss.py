@@ -1,4 +1,7 @@
-"""The loss of each token, from logits that stay split over the vocabulary (MATH 5)."""
+"""The loss of each token, from logits that stay split over the vocabulary.
+
+What else is split is in docs/concepts/layouts.md.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Several documents in a row, each treated as if it stood alone.
 
-A memory modifies itself at the chunks of its sequence (MATH 4), and so a document that begins in
-the middle of a row begins a chunk: for the scan the last chunk of each document is filled up with
-tokens that write nothing, and states start anew where the next one begins. All of it is worked out
-on the host, from the tokens; a step waits for nothing.
+A memory modifies itself at the chunks of its sequence (docs/concepts/memory.md), and so a document
+that begins in the middle of a row begins a chunk: for the scan the last chunk of each document is
+filled up with tokens that write nothing, and states start anew where the next one begins. All of it
+is worked out on the host, from the tokens; a step waits for nothing.
 """
 
 from __future__ import annotations

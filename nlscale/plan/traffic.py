@@ -9,7 +9,7 @@ node holds some of its ranks only, and a data-parallel group spans some of the n
 bytes are then the mean over all nodes. The largest step of one node may be larger than that of the
 mean, since the blocks of a stage have phases that lie close together.
 
-A sync group is reduced at the end of its window (MATH 1); plain data parallel, or
+A sync group is reduced at the end of its window (docs/concepts/windows.md); plain data parallel, or
 `levels.reduction=every-step`, reduces every group at every step. Not counted: the few numbers
 that all ranks agree on after a step, what starts and checkpoints a run, and the last step, which
 applies every unfinished window; activations between pipeline ranks, which cross besides

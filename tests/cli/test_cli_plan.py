@@ -211,7 +211,8 @@ def test_a_wrong_cluster_file_is_explained(room: Room, text: str, says: str) -> 
 
 def test_a_missing_cluster_file_names_those_that_are_there(room: Room) -> None:
     room.cluster.unlink()
-    assert "recipes/clusters/two-nodes.yaml" in room.plan(code=2)
+    said = room.plan(code=2)
+    assert f"no cluster file at {room.cluster}; " in said and "two-nodes-16-gpus" in said
 
 
 def test_planning_imports_no_torch() -> None:

@@ -142,12 +142,9 @@ def test_a_missing_recipe_lists_those_there_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert message_of(lambda: recipe.load("nope.yaml")) == "no recipe at nope.yaml"
-    (tmp_path / "recipes").mkdir()
-    for name in ("small", "large"):
-        (tmp_path / "recipes" / f"{name}.yaml").write_text(DATA)
-    message = message_of(lambda: recipe.load("nope.yaml"))
-    assert "nope.yaml" in message and "recipes/large.yaml, recipes/small.yaml" in message
+    message = message_of(lambda: recipe.load("absent.yaml"))
+    assert message.startswith("no recipe at absent.yaml; give a path, or one of ")
+    assert all(path.stem in message for path in RECIPES)
     assert "before it" in message_of(lambda: recipe.load("train.steps=3"))
 
 
@@ -298,6 +295,7 @@ def test_explain_shows_value_and_meaning() -> None:
         "train.steps = 7",
         "  from: the command line",
         "  Optimizer steps of the run.",
+        "  read: docs/concepts/data.md#steps-tokens-and-epochs",
     ]
     assert recipe.explain(loaded, "model.cms").startswith("model.cms = independent\n")
     assert "steps: 7" in recipe.explain(loaded, "train")

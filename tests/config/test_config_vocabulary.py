@@ -55,7 +55,7 @@ def test_every_listed_key_can_be_explained() -> None:
     loaded = recipe.load(None, ["data.dir=x"])
     for key in recipe.all_keys():
         text = recipe.explain(loaded, key.replace(".N", ".0"))
-        assert len(text.splitlines()) == 3 and text.splitlines()[2].strip(), key
+        assert len(text.splitlines()) == 4 and text.splitlines()[2].strip(), key
 
 
 def test_every_mixer_with_a_memory_has_a_whole_preset() -> None:

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 
-import nlscale
 from nlscale.cluster.machines import Cluster
-from nlscale.errors import UserError
+from nlscale.config.shipped import SHIPPED
 
-CLONE = Path(nlscale.__file__).resolve().parents[1]
-"""The folder of the clone, where launch/ is."""
 _BEGIN, _END = "# >>> of the cluster\n", "# <<< of the cluster\n"
 
 
-def read_script(name: str) -> str:
-    """A script of launch/, such as `slurm/train.sbatch`.
+def script_path(name: str) -> Path:
+    """Where a script of launch/ is, such as `slurm/train.sbatch`."""
+    return SHIPPED / "launch" / name
 
-    Raises:
-        UserError: nlscale was installed without the folder launch/.
-    """
-    path = CLONE / "launch" / name
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"no script at {path} ({error.strerror}); launching needs a clone of the repository, "
-            f"installed in place: pip install --editable ."
-        ) from None
+
+def read_script(name: str) -> str:
+    """A script of launch/."""
+    return script_path(name).read_text(encoding="utf-8")
 
 
 def fill_in(script: str, lines: list[str]) -> str:
@@ -49,3 +41,10 @@ def environment_of(cluster: Cluster) -> dict[str, str]:
 def exports(variables: dict[str, str]) -> list[str]:
     """Shell lines that set these variables."""
     return [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+
+
+def setup_of(cluster: Cluster) -> str:
+    """The shell line before the ranks: `launch.setup`, or what finds the Python that runs here."""
+    if cluster.launch.setup is not None:
+        return cluster.launch.setup
+    return f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"

@@ -7,7 +7,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from nlscale.cluster.launch.script import CLONE, environment_of, exports, fill_in, read_script
+from nlscale.cluster.launch.script import (
+    environment_of,
+    exports,
+    fill_in,
+    read_script,
+    setup_of,
+)
 from nlscale.cluster.machines import Cluster
 from nlscale.errors import UserError
 
@@ -21,7 +27,7 @@ def job_script(
     """The batch script that trains a recipe on all nodes of a cluster.
 
     Args:
-        recipe: path of the recipe.
+        recipe: its path or name.
         overrides: of its keys.
         cluster: the machines.
         name: of the job.
@@ -124,10 +130,11 @@ def _lines_of_the_shell(cluster: Cluster) -> list[str]:
     container = []
     if slurm.container is not None:
         container.append(f"--container-image={slurm.container}")
-        container.append(f"--container-workdir={CLONE}")
-        container.append(f"--container-mounts={slurm.mounts or CLONE}")
+        container.append(f"--container-workdir={Path.cwd()}")
+        container.append(f"--container-mounts={slurm.mounts or Path.cwd()}")
     return [
-        f"setup={shlex.quote(cluster.launch.setup)}",
+        "# shellcheck disable=SC2016  # evaluated on the nodes",
+        f"setup={shlex.quote(setup_of(cluster))}",
         f"container=({' '.join(map(_quoted, container))})",
         *exports(environment_of(cluster)),
     ]

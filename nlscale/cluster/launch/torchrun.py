@@ -6,16 +6,16 @@ import os
 import shlex
 from pathlib import Path
 
-from nlscale.cluster.launch.script import CLONE, environment_of, exports, read_script
+from nlscale.cluster.launch.script import environment_of, exports, script_path, setup_of
 from nlscale.cluster.machines import Cluster
 from nlscale.errors import UserError
 
 
 def node_script(recipe: str, overrides: list[str], cluster: Cluster, node: int | None) -> str:
-    """The shell script that starts the ranks of a node.
+    """The shell script that starts the ranks of a node, in the folder where it is written.
 
     Args:
-        recipe: path of the recipe.
+        recipe: its path or name.
         overrides: of its keys.
         cluster: the machines; with several, `launch.hosts` names them.
         node: which of them, from 0; None: the nodes find their ranks themselves.
@@ -38,12 +38,11 @@ def node_script(recipe: str, overrides: list[str], cluster: Cluster, node: int |
             variables["NODE_RANK"] = str(node)
     if node is not None and not 0 <= node < cluster.nodes:
         raise UserError(f"--node-rank {node}: {cluster.name} has nodes 0 to {cluster.nodes - 1}")
-    read_script(name)
-    command = shlex.join(["bash", f"launch/{name}", recipe, *overrides])
+    command = shlex.join(["bash", str(script_path(name)), recipe, *overrides])
     lines = [
         "set -euo pipefail",
-        f"cd {shlex.quote(str(CLONE))}",
-        launch.setup,
+        f"cd {shlex.quote(str(Path.cwd()))}",
+        setup_of(cluster),
         *exports(variables),
         f"exec {command}",
     ]

@@ -1,4 +1,4 @@
-"""The chunk form of the memory (MATH 4.2, 4.3), with its derivative worked out by hand.
+"""The chunk form of the memory (docs/concepts/memory.md), with its derivative worked out by hand.
 
 Chunks follow one another, because the memory at the end of one makes the keys of the next. That
 loop is what limits the speed of the mixer: `ChunkWrites` holds what must be in it, and

@@ -1,6 +1,7 @@
-"""The reads of all chunks, once their keys, decays and writes are known (MATH 4.2, 4.3).
+"""The reads of all chunks, once their keys, decays and writes are known.
 
-Nothing here is serial. The notation is that of `nlscale.ops.memory.chunk`.
+Part of the chunk form (docs/concepts/memory.md). Nothing here is serial. The notation is that of
+`nlscale.ops.memory.chunk`.
 """
 
 from __future__ import annotations

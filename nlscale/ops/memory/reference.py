@@ -20,7 +20,7 @@ def memory_reference(
     weights: MemoryWeights | None,
     rules: MemoryRules,
 ) -> Tensor:
-    """The recurrence of MATH 4 (Eq. 93 and the choices of 4.3-4.5), one head and token at a time.
+    """The recurrence of docs/concepts/memory.md, Eq. 93 and what is chosen beside it, by token.
 
     Arguments and result are those of `nlscale.ops.memory.scan.memory_scan`, in float64. The
     memories themselves are updated, not the transfer matrix:

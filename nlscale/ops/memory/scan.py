@@ -1,10 +1,10 @@
-"""The self-modifying memory, chunk by chunk (MATH 4.2, 4.3, 4.5), as a pure function.
+"""The self-modifying memory, chunk by chunk, as a pure function (docs/concepts/memory.md).
 
 One `d x d` transfer matrix `Pi` a head and sequence carries every memory that makes k, v and the
-gates, because all of them are multiplied from the right by the same thing (MATH 4.1). The main
-memory is either read off that matrix (`hope-pure`, `hope-paper`) or is a state `S` of its own
-(`hope`, `gated-delta`), written with the same keys and gates. Within a chunk, whose start is
-`Pi_s`, token t does
+gates, because all of them are multiplied from the right by the same thing. The main memory is
+either read off that matrix (`hope-pure`, `hope-paper`) or is a state `S` of its own (`hope`,
+`gated-delta`), written with the same keys and gates. Within a chunk, whose start is `Pi_s`, token t
+does
 
     k_t = normalize(a_t + lambda_k M_k Pi_s a_t)      v_t = b_t + lambda_v M_v Pi_s b_t
     d_t = eta_t ( Pi_s (v_t - c k_t) - Pi_{t-1} k_t )

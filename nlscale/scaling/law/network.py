@@ -1,8 +1,8 @@
 """Loss against what a training sends between nodes, from finished runs.
 
 A level's gradient crosses the network once a period, and that is the same training as reducing it
-at every step (MATH 1). So a run on one GPU has the loss that any cluster would have reached, and
-what that cluster would have sent follows from its configuration alone.
+at every step (docs/concepts/levels.md). So a run on one GPU has the loss that any cluster would
+have reached, and what that cluster would have sent follows from its configuration alone.
 """
 
 from __future__ import annotations

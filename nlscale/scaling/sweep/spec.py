@@ -46,7 +46,8 @@ class Sweep:
     """A sweep file, read."""
 
     path: Path
-    recipe: Path
+    recipe: str
+    """Its path or name."""
     folder: Path
     common: dict[str, Any]
     """Dotted keys that all runs set otherwise than the recipe."""
@@ -79,14 +80,15 @@ _SWEEP = schema.Kind(
 )
 
 
-def read_sweep(path: Path) -> Sweep:
-    """Read and check a sweep file.
+def read_sweep(given: str | Path) -> Sweep:
+    """Read and check a sweep file, by its path or name.
 
     Raises:
         UserError: no such file, not YAML, an unknown or missing key, an axis without values, two
             values of one name, two axes that set the same key.
     """
-    tree, sources = schema.read(path, _SWEEP)
+    tree, sources = schema.read(given, _SWEEP)
+    path = Path(sources[""])
     # Not built: what it sets may hold interpolations, which are for the recipe to resolve.
     tree = schema.check(tree, _SWEEP, sources)
     workers = tree.get("workers")
@@ -96,7 +98,7 @@ def read_sweep(path: Path) -> Sweep:
     axes, ladder = _axes(tree["axes"], path)
     sweep = Sweep(
         path=path,
-        recipe=Path(tree["recipe"]),
+        recipe=tree["recipe"],
         folder=Path(tree["dir"]),
         common=_keys(tree.get("set") or {}, f"{path}: set"),
         axes=axes,

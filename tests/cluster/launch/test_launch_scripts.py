@@ -66,16 +66,33 @@ def test_a_job_asks_for_what_the_cluster_file_says(tmp_path: Path) -> None:
     shellcheck(path)
 
 
+def test_nodes_have_the_python_that_launches_unless_told_otherwise(tmp_path: Path) -> None:
+    scripts = {
+        setup: (
+            job_script("r", [], cluster(setup=setup), "n", tmp_path),
+            node_script("r", [], cluster(setup=setup, hosts=["a", "b", "c", "d"]), 0),
+        )
+        for setup in (None, "module load nlscale")
+    }
+    own = f"export PATH={Path(sys.executable).parent}:$PATH"
+    for setup, (job, node) in scripts.items():
+        assert f"setup='{setup or own}'\n" in job
+        assert f"\n{setup or own}\n" in node
+
+
 def test_without_gpus_none_are_asked_for(tmp_path: Path) -> None:
     bare = cluster(slurm=Slurm(gpus=False))
     assert "gpus-per-node" not in job_script("r", [], bare, "n", tmp_path)
 
 
-def test_every_node_gets_its_command(tmp_path: Path) -> None:
+def test_every_node_gets_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     nodes = cluster(hosts=["a", "b", "c", "d"], port=1234, interface="ib0")
     script = node_script("r.yaml", ["train.steps=3"], nodes, 2)
     assert "export HEAD=a:1234\nexport NODES=4\nexport NODE_RANK=2\n" in script
-    assert script.endswith("exec bash launch/torchrun/many-nodes.sh r.yaml train.steps=3\n")
+    path = ROOT / "launch/torchrun/many-nodes.sh"
+    assert script.endswith(f"exec bash {path} r.yaml train.steps=3\n")
+    assert f"\ncd {tmp_path}\n" in script, "relative paths are those of whoever launches"
     assert "NODE_RANK" not in node_script("r.yaml", [], nodes, None)
     with pytest.raises(UserError, match="has nodes 0 to 3"):
         node_script("r.yaml", [], nodes, 4)

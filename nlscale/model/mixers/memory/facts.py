@@ -13,7 +13,7 @@ from nlscale.ops.memory.rules import MemoryRules
 
 @dataclass(frozen=True)
 class MemoryFacts(MixerFacts):
-    """A memory, self-modifying or not (MATH 4.5); `model.memory` says the rest."""
+    """A memory, self-modifying or not (docs/concepts/memory.md); `model.memory` says the rest."""
 
     made_by = "nlscale.model.mixers.memory.module:MemoryMixer"
     core = "memory"

@@ -1,7 +1,8 @@
-"""The mixers with a memory: `hope`, `hope-pure`, `hope-paper` and `gated-delta` (MATH 4).
+"""The mixers with a memory: `hope`, `hope-pure`, `hope-paper` and `gated-delta`.
 
-One code path. `gated-delta` is the same with the projections static: no memory makes k, v and
-the gates. Heads are split over the tensor-parallel group; the scan is local to a head.
+One code path (docs/concepts/memory.md). `gated-delta` is the same with the projections static: no
+memory makes k, v and the gates. Heads are split over the tensor-parallel group; the scan is local
+to a head.
 """
 
 from __future__ import annotations
