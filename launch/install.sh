@@ -15,10 +15,13 @@ python_for_venv() {
 }
 
 install_nlscale() {
-    local extras=${NLSCALE_EXTRAS:-} stamp python
-    stamp=$(cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
-    # with extras it is installed for those who want none, too
-    if compgen -G ".venv/.installed-$stamp-$extras*" >/dev/null; then return; fi
+    local extras=${NLSCALE_EXTRAS:-} stamp marks extra mark missing='' python
+    stamp=.venv/.installed-$(cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+    # a mark for nlscale itself, and one for each extra, whenever it was installed
+    marks=("$stamp")
+    for extra in ${extras//,/ }; do marks+=("$stamp-$extra"); done
+    for mark in "${marks[@]}"; do [ -e "$mark" ] || missing=yes; done
+    if [ -z "$missing" ]; then return; fi
     python=$(python_for_venv)
     if [ ! -x .venv/bin/python ]; then
         "$python" -m venv .venv || {
@@ -29,8 +32,8 @@ install_nlscale() {
     echo "installing nlscale${extras:+ with $extras} into .venv (a minute or two, once)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check \
         --constraint constraints.txt --editable ".${extras:+[$extras]}"
-    rm -f .venv/.installed-*
-    touch ".venv/.installed-$stamp-$extras"
+    if [ ! -e "$stamp" ]; then rm -f .venv/.installed-*; fi  # those of another state
+    touch "${marks[@]}"
 }
 
 install_nlscale

@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs all of them. Arguments go to pytest: tests/run.sh tests/ops
+# Installs what the tests need and runs them:
+#
+#     bash tests/run.sh             all of them, several at a time
+#     bash tests/run.sh --quick     those that take less than a second each, for the edit loop
+#     bash tests/run.sh --record    all, and write down how long they take (tests/seconds.json)
+#     bash tests/run.sh tests/ops   some of them; arguments go to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/install.sh
-NLSCALE_EXTRAS=dev source launch/install.sh
+NLSCALE_EXTRAS=dev,docs source launch/install.sh
 
 # The tests of several nodes make network namespaces and start a Slurm of their own; they need root.
 # What is compiled for GPUs is compiled for the CPU there, with g++.
@@ -18,4 +23,12 @@ if [ "${#missing[@]}" -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}" >/dev/null
 fi
-exec .venv/bin/python -m pytest "$@"
+
+# More workers than cores: what waits (for Slurm, killed ranks, links) runs beside what computes.
+workers=$(($(nproc) * 3 / 2))
+together=(-n "$((workers < 8 ? workers : 8))" --dist loadgroup --no-loadscope-reorder)
+case "${1:-}" in
+    "" | --record) exec .venv/bin/python -m pytest "${together[@]}" --durations 10 "$@" ;;
+    --quick) shift; exec .venv/bin/python -m pytest "${together[@]}" -m "not slow" "$@" ;;
+    *) exec .venv/bin/python -m pytest "$@" ;;
+esac

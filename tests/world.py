@@ -9,7 +9,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -18,9 +17,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from ports import free_port
+
 os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the server and so for the ranks
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["nlscale.train.loop"])
+_CONTEXT.set_forkserver_preload(["nlscale.scaling.sweep.preload"])
 
 
 def run(
@@ -35,7 +36,7 @@ def run(
     `function` must be importable (defined at the top of a module). A rank that raises ends the
     world, and the first traceback is the test's failure.
     """
-    port = _free_port()
+    port = free_port()
     processes, pipes = [], []
     for rank in range(ranks):
         ours, theirs = _CONTEXT.Pipe(duplex=False)
@@ -89,7 +90,7 @@ def command(
         environment: added to every rank's.
         timeout: seconds after which ranks that still run are the test's failure.
     """
-    port, processes = _free_port(), []
+    port, processes = free_port(), []
     folder.mkdir(parents=True, exist_ok=True)
     outputs = [folder / f"rank{rank}.out" for rank in range(started or ranks)]
     for rank, output in enumerate(outputs):
@@ -186,9 +187,3 @@ def _environment(rank: int, ranks: int, per_node: int, port: int) -> dict[str, s
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -56,7 +56,7 @@ def _slurm(args: argparse.Namespace) -> int:
         return 0
     job = submit(script, folder / "job.sbatch", [])
     print(f"submitted job {job}: {args.recipe} on {cluster.nodes} x {cluster.gpus_per_node} ranks")
-    print(f"output: {folder}/slurm-{job}.log    stop with a checkpoint: scancel -s USR1 {job}")
+    print(f"output: {folder}/slurm-{job}.log    save and requeue: scancel -s USR1 {job}")
     return 0
 
 

@@ -53,23 +53,26 @@ def build(
 ) -> Index:
     """Tokenize `sources` into the data folder `out`, and return its index.
 
-    sources: files, folders, or "stdlib" (see `nlscale.data.sources.find_files`)
-    tokenizer: "bytes" or "bpe:N"; the BPE is trained on a sample of the train documents
-        of up to 64 Mi characters
-    held_out: the share of documents that goes to validation, above 0 and below 1. A document is
-        held out by a hash of its text, so it stays where it is when others are added; copies of
-        it go the same way. Each split gets at least one document.
-    shard_tokens: the most tokens in a shard, rounded down to whole blocks
-    block_tokens: tokens in a block, the unit of storage; independent of any sequence length
-    seed: of the hash, so another one holds out other documents
-    overwrite: replace a build made from other sources or options
-    progress: say on standard error how far it is
+    Args:
+        sources: files, folders, or "stdlib" (see `nlscale.data.sources.find_files`)
+        tokenizer: "bytes" or "bpe:N"; the BPE is trained on a sample of the train documents
+            of up to 64 Mi characters
+        held_out: the share of documents that goes to validation, above 0 and below 1. A document is
+            held out by a hash of its text, so it stays where it is when others are added; copies of
+            it go the same way. Each split gets at least one document.
+        shard_tokens: the most tokens in a shard, rounded down to whole blocks
+        block_tokens: tokens in a block, the unit of storage; independent of any sequence length
+        seed: of the hash, so another one holds out other documents
+        overwrite: replace a build made from other sources or options
+        progress: say on standard error how far it is
 
     When `out` was already built from the same files (names, sizes, modification times) and
     options, it is left as it is. A build that was killed is done again from the start.
 
-    Raises UserError for wrong options, unreadable sources, no or too few documents, an `out`
-    that holds something else, sources that change meanwhile, and a disk that cannot be written.
+    Raises:
+        UserError: wrong options, unreadable sources, no or too few documents, an `out`
+            that holds something else, sources that change meanwhile, and a disk that cannot be
+            written.
     """
     out = Path(out)
     _check_options(held_out, shard_tokens, block_tokens)

@@ -95,7 +95,8 @@ class Index(TypedDict):
 def read_index(directory: str | Path) -> Index:
     """The index of the data folder `directory`.
 
-    Raises UserError when there is no finished build there, or one of another format.
+    Raises:
+        UserError: there is no finished build there, or one of another format.
     """
     directory = Path(directory)
     path = directory / INDEX_NAME
@@ -125,7 +126,8 @@ def read_index(directory: str | Path) -> Index:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` so that a reader sees the old file or the whole new one, never part.
 
-    Raises OSError when the folder cannot be written.
+    Raises:
+        OSError: the folder cannot be written.
     """
     # Not tempfile: its files are private to the user, and data folders are shared.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")

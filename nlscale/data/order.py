@@ -29,7 +29,8 @@ class SampleOrder:
     sample is a permutation keyed by (seed, epoch): a Feistel network on the smallest even number
     of bits that covers `samples`, walked until it lands inside the range.
 
-    Raises ValueError unless 1 <= samples < 2**62.
+    Raises:
+        ValueError: unless 1 <= samples < 2**62.
     """
 
     def __init__(self, samples: int, seed: int) -> None:
@@ -46,7 +47,8 @@ class SampleOrder:
     def take(self, first: int, count: int) -> NDArray[np.int64]:
         """The samples for global sample numbers first .. first + count - 1: int64 [count].
 
-        Raises ValueError for a negative `first` or `count`.
+        Raises:
+            ValueError: a negative `first` or `count`.
         """
         if first < 0 or count < 0:
             raise ValueError(f"first is {first} and count {count}; neither may be negative")

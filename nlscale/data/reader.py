@@ -17,7 +17,8 @@ class Samples:
     first input of the next, so every token but the first of the split is a target exactly once
     (up to a remainder of fewer than S tokens at the end).
 
-    Raises UserError when the split holds fewer than S + 1 tokens.
+    Raises:
+        UserError: the split holds fewer than S + 1 tokens.
     """
 
     def __init__(self, shards: TokenShards, sequence_length: int) -> None:

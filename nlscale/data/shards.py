@@ -24,11 +24,12 @@ _OPEN_FILES = 64  # a large corpus has more shards than a process may hold open 
 class TokenShards:
     """The tokens of one split, as one long sequence.
 
-    directory: a folder made by `nlscale data build`
-    split: "train" or "validation"
-    verify: also compare each shard's sha256, unless `.verified.json` beside the index records
-        that a file of this size and modification time has passed before. The first time reads
-        every byte: with many ranks on one file system, let one of them verify.
+    Args:
+        directory: a folder made by `nlscale data build`
+        split: "train" or "validation"
+        verify: also compare each shard's sha256, unless `.verified.json` beside the index records
+            that a file of this size and modification time has passed before. The first time reads
+            every byte: with many ranks on one file system, let one of them verify.
 
     Fields: `tokens` (int), `documents` (int), `vocabulary` (int), `separator` (the id that
     follows each document), `bytes_per_token` (UTF-8 bytes of text a token, separators counted
@@ -36,7 +37,8 @@ class TokenShards:
 
     Safe to use after a fork, pickled, and from several processes at once, not from several threads.
 
-    Raises UserError for a missing folder, an unknown split, and a missing or altered shard.
+    Raises:
+        UserError: a missing folder, an unknown split, and a missing or altered shard.
     """
 
     def __init__(self, directory: str | Path, split: str = "train", verify: bool = True) -> None:
@@ -61,7 +63,9 @@ class TokenShards:
     def read(self, start: int, count: int) -> NDArray[np.int64]:
         """Tokens start .. start + count - 1 of the split: int64 [count].
 
-        Raises IndexError outside the split, and UserError when a shard has become unreadable.
+        Raises:
+            IndexError: outside the split.
+            UserError: a shard has become unreadable.
         """
         if start < 0 or count < 0 or start + count > self.tokens:
             raise IndexError(f"tokens {start} .. {start + count} of {self.tokens}")

@@ -52,7 +52,8 @@ def find_files(sources: Iterable[str]) -> list[SourceFile]:
     ignored), or `stdlib`: the .py, .rst and .txt files of the running Python's standard library
     of up to 1 MiB. A folder that happens to be called stdlib is `./stdlib`.
 
-    Raises UserError for a missing path and for a file with an unknown suffix.
+    Raises:
+        UserError: a missing path and for a file with an unknown suffix.
     """
     found: dict[str, SourceFile] = {}
     for source in sources:

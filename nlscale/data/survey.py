@@ -32,10 +32,11 @@ def _key(data: bytes, seed: int) -> _Key:
 class Survey:
     """Counts, the threshold of the split, and the text to train a BPE on.
 
-    files: what is surveyed
-    held_out: share of the documents for validation
-    seed: of the hash
-    sample: whether to gather text to train a BPE on
+    Attributes:
+        files: what is surveyed
+        held_out: share of the documents for validation
+        seed: of the hash
+        sample: whether to gather text to train a BPE on
 
     Fields: `documents`, `bytes` (UTF-8), `empty`, `skipped_count`, `skipped` (the first few),
     and after `settle`, `sample`.
@@ -86,7 +87,8 @@ class Survey:
     def settle(self) -> None:
         """Fix the split, so that neither side is empty, and the sample (train documents only).
 
-        Raises UserError when there are no documents, or only copies of one.
+        Raises:
+            UserError: there are no documents, or only copies of one.
         """
         if not self.documents:
             message = "the sources hold no documents"

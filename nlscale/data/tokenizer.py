@@ -21,9 +21,10 @@ SMALLEST_BPE = 257  # the 256 bytes and the separator
 class Tokenizer(ABC):
     """Text to token ids and back, without loss: decode(encode(text)) == text.
 
-    name: as given to `--tokenizer`
-    vocabulary: number of ids; ids are 0 .. vocabulary - 1
-    separator: the id that follows each document; `encode` never produces it
+    Attributes:
+        name: as given to `--tokenizer`
+        vocabulary: number of ids; ids are 0 .. vocabulary - 1
+        separator: the id that follows each document; `encode` never produces it
     """
 
     name: str
@@ -50,7 +51,8 @@ class Tokenizer(ABC):
     def decode(self, ids: ArrayLike) -> str:
         """The text of `ids`, separators left out; incomplete UTF-8 becomes U+FFFD.
 
-        Raises ValueError for an id outside the vocabulary.
+        Raises:
+            ValueError: an id outside the vocabulary.
         """
 
     @abstractmethod
@@ -127,7 +129,8 @@ def bpe_vocabulary(spec: str) -> int | None:
 def train_bpe(texts: Iterable[str], vocabulary: int) -> BpeTokenizer:
     """A byte-level BPE of exactly `vocabulary` ids, the separator included.
 
-    Raises UserError when the texts are too small to give that many ids.
+    Raises:
+        UserError: the texts are too small to give that many ids.
     """
     carrier = hf.Tokenizer(hf.models.BPE())
     carrier.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -151,7 +154,8 @@ def train_bpe(texts: Iterable[str], vocabulary: int) -> BpeTokenizer:
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer saved in `directory` (a data folder, for example).
 
-    Raises UserError when there is none, or it cannot be read.
+    Raises:
+        UserError: there is none, or it cannot be read.
     """
     path = Path(directory) / TOKENIZER_NAME
     try:

@@ -26,10 +26,11 @@ class SplitWriter:
     Shards are `{split}-000000.tar` and so on, members `{block:09d}.tokens.bin`, numbered over
     the whole split. The bytes depend on nothing but the tokens and the arguments.
 
-    block_tokens: ids in a block
-    shard_blocks: blocks in a shard
-    dtype: of the ids on disk, little-endian
-    vocabulary: ids are below it
+    Args:
+        block_tokens: ids in a block
+        shard_blocks: blocks in a shard
+        dtype: of the ids on disk, little-endian
+        vocabulary: ids are below it
 
     Fields, final after `close`: `shards`, `tokens`, and `counts` (int64 [vocabulary], how often
     each id was written). Raises OSError when the disk does.
@@ -117,11 +118,13 @@ class SplitWriter:
 class DataWriter:
     """Tokenizes documents and writes both splits of a data folder.
 
-    out: the folder
-    encoder: the tokenizer
-    shard_blocks, block_tokens: see `SplitWriter`
+    Args:
+        out: the folder
+        encoder: the tokenizer
+        shard_blocks, block_tokens: see `SplitWriter`
 
-    Raises OSError when the disk does.
+    Raises:
+        OSError: the disk does.
     """
 
     def __init__(self, out: Path, encoder: Tokenizer, shard_blocks: int, block_tokens: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from nlscale.ops.documents import Documents
 
@@ -43,6 +42,8 @@ def takes_packed(q: Tensor) -> bool:
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # imports much, and most runs do not call it
+
     batch, heads, time, d = q.shape
     q, k, v = (x.transpose(1, 2).reshape(batch * time, heads, d) for x in (q, k, v))
     bounds, longest = documents.bounds, documents.longest

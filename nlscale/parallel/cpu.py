@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,6 +43,7 @@ class _Stream:
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _torch_zeros = torch.zeros
+_ABSENT: Any = object()
 
 
 def _zeros(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -68,6 +70,27 @@ def install() -> None:
     # the whole model, would pay for a function mode, so this one function is replaced instead.
     any_torch: Any = torch
     any_torch.zeros = _zeros
+
+
+def import_megatron_core() -> None:
+    """Import megatron-core without what it imports in vain, 40 % of all that a rank imports.
+
+    Its fused functions, none of which nlscale calls here, are handed to `torch.compile` when they
+    are imported, which imports the compiler; and its timers look for wandb.
+    """
+    if torch.cuda.is_available():
+        return
+    any_torch: Any = torch
+    compiles, tracker = torch.compile, sys.modules.get("wandb", _ABSENT)
+    any_torch.compile = lambda function: function
+    sys.modules["wandb"] = None  # type: ignore[assignment]  # importing it is an ImportError
+    try:
+        import megatron.core  # noqa: F401
+    finally:
+        any_torch.compile = compiles
+        del sys.modules["wandb"]
+        if tracker is not _ABSENT:
+            sys.modules["wandb"] = tracker
 
 
 def _keep_freed_memory() -> None:

@@ -19,6 +19,7 @@ from nlscale.cluster.life.watch import Watch, doing
 from nlscale.cluster.spread import nodes_of_a_data_group
 from nlscale.config.vocabulary import Config, ParallelConfig, TimeoutsConfig
 from nlscale.parallel import cpu
+from nlscale.parallel.gloo import one_device
 
 _WATCH_SPEAKS_FIRST_SECONDS = 60.0
 
@@ -85,10 +86,12 @@ def process_groups(config: Config, on_end: Callable[[str], None] = _nothing) -> 
     cpu.install()
     started_here = not dist.is_initialized()
     with ExitStack() as ends:
-        if started_here:
-            _join(config.timeouts, on_end, ends)
-        ends.callback(parallel_state.destroy_model_parallel)
-        yield _layout(config.parallel)
+        with one_device():
+            if started_here:
+                _join(config.timeouts, on_end, ends)
+            ends.callback(parallel_state.destroy_model_parallel)
+            layout = _layout(config.parallel)
+        yield layout
 
 
 def _join(timeouts: TimeoutsConfig, on_end: Callable[[str], None], ends: ExitStack) -> None:

@@ -34,6 +34,7 @@ from nlscale.step.trainer import Trainer
 from nlscale.telemetry.figures import LOSS_FIGURE, SUMMARY_FILE
 from nlscale.telemetry.run import Telemetry, WandbOptions
 from nlscale.train.batches import StepReader
+from nlscale.train.folder import CONFIG_FILE
 from nlscale.train.prepare import Prepared
 from nlscale.train.summary import (
     describe,
@@ -43,8 +44,6 @@ from nlscale.train.summary import (
     stopped,
     summarise,
 )
-
-CONFIG_FILE = "config.yaml"
 
 
 def train(config: Config, prepared: Prepared, signals: StopSignals) -> dict[str, Any]:

@@ -21,7 +21,11 @@ def start(path: str | Path, overrides: list[str]) -> int:
     with StopSignals() as signals:
         config = recipe.load(path, overrides, trusted=True).config
         prepared = prepare(config)
-        from nlscale.train.loop import train  # imports torch: only what has been checked waits
+        # What follows imports torch: only what has been checked waits for it.
+        from nlscale.parallel.cpu import import_megatron_core
+
+        import_megatron_core()
+        from nlscale.train.loop import train
 
         train(config, prepared, signals)
     return 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import world
@@ -14,6 +16,7 @@ from nlscale.checkpoint.diff import compare
 
 STEPS = 13
 BASE = ["levels=[1,3,5]", f"train.steps={STEPS}", "data.sequence_length=16", "model.layers=4"]
+BATCH = "train.global_batch=4"  # of one sequence for each of four data-parallel ranks
 LAYOUTS = {
     "1": (1, 1, []),
     "2": (2, 2, []),
@@ -38,8 +41,30 @@ LAYOUTS = {
 def run(layout: str, overrides: list[str], *args: object, **kwargs: object) -> list[dict]:
     ranks, per_node, spread = LAYOUTS[layout]
     return world.run(
-        ranks, train, [*BASE, *spread, *overrides], *args, *kwargs.values(), ranks_per_node=per_node
-    )
+        ranks, train, [*BASE, BATCH, *spread, *overrides], *args, *kwargs.values(),
+        ranks_per_node=per_node,
+    )  # fmt: skip
+
+
+Whole = Callable[..., tuple[Path, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """`whole(layout, step, *keys)`: a run that never stopped, saved after that step and its last.
+
+    Its folder and what rank 0 returned; the same run is trained once.
+    """
+    done: dict[tuple[str, ...], tuple[Path, dict[str, Any]]] = {}
+
+    def trained(layout: str, step: int, *keys: str) -> tuple[Path, dict[str, Any]]:
+        asked = (layout, str(step), *keys)
+        if asked not in done:
+            folder = tmp_path_factory.mktemp("whole") / "checkpoints"
+            done[asked] = folder, run(layout, list(keys), folder, (step,), False)[0]
+        return done[asked]
+
+    return trained
 
 
 def saved_only_at(folder: Path, step: int, copy: Path) -> Path:
@@ -64,17 +89,17 @@ def saved_only_at(folder: Path, step: int, copy: Path) -> Path:
     ],
 )
 def test_resuming_on_the_same_layout_is_bitwise(
-    tmp_path: Path, layout: str, step: int, dtype: str
+    tmp_path: Path, whole: Whole, layout: str, step: int, dtype: str
 ) -> None:
     keys = [f"train.dtype={dtype}"]
-    whole = run(layout, keys, tmp_path / "whole", (step,), False)[0]
-    rest = saved_only_at(tmp_path / "whole", step, tmp_path / "rest")
+    folder, never_stopped = whole(layout, step, *keys)
+    rest = saved_only_at(folder, step, tmp_path / "rest")
     resumed = run(layout, keys, rest, (), True)[0]
     assert list(resumed["losses"]) == list(range(step + 1, STEPS + 1))
-    assert resumed["losses"] == {s: whole["losses"][s] for s in resumed["losses"]}
-    result = compare(checkpoint(rest, STEPS), checkpoint(tmp_path / "whole", STEPS))
+    assert resumed["losses"] == {s: never_stopped["losses"][s] for s in resumed["losses"]}
+    result = compare(checkpoint(rest, STEPS), checkpoint(folder, STEPS))
     assert result["bitwise"], result
-    assert largest_difference(resumed["parameters"], whole["parameters"]) == 0
+    assert largest_difference(resumed["parameters"], never_stopped["parameters"]) == 0
 
 
 @pytest.mark.parametrize("layout", ["1", "4-two-nodes"])
@@ -82,11 +107,11 @@ def test_a_run_whose_first_steps_were_dropped_resumes_too(tmp_path: Path, layout
     # Nothing is updated until step 4; the windows that close at step 3 hold no tokens.
     keys = ["levels.stagger=false"]
     dropped = (1, 2, 3)
-    whole = run(layout, keys, tmp_path / "whole", (3,), False, dropped)[0]
+    never_stopped = run(layout, keys, tmp_path / "whole", (3,), False, dropped)[0]
     rest = saved_only_at(tmp_path / "whole", 3, tmp_path / "rest")
     assert not any(name.startswith("exp_avg") for name in checkpoint(rest, 3).tensors())
     resumed = run(layout, keys, rest, (), True)[0]
-    assert resumed["losses"] == {s: whole["losses"][s] for s in resumed["losses"]}
+    assert resumed["losses"] == {s: never_stopped["losses"][s] for s in resumed["losses"]}
     result = compare(checkpoint(rest, STEPS), checkpoint(tmp_path / "whole", STEPS))
     assert result["bitwise"], result
 
@@ -104,16 +129,19 @@ def test_a_run_whose_first_steps_were_dropped_resumes_too(tmp_path: Path, layout
     ],
 )
 def test_resuming_on_another_layout_is_within_rounding(
-    tmp_path: Path, one: str, other: str
+    tmp_path: Path, whole: Whole, one: str, other: str
 ) -> None:
     step = 7  # in the middle of windows of both slow levels
-    whole = run(one, [], tmp_path / "whole", (step,), False)[0]
-    rest = saved_only_at(tmp_path / "whole", step, tmp_path / "rest")
-    resumed = run(other, [], rest, (), True)[0]
+    keys = ["train.dtype=fp32"]
+    if "8-four-nodes" in (one, other):
+        keys.append("train.global_batch=8")
+    folder, never_stopped = whole(one, step, *keys)
+    rest = saved_only_at(folder, step, tmp_path / "rest")
+    resumed = run(other, keys, rest, (), True)[0]
     for s, loss in resumed["losses"].items():
-        assert loss == pytest.approx(whole["losses"][s], rel=1e-6)
-    assert largest_difference(resumed["parameters"], whole["parameters"]) < 1e-6
-    result = compare(checkpoint(rest, STEPS), checkpoint(tmp_path / "whole", STEPS))
+        assert loss == pytest.approx(never_stopped["losses"][s], rel=1e-6)
+    assert largest_difference(resumed["parameters"], never_stopped["parameters"]) < 1e-6
+    result = compare(checkpoint(rest, STEPS), checkpoint(folder, STEPS))
     assert not result["bitwise"], "two layouts that round alike prove nothing"
     assert result["classes"]["optimizer"]["max_relative_difference"] < 1e-5
     assert set(result["classes"]["progress"]["differs"]) <= {"bytes_sent", "bytes_saved"}
@@ -121,13 +149,15 @@ def test_resuming_on_another_layout_is_within_rounding(
 
 
 @pytest.mark.parametrize(("one", "other"), [("tp2-pp2", "4"), ("4-two-nodes", "tp2-sp-pp2x2")])
-def test_another_layout_loads_the_very_same_state(tmp_path: Path, one: str, other: str) -> None:
+def test_another_layout_loads_the_very_same_state(
+    tmp_path: Path, whole: Whole, one: str, other: str
+) -> None:
     # no step after resuming: what was loaded, windows half full, is written again by other ranks
-    run(one, [], tmp_path / "whole", (7,), False)
-    again = saved_only_at(tmp_path / "whole", 7, tmp_path / "again")
+    folder, _ = whole(one, 7, "train.dtype=fp32")
+    again = saved_only_at(folder, 7, tmp_path / "again")
     ranks, per_node, spread = LAYOUTS[other]
-    world.run(ranks, load_and_save, [*BASE, *spread], again, ranks_per_node=per_node)
-    before, after = checkpoint(tmp_path / "whole", 7), checkpoint(again, 7)
+    world.run(ranks, load_and_save, [*BASE, BATCH, *spread], again, ranks_per_node=per_node)
+    before, after = checkpoint(folder, 7), checkpoint(again, 7)
     assert before.state["layout"] != after.state["layout"]
     assert any(name.startswith("window/") for name in before.tensors())
     result = compare(after, before)

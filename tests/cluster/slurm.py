@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from ports import free_port
+
 NODES = ("n0", "n1")
 _TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "runuser")
 _FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
@@ -124,7 +126,7 @@ class Slurm:
 
     def _start(self) -> None:
         self._start_munge()
-        ports = _free_ports(1 + len(NODES))
+        ports = [free_port() for _ in range(1 + len(NODES))]
         host = socket.gethostname().split(".")[0]
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 "
@@ -198,11 +200,3 @@ class Slurm:
 
     def _logs(self) -> str:
         return "\n".join(path.read_text()[-2000:] for path in sorted(self.folder.glob("*.log")))
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports

@@ -21,11 +21,19 @@ from nlscale import cli
 from nlscale.checkpoint.diff import compare
 from nlscale.checkpoint.store.store import Store
 
-pytestmark = [pytest.mark.root, pytest.mark.slow]
+pytestmark = pytest.mark.root
 
 RECIPE, CLUSTER = "recipes/quickstart.yaml", "recipes/clusters/test.yaml"
 NLSCALE = [sys.executable, "-m", "nlscale"]
-LONG = ["train.steps=400", "data.sequence_length=64"]
+NAP = "tests.cluster.nap"
+# The jobs wait after each step, so that they last; what they are compared with need not.
+AFTER_EACH_STEP = [f"run.imports=[{NAP}]", "evaluate=[nap]", "train.validate_every=1"]
+# What is asked of a job does not depend on its size; a small one leaves the machine to others.
+SMALL = [
+    "model.layers=1", "model.d_model=32", "model.heads=1", "data.sequence_length=32",
+    "train.global_batch=4", "train.micro_batch=1", "train.validation_sequences=8",
+]  # fmt: skip
+LONG = ["train.steps=300", *SMALL]
 # A canonical checkpoint sums the pending windows a little earlier: a difference in rounding, which
 # training at the recipe's learning rate amplifies tenfold in a dozen steps.
 SHORT = ["train.steps=24", "optimizer.learning_rate=1e-3"]
@@ -109,7 +117,7 @@ def test_a_job_that_is_requeued_killed_and_warned_is_the_run_that_never_was(
 ) -> None:
     run, other = tmp_path / "exact", tmp_path / "default"
     # two jobs side by side: the second is only told to stop once, in the middle of a window
-    job = launch(slurm, [*LONG, *keys(data, run, "exact")])
+    job = launch(slurm, [*LONG, *AFTER_EACH_STEP, *keys(data, run, "exact")])
     second = launch(slurm, [*SHORT, *keys(data, other, "canonical")])
 
     until(slurm, job, lambda: last_step(run) >= 5)
@@ -165,6 +173,7 @@ def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(
     run = tmp_path / "run"
     overrides = [
         *LONG,
+        *AFTER_EACH_STEP,
         *keys(data, run, "canonical"),
         "checkpoint.every=1000 steps",
         "run.max_restarts=0",

@@ -13,7 +13,7 @@ import pytest
 
 from nlscale.bench.netns import check_tools, remove_leftovers
 
-pytestmark = [pytest.mark.root, pytest.mark.slow]
+pytestmark = pytest.mark.root
 
 SMALL = ["model.layers=4", *(f"levels.spectrum.{i}.period={2**i}" for i in range(4))]
 BENCH = [sys.executable, "-m", "nlscale", "bench", "sync"]

@@ -15,9 +15,10 @@ from train.test_train_run import records, small_data
 from nlscale.bench.netns import LINK, EmulatedNodes, check_tools
 from nlscale.checkpoint.store.store import Store
 
-pytestmark = [pytest.mark.root, pytest.mark.slow]
+pytestmark = pytest.mark.root
 
 SILENCE = 8
+SMALL = ["model.layers=1", "model.d_model=32", "model.heads=1", "data.sequence_length=32"]
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
@@ -51,7 +52,7 @@ def test_a_cut_link_ends_both_nodes_with_a_reason_and_a_restart_goes_on(tmp_path
     (tmp_path / "text").mkdir()
     data, run = small_data(tmp_path / "text", documents=40, held_out=0.1), tmp_path / "run"
     overrides = [f"data.dir={data}", f"run.dir={run}", "train.steps=60", "checkpoint.every=5 steps"]
-    overrides += ["data.sequence_length=64", f"timeouts.silence={SILENCE}"]
+    overrides += [*SMALL, f"timeouts.silence={SILENCE}"]
     with EmulatedNodes(2, None) as nodes:
         both = [start(nodes, node, overrides) for node in (0, 1)]
         end = time.monotonic() + 120
@@ -83,7 +84,7 @@ def test_torchrun_recovers_from_a_killed_rank(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     data, run = small_data(tmp_path / "text", documents=40, held_out=0.1), tmp_path / "run"
     script = ["bash", "launch/torchrun/one-node.sh", "recipes/quickstart.yaml", f"run.dir={run}"]
-    script += [f"data.dir={data}", "train.steps=40", "data.sequence_length=64"]
+    script += [f"data.dir={data}", "train.steps=40", *SMALL]
     torchrun = subprocess.Popen(
         [*script, "checkpoint.every=5 steps"],
         env={**ENVIRONMENT, "RANKS": "2", "RESTARTS": "1"},

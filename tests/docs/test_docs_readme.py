@@ -1,71 +1,104 @@
-"""Every command of the README, run in a fresh clone, in the order in which it stands there."""
+"""What the pages say can be typed: every command runs in a fresh clone, every flag and key exists.
+
+A page's commands are one test, in their order; pages need nothing but the quickstart from each
+other. What stands on two pages is run once. A command that takes too long for a test says so in
+its comment, `# takes ten minutes`: it is then run with --dry-run where it knows that, and else only
+its flags and keys are looked at.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shlex
+import signal
 import subprocess
 from argparse import _SubParsersAction
 from pathlib import Path
 
 import pytest
 import world
+from docs.pages import PAGES, ROOT, Command, commands, shown, text_of
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("quickstart")  # of which one worker trains one
+
 # Training commands other than the quickstart run a few steps of what they say.
 SHORT = "train.steps=6 train.validation_sequences=4 optimizer.warmup_steps=2"
+HERE = ("bash launch/quickstart.sh", "bash tests/run.sh")  # run by a fixture; running now
+PATIENCE = 600.0  # seconds
+WITH_COMMANDS = [page for page in PAGES if commands(page)]
 
 
-PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
-
-
-def commands() -> list[str]:
-    """The lines of the pages' bash blocks, continuation lines joined, comments dropped."""
-    text = "\n".join((ROOT / page).read_text() for page in PAGES)
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [" ".join(shlex.split(line, comments=True)) for line in lines if line.strip()]
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+class Clone:
     """The working tree as a fresh clone would have it, with the environment already installed."""
-    path = tmp_path_factory.mktemp("clone") / "nlscale"
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
-    for name in listed:
-        if (ROOT / name).is_file():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_bytes((ROOT / name).read_bytes())
-    (path / ".venv").symlink_to(ROOT / ".venv")
-    return path
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._ran: set[str] = set()
+        listed = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        ).stdout.splitlines()  # fmt: skip
+        for name in listed:
+            if (ROOT / name).is_file():
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                (path / name).write_bytes((ROOT / name).read_bytes())
+        (path / ".venv").symlink_to(ROOT / ".venv")
+
+    def run(self, text: str, patience: float = PATIENCE) -> str:
+        """Its output."""
+        environment = {**os.environ, "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"}
+        environment.pop("PYTHONWARNINGS", None)
+        # the editable install points at the repository; the clone's own sources come first
+        environment["PYTHONPATH"] = str(self.path)
+        running = subprocess.Popen(
+            ["bash", "-c", text], cwd=self.path, env=environment, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            output, errors = running.communicate(timeout=patience)
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)  # the ranks that it has started, too
+            running.communicate()
+            pytest.fail(f"more than {patience:g} s; say '# takes N minutes' after it: {text}")
+        assert running.returncode == 0, f"{text}\n{output[-3000:]}\n{errors[-3000:]}"
+        return output
+
+    def run_once(self, command: Command) -> None:
+        """As far as a test can wait for it, and not again where another page has it too."""
+        todo = as_tested(command)
+        if todo is not None and todo.same not in self._ran:
+            self._ran.add(todo.same)
+            self.run(todo.text)
 
 
-def run(clone: Path, command: str, timeout: float) -> str:
-    environment = {**os.environ, "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"}
-    environment.pop("PYTHONWARNINGS", None)
-    # the editable install points at the repository; the clone's own sources come first
-    environment["PYTHONPATH"] = str(clone)
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=clone, env=environment,
-        capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+def as_tested(command: Command) -> Command | None:
+    """What is run of a command; None: nothing."""
+    text = command.text
+    if text in HERE or text.startswith(("git clone", "cd ")):
+        return None
+    if command.long:
+        return Command(f"{text} --dry-run") if "--dry-run" in options_of(command.words) else None
+    if re.search(r"\bnlscale train ", text):
+        return Command(f"{text} {SHORT}")
+    if " verify-resume " in text:
+        return Command(re.sub(r"--at \d+", "--at 3 --layout ranks=1 levels=[1,2]", text))
+    return command
 
 
 @pytest.fixture(scope="module")
-def quickstart(clone: Path) -> tuple[Path, str]:
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    path = tmp_path_factory.mktemp("clone") / "nlscale"
+    return Clone(path)
+
+
+@pytest.fixture(scope="module")
+def quickstart(clone: Clone) -> tuple[Path, str]:
     """The quickstart, whole: it is what a newcomer sees first."""
-    output = run(clone, "bash launch/quickstart.sh", timeout=900)
-    return clone / "runs" / "quickstart", output
+    output = clone.run("bash launch/quickstart.sh", patience=900)
+    return clone.path / "runs" / "quickstart", output
 
 
-@pytest.mark.slow
 def test_the_quickstart_learns_and_shows_it(quickstart: tuple[Path, str]) -> None:
     run_dir, output = quickstart
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -79,7 +112,6 @@ def test_the_quickstart_learns_and_shows_it(quickstart: tuple[Path, str]) -> Non
     assert "runs/quickstart/loss.png" in output
 
 
-@pytest.mark.slow
 def test_the_clone_leaves_the_environment_as_it_was(quickstart: tuple[Path, str]) -> None:
     """Installed again from the clone it would be gone when the clone is."""
     program = "import nlscale; print(nlscale.__file__)"
@@ -90,48 +122,42 @@ def test_the_clone_leaves_the_environment_as_it_was(quickstart: tuple[Path, str]
     assert Path(where.strip()) == ROOT / "nlscale" / "__init__.py"
 
 
-@pytest.mark.slow
 def test_running_the_quickstart_again_is_quick_and_keeps_the_run(
-    clone: Path, quickstart: tuple[Path, str]
+    clone: Clone, quickstart: tuple[Path, str]
 ) -> None:
     before = (quickstart[0] / "metrics.jsonl").read_bytes()
-    output = run(clone, "bash launch/quickstart.sh", timeout=60)
+    output = clone.run("bash launch/quickstart.sh", patience=60)
     assert "has finished before" in output
     assert (quickstart[0] / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.slow
-def test_every_command_of_the_pages_runs(clone: Path, quickstart: tuple[Path, str]) -> None:
-    ran = 0
-    for command in commands():
-        if command.startswith("git clone") or command.startswith("cd "):
-            continue
-        if command in ("bash launch/quickstart.sh", "bash tests/run.sh"):
-            continue  # the first has run above, the second is running now
-        if command.startswith("nlscale bench"):
-            continue  # run by tests/cluster and tests/bench, on smaller sizes
-        if "recipes/sweeps/quickstart" in command or "runs/sweeps/quickstart" in command:
-            continue  # run by tests/scaling, on smaller sizes
-        if " train " in command:
-            command = f"{command} {SHORT}"
-        if " verify-resume " in command:
-            command = re.sub(r"--at \d+", "--at 3 --layout ranks=1 levels=[1,2]", command)
-        run(clone, command, timeout=600)
-        ran += 1
-    assert ran >= 6, "the commands were not found"
+@pytest.mark.parametrize("page", WITH_COMMANDS)
+def test_every_command_of_a_page_runs(
+    page: str, clone: Clone, quickstart: tuple[Path, str]
+) -> None:
+    for command in commands(page):
+        clone.run_once(command)
 
 
-DOCUMENTS = [*PAGES, "CONTRIBUTING.md", *sorted(
+def test_commands_are_found_and_few_are_too_long_to_run() -> None:
+    found = {command.same: command for page in PAGES for command in commands(page)}
+    run = [command for command in found.values() if as_tested(command) is not None]
+    assert len(run) > 40
+    assert len(run) > 0.75 * len(found)
+
+
+DOCUMENTS = [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", *sorted(
     str(p.relative_to(ROOT)) for p in (ROOT / "launch").rglob("*") if p.suffix in (".sh", ".sbatch")
 )]  # fmt: skip
 
 
 def options_of(words: list[str]) -> set[str]:
-    """The options of the command that the first of these words name: `checkpoint list`."""
+    """The options of the command that these words name: `nlscale checkpoint list`."""
     from nlscale.cli.command import _parser
 
     parser, anywhere = _parser(), {"--import"}
-    for word in words:
+    words = words[words.index("nlscale") + 1 :] if "nlscale" in words else []
+    for word in [word for word in words if re.fullmatch(r"[a-z][a-z-]*", word)]:
         verbs = next((a for a in parser._actions if isinstance(a, _SubParsersAction)), None)
         if verbs is None:
             break
@@ -141,19 +167,25 @@ def options_of(words: list[str]) -> set[str]:
     return of_verb | anywhere
 
 
+def with_flags(document: str) -> list[tuple[str, set[str]]]:
+    """Commands of nlscale that a document names anywhere, in a sentence too, and their flags."""
+    text = text_of(document).replace("\\\n", " ")
+    found = re.findall(r"\bnlscale [a-z]+(?:-[a-z]+)?[^`\n#]*", text)
+    flags = [
+        {word.rstrip(",.;:)") for word in command.split() if word.startswith("--")}
+        for command in found
+    ]
+    return [(command, given) for command, given in zip(found, flags, strict=True) if given]
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_name_only_commands_and_flags_that_exist(document: str) -> None:
-    text = (ROOT / document).read_text().replace("\\\n", " ")
-    found = re.findall(r"\bnlscale ((?:[a-z]+(?:-[a-z]+)?)(?:[^`\n#]*))", text)
-    checked = 0
-    for command in found:
-        words = command.replace("|", " ").split()
-        flags = [word.rstrip(",.;:)") for word in words if word.startswith("--")]
-        if flags:
-            known = options_of([word for word in words if re.fullmatch(r"[a-z][a-z-]*", word)])
-            assert set(flags) <= known, f"{document}: nlscale {command}"
-            checked += 1
-    assert document != "README.md" or checked >= 8
+    for command, flags in with_flags(document):
+        assert flags <= options_of(command.replace("|", " ").split()), f"{document}: {command}"
+
+
+def test_flags_are_found() -> None:
+    assert sum(len(with_flags(document)) for document in DOCUMENTS) > 40
 
 
 def load_all(pages: list[tuple[list[str], list[str]]]) -> None:
@@ -166,11 +198,33 @@ def load_all(pages: list[tuple[list[str], list[str]]]) -> None:
         load(ROOT / "recipes" / "quickstart.yaml", pairs, trusted=True)
 
 
-def test_the_pages_name_only_keys_that_exist() -> None:
-    pages = []
-    for command in commands():
-        pairs = [word for word in command.split() if re.fullmatch(r"[a-z_.0-9]+=\S+", word)]
-        if "nlscale" in command and pairs:
-            pages.append((re.findall(r"--import (\S+)", command), pairs))
-    assert len(pages) > 10
-    world.run(1, load_all, pages)
+def test_the_pages_override_only_keys_that_exist() -> None:
+    overrides = []
+    for command in (c for page in PAGES for c in [*commands(page), *shown(page)]):
+        words = re.sub(r"--(?:layout|where) \S+", "", " ".join(command.words)).split()
+        pairs = [word for word in words if re.fullmatch(r"[a-z_.0-9]+=\S+", word)]
+        if "nlscale" in words and pairs:
+            overrides.append((re.findall(r"--import (\S+)", command.text), pairs))
+    assert len(overrides) > 10
+    world.run(1, load_all, overrides)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```python" not in text_of(page)])
+def test_keys_in_sentences_exist(page: str) -> None:
+    """`data.document_mask=true` or `train.steps`; names of files are none."""
+    from nlscale.config.recipe import all_keys, has_key, unknown_key
+
+    sections = {key.partition(".")[0] for key in all_keys() if "." in key}
+    for key, value in re.findall(r"`([a-z]+\.[a-z_0-9.]+)(=[^`]*)?`", text_of(page)):
+        is_file = re.search(r"\.(?:py|yaml|md|sh|sbatch|jsonl?|log|png|txt)$", key) and not value
+        if key.partition(".")[0] in sections and not is_file:
+            assert has_key(key), f"{page}: {unknown_key(key)}"
+
+
+def test_every_check_of_the_doctor_is_on_the_page_that_mends_it() -> None:
+    sources = (ROOT / "nlscale" / "cluster" / "doctor").glob("*.py")
+    named = re.compile(r"(?:Finding\(\s*|_CHECK = |_GLOO = |\bcheck\b[^=\n]*= )\"([A-Za-z ]+)\"")
+    checks = {name for path in sources for name in named.findall(path.read_text())}
+    page = text_of("docs/how-to/mend-doctor-findings.md")
+    assert len(checks) > 20
+    assert not [name for name in checks if f"`{name}" not in page]

@@ -11,6 +11,7 @@ import torch
 from ops.interpreter import Call
 from ops.test_ops_attention import within_bounds
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from nlscale.config import recipe
 from nlscale.config.vocabulary import ModelConfig
@@ -110,7 +111,7 @@ def test_attention_that_sees_another_document_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(check, "takes_packed", lambda q: True)
     monkeypatch.setattr(attention, "takes_packed", lambda q: q.dtype == torch.bfloat16)
     for kernel, refused in ((within_bounds, False), (of_whole_rows, True)):
-        monkeypatch.setattr(attention, "varlen_attn", kernel)
+        monkeypatch.setattr(varlen, "varlen_attn", kernel)
         with (
             nullcontext()
             if not refused

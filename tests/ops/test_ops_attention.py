@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from ops.test_ops_documents import LENGTHS, documents
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from nlscale.ops import attention
 from nlscale.ops.attention import causal_attention
@@ -38,7 +39,7 @@ def test_packed_documents_read_what_a_mask_lets_them(monkeypatch: pytest.MonkeyP
         asked.append((given[3:], options))
         return within_bounds(*given)
 
-    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     monkeypatch.setattr(attention, "takes_packed", lambda q: True)
     given = drawn(21, torch.float64)
     weight = torch.randn_like(given[0])

@@ -54,7 +54,6 @@ def results(function: Callable[..., Any], given: tuple[Any, ...]) -> list[Tensor
     return [*out, *torch.autograd.grad(loss, leaves)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_compiled_functions_give_the_same(name: str, seed: int) -> None:
     assert shutil.which("g++"), "torch.compile needs a compiler here: apt-get install g++"

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,6 @@ from train.test_train_run import records, run, small_data
 
 from nlscale.checkpoint.diff import compare
 from nlscale.checkpoint.store.store import Checkpoint, Store
-from nlscale.verify.resume import family
 
 STEPS = 40
 
@@ -122,15 +123,12 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(data: Path, tmp_path:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-TORCHRUN = [
-    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-    *("-m", "nlscale", "train", "recipes/quickstart.yaml"),
-]
+RECIPE = "recipes/quickstart.yaml"
 
 
 def signalled(data: Path) -> list[str]:
     return [
-        *(*TORCHRUN, f"data.dir={data}"),
+        *("train", RECIPE, f"data.dir={data}"),
         *("data.sequence_length=64", "train.steps=60", "train.validation_sequences=8"),
         *("checkpoint.pending=exact", "train.validate_every=50"),
     ]
@@ -140,76 +138,95 @@ def signalled(data: Path) -> list[str]:
 def never_stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """The last checkpoint of the run that nothing has happened to."""
     folder = tmp_path_factory.mktemp("never")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*signalled(data), f"run.dir={folder}"]
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+    train(signalled(data), folder)
     return Store(folder / "checkpoints").checkpoints()[-1]
 
 
-@pytest.mark.slow
+def train(
+    command: list[str], folder: Path, during: Callable[[list[int]], None] | None = None
+) -> list[world.Ended]:
+    """A run of two ranks in a folder, to its end unless something happens to it."""
+    nothing_happens = during is None
+    ended = world.command(
+        2, [*command, f"run.dir={folder}"], folder.with_name(f"{folder.name}-ranks"),
+        during or (lambda pids: None),
+    )  # fmt: skip
+    assert not nothing_happens or [rank.code for rank in ended] == [0, 0], ended[0].output
+    return ended
+
+
+def wait_for_steps(folder: Path, steps: int) -> None:
+    while not (folder / "metrics.jsonl").exists() or len(records(folder, "train")) < steps:
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("to", ["torchrun", "one rank"])
 def test_a_signal_ends_all_ranks_after_the_same_step_and_changes_nothing(
     data: Path, never_stopped: Checkpoint, tmp_path: Path, to: str
 ) -> None:
     command, stopped = signalled(data), tmp_path / "stopped"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, f"run.dir={stopped}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=environment,
-    )  # fmt: skip
-    while not (stopped / "metrics.jsonl").exists() or len(records(stopped, "train")) < 7:
-        time.sleep(0.02)
-    ranks = [pid for pid in family(process.pid) if pid != process.pid]
+
+    def one_rank(pids: list[int]) -> None:
+        wait_for_steps(stopped, 7)
+        os.kill(pids[-1], signal.SIGUSR1)
+
     if to == "torchrun":
-        process.send_signal(signal.SIGTERM)
+        said = stopped_torchrun(command, stopped)
     else:
-        os.kill(ranks[-1], signal.SIGUSR1)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode != 0
+        ended = train(command, stopped, one_rank)
+        assert [rank.code for rank in ended] == [75, 75]
+        said = "".join(rank.output for rank in ended)
     last = records(stopped, "train")[-1]["step"]
     assert 7 <= last < 60
     assert f"stopped after step {last}" in said and "the same command goes on from it" in said
     assert said.count("nlscale: stopped after step") == 1
     assert [c.step for c in Store(stopped / "checkpoints").checkpoints()] == [last]
-    subprocess.run(
-        [*command, f"run.dir={stopped}"], check=True, capture_output=True, env=environment
-    )
+    train(command, stopped)
     end = Store(stopped / "checkpoints").checkpoints()[-1]
     assert compare(end, never_stopped)["bitwise"]
 
 
-@pytest.mark.slow
+def stopped_torchrun(command: list[str], folder: Path) -> str:
+    """What torchrun and its ranks say on standard error when torchrun is told to stop."""
+    torchrun = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", "-m", "nlscale", *command, f"run.dir={folder}"),
+        ],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_for_steps(folder, 7)
+    torchrun.send_signal(signal.SIGTERM)
+    _, said = torchrun.communicate(timeout=60)
+    assert torchrun.returncode != 0
+    return said
+
+
 def test_kill_9_at_any_moment_loses_nothing(data: Path, tmp_path: Path) -> None:
-    """The whole run under torchrun, killed three times at random moments."""
+    """The whole run, killed three times at random moments."""
     command = [
-        *(*TORCHRUN, f"data.dir={data}"),
+        *("train", RECIPE, f"data.dir={data}"),
         *("data.sequence_length=64", "train.steps=30", "train.validation_sequences=8"),
         *("checkpoint.every=3 steps", "train.validate_every=10"),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     never = tmp_path / "never"
     began = time.monotonic()
-    subprocess.run([*command, f"run.dir={never}"], check=True, capture_output=True, env=environment)
+    train(command, never)
     took = time.monotonic() - began
     draw = random.Random(int(time.time()))
     killed, ends = tmp_path / "killed", []
-    for _ in range(3):
-        process = subprocess.Popen(
-            [*command, f"run.dir={killed}"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
-        )  # fmt: skip
-        time.sleep(draw.uniform(0.4, 1.0) * took)
-        for pid in family(process.pid):
-            try:
+
+    def kill_all(pids: list[int]) -> None:
+        time.sleep(draw.uniform(0.2, 1.0) * took)
+        for pid in pids:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        process.wait()
+
+    for _ in range(3):
+        train(command, killed, kill_all)
         ends.append([c.step for c in Store(killed / "checkpoints").checkpoints()][-1:])
-    done = subprocess.run(
-        [*command, f"run.dir={killed}"], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
+    train(command, killed)
     summaries = [json.loads((run / "summary.json").read_text()) for run in (never, killed)]
     assert summaries[0]["final_val_loss"] == summaries[1]["final_val_loss"], ends
     last = [Store(run / "checkpoints").checkpoints()[-1] for run in (killed, never)]

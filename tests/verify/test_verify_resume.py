@@ -36,7 +36,6 @@ def test_what_is_no_layout_is_refused(text: str) -> None:
         Arrangement.parse(text)
 
 
-@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit_and_elsewhere_within_rounding(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.mkdir()

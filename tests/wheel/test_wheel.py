@@ -101,7 +101,6 @@ def version() -> str:
     return __version__
 
 
-@pytest.mark.slow
 def test_it_trains_and_sweeps_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     def nlscale(*arguments: str) -> str:
         return run(installed, *arguments, cwd=tmp_path)
@@ -132,7 +131,6 @@ def test_it_plans_and_launches_from_an_empty_folder(installed: Path, tmp_path: P
     plans_and_launches(installed, tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("python", other_pythons(), ids=lambda path: Path(path).name)
 def test_other_pythons_plan_and_launch(wheel: Path, tmp_path: Path, python: str) -> None:
     folder = tmp_path / "environment"

@@ -99,7 +99,7 @@ def export(
             where = {name: file for file, names in parts.items() for name in sorted(names)}
             total = {"total_size": sum(sizes.values())}
             _write_json(partial / INDEX_FILE, {"metadata": total, "weight_map": where})
-        _write_json(partial / CONFIG_FILE, _describe(checkpoint, dtype))
+        _write_json(partial / CONFIG_FILE, describe(checkpoint, dtype))
         files.sync_folder(partial)
         partial.rename(folder)
         files.sync_folder(folder.parent)
@@ -112,10 +112,11 @@ def export(
     return Exported(folder, list(parts), len(shapes), parameters, sum(sizes.values()), dtype)
 
 
-def load_model(folder: Path) -> Decoder:
-    """The exported model on the CPU, in the dtype in which it was exported.
+def load_model(folder: Path, dtype: torch.dtype | None = None) -> Decoder:
+    """The exported model on the CPU, in the dtype in which it was exported unless one is given.
 
-    Call it, and use the model, inside `nlscale.parallel.layout.process_groups` of one rank.
+    Call it, and use the model, inside `nlscale.parallel.layout.process_groups` of one rank, or
+    inside `nlscale.parallel.alone.alone`.
 
     Raises:
         UserError: the folder is not an export, is damaged, or its weights do not fit its
@@ -123,47 +124,72 @@ def load_model(folder: Path) -> Decoder:
     """
     if not dist.is_initialized():
         raise UserError("load_model needs nlscale.parallel.layout.process_groups of one rank")
-    config = read_config(folder)
-    assert config.model.vocabulary is not None
-    model = Decoder(config, megatron_config(config), config.model.vocabulary)
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    pieces = [
-        Piece(_WEIGHTS + name, shapes[name], (0,) * p.dim(), p) for name, p in parameters.items()
-    ]
-    read_weights(folder, pieces, shapes)
+    model, pieces = empty_model(read_config(folder), dtype)
+    read_weights(folder, pieces, {p.name.removeprefix(_WEIGHTS): p.shape for p in pieces})
     return model
 
 
-def read_config(folder: Path) -> Config:
-    """The configuration of an exported model, for one process: its `model`, `levels` and dtype.
+def empty_model(config: Config, dtype: torch.dtype | None) -> tuple[Decoder, list[Piece]]:
+    """A whole model on the CPU whose weights are yet to be read, and what to read them into.
 
-    What says how it was trained (data, optimizer, layout of ranks) has its defaults; all of it is
-    in `config.json` under "nlscale".
+    Args:
+        config: of one rank, with `model.vocabulary` set.
+        dtype: of the weights; None: `train.dtype`.
+    """
+    assert config.model.vocabulary is not None
+    model = Decoder(config, megatron_config(config), config.model.vocabulary).to(dtype)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    return model, [
+        Piece(_WEIGHTS + name, tuple(p.shape), (0,) * p.dim(), p) for name, p in weights.items()
+    ]
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of an exported model, for one process; see `config_of`.
 
     Raises:
         UserError: there is no `config.json`, or it is not one that `nlscale checkpoint export`
             writes.
     """
     path = folder / CONFIG_FILE
-    described = read_json(path)
+    return config_of(read_json(path), path)
+
+
+def config_of(described: dict[str, Any], where: Path) -> Config:
+    """The configuration of a model for one process: its `model`, `levels`, `data` and dtype.
+
+    What says how it was trained (optimizer, batch, layout of ranks) has its defaults; all of it is
+    in `described` under "nlscale". What that names is not imported.
+
+    Args:
+        described: by `describe`.
+        where: it is from, for messages.
+
+    Raises:
+        UserError: `described` is damaged, or of a mixer that this process knows nothing of.
+    """
     own = described.get("nlscale")
     if described.get("model_type") != _MODEL_TYPE or not isinstance(own, dict):
-        raise UserError(f"{path} is not of a model exported by nlscale checkpoint export")
+        raise UserError(f"{where} is not of a model exported by nlscale checkpoint export")
     dtypes = {_hugging_face(dtype): dtype.value for dtype in Dtype}
     try:
         sections = {key: own[key] for key in ("model", "levels")}
+        sections["data"] = own.get("data") or {"dir": "none"}
         sections["train"] = {"dtype": dtypes[described["torch_dtype"]]}
         vocabulary = int(own["model"]["vocabulary"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error} is missing or wrong; export again") from None
+        raise UserError(f"{where} is damaged: {error} is missing or wrong; export again") from None
     overrides = [f"{key}={json.dumps(value)}" for key, value in sections.items()]
     try:
-        config = recipe.load(None, ["data.dir=none", *overrides]).config
+        config = recipe.load(None, overrides).config
     except UserError as error:
         reason = str(error).replace(" (the command line)", "")
+        run = own.get("run")
+        imports = run.get("imports") if isinstance(run, dict) else None
+        named = f" (it was trained with run.imports={imports!r})" if imports else ""
         raise UserError(
-            f"{path} is of another version of nlscale, or needs a package that adds to it: {reason}"
+            f"{where} is of another version of nlscale, or needs a package that adds to it{named}; "
+            f"import that first: {reason}"
         ) from None
     config.model.vocabulary = vocabulary
     return config
@@ -235,7 +261,8 @@ def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: Dtyp
     return full
 
 
-def _describe(checkpoint: Checkpoint, dtype: Dtype) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint, dtype: Dtype) -> dict[str, Any]:
+    """What `config.json` of an export in that dtype holds."""
     state = checkpoint.state
     config = state["config"]
     return {

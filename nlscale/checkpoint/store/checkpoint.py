@@ -28,8 +28,9 @@ STATE = "state.json"
 class Checkpoint:
     """One finished checkpoint.
 
-    path: its folder
-    step: optimizer steps taken when it was saved
+    Attributes:
+        path: its folder
+        step: optimizer steps taken when it was saved
     """
 
     def __init__(self, path: Path, step: int) -> None:

@@ -57,7 +57,8 @@ class Written:
 class Store:
     """The checkpoints of one run, of which one process or job writes at a time.
 
-    folder: made by the first save
+    Args:
+        folder: made by the first save
     """
 
     def __init__(self, folder: Path) -> None:

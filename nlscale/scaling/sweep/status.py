@@ -13,8 +13,8 @@ from nlscale.config import recipe
 from nlscale.errors import UserError
 from nlscale.scaling.sweep.runs import Run
 from nlscale.telemetry.figures import METRICS_FILE, SUMMARY_FILE
+from nlscale.train.folder import CONFIG_FILE
 
-CONFIG_FILE = "config.yaml"  # as nlscale.train.loop writes it
 _TAIL_BYTES = 1 << 16  # more than a record of metrics.jsonl
 
 

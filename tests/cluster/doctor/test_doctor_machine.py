@@ -139,7 +139,6 @@ def test_data_that_are_not_whole(tmp_path: Path, data: Path) -> None:
     assert "restore it" in found["advice"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_doctor_that_is_ended_leaves_no_file(tmp_path: Path, how: signal.Signals) -> None:
     runs = tmp_path / "runs"

@@ -14,7 +14,7 @@ from doctors import findings
 
 from nlscale.bench.netns import check_tools
 
-pytestmark = [pytest.mark.root, pytest.mark.slow]
+pytestmark = pytest.mark.root
 SCRIPT = Path(__file__).parent / "emulated.py"
 
 

@@ -24,7 +24,6 @@ from nlscale.cluster.doctor.meeting import meet, place
 NO_CHANGES: dict[int, dict[str, str]] = {}
 
 
-@pytest.mark.slow
 def test_two_nodes_of_two_ranks_are_measured_together(tmp_path: Path) -> None:
     arguments = ["--path", str(tmp_path / "runs"), "--json"]
     ended = world.run(4, as_rank, arguments, NO_CHANGES, ranks_per_node=2)
@@ -147,7 +146,6 @@ def _not_shared(path: Path) -> Ended:
 
 
 @pytest.mark.root
-@pytest.mark.slow
 def test_a_folder_that_is_not_shared_is_found_and_the_node_named(tmp_path: Path) -> None:
     first, second = world.run(2, _not_shared, tmp_path, ranks_per_node=1)
     assert (first[0], second[0]) == (2, 2)

@@ -183,7 +183,6 @@ def test_deepspeed_is_given_flags_that_it_has(tmp_path: Path) -> None:
     assert missing.returncode == 2 and "no hostfile at none.txt" in missing.stderr
 
 
-@pytest.mark.slow
 def test_a_hostfile_starts_the_ranks_of_every_node(tmp_path: Path, pdsh: dict[str, str]) -> None:
     (tmp_path / "text").mkdir()
     data, run = small_data(tmp_path / "text", documents=8, held_out=0.2), tmp_path / "run"

@@ -173,7 +173,6 @@ def test_intervals_are_reproducible_and_narrow_with_the_noise() -> None:
     assert narrow[1] - narrow[0] < 0.4 * (high - low)
 
 
-@pytest.mark.slow
 def test_the_truth_is_in_about_ninety_intervals_of_a_hundred() -> None:
     sets, hits = 100, dict.fromkeys((*NAMES, "a", "N", "loss"), 0)
 

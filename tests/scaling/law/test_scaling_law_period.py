@@ -113,7 +113,6 @@ def test_a_resample_of_runs_of_period_1_alone_is_fitted_too() -> None:
     assert ends.value[0] == pytest.approx(fit(plain).objective, rel=1e-6)
 
 
-@pytest.mark.slow
 def test_the_truth_is_in_about_ninety_intervals_of_a_hundred() -> None:
     hits = dict.fromkeys((*NAMES, "G", "a", "loss", "cost"), 0)
 

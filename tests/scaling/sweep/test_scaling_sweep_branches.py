@@ -39,7 +39,6 @@ def run(path: Path, overrides: list[str]) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["hope", "attention"])
 def test_branches_are_bit_for_bit_the_runs_from_the_beginning(
     data: Path, tmp_path: Path, mixer: str, monkeypatch: pytest.MonkeyPatch
@@ -124,7 +123,6 @@ def test_another_length_is_the_same_run_until_the_learning_rate_falls() -> None:
         check_same_run(configuration(longer, *allowed), {}, saved(1, shorter), "it")
 
 
-@pytest.mark.slow
 def test_what_cannot_be_begun_from_is_refused(data: Path, tmp_path: Path) -> None:
     write_sweep(tmp_path, data, {"run.seed": [1]})
     path = tmp_path / "recipe.yaml"

@@ -25,7 +25,6 @@ AXES = {
 }
 
 
-@pytest.mark.slow
 def test_a_sweep_killed_half_way_ends_in_a_law_and_its_figure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

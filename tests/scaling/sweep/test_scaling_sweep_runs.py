@@ -22,7 +22,6 @@ from nlscale.checkpoint.store.store import Store
 from nlscale.cli import main
 from nlscale.verify.resume import family
 
-pytestmark = pytest.mark.slow
 STEPS = [16, 32, 96]
 AXES = {"model.mixer": ["hope", "attention"], "train.steps": STEPS}
 PATIENCE = 120.0

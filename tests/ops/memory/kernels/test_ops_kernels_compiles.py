@@ -86,7 +86,6 @@ def compiled(launch: Any, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=how)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "chunk", "d", "capability", "documents"),
     [

@@ -90,7 +90,6 @@ def trained(kernels: bool, seed: int, steps: int, *overrides: str) -> Trained:
     return Trained(curve, weights, ran)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides", [[], ["data.document_mask=true", "train.recompute=[mixer]"]], ids=str
 )

@@ -1,0 +1,36 @@
+"""One network device for all gloo groups of a process.
+
+torch makes a device for each gloo group, with a thread that wakes a hundred times a second, work or
+none, and megatron-core makes some thirty groups. Where the ranks of a run share few cores, a third
+of these went to such threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import ProcessGroupGloo, Store, distributed_c10d
+
+_c10d: Any = distributed_c10d
+_gloo: Any = ProcessGroupGloo
+
+
+@contextmanager
+def one_device() -> Iterator[None]:
+    """The gloo groups that are made inside share a device."""
+    device = ProcessGroupGloo.create_default_device()
+
+    class Sharing(ProcessGroupGloo):
+        def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+            options = _gloo._Options()
+            options._devices, options._timeout = [device], timeout
+            super().__init__(store, rank, size, options)
+
+    _c10d.ProcessGroupGloo = Sharing
+    try:
+        yield
+    finally:
+        _c10d.ProcessGroupGloo = ProcessGroupGloo

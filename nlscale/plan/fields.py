@@ -1,0 +1,153 @@
+"""What `nlscale plan --json` prints, field by field; see `nlscale.telemetry.fields`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nlscale.telemetry.fields import Field
+
+_ONE_NODE = "no gradient crosses the network"
+
+_TRAFFIC = {
+    "mean_bytes_per_step": Field("number", "bytes", "that a node sends a step, deferred"),
+    "peak_bytes_aligned": Field(
+        "number", "bytes", "the same at the largest step, where all blocks update at the same step"
+    ),
+    "peak_bytes_staggered": Field(
+        "number", "bytes", "the same at the largest step, with phases by depth"
+    ),
+    "link_seconds_per_step": Field("number", "s", "the mean at the full rate of a node's links"),
+}
+
+_RANK = {
+    "weights": Field("number", "bytes", "in the dtype of training"),
+    "gradients": Field("number", "bytes", "megatron-core's buffer, in fp32"),
+    "windows": Field("number", "bytes", "sums of the levels of a period above 1, in fp32"),
+    "optimizer": Field("number", "bytes", "what the rule keeps, and fp32 weights beside bf16 ones"),
+    "activations": Field("number", "bytes", "of the micro batches in flight"),
+    "total": Field("number", "bytes", "all of these"),
+}
+
+PLAN: Mapping[str, Field] = {
+    "cluster": Field(
+        "object",
+        "",
+        "of the cluster file",
+        fields={
+            "name": Field("text", "", "of the cluster"),
+            "nodes": Field("integer", "", "machines"),
+            "gpus_per_node": Field("integer", "", "GPUs of a node"),
+            "inter_node_gbit": Field("number", "Gbit/s", "what a node can send to the others"),
+            "gpu_memory_gib": Field("number", "GiB", "memory of a GPU"),
+        },
+    ),
+    "steps": Field("integer", "steps", "of the run"),
+    "tokens_per_step": Field("integer", "tokens", "of a global batch"),
+    "flops_per_token": Field(
+        "number", "FLOPs", "model FLOPs of a training token, forward and backward"
+    ),
+    "flops_by_part": Field(
+        "object",
+        "",
+        "the same by part of the model",
+        fields={
+            "PART": Field(
+                "number",
+                "FLOPs",
+                "the `projections` and what else the mixer has (`convolution` and `memory`, or "
+                "`attention`), the MLPs of the `levels`, the `head`",
+            )
+        },
+    ),
+    "cycle_steps": Field("integer", "steps", "after which the traffic repeats"),
+    "staggered": Field("true or false", "", "`levels.stagger`"),
+    "reduction": Field("text", "", "`levels.reduction`"),
+    "levels": Field(
+        "list of objects",
+        "",
+        "the levels, fastest first",
+        fields={
+            "name": Field("text", "", "of the level"),
+            "parameters": Field("integer", "", "of the level"),
+            "period_steps": Field("integer", "steps", "between two updates of a parameter"),
+            "updates": Field("integer", "", "in the run, of that sync group that makes most"),
+            **_TRAFFIC,
+        },
+    ),
+    "total": Field(
+        "object",
+        "",
+        "all levels together",
+        fields={"parameters": Field("integer", "", "of the model"), **_TRAFFIC},
+    ),
+    "plain": Field(
+        "object",
+        "",
+        "what plain data parallel would send, which reduces every level at every step",
+        fields={
+            "bytes_per_step": Field("number", "bytes", "that a node sends a step"),
+            "link_seconds_per_step": Field("number", "s", "at the full rate of a node's links"),
+        },
+    ),
+    "ratio": Field(
+        "object",
+        "",
+        "the run beside plain data parallel",
+        fields={
+            "plain_to_mean": Field("number", "times", "fewer bytes on average", null=_ONE_NODE),
+            "peak_aligned_to_plain": Field(
+                "number", "", "`peak_bytes_aligned` over what plain sends", null=_ONE_NODE
+            ),
+            "peak_staggered_to_plain": Field(
+                "number", "", "`peak_bytes_staggered` over what plain sends", null=_ONE_NODE
+            ),
+        },
+    ),
+    "activation_bytes_per_step": Field(
+        "number",
+        "bytes",
+        "of activations and their gradients that a node sends to other pipeline ranks, a step; not "
+        "in the traffic above",
+    ),
+    "checkpoint": Field(
+        "object",
+        "",
+        "one checkpoint, at most",
+        fields={
+            "bytes": Field("integer", "bytes", "on disk"),
+            "inter_node_bytes": Field(
+                "number", "bytes", "that a node sends to sum up unfinished windows"
+            ),
+        },
+    ),
+    "memory": Field(
+        "object",
+        "",
+        "of one GPU at the fullest moment of a step",
+        fields={
+            "ranks": Field("list of objects", "", "the pipeline ranks in order", fields=_RANK),
+            "fullest": Field("integer", "", "the pipeline rank that needs most, from 0"),
+            "gpu_bytes": Field("number", "bytes", "that a GPU has"),
+            "usable_share": Field("number", "share", "of it that a run may fill by this count"),
+        },
+    ),
+    "fits": Field("true or false", "", "whether the fullest rank fits the usable share"),
+    "pipeline": Field(
+        "object",
+        "",
+        "how micro batches pass through the stages",
+        fields={
+            "ranks": Field("integer", "", "`parallel.pipeline`"),
+            "virtual_stages": Field("integer", "", "model stages a rank"),
+            "micro_batches": Field("integer", "", "of a step, each passing through all stages"),
+            "bubble": Field(
+                "number",
+                "share of a step",
+                "in which a rank waits, were all stages equal and the network for nothing",
+            ),
+            "imbalance": Field("number", "", "cost of the costliest stage over the mean"),
+        },
+    ),
+    "warnings": Field("list of texts", "", "what to look at, such as levels that hardly update"),
+}
+"""Fields of a plan."""

@@ -1,0 +1,209 @@
+"""What the files of a run hold, field by field: metrics.jsonl, summary.json and attempts.jsonl.
+
+The pages of the reference are made of these tables, and tests hold the files of real runs against
+them, in both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a record, as JSON has it."""
+
+    type: str
+    """`integer`, `number`, `text`, `true or false`, `object`, `list of objects` or `list of
+    texts`."""
+    unit: str
+    """Of its value; empty where it has none."""
+    meaning: str
+    """A sentence without its stop."""
+    null: str = ""
+    """Where its value is null, empty: never. A number that is not finite is null besides."""
+    only: str = ""
+    """Where there is such a field, empty: in every record."""
+    fields: Mapping[str, Field] = field(default_factory=dict)
+    """Of the object, or of each entry of the list. A name in capitals stands for names that the run
+    or the configuration gives."""
+
+
+_NOT_FINITE = Field(
+    "list of texts",
+    "",
+    "dotted names of the fields whose value was infinite or no number, and was written as null",
+    only="some field is not finite",
+)
+
+_LEVEL = {
+    "period": Field("integer", "steps", "between two updates of a parameter of the level"),
+    "updates": Field("integer", "", "made so far, by that of its sync groups that made most"),
+    "reductions": Field("integer", "", "across nodes so far, of the same; the same on one node"),
+    "updated": Field("true or false", "", "whether one of its sync groups updated at this step"),
+    "window_fill": Field(
+        "number", "share of the period", "what its fullest window holds after this step, 0 to 1"
+    ),
+    "learning_rate": Field(
+        "number", "", "at the update of this step", null="no sync group of it updated"
+    ),
+    "grad_norm": Field(
+        "number",
+        "nats a token",
+        "norm of the mean gradient of the windows that were applied, before clipping",
+        null="no sync group of it updated",
+    ),
+    "update_ratio": Field(
+        "number",
+        "",
+        "norm of the update over the norm of the weights that it changed",
+        null="no sync group of it updated, or this was not measured: at period 1 every tenth is",
+    ),
+}
+
+_RANKS = {
+    "fastest": Field("number", "s", "that the fastest rank computes"),
+    "median": Field("number", "s", "that the median rank computes, the lower of two"),
+    "slowest": Field("number", "s", "that the slowest rank computes"),
+    "slowest_rank": Field("integer", "", "which that is"),
+    "slowest_host": Field("text", "", "the host it runs on"),
+}
+
+METRICS: Mapping[str, Mapping[str, Field]] = {
+    "train": {
+        "kind": Field("text", "", "`train`"),
+        "step": Field("integer", "steps", "taken so far, this one included"),
+        "time": Field("number", "Unix s", "when the step was over"),
+        "tokens": Field("integer", "tokens", "of all steps so far, without those dropped"),
+        "loss": Field("number", "nats a token", "mean over the global batch, before the update"),
+        "tokens_per_second": Field("number", "tokens/s", "of this step, over all ranks"),
+        "step_seconds": Field("number", "s", "from reading the batch to the end of the update"),
+        "checkpoint_seconds": Field(
+            "number", "s", "that training waited for a checkpoint since the step before"
+        ),
+        "dropped_steps": Field("integer", "steps", "dropped so far"),
+        "bytes_sent": Field(
+            "number",
+            "bytes",
+            "of gradients between nodes so far, a node, the mean over nodes; counted as `nlscale "
+            "plan` counts them, not measured",
+        ),
+        "bytes_saved": Field(
+            "number", "bytes", "the same that were not sent, because levels were not due"
+        ),
+        "levels": Field(
+            "object",
+            "",
+            "the levels by name, fastest first",
+            fields={"LEVEL": Field("object", "", "one level", fields=_LEVEL)},
+        ),
+        "ranks": Field(
+            "object",
+            "",
+            "seconds that a rank computes of a step before it waits for others, the median of the "
+            "steps since the last comparison, over the ranks",
+            only="`parallel.straggler_check_every` divides the step, on more than one rank",
+            fields=_RANKS,
+        ),
+        "not_finite": _NOT_FINITE,
+    },
+    "validation": {
+        "kind": Field("text", "", "`validation`"),
+        "step": Field("integer", "steps", "taken so far"),
+        "time": Field("number", "Unix s", "when it was over"),
+        "seconds": Field("number", "s", "that it took"),
+        "tokens": Field("integer", "tokens", "trained on so far"),
+        "loss": Field("number", "nats a token", "mean over the held-out sequences"),
+        "bits_per_byte": Field("number", "bits", "the same, for each byte of text"),
+        "not_finite": _NOT_FINITE,
+    },
+    "evaluation": {
+        "name": Field("text", "", "which of those that `evaluate` names"),
+        "kind": Field("text", "", "`evaluation`"),
+        "step": Field("integer", "steps", "taken so far"),
+        "time": Field("number", "Unix s", "when it was over"),
+        "seconds": Field("number", "s", "that it took"),
+        "tokens": Field("integer", "tokens", "trained on so far"),
+        "FIGURE": Field("number", "its own", "what the evaluation found, by its own names"),
+        "not_finite": _NOT_FINITE,
+    },
+}
+"""Fields of the records of metrics.jsonl, by their kind."""
+
+_GOODPUT = {
+    "wall_seconds": Field("number", "s", "from the first start to the end"),
+    "training": Field("number", "share", "steps that the run consists of: the goodput"),
+    "dropped": Field("number", "share", "steps that were dropped"),
+    "validation": Field("number", "share", "validations and evaluations"),
+    "checkpoints": Field("number", "share", "waiting for checkpoints"),
+    "startup": Field("number", "share", "from each start until it trains"),
+    "down": Field("number", "share", "between two starts"),
+    "redone": Field("number", "share", "what was lost with a start and done again"),
+    "other": Field("number", "share", "the rest"),
+}
+
+SUMMARY: Mapping[str, Field] = {
+    "initial_loss": Field("number", "nats a token", "of the first step whose loss was finite"),
+    "final_train_loss": Field(
+        "number",
+        "nats a token",
+        "mean over the last steps that were not dropped, a twentieth of the run's steps",
+    ),
+    "final_val_loss": Field("number", "nats a token", "of the last validation"),
+    "val_bits_per_byte": Field("number", "bits", "the same, for each byte of text"),
+    "unigram_bits_per_byte": Field(
+        "number", "bits", "what the frequencies of the training tokens reach on the same text"
+    ),
+    "steps": Field("integer", "steps", "of the run"),
+    "dropped_steps": Field("integer", "steps", "that entered no update"),
+    "tokens": Field("integer", "tokens", "trained on"),
+    "tokens_per_second": Field(
+        "number",
+        "tokens/s",
+        "median over the steps of the last start",
+        null="it took no step",
+    ),
+    "parameters": Field("integer", "", "of the model"),
+    "parameters_non_embedding": Field("integer", "", "the same without the embedding"),
+    "flops": Field("number", "FLOPs", "model FLOPs of the run, forward and backward"),
+    "levels": Field(
+        "list of objects",
+        "",
+        "the levels, fastest first",
+        fields={
+            "name": Field("text", "", "of the level"),
+            "period_steps": Field("integer", "steps", "between two updates of a parameter"),
+            "parameters": Field("integer", "", "of the level"),
+            "updates": Field("integer", "", "made, by that of its sync groups that made most"),
+            "reductions": Field("integer", "", "across nodes, of the same"),
+        },
+    ),
+    "goodput": Field(
+        "object",
+        "",
+        "what became of the time since the first start; the shares sum to 1",
+        fields=_GOODPUT,
+    ),
+    "not_finite": _NOT_FINITE,
+}
+"""Fields of summary.json."""
+
+ATTEMPTS: Mapping[str, Mapping[str, Field]] = {
+    "begin": {
+        "event": Field("text", "", "`begin`: an attempt begins to train"),
+        "time": Field("number", "Unix s", "when its process began"),
+        "trains": Field("number", "Unix s", "when it had started up"),
+        "step": Field("integer", "steps", "from which it goes on"),
+        "redone": Field("number", "s", "of work after that step, lost and done again"),
+        "down": Field("number", "s", "since the last record of the attempt before"),
+        "job": Field("text", "", "the Slurm job that started it", null="no job did"),
+        "host": Field("text", "", "of its first rank"),
+    },
+    "end": {
+        "event": Field("text", "", "`end`: an attempt ends before the run does"),
+        "time": Field("number", "Unix s", "when it did"),
+        "reason": Field("text", "", "what it ended with, as one line"),
+    },
+}
+"""Fields of the lines of attempts.jsonl, by their event."""

@@ -1,0 +1,116 @@
+"""What a run has left in its folder, for who asks from Python. No torch is imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nlscale.checkpoint import FOLDER
+from nlscale.config import recipe
+from nlscale.config.vocabulary import Config
+from nlscale.errors import UserError
+from nlscale.telemetry.figures import METRICS_FILE, SUMMARY_FILE, read_records
+
+if TYPE_CHECKING:
+    import pyarrow
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, finished or under way; its files are read anew each time.
+
+    Attributes:
+        folder: its `run.dir`
+    """
+
+    folder: Path
+
+    @property
+    def config(self) -> Config:
+        """Its configuration, every key of it.
+
+        Raises:
+            UserError: it names a mixer or a rule of a package that was not imported.
+        """
+        return recipe.load(self.folder / CONFIG_FILE).config
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What summary.json holds; None until the run has finished."""
+        path = self.folder / SUMMARY_FILE
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {error}") from None
+
+    @property
+    def finished(self) -> bool:
+        """Whether its last step is taken and its summary written."""
+        return (self.folder / SUMMARY_FILE).exists()
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Its finished checkpoints, oldest first; `nlscale.load` takes each."""
+        found = (self.folder / FOLDER).glob("step-*")
+        return sorted(path for path in found if path.name.removeprefix("step-").isdigit())
+
+    def metrics(self, kind: str = "train") -> pyarrow.Table:
+        """The records of metrics.jsonl of one kind, a row each, oldest first.
+
+        Fields of fields are columns with dotted names, such as `levels.fast.grad_norm`; a field
+        that a record lacks is null. A record that is being written is left out.
+
+        Args:
+            kind: `train`, `validation` or `evaluation`.
+
+        Raises:
+            UserError: there are no records of that kind.
+        """
+        import pyarrow
+
+        path = self.folder / METRICS_FILE
+        records = read_records(self.folder)
+        rows = [_flat(record) for record in records if record.get("kind") == kind]
+        if not rows:
+            kinds = dict.fromkeys(str(record.get("kind")) for record in records)
+            raise UserError(
+                f"{path} has no records of kind {kind!r}; it has {', '.join(kinds) or 'none yet'}"
+            )
+        columns = {}
+        for name in dict.fromkeys(name for row in rows for name in row):
+            values = [row.get(name) for row in rows]
+            # what is null in every record is a number in others: norms, rates, losses
+            never = all(value is None for value in values)
+            try:
+                columns[name] = pyarrow.array(values, pyarrow.float64() if never else None)
+            except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+                raise UserError(f"{path}: {name} is not of one type: {error}") from None
+        return pyarrow.table(columns)
+
+
+def read(path: str | Path) -> Run:
+    """See `nlscale.read`."""
+    folder = Path(path)
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(
+            f"no run in {folder}: it has no {CONFIG_FILE}; give the folder that run.dir named"
+        )
+    return Run(folder)
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields by dotted name, without the record's kind."""
+    fields: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            fields |= _flat(value, f"{prefix}{name}.")
+        elif prefix or name != "kind":
+            fields[f"{prefix}{name}"] = value
+    return fields

@@ -1,0 +1,131 @@
+"""What the reference says of records and plans is what runs write and plans print, field by field.
+
+Both ways: a field that is not described fails, and so does a description of what is not there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import world
+from train.test_train_run import run, small_data
+
+from nlscale.config.recipe import load
+from nlscale.plan import load_cluster, make_plan
+from nlscale.plan.fields import PLAN
+from nlscale.telemetry.fields import ATTEMPTS, METRICS, SUMMARY, Field
+
+TYPES: dict[str, tuple[type, ...]] = {
+    "integer": (int,),
+    "number": (int, float),
+    "text": (str,),
+    "true or false": (bool,),
+    "object": (dict,),
+    "list of objects": (list,),
+    "list of texts": (list,),
+}
+
+
+def differences(record: Mapping[str, Any], fields: Mapping[str, Field], at: str = "") -> set[str]:
+    """How a record differs from its description; `not_finite` excuses the nulls it names."""
+    lost = record.get("not_finite", [])
+    return {each for each in _differences(record, fields, at) if each.partition(":")[0] not in lost}
+
+
+def _differences(record: Mapping[str, Any], fields: Mapping[str, Field], at: str) -> set[str]:
+    found = set()
+    for name, value in record.items():
+        key = f"{at}{name}"
+        field = fields.get(name) or next((fields[k] for k in fields if k.isupper()), None)
+        if field is None:
+            found.add(f"{key}: not described")
+        elif value is None:
+            found |= set() if field.null else {f"{key}: null"}
+        elif not isinstance(value, TYPES[field.type]) or (
+            isinstance(value, bool) and field.type != "true or false"
+        ):
+            found.add(f"{key}: {value!r} is no {field.type}")
+        elif field.type == "object":
+            found |= _differences(value, field.fields, f"{key}.")
+        elif field.type == "list of objects":
+            found |= set().union(*(_differences(v, field.fields, f"{key}[].") for v in value))
+    missing = {k for k, f in fields.items() if not (k.isupper() or f.only)} - record.keys()
+    return found | {f"{at}{name}: missing" for name in missing}
+
+
+def sometimes(fields: Mapping[str, Field], at: str = "") -> set[str]:
+    """Those that only some records have."""
+    inner = (sometimes(f.fields, f"{at}{k}.") for k, f in fields.items())
+    return {f"{at}{k}" for k, f in fields.items() if f.only}.union(*inner)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A run on two nodes of one rank that finishes, and one that diverges."""
+    folder = tmp_path_factory.mktemp("runs")
+    text = folder / "text"
+    text.mkdir()
+    data = f"data.dir={small_data(text, documents=40, held_out=0.1)}"
+    good, bad = folder / "good", folder / "bad"
+    asked = ["evaluate=[loss]", "parallel.straggler_check_every=3", "checkpoint.every=null"]
+    ways = {good: [], bad: ["optimizer.learning_rate=1e30", "train.max_dropped_steps=1"]}
+    for run_dir, overrides in ways.items():
+        here = [data, f"run.dir={run_dir}", *asked, *overrides]
+        world.run(2, run, here, ranks_per_node=1)
+    return [good, bad]
+
+
+def check(records: Iterable[dict[str, Any]], fields: Mapping[str, Mapping[str, Field]]) -> None:
+    """Records against their descriptions, by what they say they are."""
+    seen: dict[str, set[str]] = {}
+    for record in records:
+        kind = record.get("kind") or record["event"]
+        assert kind in fields, f"records of kind {kind} are not described"
+        assert not differences(record, fields[kind]), record
+        seen.setdefault(kind, set()).update(record)
+    assert seen.keys() == fields.keys(), "a kind that is described was not written"
+    never = {k for kind in fields for k in sometimes(fields[kind])} - set().union(*seen.values())
+    assert not never, "no record has these"
+
+
+def test_metrics_are_what_the_reference_says(folders: list[Path]) -> None:
+    check([r for folder in folders for r in lines(folder / "metrics.jsonl")], METRICS)
+
+
+def test_attempts_are_what_the_reference_says(folders: list[Path]) -> None:
+    check([r for folder in folders for r in lines(folder / "attempts.jsonl")], ATTEMPTS)
+
+
+def test_a_summary_is_what_the_reference_says(folders: list[Path]) -> None:
+    assert not differences(json.loads((folders[0] / "summary.json").read_text()), SUMMARY)
+
+
+@pytest.mark.parametrize("cluster", ["two-nodes", "one-node-8-gpus"])
+def test_a_plan_is_what_the_reference_says(cluster: str) -> None:
+    config = load("bench-sync", ["model.vocabulary=256", "train.global_batch=16"]).config
+    plan = make_plan(config, load_cluster(cluster)).to_plain()
+    assert not differences(json.loads(json.dumps(plan)), PLAN)
+
+
+def test_a_field_that_is_not_described_is_found() -> None:
+    """The comparison itself: of names, at every depth, of types and of nulls."""
+    inner = {"a": Field("integer", "", "x"), "b": Field("number", "", "x", null="never seen")}
+    fields = {
+        "o": Field("object", "", "x", fields={"NAME": Field("object", "", "x", fields=inner)})
+    }
+    assert not differences({"o": {"fast": {"a": 1, "b": None}}}, fields)
+    assert differences({"o": {"fast": {"a": True, "c": 1}}}, fields) == {
+        "o.fast.a: True is no integer", "o.fast.b: missing", "o.fast.c: not described"
+    }  # fmt: skip
+    assert differences({"o": None}, fields) == {"o: null"}
+    assert not differences({"o": None, "not_finite": ["o"]}, fields | {
+        "not_finite": Field("list of texts", "", "x", only="y")
+    })  # fmt: skip
