@@ -49,7 +49,10 @@ def load(
 
     with warnings.catch_warnings():
         quiet()
-        from nlscale.generate import load as loading  # imports torch and megatron-core
+        from nlscale.parallel.cpu import import_megatron_core  # imports torch
+
+        import_megatron_core()
+        from nlscale.generate import load as loading
 
         return loading.load(path, device, dtype)
 
