@@ -281,6 +281,7 @@ def test_no_other_global_is_looked_up(folder: Path, module: str, name: str) -> N
         pickle.dumps(torch.distributed.checkpoint.metadata.Metadata({})),
         pickle.dumps(torch.distributed.checkpoint.metadata.Metadata({"a": 1}, storage_data={})),
     ],
+    ids=["empty", "start of a pickle", "text", "random", "list", "dict", "nothing", "no tensors"],
 )
 def test_metadata_that_are_none(folder: Path, contents: bytes) -> None:
     checkpoint = Store(folder).checkpoints()[1]
