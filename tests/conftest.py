@@ -70,7 +70,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def _name(nodeid: str) -> str:
-    return nodeid.partition("[")[0]
+    """Without parameters, and without the group that pytest-xdist writes after an @."""
+    return nodeid.partition("[")[0].partition("@")[0]
 
 
 def _group(item: pytest.Item) -> str:

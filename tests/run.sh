@@ -24,7 +24,9 @@ if [ "${#missing[@]}" -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}" >/dev/null
 fi
 
-# More workers than cores: what waits (for Slurm, killed ranks, links) runs beside what computes.
+# More workers than cores: what waits (for Slurm, killed ranks, links) runs beside what computes. A
+# thread each: more would wait for each other's cores.
+export OMP_NUM_THREADS=1
 workers=$(($(nproc) * 3 / 2))
 together=(-n "$((workers < 8 ? workers : 8))" --dist loadgroup --no-loadscope-reorder)
 case "${1:-}" in

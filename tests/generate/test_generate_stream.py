@@ -66,7 +66,9 @@ def test_a_trained_model_in_bf16_answers_in_fp32(tmp_path: Path) -> None:
     tokens = random_tokens(2, 11)
     logits, exact = model.logits(tokens), wide.logits(tokens)
     assert logits.dtype == torch.float32
-    assert 1e-4 < float((logits - exact).abs().max() / exact.abs().max()) < 0.1
+    # Rounding to bf16 (2^-9), which a memory amplifies where keys are nearly alike: 0.016 to 0.093
+    # over 150 drawn texts. Logits that have nothing to do with each other are 1.4 apart.
+    assert 1e-4 < float((logits - exact).norm() / exact.norm()) < 0.4
 
 
 def test_a_clone_goes_its_own_way(model: Model) -> None:
