@@ -25,9 +25,9 @@ if [ "${#missing[@]}" -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/
 fi
 
 # More workers than cores: what waits (for Slurm, killed ranks, links) runs beside what computes. A
-# thread each: more would wait for each other's cores.
-export OMP_NUM_THREADS=1
+# thread each: more would wait for each other's cores. (nproc heeds OMP_NUM_THREADS: it comes first.)
 workers=$(($(nproc) * 3 / 2))
+export OMP_NUM_THREADS=1
 together=(-n "$((workers < 8 ? workers : 8))" --dist loadgroup --no-loadscope-reorder)
 case "${1:-}" in
     "" | --record) exec .venv/bin/python -m pytest "${together[@]}" --durations 10 "$@" ;;
