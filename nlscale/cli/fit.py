@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nlscale.cli.arguments import add_cluster
+from nlscale.cli.arguments import add_cluster, number, path, whole
 from nlscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources",
         nargs="+",
-        type=Path,
+        type=path,
         metavar="RUNS|CSV",
         help="run folders, folders of them, or one CSV file with columns N, D, loss (nats per "
         "token) and perhaps flops, N_non_embedding, C (mean period of the levels, steps)",
@@ -59,24 +58,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget",
         action="append",
+        type=number(above=0),
         default=[],
         metavar="FLOPS",
         help="give the compute-optimal N and D for this compute, such as 1e21 (may be repeated)",
     )
     parser.add_argument(
-        "--bootstraps", type=int, default=300, metavar="R", help="resamples (default: 300)"
+        "--bootstraps",
+        type=whole(least=20, most=10**6),
+        default=300,
+        metavar="R",
+        help="resamples (default: 300)",
     )
     parser.add_argument(
-        "--level", type=float, default=0.9, help="share that an interval holds (default: 0.9)"
+        "--level",
+        type=number(above=0, below=1),
+        default=0.9,
+        metavar="SHARE",
+        help="share that an interval holds (default: 0.9)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of resamples and starts (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=whole(least=0),
+        default=0,
+        metavar="N",
+        help="of resamples and starts (default: 0)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
-        "--figure", type=Path, metavar="PNG", help="draw the law, its residuals and its optima"
+        "--figure", type=path, metavar="PNG", help="draw the law, its residuals and its optima"
     )
     parser.add_argument(
         "--frontier",
-        type=Path,
+        type=path,
         metavar="PNG",
         help="draw loss against the bytes that each run would send between nodes of --cluster",
     )
@@ -90,7 +104,6 @@ def _fit(args: argparse.Namespace) -> int:
     from nlscale.scaling.law.analysis import analyse, multipliers
     from nlscale.scaling.show.text import families_to_plain, print_fit, print_multipliers, to_plain
 
-    budgets = tuple(_flops(text) for text in args.budget)
     _check(args)
     console = Console(
         highlight=False, markup=False, width=None if sys.stdout.isatty() else _FILE_WIDTH
@@ -104,7 +117,7 @@ def _fit(args: argparse.Namespace) -> int:
         parts = {name: part.without_idle_period() for name, part in parts.items()}
     # Before the fit, which needs more runs than this does.
     network = _network(args, points, console) if args.frontier else {}
-    options = (budgets, args.bootstraps, args.level, args.seed)
+    options = (tuple(args.budget), args.bootstraps, args.level, args.seed)
     fits = {name: analyse(part, *options) for name, part in parts.items()}
     ratios = multipliers(fits)
 
@@ -146,12 +159,6 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.bootstraps < 20:
-        raise UserError(f"--bootstraps {args.bootstraps}: percentiles need at least 20 resamples")
-    if not 0 < args.level < 1:
-        raise UserError(f"--level {args.level:g}: give a share between 0 and 1, such as 0.9")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: give 0 or more")
     if (args.frontier is None) != (args.cluster is None):
         raise UserError(
             "--frontier and --cluster go together, such as --frontier bytes.png --cluster "
@@ -196,13 +203,3 @@ def _draw(args: argparse.Namespace, option: str, draw: Callable[[], Path]) -> No
         path = getattr(args, option.removeprefix("--"))
         raise UserError(f"{option} {path}: {error}") from None
     print(written, file=sys.stderr if args.json else sys.stdout)
-
-
-def _flops(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise UserError(f"--budget {text!r} is not a number of FLOPs, such as 1e21") from None
-    if not (math.isfinite(value) and value > 0):
-        raise UserError(f"--budget {text}: it must be finite and above 0")
-    return value

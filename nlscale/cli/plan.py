@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
-from nlscale.cli.arguments import add_cluster, add_recipe, config_of
+from nlscale.cli.arguments import add_cluster, add_recipe, config_of, path
 from nlscale.errors import UserError
 
 _FILE_WIDTH = 100  # columns, where there is no terminal to ask
@@ -19,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cluster(parser, "the machines", required=True)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
-        "--figure", type=Path, metavar="PNG", help="draw the bytes of each step of a cycle"
+        "--figure", type=path, metavar="PNG", help="draw the bytes of each step of a cycle"
     )
     parser.set_defaults(func=_plan)
 

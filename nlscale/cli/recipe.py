@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nlscale.cli.arguments import path
 from nlscale.config import shipped
 from nlscale.config.schema import nearest
 from nlscale.errors import UserError
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     copy.add_argument(
         "out",
-        type=Path,
+        type=path,
         nargs="?",
         metavar="FILE",
         help="default: the last part of the name with .yaml, in this folder",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,8 @@ from omegaconf import MISSING
 
 from nlscale.cluster.spread import nodes_of_a_data_group
 from nlscale.config import schema
+from nlscale.config.fields import within
+from nlscale.config.vocabulary import MOST
 from nlscale.errors import UserError
 
 _TIME = re.compile(r"(\d+-)?\d+:\d\d:\d\d")
@@ -27,7 +28,7 @@ class Slurm:
     time: str = "24:00:00"
     """Time limit of a job, as Slurm writes it: [days-]hours:minutes:seconds. A run that needs
     longer goes on by itself in the next one."""
-    warn_seconds: int = 300
+    warn_seconds: int = within(300, above=0, most=65535)
     """How long before the time limit the ranks are told to stop; at least what a checkpoint and two
     steps take."""
     gpus: bool = True
@@ -46,7 +47,7 @@ class Launch:
 
     hosts: list[str] = field(default_factory=list)
     """Names or addresses of the nodes, the first rank's first, where no scheduler chooses them."""
-    port: int = 29500
+    port: int = within(29500, least=1, most=65535)
     """Of the rendezvous on the first node; Slurm jobs use one that follows from their number."""
     interface: str | None = None
     """Network interface for NCCL's and gloo's sockets, such as ib0; null: they choose."""
@@ -65,15 +66,15 @@ class Cluster:
 
     name: str = MISSING
     """Used in tables and figures."""
-    nodes: int = MISSING
+    nodes: int = within(above=0, most=MOST)
     """Machines."""
-    gpus_per_node: int = MISSING
+    gpus_per_node: int = within(above=0, most=MOST)
     """GPUs of a node; one rank runs on each."""
-    inter_node_gbit: float = MISSING
+    inter_node_gbit: float = within(above=0)
     """What one node can send to the others, Gbit/s (10^9 bits a second), all its links together."""
-    gpu_memory_gib: float = MISSING
+    gpu_memory_gib: float = within(above=0)
     """Memory of one GPU, GiB (2^30 bytes)."""
-    gpu_tflops: float | None = None
+    gpu_tflops: float | None = within(None, above=0)
     """Dense bf16 peak of one GPU, TFLOP/s (10^12 FLOPs a second); only what prices needs it."""
     launch: Launch = field(default_factory=Launch)
     """How runs are started there; what only plans does not need it."""
@@ -101,7 +102,6 @@ _CLUSTER = schema.Kind(
     form="a cluster is a mapping such as 'nodes: 2'; see recipes/clusters",
     folder="recipes/clusters",
     unset="{} not set; see recipes/clusters",
-    plain=True,
 )
 
 
@@ -110,15 +110,10 @@ def load_cluster(path: str | Path) -> Cluster:
 
     Raises:
         UserError: no such file, not YAML, an unknown key (naming the nearest), a missing key, a
-            wrong type or a number that is not greater than 0.
+            wrong type or a number out of its range.
     """
     tree, sources = schema.read(path, _CLUSTER)
     cluster = schema.build(tree, _CLUSTER, sources)
-    for name in ("nodes", "gpus_per_node", "inter_node_gbit", "gpu_memory_gib", "gpu_tflops"):
-        value = getattr(cluster, name)
-        if value is not None and not 0 < value < math.inf:
-            at = schema.where(name, sources)
-            raise UserError(f"{name} is {value}; it must be greater than 0{at}")
     time = cluster.launch.slurm.time
     if not _TIME.fullmatch(time):
         raise UserError(

@@ -46,6 +46,15 @@ def has_key(schema: type, key: str) -> bool:
     return re.sub(r"\.\d+", ".N", key) in keys_of(schema)
 
 
+def is_text(schema: type, key: str) -> bool:
+    """Whether a dotted key of a class holds a text; it may hold indices into lists."""
+    hint: Any = schema
+    for part in re.sub(r"\.\d+", "", key).split("."):
+        item = item_of(hint)
+        hint = typing.get_type_hints(item).get(part) if is_dataclass(item) else None
+    return hint is str or (str in typing.get_args(hint) and type(None) in typing.get_args(hint))
+
+
 def item_of(hint: Any) -> Any:
     """The type of an entry where the type is a list, else the type itself."""
     return typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
@@ -70,15 +79,19 @@ def describe(schema: type, prefix: str = "") -> str:
             lines += [""] * (not prefix) + [f"{key}: {docs[f.name]}"]
             lines.append(describe(typing.cast(type, item), f"{key}{'.N' * (item is not hint)}."))
         else:
-            lines.append(f"{key} ({_default_of(f, choices_of(item, f))}): {docs[f.name]}")
+            lines.append(f"{key} ({_default_of(f, item)}): {docs[f.name]}")
     return "\n".join(lines).strip()
 
 
-def _default_of(f: dataclasses.Field[Any], choices: list[str]) -> str:
+def _default_of(f: dataclasses.Field[Any], item: Any) -> str:
     value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
     default = "required" if value == MISSING else yaml.safe_dump(to_plain(value))
     notes = [default.strip().removesuffix("\n...")]
-    return "; ".join([*notes, "of " + ", ".join(choices)] if choices else notes)
+    if choices := choices_of(item, f):
+        notes.append("of " + ", ".join(choices))
+    if "range" in f.metadata:
+        notes.append(str(f.metadata["range"]))
+    return "; ".join(notes)
 
 
 def field_docs(schema: type) -> dict[str, str]:

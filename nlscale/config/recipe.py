@@ -1,6 +1,6 @@
 """From a recipe and overrides to a checked `Config`, remembering where each value came from.
 
-    text (YAML) + overrides -> plain tree -> keys checked -> structured Config -> presets
+    text (YAML) + overrides -> tree of what was typed -> checked -> structured Config -> presets
 
 Everything here runs before a process group exists, so that a mistake costs a second.
 """
@@ -10,20 +10,18 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import typing
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from nlscale.config import keys, schema, shipped
+from nlscale.config import keys, schema, shipped, trees
 from nlscale.config.extensions import import_all
 from nlscale.config.keys import class_doc, field_docs, to_plain
 from nlscale.config.pages import page_of
 from nlscale.config.presets import MIXER_PRESETS
+from nlscale.config.scalars import NULLS
 from nlscale.config.units import declared_period
 from nlscale.config.vocabulary import Config, LevelConfig, LevelsConfig
 from nlscale.errors import UserError
@@ -37,6 +35,7 @@ RECIPE = schema.Kind(
     unset="{0} is not set; give it in the recipe or as {0}=...",
     integer="an integer",
     listing="`nlscale config --keys` lists all keys",
+    interpolates=True,
     shapes={LevelsConfig: _LEVELS, LevelConfig: _LEVELS},
 )
 """What a recipe has to be."""
@@ -173,14 +172,37 @@ def _parse_override(text: str) -> tuple[str, Any]:
         raise UserError(
             f"{text!r} is not an override; write key=value, for example train.steps=100"
         )
+    key = key.strip()
+    if "[" in key:
+        raise UserError(unknown_key(key))
+    if keys.is_text(Config, _long(key)):
+        return key, typed_text(value)
     try:
-        if "[" in key:
-            raise UserError(unknown_key(key))
-        # OmegaConf's YAML reads 1e-3 as a number, which plain YAML does not.
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError):
+        return key, trees.load(value)
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"{text!r}: {value!r} is not a YAML value") from None
-    return key.strip(), typing.cast(dict[str, Any], parsed)["value"]
+
+
+def typed_text(value: str) -> str | None:
+    """A text as it was typed: no type is guessed, and nothing is a comment.
+
+    null is no text, and quotes around the whole, which a shell has left there, are none of it.
+    """
+    if value in NULLS:
+        return None
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        try:
+            unquoted = trees.load(value)
+        except (yaml.YAMLError, ValueError):
+            return value
+        if isinstance(unquoted, str):
+            return unquoted
+    return value
+
+
+def _long(key: str) -> str:
+    """Of a level's entry, which may be its period alone, the key of that."""
+    return f"{key}.period" if re.fullmatch(r"levels\.spectrum\.\d+", key) else key
 
 
 def _override(tree: dict[str, Any], key: str, value: Any, sources: dict[str, str]) -> None:
@@ -193,8 +215,8 @@ def _override(tree: dict[str, Any], key: str, value: Any, sources: dict[str, str
         key = "levels.spectrum"
     elif key == "run.imports" and isinstance(value, list):
         value = list(dict.fromkeys([*_imports(tree), *value]))  # a command line adds modules
-    elif re.fullmatch(r"levels\.spectrum\.\d+", key):
-        key += ".period"
+    elif not isinstance(value, dict):
+        key = _long(key)
     _set(tree, key.split("."), value, key)
     for old in [k for k in sources if k == key or k.startswith(key + ".")]:
         del sources[old]
@@ -250,8 +272,6 @@ def _expand_levels(tree: dict[str, Any], sources: dict[str, str]) -> None:
         if "name" not in entry:
             entry["name"] = f"level{i}"
             sources[f"{key}.name"] = "its place in levels.spectrum"
-        if isinstance(entry.get("period"), int):
-            entry["period"] = str(entry["period"])
 
 
 def _fill_presets(config: Config, sources: dict[str, str]) -> None:

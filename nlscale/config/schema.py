@@ -1,6 +1,8 @@
 """From a YAML file to a dataclass, and what to say where it is not one.
 
-    text -> plain tree, with the line of each key -> checked against the dataclass -> the dataclass
+    text -> tree of what was typed, with the line of each key
+    -> held against the dataclass, whose types say what the characters mean -> the dataclass
+    -> ranges and paths
 
 Recipes, cluster files and sweep files are read and checked here; a `Kind` says what is particular
 to each. Every mistake is one line that names the key, the file and line, and the fix.
@@ -9,37 +11,26 @@ to each. Every mistake is one line that names the key, the file and line, and th
 from __future__ import annotations
 
 import difflib
-import io
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import yaml
-from omegaconf import (
-    MISSING,
-    BooleanNode,
-    FloatNode,
-    IntegerNode,
-    OmegaConf,
-    StringNode,
-    ValueNode,
-)
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from nlscale.config import shipped
-from nlscale.config.keys import choices_of, keys_of
+from nlscale.config import scalars, shipped, trees
+from nlscale.config.fields import Range, expanded
+from nlscale.config.keys import choices_of, has_key, keys_of
+from nlscale.config.scalars import shown
 from nlscale.errors import UserError
 
 Made = TypeVar("Made")
-_NODES: dict[type, Callable[..., ValueNode]] = {
-    int: IntegerNode,
-    float: FloatNode,
-    bool: BooleanNode,
-    str: StringNode,
-}
+_ANY_NUMBER = Range()
 
 
 @dataclass(frozen=True)
@@ -61,10 +52,8 @@ class Kind(Generic[Made]):
     listing: str = ""
     """What lists all keys, which an unknown one is then compared with; empty: it is compared with
     those of its section."""
-    plain: bool = False
-    """A number that plain YAML takes for a text, such as 1e6, is a text where one is asked for."""
-    exact: bool = False
-    """A number is not taken for a text, nor a text for a number."""
+    interpolates: bool = False
+    """${key} stands for the value of another key; elsewhere it is text like any other."""
     shapes: Mapping[type, str] = field(default_factory=dict)
     """What a section of a class, or a list of them, is to be, where keys alone do not say it."""
 
@@ -81,9 +70,9 @@ def _close(name: str, known: Iterable[str]) -> str:
 
 
 def read(given: str | Path, kind: Kind[Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tree of plain values that a file holds, and for each dotted key its file and line.
+    """The tree that a file holds, and for each dotted key its file and line.
 
-    The file alone stands under the empty key. Numbers are as OmegaConf reads them: 1e-3 is one.
+    The file alone stands under the empty key. Scalars are what was typed (`nlscale.config.trees`).
 
     Args:
         given: path of the file, or the name of one that comes with nlscale.
@@ -92,22 +81,22 @@ def read(given: str | Path, kind: Kind[Any]) -> tuple[dict[str, Any], dict[str, 
     Raises:
         UserError: no such file (naming those that there are), not YAML, no mapping.
     """
-    path = shipped.find(given, kind.folder)
+    try:
+        path = shipped.find(expanded(given), kind.folder)
+    except ValueError as error:
+        raise UserError(f"{kind.name} {str(given)!r} {error}") from None
     try:
         if path.is_dir() or not path.exists():
             raise UserError(f"no {kind.name} at {path}; {others(path, kind)}")
         text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text)
-        # OmegaConf would take a lone word for a key.
+        root = trees.compose(text)
         if root is not None and not isinstance(root, yaml.MappingNode):
             raise UserError(f"{path} is not a {kind.name}: {kind.form}")
-        tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
-        if kind.plain:
-            tree = yaml.safe_load(text) or {}
+        tree = trees.load(text) or {}
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line} is not YAML: {error.problem}; {kind.form}") from None
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not a {kind.name}: {' '.join(str(error).split())}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
@@ -152,18 +141,82 @@ def check(tree: Any, kind: Kind[Any], sources: Mapping[str, str]) -> dict[str, A
 
 
 def build(tree: Any, kind: Kind[Made], sources: Mapping[str, str]) -> Made:
-    """The dataclass of a kind, made of a tree; interpolations are resolved.
+    """The dataclass of a kind, made of a tree; interpolations are resolved, paths expanded.
 
     Raises:
-        UserError: see `check`; an interpolation of what is not there, or of a wrong type.
+        UserError: see `check`; an interpolation of what is not there, or of a wrong type; a number
+            out of its range; a path that is none; a text that is not Unicode.
     """
     checker = _Checker(kind, sources)
     checked = checker.whole(tree)
+    if kind.interpolates:
+        try:
+            merged = OmegaConf.merge(OmegaConf.structured(kind.schema), OmegaConf.create(checked))
+            made = typing.cast(Made, OmegaConf.to_object(merged))
+        except OmegaConfBaseException as error:
+            raise UserError(checker.explained(error)) from None
+        except RecursionError:
+            raise UserError(f"{sources.get('', kind.name)}: interpolations of each other") from None
+    else:
+        made = _make(checked, kind.schema)
+    settle(made, sources)
+    return made
+
+
+def settle(made: Any, sources: Mapping[str, str], prefix: str = "") -> None:
+    """Check the ranges of a dataclass's fields, and expand their paths, all the way down.
+
+    Raises:
+        UserError: see `build`.
+    """
+    for f in fields(made):
+        key, value = f"{prefix}{f.name}", getattr(made, f.name)
+        try:
+            setattr(made, f.name, _settled(value, f, f"{key}.", sources))
+        except ValueError as error:
+            raise UserError(f"{key} {error}{where(key, sources)}") from None
+
+
+def _settled(value: Any, f: Field[Any], prefix: str, sources: Mapping[str, str]) -> Any:
+    if is_dataclass(value):
+        settle(value, sources, prefix)
+    elif isinstance(value, list):
+        return [_settled(item, f, f"{prefix}{i}.", sources) for i, item in enumerate(value)]
+    elif isinstance(value, dict):
+        return {name: _settled(item, f, prefix, sources) for name, item in value.items()}
+    elif isinstance(value, str) and not isinstance(value, Enum):
+        return _settled_text(value, f)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        wanted = f.metadata.get("range", _ANY_NUMBER)
+        if not wanted.holds(value):
+            raise ValueError(f"is {value}; it must be {wanted.without(value)}")
+    return value
+
+
+def _settled_text(value: str, f: Field[Any]) -> str:
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind.schema), OmegaConf.create(checked))
-        return typing.cast(Made, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        raise UserError(checker.explained(error)) from None
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"is {value!a}, which is not UTF-8") from None
+    if "\0" in value:
+        raise ValueError(f"is {value!r}; a text holds no zero byte")
+    if not f.metadata.get("path"):
+        return value
+    try:
+        return str(expanded(value))
+    except ValueError as error:
+        raise ValueError(f"{value!r} {error}") from None
+
+
+def _make(checked: Mapping[str, Any], schema: type[Made]) -> Made:
+    """The dataclass of checked values, as they are."""
+    hints = typing.get_type_hints(schema)
+    return schema(
+        **{
+            name: _make(value, hints[name]) if is_dataclass(hints[name]) else value
+            for name, value in checked.items()
+        }
+    )
 
 
 def unknown_key(key: str, kind: Kind[Any]) -> str:
@@ -176,6 +229,13 @@ def unknown_name(name: str, known: Iterable[str], prefix: str = "") -> str:
     """What to say of a name in a section that holds others: the nearest of them, or all."""
     guess = _close(name, known) or f"the keys are {', '.join(known)}"
     return f"unknown key {prefix + name!r}; {guess}"
+
+
+def nested(first: str, rest: str) -> str:
+    """A dotted key as a file has it: `train: {steps: ...}`."""
+    for name in reversed(rest.split(".")):
+        rest = f"{{{name}: {rest if rest.startswith('{') else '...'}}}"
+    return f"'{first}: {rest}'"
 
 
 def _guess(key: str, known: list[str]) -> str | None:
@@ -211,7 +271,8 @@ class _Checker:
         key = str(getattr(error, "full_key", "") or "").replace("[", ".").replace("]", "")
         message = f"{key}: {str(error).strip().splitlines()[0]}"
         if isinstance(error, ValidationError) and key in self._scalars:
-            message = self._wrong(key, *self._scalars[key])
+            value, hint = self._scalars[key]
+            message = self._wrong(key, value, hint, "")
         return f"{message}{where(key, self._sources)}"
 
     def _section(self, tree: Any, schema: type, prefix: str) -> dict[str, Any]:
@@ -248,11 +309,9 @@ class _Checker:
             if value not in choices:
                 more = "; --import the module that adds another" if "names" in f.metadata else ""
                 some = f"{', '.join(choices)}{more}"
-                self._refuse(key, f"{key}: {_shown(value)} is not one of {some}")
+                self._refuse(key, f"{key}: {shown(value)} is not one of {some}")
             return hint(value)
-        if hint is not Any:
-            self._scalar(value, hint, key)
-        return value
+        return value if hint is Any else self._scalar(value, hint, key)
 
     def _list(self, value: Any, hint: Any, key: str, f: Field[Any]) -> list[Any]:
         (item,) = typing.get_args(hint)
@@ -267,45 +326,33 @@ class _Checker:
         item = typing.get_args(hint)[1]
         return {name: self._value(each, item, f"{key}.{name}", f) for name, each in value.items()}
 
-    def _scalar(self, value: Any, hint: type, key: str) -> None:
+    def _scalar(self, value: Any, hint: type, key: str) -> Any:
         self._scalars[key] = value, hint
-        if not _fits(value, hint, self._kind.exact):
-            self._refuse(key, self._wrong(key, value, hint))
+        if self._kind.interpolates and isinstance(value, str) and "${" in value:
+            return str(value)
+        try:
+            return scalars.read(value, hint)
+        except scalars.Unreadable as error:
+            self._refuse(key, self._wrong(key, value, hint, str(error)))
 
-    def _wrong(self, key: str, value: Any, hint: type) -> str:
+    def _wrong(self, key: str, value: Any, hint: type, fix: str) -> str:
         words = {int: self._kind.integer, float: "a number", bool: "true or false", str: "a text"}
-        message = f"{key}: {_shown(value)} is not {words[hint]}"
-        if hint is int and re.fullmatch(r"-?\d+\.0", str(value)):
-            message += f"; write {str(value).removesuffix('.0')}"
-        if hint is str and value is not None:
-            message += "; put it in quotes"
-        return message
+        if hint is str:
+            fix = "put it in quotes"
+        return f"{key}: {shown(value)} is not {words[hint]}" + (f"; {fix}" if fix else "")
 
     def _unknown(self, name: str, known: Iterable[str], prefix: str) -> typing.NoReturn:
         key = prefix + name
+        if "." in name and has_key(self._kind.schema, key):
+            first, _, rest = name.partition(".")
+            self._refuse(key, f"{key!r}: in a file sections nest; write {nested(first, rest)}")
         if self._kind.listing:
             self._refuse(key, unknown_key(key, self._kind))
         self._refuse(key, unknown_name(name, known, prefix))
 
     def _misshapen(self, key: str, value: Any, right: str) -> typing.NoReturn:
-        shown = "empty" if value is None else _shown(value)
-        self._refuse(key, f"{key} is {shown}; it must be {right}")
+        found = "empty" if value is None else shown(value)
+        self._refuse(key, f"{key} is {found}; it must be {right}")
 
     def _refuse(self, key: str, message: str) -> typing.NoReturn:
         raise UserError(f"{message}{where(key, self._sources)}")
-
-
-def _fits(value: Any, hint: type, exact: bool) -> bool:
-    """Whether OmegaConf takes a value for one of a scalar type; exact: only if it is of it."""
-    try:
-        _NODES[hint](value, is_optional=False)
-    except OmegaConfBaseException:
-        return False
-    return not exact or isinstance(value, (int, float) if hint is float else hint)
-
-
-def _shown(value: Any) -> str:
-    """A value as YAML writes it."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal
@@ -11,7 +12,12 @@ from nlscale.config.vocabulary import LevelConfig
 from nlscale.errors import UserError
 
 _MULTIPLIERS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
-_PERIOD = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMGBT]?)\s*(steps?|tokens?)?\s*")
+_NUMBER = r"(0|[1-9][0-9]*)(?:\.[0-9]+)?"
+_LONGEST = 10**18
+_PERIOD = re.compile(
+    rf"\s*(?P<number>{_NUMBER})\s*(?P<multiplier>[kMGBT]?)\s*(?P<unit>steps?|tokens?)?\s*"
+)
+_MINUTES = re.compile(rf"\s*(?P<number>{_NUMBER})\s*minutes?\s*")
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,12 @@ class Period:
             raise UserError(
                 f"period {text!r} is not a duration; write for example '16 steps' or '8M tokens'"
             )
-        number, multiplier, unit = match.groups()
+        number, multiplier, unit = match.group("number", "multiplier", "unit")
         count = Decimal(number) * _MULTIPLIERS[multiplier]
         if count < 1:
             raise UserError(f"period {text!r} is less than 1; the fastest level has '1 step'")
+        if count > _LONGEST:
+            raise UserError(f"period {text!r} is longer than any run; give at most 10^18")
         if count != int(count):
             raise UserError(f"period {text!r} is not a whole number of steps or tokens")
         return cls(int(count), "tokens" if (unit or "").startswith("token") else "steps")
@@ -70,9 +78,9 @@ class Interval:
         Raises:
             UserError: not of that form, or not above 0.
         """
-        minutes = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*minutes?\s*", text)
-        if minutes and float(minutes[1]) > 0:
-            return cls(float(minutes[1]), "minutes")
+        minutes = _MINUTES.fullmatch(text)
+        if minutes and 0 < float(minutes["number"]) < math.inf:
+            return cls(float(minutes["number"]), "minutes")
         try:
             period = Period.parse(text)
         except UserError:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 from omegaconf import MISSING
+
+from nlscale.config.fields import one_of, path, within
 
 MIXERS = ["hope", "hope-pure", "hope-paper", "gated-delta", "attention"]
 """Names of the sequence mixers; what each is stands in `nlscale.model.mixers.table`."""
@@ -19,9 +20,9 @@ RULES = ["adamw"]
 """Names of the optimizer rules; what each is stands in `nlscale.optim.table`."""
 
 
-def one_of(names: list[str]) -> Any:
-    """A field that takes one of some names, the first by default. Packages may add names."""
-    return field(default=names[0], metadata={"names": names})
+MOST = 2**31 - 1
+"""Of sizes: what an index of 32 bits reaches."""
+_YEAR = 365 * 86400
 
 
 class CmsForm(str, Enum):
@@ -89,13 +90,13 @@ class Recompute(str, Enum):
 class RunConfig:
     """Where a run writes and what makes it reproducible."""
 
-    dir: str = "runs/default"
+    dir: str = path("runs/default")
     """Folder of the run: resolved config, metrics.jsonl, summary.json, loss.png."""
-    max_restarts: int = 3
+    max_restarts: int = within(3, least=0)
     """Restarts of a Slurm job without a new checkpoint after which it gives up (exit code 4)."""
-    seed: int = 1234
+    seed: int = within(1234, least=0)
     """Seed of initial weights and of the order of the data."""
-    weights: str | None = None
+    weights: str | None = path(None)
     """Folder of exported weights to start from instead of drawing them (continued pretraining);
     see `nlscale checkpoint export`."""
     imports: list[str] = field(default_factory=list)
@@ -107,9 +108,9 @@ class RunConfig:
 class DataConfig:
     """The token shards made by ``nlscale data build``."""
 
-    dir: str = MISSING
+    dir: str = path()
     """Folder of the shards and their index.json."""
-    sequence_length: int = 1024
+    sequence_length: int = within(1024, above=0, most=MOST)
     """Tokens a sample trains on (it reads one more, the last target)."""
     document_mask: bool = False
     """Begin memories, convolutions and attention anew with each document of a sample, as if it
@@ -120,15 +121,15 @@ class DataConfig:
 class MemoryConfig:
     """The self-modifying memory of the mixer. Null means: as `model.mixer` says."""
 
-    chunk: int = 64
+    chunk: int = within(64, above=0, most=MOST)
     """Tokens between two self-modifications; it is part of the model, not only of its speed."""
-    convolution: int = 4
+    convolution: int = within(4, above=0, most=MOST)
     """Window of the causal depthwise convolution before the memory, in tokens."""
-    lambda_init: float | None = None
+    lambda_init: float | None = within(None)
     """Initial weight of the self-modified part of k and v, per head (hope: 0.3)."""
     anchored: bool | None = None
     """Decay toward the learned initial memory instead of toward zero."""
-    c: float | None = None
+    c: float | None = within(None, least=0, most=1)
     """1: the paper's delta gradient descent; 0: the plain delta rule."""
     normalize_value: bool | None = None
     """L2-normalise v in the update of the memories that make k, v and the gates."""
@@ -140,9 +141,9 @@ class MemoryConfig:
     """Multiply the read by SiLU of a linear of x."""
     read_norm: bool | None = None
     """RMS-normalise the read of each head."""
-    eta_bias: float | None = None
+    eta_bias: float | None = within(None)
     """Initial bias of the write-strength logit (hope: 0; c = 1 needs about -2)."""
-    alpha_bias: float = 4.0
+    alpha_bias: float = within(4.0)
     """Initial bias of the decay logit, the middle of a spread of 1 over the heads."""
 
 
@@ -152,27 +153,27 @@ class ModelConfig:
 
     mixer: str = one_of(MIXERS)
     """hope | hope-pure | hope-paper | gated-delta | attention."""
-    layers: int = 12
+    layers: int = within(12, above=0, most=MOST)
     """Blocks; each is a mixer followed by a CMS block."""
-    d_model: int = 768
+    d_model: int = within(768, above=0, most=MOST)
     """Width of the residual stream."""
-    heads: int = 12
+    heads: int = within(12, above=0, most=MOST)
     """Heads of the mixer; the head dimension is d_model / heads."""
     cms: CmsForm = CmsForm.sequential
     """How the MLPs of a block's levels are composed: sequential (Eq. 70) or independent."""
-    hidden: int | None = None
+    hidden: int | None = within(None, above=0, most=MOST)
     """Hidden units of all CMS MLPs of a block together. Null: what makes mixer and CMS together
     as large as a Transformer block, 12 d_model^2, so that mixers compare at equal parameters."""
-    vocabulary: int | None = None
+    vocabulary: int | None = within(None, above=0, most=MOST)
     """Token ids the model knows; null: what the data's tokenizer has."""
-    rope_base: float = 10000.0
+    rope_base: float = within(10000.0, above=0)
     """Base of the rotary positions of `attention`."""
-    norm_eps: float = 1e-6
+    norm_eps: float = within(1e-6, above=0)
     """Added to the mean square in every RMSNorm."""
-    init_std: float = 0.02
+    init_std: float = within(0.02, above=0)
     """Standard deviation of initial weights; projections into the residual stream are divided
     by sqrt(2 layers)."""
-    mup_base_width: int | None = None
+    mup_base_width: int | None = within(None, above=0, most=MOST)
     """The d_model at which the optimizer's numbers and init_std were tuned: muP carries them over
     to this d_model, at the same head size and with the CMS wider in proportion
     (nlscale/model/width.py). Null, or d_model itself: the standard parametrisation."""
@@ -193,9 +194,9 @@ class LevelConfig:
     """Used in metrics and figures."""
     period: str = "1 step"
     """How often the level updates: '16 steps' or '8M tokens'."""
-    hidden: int | None = None
+    hidden: int | None = within(None, above=0, most=MOST)
     """Hidden units of this level's MLP in each block; null: an equal share of model.hidden."""
-    learning_rate: float = 1.0
+    learning_rate: float = within(1.0, least=0)
     """Factor on optimizer.learning_rate for this level, beside the rule of its period."""
 
 
@@ -226,28 +227,28 @@ class OptimizerConfig:
 
     rule: str = one_of(RULES)
     """How a gradient becomes an update: adamw."""
-    learning_rate: float = 1e-3
+    learning_rate: float = within(1e-3, above=0)
     """Peak learning rate."""
-    min_learning_rate: float = 0.1
+    min_learning_rate: float = within(0.1, least=0, most=1)
     """Final learning rate as a fraction of the peak."""
     schedule: Schedule = Schedule.cosine
     """cosine, or wsd: warm-up, stable, linear decay."""
-    warmup_steps: int = 100
+    warmup_steps: int = within(100, least=0)
     """Steps of linear warm-up of the whole run."""
-    warmup_updates: int = 0
+    warmup_updates: int = within(0, least=0)
     """Updates over which each level warms up beside that, linearly, counted in its own updates:
     a slow level makes its first ones when the run's warm-up is long over. 0: none."""
-    decay_fraction: float = 0.2
+    decay_fraction: float = within(0.2, least=0, most=1)
     """Share of the steps that wsd spends decaying."""
-    beta1: float = 0.9
+    beta1: float = within(0.9, least=0, below=1)
     """Decay of the first moment, per update."""
-    beta2: float = 0.95
+    beta2: float = within(0.95, least=0, below=1)
     """Decay of the second moment, per update."""
-    eps: float = 1e-8
+    eps: float = within(1e-8, above=0)
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay per update, on matrices only."""
-    clip: float = 1.0
+    weight_decay: float = within(0.1, least=0)
+    """Decoupled weight decay per update, on matrices; vectors and gains (norms) have none."""
+    clip: float = within(1.0, least=0)
     """Largest norm of the window gradient; 0 switches clipping off."""
     clip_scope: ClipScope = ClipScope.level
     """level: each updating level by its own norm; joint: by the norm of all that update."""
@@ -257,11 +258,11 @@ class OptimizerConfig:
 class TrainConfig:
     """The length and shape of training."""
 
-    steps: int = 1000
+    steps: int = within(1000, above=0)
     """Optimizer steps of the run."""
-    global_batch: int = 32
+    global_batch: int = within(32, above=0, most=MOST)
     """Sequences a step, over all ranks."""
-    micro_batch: int = 4
+    micro_batch: int = within(4, above=0, most=MOST)
     """Sequences a rank passes through the model at once."""
     dtype: Dtype = Dtype.bf16
     """bf16 or fp32 parameters and activations."""
@@ -272,14 +273,14 @@ class TrainConfig:
     """On GPUs run the memory scan, the loss and the small operations as fused kernels, and add up
     the gradients of weights inside the products that make them. False: as torch operations, one
     by one, and many times slower; to find out whether a kernel is at fault."""
-    validate_every: int = 100
+    validate_every: int = within(100, above=0)
     """Steps between validations; one is always made before the first and after the last step."""
-    validation_sequences: int = 64
+    validation_sequences: int = within(64, above=0, most=MOST)
     """Held-out sequences a validation reads."""
-    drop_spikes: float | None = None
+    drop_spikes: float | None = within(None, above=1)
     """Drop a step whose loss is more than this many times the median of the last 50 steps; null:
     only steps whose loss or gradient is not finite are dropped."""
-    max_dropped_steps: int = 8
+    max_dropped_steps: int = within(8, above=0)
     """Dropped steps in a row after which training gives up."""
 
 
@@ -287,25 +288,25 @@ class TrainConfig:
 class ParallelConfig:
     """How the model and the batch are spread over ranks."""
 
-    tensor: int = 1
+    tensor: int = within(1, above=0, most=MOST)
     """Ranks that share every layer (tensor parallel)."""
-    pipeline: int = 1
+    pipeline: int = within(1, above=0, most=MOST)
     """Ranks that share the stack of layers (pipeline parallel)."""
     sequence: bool = False
     """Split the residual stream along the sequence between the tensor-parallel regions (sequence
     parallel): activations shrink, the bytes sent stay the same. Needs tensor > 1."""
-    virtual_stages: int = 1
+    virtual_stages: int = within(1, above=0, most=MOST)
     """Model stages a pipeline rank holds; above 1 the schedule is interleaved."""
-    stages: list[int] | None = None
+    stages: list[int] | None = within(None, above=0, most=MOST)
     """Blocks of each of the pipeline x virtual_stages model stages, first stage first; null: cut
     so that the costliest stage costs least."""
-    ranks_per_node: int | None = None
+    ranks_per_node: int | None = within(None, above=0, most=MOST)
     """Ranks on one node; null: what torchrun says (LOCAL_WORLD_SIZE), else all of them."""
     overlap: bool = True
     """Overlap the reduction inside the node with the backward pass."""
-    replica_check_every: int = 200
+    replica_check_every: int = within(200, least=0)
     """Steps between comparisons of parameters and optimizer state across replicas; 0: never."""
-    straggler_check_every: int = 50
+    straggler_check_every: int = within(50, least=0)
     """Steps between comparisons of how long the ranks compute; 0: never."""
 
 
@@ -314,13 +315,13 @@ class TimeoutsConfig:
     """Seconds after which a rank that is lost or hangs ends the run on all ranks, with exit code 5
     and one message that names it."""
 
-    startup: float = 1800.0
+    startup: float = within(1800.0, above=0, most=_YEAR)
     """Until all ranks have come together, and again for each part of the first step of a start."""
-    step: float = 600.0
+    step: float = within(600.0, above=0, most=_YEAR)
     """For each part of a later step, such as its consensus, and for a validation."""
-    checkpoint: float = 1800.0
+    checkpoint: float = within(1800.0, above=0, most=_YEAR)
     """For writing a checkpoint, and for reading one."""
-    silence: float = 60.0
+    silence: float = within(60.0, above=0, most=_YEAR)
     """A rank of which nothing is heard for so long was killed, stopped or cut off."""
 
 
@@ -330,12 +331,12 @@ class CheckpointConfig:
 
     every: str | None = "500 steps"
     """How often: '500 steps', '2B tokens' or '30 minutes'; null: only at `steps`."""
-    steps: list[int] = field(default_factory=list)
+    steps: list[int] = within([], above=0)
     """Steps after which to save beside that, such as where a learning rate begins to fall. A run
     that saves at all saves after its last step too."""
-    keep: int = 2
+    keep: int = within(2, above=0)
     """The newest checkpoints that are kept."""
-    keep_every: int | None = None
+    keep_every: int | None = within(None, above=0)
     """Beside them, those of every so many steps are kept for good; null: none."""
     pending: Pending = Pending.canonical
     """How unfinished windows are stored: canonical (any layout) or exact (same layout only)."""
@@ -348,7 +349,7 @@ class ResumeConfig:
     allow: list[str] = field(default_factory=list)
     """Keys whose value may differ from the checkpoint's, `data` for other data. Without it a
     change that would make it another run is refused."""
-    start: str | None = None
+    start: str | None = path(None)
     """Checkpoint of another run to branch from, such as runs/a/checkpoints/step-00000800, used only
     while this run has none of its own. That run may differ in length, where its learning rate does
     not depend on that up to there (wsd before its decay)."""

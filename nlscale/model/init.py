@@ -25,6 +25,7 @@ def tag(
     sections: Sequence[int] = (),
     partial_gradient: bool = False,
     width_multiplier: float = 1.0,
+    decays: bool | None = None,
 ) -> None:
     """Say how a parameter is initialised, split over the tensor-parallel group and scaled by width.
 
@@ -39,12 +40,15 @@ def tag(
         width_multiplier: how many times as many inputs the full tensor has as where its
             hyperparameters were tuned (`nlscale.model.width`): what `init` fills in is divided by
             the root of it, the learning rate by it.
+        decays: whether weight decay acts on it; None: if it has two dimensions or more. A gain says
+            False whatever its shape: pulled toward zero, it would shrink what it scales.
     """
     carrier: Any = parameter
     carrier.initializer = init
     carrier.sections = tuple(sections)
     carrier.partial_gradient = partial_gradient
     carrier.width_multiplier = width_multiplier
+    carrier.decays = parameter.dim() > 1 if decays is None else decays
     # the names under which megatron-core looks for the same
     carrier.tensor_model_parallel = partition_dim is not None
     carrier.partition_dim = -1 if partition_dim is None else partition_dim

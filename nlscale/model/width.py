@@ -8,8 +8,9 @@ with the widths of the CMS in proportion to d_model, so that there are m times a
     project, output of a mixer; up, down of
       a CMS MLP: inputs grow with the width   x 1/sqrt(m)    x 1/m            x m
     embedding; head                           as it is       as it is         as it is
-    norms, biases, lambda, CMS mixture        as it is       as it is         none
-    convolution, read_norm, memories M_k, M_v,
+    norms, read_norm, biases, lambda,
+      CMS mixture                             as it is       as it is         none
+    convolution, memories M_k, M_v,
       M_m, m_eta, m_alpha: inputs do not grow as it is       as it is         as it is
 
 and logits are divided by m, Adam's eps too. At m = 1 all of it is the standard parametrisation, bit

@@ -31,19 +31,19 @@ def adamw(
 def parameter_groups(config: OptimizerConfig, parameters: list[Any]) -> list[dict[str, Any]]:
     """Parameters by how they are decayed and scaled, as torch's optimizers take them.
 
-    Weight decay on matrices; vectors (norms, biases, mixing weights) have none. What has a width
-    multiplier m learns at 1/m of its level's rate, with m times the weight decay, because that is
-    multiplied by the rate (`nlscale.model.width`).
+    Weight decay on matrices; vectors (norms, biases, mixing weights) and gains have none, as their
+    tags say. What has a width multiplier m learns at 1/m of its level's rate, with m times the
+    weight decay, because that is multiplied by the rate (`nlscale.model.width`).
     """
     kinds: dict[tuple[bool, float], list[Any]] = {}
     for p in parameters:
-        kinds.setdefault((p.dim() <= 1, p.width_multiplier), []).append(p)
+        kinds.setdefault((p.decays, p.width_multiplier), []).append(p)
     groups = []
-    for is_vector, multiplier in sorted(kinds):
-        decay = 0.0 if is_vector else config.weight_decay * multiplier
+    for decays, multiplier in sorted(kinds, key=lambda kind: (not kind[0], kind[1])):
+        decay = config.weight_decay * multiplier if decays else 0.0
         groups.append(
             {
-                "params": kinds[is_vector, multiplier],
+                "params": kinds[decays, multiplier],
                 "weight_decay": decay,
                 "wd_mult": float(decay > 0),
                 "lr_mult": 1.0 / multiplier,

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from operator import attrgetter
-
 from nlscale.config.units import Interval
 from nlscale.config.vocabulary import CheckpointConfig, Config, ModelConfig, head_dim
 from nlscale.errors import UserError
@@ -16,7 +12,7 @@ from nlscale.optim.table import rule
 
 
 def check_sizes(config: Config, ranks: int) -> int:
-    """Check every number of the configuration, for that many ranks; no data are needed.
+    """Check that the numbers of the configuration go together, for that many ranks, without data.
 
     Returns:
         The data-parallel ranks, those that share a batch.
@@ -24,7 +20,6 @@ def check_sizes(config: Config, ranks: int) -> int:
     Raises:
         UserError: one line with the numbers and a fix.
     """
-    _ranges(config)
     checkpoint_interval(config.checkpoint)
     _divides(config)
     train, parallel = config.train, config.parallel
@@ -76,50 +71,6 @@ def checkpoint_interval(checkpoint: CheckpointConfig) -> Interval | None:
         return Interval.parse(checkpoint.every)
     except UserError as error:
         raise UserError(f"checkpoint.every: {error}") from None
-
-
-_RANGES: dict[str, tuple[tuple[str, str], ...]] = {
-    "above 0": (
-        ("data", "sequence_length"),
-        ("model", "layers d_model heads hidden vocabulary rope_base norm_eps init_std"),
-        ("model", "mup_base_width"),
-        ("model.memory", "chunk convolution"),
-        ("optimizer", "learning_rate eps"),
-        ("train", "steps global_batch micro_batch validate_every validation_sequences"),
-        ("train", "max_dropped_steps"),
-        ("checkpoint", "keep keep_every"),
-        ("parallel", "tensor pipeline virtual_stages ranks_per_node"),
-        ("timeouts", "startup step checkpoint silence"),
-    ),
-    "0 or above": (
-        ("run", "max_restarts"),
-        ("optimizer", "warmup_steps warmup_updates weight_decay clip"),
-    ),
-    "from 0 to 1": (("optimizer", "min_learning_rate decay_fraction"),),
-    "at least 0 and below 1": (("optimizer", "beta1 beta2"),),
-}
-_WITHIN: dict[str, Callable[[float], bool]] = {
-    "above 0": lambda x: x > 0,
-    "0 or above": lambda x: x >= 0,
-    "from 0 to 1": lambda x: 0 <= x <= 1,
-    "at least 0 and below 1": lambda x: 0 <= x < 1,
-}
-
-
-def _ranges(config: Config) -> None:
-    def check(key: str, value: float | None, wanted: str) -> None:
-        # a null follows from other keys; not a number is within no range
-        if value is not None and not (math.isfinite(value) and _WITHIN[wanted](value)):
-            raise UserError(f"{key} is {value}; it must be {wanted}")
-
-    for wanted, sections in _RANGES.items():
-        for section, names in sections:
-            for name in names.split():
-                key = f"{section}.{name}"
-                check(key, attrgetter(key)(config), wanted)
-    for index, level in enumerate(config.levels.spectrum):
-        check(f"levels.spectrum.{index}.hidden", level.hidden, "above 0")
-        check(f"levels.spectrum.{index}.learning_rate", level.learning_rate, "0 or above")
 
 
 def _divides(config: Config) -> None:

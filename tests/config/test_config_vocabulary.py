@@ -45,7 +45,7 @@ def test_the_list_of_keys_holds_each_key_once_with_default_and_meaning() -> None
     for key in leaves(Config):
         (line,) = [line for line in lines if line.startswith(f"{key} (")]
         assert len(line.partition("): ")[2]) > 8
-    assert any(line.startswith("train.steps (1000): ") for line in lines)
+    assert any(line.startswith("train.steps (1000; above 0): ") for line in lines)
     assert any(line.startswith("data.dir (required): ") for line in lines)
     (mixer,) = [line for line in lines if line.startswith("model.mixer (")]
     assert all(choice in mixer for choice in MIXERS)

@@ -26,7 +26,7 @@ from nlscale.parallel.layout import process_groups  # noqa: E402
 from nlscale.step.micro_batches import Batch  # noqa: E402
 from nlscale.train.loop import Trainer  # noqa: E402
 
-STEPS, VOCABULARY, LENGTH, BATCH, MICRO_BATCH = 20, 64, 32, 8, 2
+STEPS, VOCABULARY, LENGTH, BATCH = 20, 64, 32, 8
 COMMON = [
     "data.dir=none",
     f"data.sequence_length={LENGTH}",
@@ -39,7 +39,7 @@ COMMON = [
     "train.dtype=fp32",
     f"train.steps={STEPS}",
     f"train.global_batch={BATCH}",
-    f"train.micro_batch={MICRO_BATCH}",
+    "train.micro_batch=4",
 ]
 FAMILIES = {
     "hope": ["model.mixer=hope", "levels=[1,2,4]"],
@@ -58,22 +58,23 @@ def losses(family: str, overrides: list[str]) -> list[float]:
         trainer = Trainer.build(config, layout, levels, VOCABULARY)
         curve = []
         for step in range(STEPS):
-            firsts = range(step * BATCH, (step + 1) * BATCH, MICRO_BATCH)
+            rows = config.train.micro_batch
+            firsts = range(step * BATCH, (step + 1) * BATCH, rows)
             mine = firsts[layout.data_rank :: layout.data_size]
-            verdict, _ = trainer.take_step([_micro_batch(first) for first in mine])
+            verdict, _ = trainer.take_step([_micro_batch(first, rows) for first in mine])
             curve.append(verdict.loss)
     return curve
 
 
-def _micro_batch(first: int) -> Batch:
+def _micro_batch(first: int, count: int) -> Batch:
     """Sequences to learn from: short patterns, repeated, so that the loss falls in 20 steps."""
     rows = []
-    for number in range(first, first + MICRO_BATCH):
+    for number in range(first, first + count):
         draw = np.random.default_rng([4711, number])
         pattern = draw.integers(VOCABULARY // 4, size=draw.integers(2, 6))
         rows.append(np.resize(pattern, LENGTH + 1))
     tokens = torch.from_numpy(np.stack(rows))
-    return Batch(tokens[:, :-1], tokens[:, 1:], MICRO_BATCH)
+    return Batch(tokens[:, :-1], tokens[:, 1:], count)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ LAYOUTS = {
         8,
         ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"],
     ),
-    "two-nodes": (4, ["parallel.ranks_per_node=2"]),
+    "two-nodes": (4, ["parallel.ranks_per_node=2", "train.micro_batch=2"]),
 }
 
 

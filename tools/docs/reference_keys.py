@@ -16,6 +16,7 @@ import yaml
 from omegaconf import MISSING
 
 from nlscale.cluster.machines import Cluster
+from nlscale.config.fields import Range
 from nlscale.config.keys import choices_of, class_doc, field_docs, item_of, to_plain
 from nlscale.config.pages import page_of
 from nlscale.config.presets import MIXER_PRESETS
@@ -28,10 +29,10 @@ _WORDS: Mapping[Any, str] = {int: "integer", float: "number", bool: "true or fal
 # A sweep file has a grammar of its own, which is more than a type.
 _SWEEP = {
     "recipe": (
-        "text",
+        "path",
         "The recipe of all runs: a path, or the name of one that comes with nlscale.",
     ),
-    "dir": ("text", "Folder of the sweep; each of its runs has a folder in it."),
+    "dir": ("path", "Folder of the sweep; each of its runs has a folder in it."),
     "set": (
         "mapping of keys",
         "Keys that all runs set otherwise than the recipe, dotted or nested. Those that a sweep "
@@ -84,6 +85,16 @@ Every key of a recipe, then those of a [cluster file](#cluster) and of a [sweep 
 
 A recipe is a YAML file of these keys; `key=value` on the command line overrides them. Where
 `N` stands in a key, it is the index into a list. What null means is said with the key.
+
+The type of a key says what the characters mean:
+
+- *text* is what was typed: `wandb.name=007` is no number and `12:30` no time. `null` is no text;
+  quotes around the whole are taken off. On the command line `#` begins no comment.
+- a *path* is a text; `~` is the home. What names a service (`s3://...`) or a variable that the shell
+  has not expanded is refused.
+- an *integer* is written in decimal digits (`1_000_000` may be); one that begins with a zero is
+  refused. A *number* may be `3e-4`. Both are held against the range that stands with the key.
+- *true or false* may also be yes, no, on, off, 1, 0.
 `nlscale config --keys` prints the same, and `nlscale config RECIPE --explain KEY` says what value a
 key has in a recipe, and where that came from.
 """
@@ -150,15 +161,26 @@ def _key(schema: type, f: Field[Any], name: str, anchor: str) -> str:
     meaning = field_docs(schema)[f.name]
     if has_key(anchor):
         meaning += f" {_more(anchor)}"
-    return _entry(name, anchor, _type(hint), _default(f), choices, meaning)
+    kind = _type(hint)
+    if f.metadata.get("path"):
+        kind = kind.replace("text", "path")
+    return _entry(name, anchor, kind, _default(f), choices, meaning, f.metadata.get("range"))
 
 
 def _entry(
-    name: str, anchor: str, kind: str, default: str, choices: list[str], meaning: str
+    name: str,
+    anchor: str,
+    kind: str,
+    default: str,
+    choices: list[str],
+    meaning: str,
+    wanted: Range | None = None,
 ) -> str:
     notes = [kind, default if default == "required" else f"default `{default}`"]
     if choices:
         notes.append(f"one of {', '.join(f'`{choice}`' for choice in choices)}")
+    if wanted is not None:
+        notes.append(str(wanted))
     heading = f"### {name} {{ #{anchor} }}"
     return f"{heading}\n\n{' · '.join(notes)}\n{{ .key-type }}\n\n{_linked(meaning)}\n"
 

@@ -23,7 +23,7 @@ from nlscale.checkpoint.export.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from nlscale.checkpoint.store import files
 from nlscale.checkpoint.store.pieces import Piece
 from nlscale.checkpoint.store.store import Checkpoint
-from nlscale.config import recipe
+from nlscale.config import recipe, trees
 from nlscale.config.vocabulary import Config, Dtype
 from nlscale.errors import UserError
 from nlscale.model.decoder import Decoder
@@ -179,7 +179,7 @@ def config_of(described: dict[str, Any], where: Path) -> Config:
         vocabulary = int(own["model"]["vocabulary"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where} is damaged: {error} is missing or wrong; export again") from None
-    overrides = [f"{key}={json.dumps(value)}" for key, value in sections.items()]
+    overrides = [f"{key}={trees.dump(value)}" for key, value in sections.items()]
     try:
         config = recipe.load(None, overrides).config
     except UserError as error:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from nlscale.config.units import human_count
 from nlscale.errors import UserError
 
+_DEEPEST = 10_000
 _FARTHEST = 0.25  # from the target, as a share of it: beyond that a name would mislead
 
 
@@ -40,6 +41,11 @@ class Ladder:
             if above[1] >= target:
                 break
             below, layers = above, layers + 1
+            if layers > _DEEPEST:
+                raise UserError(
+                    f"size {name}: with width_per_layer {self.width_per_layer:g} and head_dim "
+                    f"{self.head_dim} it needs more than {_DEEPEST:,} layers; use wider ones"
+                )
         layers, found = min(below, above, key=lambda rung: abs(rung[1] - target))
         if abs(found - target) > _FARTHEST * target:
             raise UserError(

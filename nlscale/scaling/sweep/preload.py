@@ -1,11 +1,19 @@
 """What the process imports from which runs are forked: all that a run needs, once for all runs."""
 
 from nlscale.cluster.life.exits import quiet
+from nlscale.cluster.life.imports import importing
 
 quiet()
 
-from nlscale.parallel.cpu import import_megatron_core  # noqa: E402
+with importing():
+    from nlscale.parallel.cpu import import_megatron_core
 
-import_megatron_core()
+    import_megatron_core()
 
-import nlscale.train.loop  # noqa: E402, F401
+    import numpy.random  # noqa: F401
+    import torch._dynamo  # noqa: F401  # which the first optimizer would import
+
+    import nlscale.model.mixers.attention.module
+    import nlscale.model.mixers.memory.module
+    import nlscale.optim.adamw
+    import nlscale.train.loop  # noqa: F401

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from nlscale.config import recipe
+from nlscale.config import recipe, trees
 from nlscale.config.vocabulary import Config
 from nlscale.data import read_index
 from nlscale.errors import UserError
@@ -71,12 +68,13 @@ class Run:
         return max(0, step - self.start_step) * self.tokens_per_step * self.flops_per_token
 
 
-def expand(sweep: Sweep, ranks: int = 1) -> list[Run]:
+def expand(sweep: Sweep, ranks: int = 1, assumed: int | None = None) -> list[Run]:
     """The runs of a sweep, in the order of its axes, the last one fastest.
 
     Args:
         sweep: as read.
         ranks: on which each run will be.
+        assumed: the vocabulary of runs of which nobody knows it yet; None: that is an error.
 
     Raises:
         UserError: a run's configuration is wrong (which run, and what), or a vocabulary is neither
@@ -88,7 +86,7 @@ def expand(sweep: Sweep, ranks: int = 1) -> list[Run]:
         name = "-".join(value.name for value in values)  # unique: no part has a dash
         axes = {axis: v.name for axis, v in zip(sweep.axes, values, strict=True)}
         try:
-            run = _run(sweep, name, axes, list(values), vocabularies)
+            run = _run(sweep, name, axes, list(values), vocabularies, assumed)
             check_sizes(run.config, ranks)
             spectrum(run.config.levels, run.tokens_per_step)
         except UserError as error:
@@ -118,14 +116,19 @@ def check_data(sweep: Sweep, runs: list[Run]) -> list[str]:
 
 
 def _run(
-    sweep: Sweep, name: str, axes: dict[str, str], values: list[Value], known: dict[str, int]
+    sweep: Sweep,
+    name: str,
+    axes: dict[str, str],
+    values: list[Value],
+    known: dict[str, int],
+    assumed: int | None,
 ) -> Run:
     keys = dict(sweep.common)
     for value in values:
         keys |= value.keys
     keys["run.dir"] = str(sweep.folder / name)
     config = _load(sweep, keys)
-    vocabulary = config.model.vocabulary or _vocabulary(sweep, config, known)
+    vocabulary = config.model.vocabulary or _vocabulary(sweep, config, known, assumed)
     for value in values:
         if sweep.ladder and value.target:
             keys |= sweep.ladder.rung(value.name, value.target, vocabulary)
@@ -146,14 +149,8 @@ def _run(
 
 
 def _load(sweep: Sweep, keys: dict[str, Any]) -> Config:
-    overrides = [f"{key}={_text(value)}" for key, value in keys.items()]
+    overrides = [f"{key}={trees.dump(value)}" for key, value in keys.items()]
     return recipe.load(sweep.recipe, overrides, trusted=True).config
-
-
-def _text(value: Any) -> str:
-    """A value as an override has it."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
-    return text.strip().removesuffix("\n...")
 
 
 def _steps(budget: Budget, parameters: int, config: Config) -> int:
@@ -167,11 +164,16 @@ def _steps(budget: Budget, parameters: int, config: Config) -> int:
     return round(tokens / per_step)
 
 
-def _vocabulary(sweep: Sweep, config: Config, known: dict[str, int]) -> int:
+def _vocabulary(sweep: Sweep, config: Config, known: dict[str, int], assumed: int | None) -> int:
     folder = config.data.dir
     if folder not in known:
-        _require_data(sweep, config)
-        known[folder] = read_index(folder)["vocabulary"]
+        try:
+            _require_data(sweep, config)
+            known[folder] = read_index(folder)["vocabulary"]
+        except UserError:
+            if assumed is None:
+                raise
+            return assumed
     return known[folder]
 
 

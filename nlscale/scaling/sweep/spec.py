@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nlscale.config import recipe, schema
+from nlscale.config import recipe, scalars, schema
+from nlscale.config.fields import path as path_field
+from nlscale.config.fields import within
 from nlscale.config.units import Period
 from nlscale.errors import UserError
 from nlscale.scaling.sweep.ladder import Ladder
@@ -62,11 +65,11 @@ class Sweep:
 class _File:
     """The keys of a sweep file."""
 
-    recipe: str = MISSING
-    dir: str = MISSING
+    recipe: str = path_field()
+    dir: str = path_field()
     set: Any = None
     axes: Any = MISSING
-    workers: int | None = None
+    workers: int | None = within(None, above=0)
     build_data: str = ""
 
 
@@ -76,7 +79,6 @@ _SWEEP = schema.Kind(
     form=f"a sweep is a mapping of {', '.join(each.name for each in fields(_File))}",
     folder="recipes/sweeps",
     unset="{} not set; see recipes/sweeps",
-    exact=True,
 )
 
 
@@ -89,22 +91,17 @@ def read_sweep(given: str | Path) -> Sweep:
     """
     tree, sources = schema.read(given, _SWEEP)
     path = Path(sources[""])
-    # Not built: what it sets may hold interpolations, which are for the recipe to resolve.
-    tree = schema.check(tree, _SWEEP, sources)
-    workers = tree.get("workers")
-    if workers is not None and workers < 1:
-        at = schema.where("workers", sources)
-        raise UserError(f"workers is {workers}; it must be a whole number above 0{at}")
-    axes, ladder = _axes(tree["axes"], path)
+    file = schema.build(tree, _SWEEP, sources)
+    axes, ladder = _axes(file.axes, path)
     sweep = Sweep(
         path=path,
-        recipe=tree["recipe"],
-        folder=Path(tree["dir"]),
-        common=_keys(tree.get("set") or {}, f"{path}: set"),
+        recipe=file.recipe,
+        folder=Path(file.dir),
+        common=_keys(file.set or {}, f"{path}: set"),
         axes=axes,
         ladder=ladder,
-        workers=workers,
-        build_data=tree.get("build_data"),
+        workers=file.workers,
+        build_data=file.build_data,
     )
     _check_overlap(sweep)
     return sweep
@@ -138,6 +135,7 @@ def _axes(tree: Any, path: Path) -> tuple[dict[str, list[Value]], Ladder | None]
 def _of_key(key: str, value: Any, where: str) -> Value:
     """A value of an axis that is named by its key."""
     keys = _keys({key: value}, where)
+    value = scalars.guess(value)
     return Value(_name(value if isinstance(value, str) else f"{key.split('.')[-1]}{value}"), keys)
 
 
@@ -149,7 +147,10 @@ def _bundle(name: Any, tree: Any, where: str) -> Value:
 
 def _budgets(tree: Any, where: str) -> list[Value]:
     if isinstance(tree, list):
-        return [Value(_name(each), budget=Budget(tokens=_count(each, where))) for each in tree]
+        return [
+            Value(_name(scalars.guess(each)), budget=Budget(tokens=_count(each, where)))
+            for each in tree
+        ]
     if isinstance(tree, dict):
         _known(tree, (_PER_PARAMETER,), where)
         values = tree[_PER_PARAMETER]
@@ -167,7 +168,7 @@ def _sizes(tree: dict[str, Any], where: str) -> tuple[list[Value], Ladder]:
     )
     targets = tree["parameters"]
     if isinstance(targets, list):
-        targets = {str(target): None for target in targets}
+        targets = {str(scalars.guess(target)): None for target in targets}
     if not isinstance(targets, dict) or not targets:
         raise UserError(f"{where}.parameters: write a list such as [100M, 340M]")
     values = [
@@ -238,6 +239,10 @@ def _count(value: Any, where: str) -> int:
 
 
 def _positive(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise UserError(f"{where} is {value!r}; it must be a number above 0")
-    return float(value)
+    try:
+        found = scalars.read(value, float)
+    except scalars.Unreadable:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise UserError(f"{where} is {scalars.shown(value)}; it must be a number above 0")
+    return found

@@ -86,7 +86,7 @@ class MemoryMixer(Mixer):
         tag(self.alpha_bias, spread(memory.alpha_bias, 1.0), 0)
         if memory.read_norm:
             self.read_norm = nn.Parameter(torch.empty(self.heads, self.head_dim, dtype=dtype))
-            tag(self.read_norm, constant(1.0), 0)
+            tag(self.read_norm, constant(1.0), 0, decays=False)
         else:
             self.register_parameter("read_norm", None)
         self._add_memories(facts, model, dtype)

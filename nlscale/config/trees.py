@@ -1,0 +1,97 @@
+"""YAML as plain dicts and lists, whose scalars are the characters that were typed.
+
+A scalar without quotes is a `Plain`, one in quotes a `str`, and what stands for no value is None.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import yaml
+
+from nlscale.config.scalars import NULLS, Plain
+
+_MERGE = "tag:yaml.org,2002:merge"
+_TEXT = "tag:yaml.org,2002:str"
+_NEEDS_NO_QUOTES = re.compile(r"[\w.+/@%~=*-]+(?: [\w.+/@%=*-]+)*")
+
+
+class _Loader(yaml.SafeLoader):
+    """Guesses no types, and refuses a key that is there twice."""
+
+    yaml_implicit_resolvers = {"<": [(_MERGE, re.compile("<<"))]}  # noqa: RUF012
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        if isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, _ in node.value:
+                name = key.value if isinstance(key, yaml.ScalarNode) else None
+                if name in seen and key.tag != _MERGE:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {name!r} is there twice", key.start_mark
+                    )
+                seen.add(name or "")
+        return super().construct_mapping(node, deep)
+
+
+def _scalar(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    text = loader.construct_scalar(node)
+    if node.style is not None:
+        return str(text)
+    return None if text in NULLS else Plain(text)
+
+
+_Loader.add_constructor(_TEXT, _scalar)
+
+
+def load(text: str) -> Any:
+    """What YAML holds.
+
+    Raises:
+        yaml.YAMLError: it is none, or has a key twice.
+        ValueError: it holds itself, or nests too deeply.
+    """
+    try:
+        return _copy(yaml.load(text, _Loader))
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+    except (TypeError, OverflowError) as error:  # of an explicit tag
+        raise ValueError(str(error)) from None
+
+
+def compose(text: str) -> yaml.Node | None:
+    """Its nodes, with their lines; raises as `load`."""
+    try:
+        return yaml.compose(text, _Loader)
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+
+
+def dump(value: Any) -> str:
+    """A value in one line that `load` reads as the same value."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_key(k)}: {dump(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(dump, value)) + "]"
+    if value is None:
+        return "null"
+    if isinstance(value, Plain) and _NEEDS_NO_QUOTES.fullmatch(value):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _key(name: Any) -> str:
+    return (
+        str(name)
+        if _NEEDS_NO_QUOTES.fullmatch(str(name))
+        else json.dumps(str(name), ensure_ascii=False)
+    )
+
+
+def _copy(value: Any) -> Any:
+    """Without parts that are shared through anchors, so that each may be changed by itself."""
+    if isinstance(value, dict):
+        return {(k if k is None else str(k)): _copy(v) for k, v in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value
