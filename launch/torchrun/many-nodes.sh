@@ -15,6 +15,12 @@ fi
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || gpus=0
 ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# torchrun would leave a folder of each start in /tmp; the ranks' output is not redirected there.
+export PET_LOG_DIR=${PET_LOG_DIR:-/dev/null}
+# torchrun would stop for a terminal that goes (SIGHUP) even under nohup, which asks it not to.
+if [[ "$(trap -p HUP)" == "trap -- ''"* ]]; then
+    export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT
+fi
 if [ -n "${INTERFACE:-}" ]; then
     export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
 fi

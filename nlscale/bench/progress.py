@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
+
+from nlscale.cluster.life.place import place
 
 Part = TypeVar("Part")
 
@@ -21,7 +22,7 @@ def each(name: str, parts: Sequence[Part], label: Callable[[Part], str]) -> Iter
     """
     started = time.monotonic()
     for done, part in enumerate(parts):
-        if os.environ.get("RANK", "0") == "0":
+        if place().rank == 0:
             line = f"nlscale bench {name}: {done + 1} of {len(parts)}, {label(part)}"
             if done:
                 left = (time.monotonic() - started) / done * (len(parts) - done)

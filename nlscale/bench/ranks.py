@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nlscale.bench.netns import LINK, EmulatedNodes, is_alive
+from nlscale.cluster.life.place import VARIABLES, alone
 from nlscale.errors import SaidElsewhere, UserError
 
 _PR_SET_PDEATHSIG = 1
@@ -35,6 +36,7 @@ def run_ranks(nodes: EmulatedNodes, ranks_per_node: int, work: Callable[[], Any]
         RuntimeError: a rank failed otherwise; its traceback is the message.
     """
     global _port
+    alone("a run on emulated nodes")
     _port += 1  # the last world's port may linger
     world = nodes.count * ranks_per_node
     sys.stdout.flush()
@@ -103,11 +105,14 @@ def _rank(
     code = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and ends the ranks
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
         nodes.enter(rank // ranks_per_node)
+        for name in VARIABLES:
+            os.environ.pop(name, None)
         os.environ.update(
             RANK=str(rank),
             WORLD_SIZE=str(world),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from nlscale.bench.progress import each
 from nlscale.bench.step import bench_step
 from nlscale.bench.trace import trace
 from nlscale.bench.transformer import bench_transformer
+from nlscale.cluster.life.place import place
 from nlscale.config.units import human_bytes, human_count
 from nlscale.config.vocabulary import Config, Dtype
 from nlscale.model.flops import flops_per_token
@@ -48,7 +48,7 @@ def bench_train(configs: list[Config], steps: int, trace_to: Path | None) -> dic
     """
     rows: list[dict[str, Any]] = []
     costs: list[dict[str, Any]] = []
-    device, ranks = here(), int(os.environ.get("WORLD_SIZE", "1"))
+    device, ranks = here(), place().world
     parts = [(config, config.model.mixer) for config in configs]
     beside = {name: config for config, name in parts}.get(BESIDE)
     if beside is not None and ranks == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nlscale.config.vocabulary import Config, LevelConfig
 
 _FILE_WIDTH = 100  # columns, where there is no terminal to ask
 _NAMES_SHOWN = 3
+_LATEST_BYTES = 80  # far more than a name
 _VALUE_WIDTH = 30  # columns of a value in a line of a difference
 
 
@@ -38,7 +40,7 @@ def listing(checkpoints: list[Checkpoint], begun: list[str]) -> dict[str, Any]:
     """
     folder = checkpoints[0].path.parent
     latest = folder / LATEST
-    name = latest.read_text(errors="replace").strip() if latest.is_file() else None
+    name = (_first_line(latest) or None) if latest.is_file() else None
     return {
         "folder": str(folder),
         "latest": name,
@@ -48,6 +50,14 @@ def listing(checkpoints: list[Checkpoint], begun: list[str]) -> dict[str, Any]:
         ],
         "unfinished": begun,
     }
+
+
+def _first_line(path: Path) -> str:
+    """Of a file that may hold anything; empty where it cannot be read."""
+    with suppress(OSError):
+        lines = path.read_bytes()[:_LATEST_BYTES].decode("ascii", "backslashreplace").split("\n")
+        return lines[0].strip()
+    return ""
 
 
 def unfinished(store: Store) -> list[str]:
@@ -75,6 +85,17 @@ def inspection(checkpoint: Checkpoint) -> dict[str, Any]:
     if summary["error"]:
         raise CheckpointError(summary["error"])
     kept = ("samples", "layout", "versions", "pending", "wandb_id")
+    try:
+        return _described(checkpoint, state, summary, kept)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"the state of {checkpoint.path} is damaged, or of another version: {error!r}"
+        ) from None
+
+
+def _described(
+    checkpoint: Checkpoint, state: dict[str, Any], summary: dict[str, Any], kept: tuple[str, ...]
+) -> dict[str, Any]:
     return {
         "path": str(checkpoint.path),
         **{key: value for key, value in summary.items() if key not in ("name", "error")},
@@ -101,7 +122,7 @@ def difference(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
         "b": {"path": str(b.path), "step": b.step},
         **compare(a, b),
         **{
-            key: differing(*(state[key] for state in states))
+            key: differing(*(state.get(key) for state in states))
             for key in ("config", "layout", "versions", "data")
         },
     }
@@ -208,14 +229,14 @@ def make_console() -> Console:
 
 
 def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
-    files = [path for path in checkpoint.path.iterdir() if path.is_file()]
+    sizes = _sizes(checkpoint.path)
     summary: dict[str, Any] = {
         "name": checkpoint.path.name,
         "step": checkpoint.step,
         "created": None,
         "tokens": None,
-        "bytes": sum(path.stat().st_size for path in files),
-        "files": len(files),
+        "bytes": sum(sizes),
+        "files": len(sizes),
         "error": None,
     }
     try:
@@ -223,7 +244,20 @@ def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
         summary["tokens"] = checkpoint.state["tokens"]
     except CheckpointError as error:
         summary["error"] = str(error)
+    except KeyError as error:
+        summary["error"] = f"{checkpoint.path} is damaged: it does not say its {error.args[0]}"
     return summary
+
+
+def _sizes(folder: Path) -> list[int]:
+    """Bytes of each file; a run may be deleting the checkpoint meanwhile."""
+    sizes = []
+    with suppress(OSError):
+        for path in folder.iterdir():
+            with suppress(OSError):
+                if path.is_file():
+                    sizes.append(path.stat().st_size)
+    return sizes
 
 
 def _levels(state: dict[str, Any]) -> list[dict[str, Any]]:

@@ -18,29 +18,38 @@ from nlscale.errors import UserError
 from nlscale.step.trainer import Trainer
 
 
-def check_store(config: Config, data: dict[str, Any], store: Store) -> None:
-    """Before anything expensive: can the store be written, and may this run go on from it?
+def check_start(config: Config, data: dict[str, Any]) -> None:
+    """Of a run without a checkpoint of its own: may it begin from that of `resume.start`.
 
     Raises:
-        UserError: it cannot be written; `resume.start` is needed and not there; or see
-            `check_same_run`.
+        UserError: it is not there, or see `check_same_run`.
+    """
+    checkpoint = _start(config.resume)
+    if checkpoint is None:
+        return
+    try:
+        state = checkpoint.state
+    except CheckpointError:
+        return  # a broken one is refused, with what is wrong, when it is loaded
+    check_same_run(config, data, state, str(checkpoint.path))
+
+
+def check_writable(store: Store) -> None:
+    """Make the folder of checkpoints and see that this rank can write there.
+
+    Raises:
+        UserError: it cannot.
     """
     try:
         store.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=store.folder):
-            pass
+        with tempfile.TemporaryFile(dir=store.folder) as file:
+            file.write(b"nlscale")
+            file.flush()
     except OSError as error:
         raise UserError(
             f"cannot write checkpoints in {store.folder}: {error.strerror}; mend that, give "
             f"another run.dir or checkpoint.every=null"
         ) from None
-    own = store.checkpoints()[-1:]
-    for checkpoint in own or filter(None, [_start(config.resume)]):
-        try:
-            state = checkpoint.state
-        except CheckpointError:
-            return  # a broken one is passed over when one is chosen
-        check_same_run(config, data, state, str(checkpoint.path))
 
 
 def resume(

@@ -45,10 +45,16 @@ def check_same_run(config: Config, data: dict[str, Any], state: dict[str, Any], 
         where: what to call the checkpoint.
 
     Raises:
-        UserError: one line for each key that differs and is not in `resume.allow`.
+        UserError: one line for each key that differs and is not in `resume.allow`; or the
+            configuration ends before the step of the checkpoint.
     """
-    saved = _completed(state["config"], recipe.to_plain(Config()))
-    changed = differences(recipe.to_plain(config), saved)
+    lacking = [key for key in ("config", "data") if not isinstance(state.get(key), dict)]
+    if lacking:
+        raise UserError(
+            f"{where} is damaged: its state holds no {' and no '.join(lacking)}; give another "
+            f"run.dir, or take that checkpoint away"
+        )
+    changed = changed_keys(config, state["config"])
     if data != state["data"]:
         changed["data"] = (state["data"], data)
     unknown = set(config.resume.allow) - set(changed) - {"data", *recipe.all_keys()}
@@ -64,6 +70,25 @@ def check_same_run(config: Config, data: dict[str, Any], state: dict[str, Any], 
             f"give another run.dir, or go on with the change: "
             f"'resume.allow=[{','.join(refused)}]'"
         )
+    taken = state.get("step", 0)
+    if taken > config.train.steps:
+        raise UserError(
+            f"{where} has taken {taken:,} steps, and train.steps is {config.train.steps:,}; give "
+            f"{taken:,} or more, or another run.dir with resume.start=... an earlier checkpoint"
+        )
+
+
+def changed_keys(config: Config, saved: Any) -> dict[str, tuple[Any, Any]]:
+    """Keys that make a configuration another run than one that was saved as plain dicts.
+
+    Args:
+        config: of the run that wants to go on.
+        saved: of the run that was begun; keys that came after it are at their defaults.
+
+    Returns:
+        (before, now) by dotted key.
+    """
+    return differences(recipe.to_plain(config), _completed(saved, recipe.to_plain(Config())))
 
 
 def differences(now: Any, before: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -92,5 +117,9 @@ def _length_has_not_mattered(
 ) -> bool:
     if any(key.startswith("optimizer.") for key in changed):
         return False  # the steps so far had another schedule than this configuration's
-    lengths = changed["train.steps"]
-    return state["step"] <= min(stable_steps(config.optimizer, steps) for steps in lengths)
+    return bool(state["step"] <= stable_end(config, changed["train.steps"]))
+
+
+def stable_end(config: Config, lengths: tuple[Any, Any]) -> int:
+    """The last step that is the same whichever of two lengths, in steps, the run has."""
+    return min(stable_steps(config.optimizer, steps) for steps in lengths)

@@ -35,6 +35,7 @@ class Saver:
         wandb_id: the id under which the run is tracked, if it is.
         store: where to.
         say: takes a line on each finished save; called on the first rank, from the thread.
+        check: called before anything is written; raises where this process may not, any more.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class Saver:
         wandb_id: str | None,
         store: Store,
         say: Callable[[str], None],
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._trainer, self._data, self._wandb_id = trainer, data, wandb_id
-        self._store, self._say = store, say
+        self._store, self._say, self._check = store, say, check
         self._config = trainer.config.checkpoint
         self._every = checkpoint_interval(trainer.config.checkpoint)
         self._saved_at = time.monotonic()
@@ -104,6 +106,7 @@ class Saver:
         """
         started = time.monotonic()
         self.finish()
+        self._check()
         with doing("copying the state for a checkpoint", checkpoint=True):
             pieces = [_on_host(piece) for piece in trainer_pieces(self._trainer)]
             state = trainer_state(self._trainer, self._data, self._wandb_id)
@@ -158,6 +161,7 @@ class Saver:
 
     def _prune(self) -> None:
         try:
+            self._check()
             self._store.prune(self._config.keep, self._config.keep_every)
         except (OSError, UserError) as error:
             # The new one is written. Too many old ones are no reason to end a run, and if the disk

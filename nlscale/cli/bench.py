@@ -6,10 +6,10 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 
 from nlscale.cli import bench_speed
-from nlscale.cli.arguments import add_recipe, config_of
+from nlscale.cli.arguments import add_recipe, config_of, path, whole
+from nlscale.cluster.life.place import alone, place
 from nlscale.errors import UserError
 
 DEFAULT_RECIPE = "bench-sync"
@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sync.add_argument(
         "--recipe", default=DEFAULT_RECIPE, metavar="YAML", help="default: %(default)s"
     )
-    sync.add_argument("--nodes", type=int, default=2, metavar="N", help="default: %(default)s")
+    sync.add_argument("--nodes", type=whole(), default=2, metavar="N", help="default: %(default)s")
     sync.add_argument(
-        "--ranks-per-node", type=int, default=2, metavar="N", help="default: %(default)s"
+        "--ranks-per-node", type=whole(), default=2, metavar="N", help="default: %(default)s"
     )
     sync.add_argument(
         "--rate",
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sync.add_argument(
         "--steps",
-        type=int,
+        type=whole(),
         metavar="N",
         help="steps to measure, whole cycles of the periods (default: one cycle, at least 16)",
     )
@@ -60,14 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(checkpoint)
     checkpoint.add_argument(
         "--steps",
-        type=int,
+        type=whole(),
         default=5,
         metavar="N",
         help="steps to time before the first save (default: %(default)s)",
     )
     checkpoint.add_argument(
         "--out",
-        type=Path,
+        type=path,
         metavar="FOLDER",
         help="write and keep the checkpoints there (default: a temporary folder beside run.dir)",
     )
@@ -91,17 +91,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     coords.add_argument(
         "--widths",
-        type=int,
+        type=whole(),
         nargs="+",
         default=[64, 128, 256, 512],
         metavar="N",
         help="values of model.d_model, at the recipe's head size (default: 64 128 256 512)",
     )
     coords.add_argument(
-        "--steps", type=int, default=4, metavar="N", help="steps to train (default: %(default)s)"
+        "--steps",
+        type=whole(),
+        default=4,
+        metavar="N",
+        help="steps to train (default: %(default)s)",
     )
     coords.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    coords.add_argument("--figure", type=Path, metavar="FILE", help="draw it too: .png, .svg, .pdf")
+    coords.add_argument("--figure", type=path, metavar="FILE", help="draw it too: .png, .svg, .pdf")
     coords.set_defaults(func=_coords)
 
 
@@ -109,6 +113,7 @@ def _sync(args: argparse.Namespace) -> int:
     from nlscale.bench.modes import prepare
     from nlscale.bench.netns import EmulatedNodes
 
+    alone("bench sync")
     if args.nodes < 2 or args.ranks_per_node < 1:
         raise UserError("bench sync needs --nodes 2 or more and --ranks-per-node 1 or more")
     config = config_of(args)
@@ -132,11 +137,11 @@ def _checkpoint(args: argparse.Namespace) -> int:
     if args.steps < 1:
         raise UserError(f"--steps {args.steps} is less than 1")
     config = config_of(args)
-    check_sizes(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_sizes(config, place().world)
     from nlscale.bench.checkpoint import bench_checkpoint, print_result  # imports torch
 
     result = bench_checkpoint(config, args.steps, args.out)
-    if os.environ.get("RANK", "0") == "0":
+    if place().rank == 0:
         if args.json:
             print(json.dumps(result, indent=1))
         else:
@@ -149,8 +154,7 @@ def _coords(args: argparse.Namespace) -> int:
 
     if args.steps < 1:
         raise UserError(f"--steps {args.steps} is less than 1")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("bench coords trains small models on one process; run it without torchrun")
+    alone("bench coords")
     if args.figure is not None and args.figure.suffix not in _FIGURES:
         raise UserError(f"--figure {args.figure} must end in {' or '.join(_FIGURES)}")
     is_recipe = bool(args.words) and "=" not in args.words[0]

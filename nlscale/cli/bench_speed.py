@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nlscale.cli.arguments import add_recipe, config_of
+from nlscale.cli.arguments import add_recipe, config_of, path, whole
+from nlscale.cluster.life.place import alone, place
 from nlscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def add_arguments(verbs: Any) -> None:
     _add_steps(train)
     train.add_argument(
         "--trace",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="also write a torch profiler trace of two steps of the first mixer (for Perfetto or "
         "chrome://tracing), and print its five largest costs",
@@ -85,7 +84,7 @@ def _add_scan(verbs: Any) -> None:
         "2x16384x16x64 8x4096x8x128; on a CPU 1x256x2x32)",
     )
     scan.add_argument(
-        "--chunk", type=int, default=64, metavar="N", help="tokens a chunk (default: %(default)s)"
+        "--chunk", type=whole(), default=64, metavar="N", help="a chunk's tokens (default: 64)"
     )
     _add_mixers(scan, _SCANNED)
     _add_repeats(scan)
@@ -111,19 +110,24 @@ def _add_mixers(parser: argparse.ArgumentParser, mixers: list[str]) -> None:
 
 def _add_repeats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--repeats", type=int, default=10, metavar="N", help="times (default: %(default)s)"
+        "--repeats", type=whole(), default=10, metavar="N", help="times (default: %(default)s)"
     )
 
 
 def _add_steps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--steps", type=int, default=20, metavar="N", help="steps to time (default: %(default)s)"
+        "--steps",
+        type=whole(),
+        default=20,
+        metavar="N",
+        help="steps to time (default: %(default)s)",
     )
 
 
 def _scan(args: argparse.Namespace) -> int:
     _at_least_one("--repeats", args.repeats)
     _at_least_one("--chunk", args.chunk)
+    alone("bench scan")
     if args.check:
         return _check()
     from nlscale.bench.scan import bench_scan, parse_sizes, print_scan  # imports torch
@@ -153,8 +157,7 @@ def _check() -> int:
 def _layer(args: argparse.Namespace) -> int:
     _at_least_one("--repeats", args.repeats)
     configs = _configs(args)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("bench layer runs on one process; start it without torchrun")
+    alone("bench layer")
     from nlscale.bench.layer import bench_layer, print_layer  # imports torch
 
     _print(bench_layer(configs, args.repeats), print_layer, args)
@@ -166,11 +169,11 @@ def _step(args: argparse.Namespace) -> int:
     from nlscale.plan.checks import check_sizes
 
     config = config_of(args)
-    check_sizes(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_sizes(config, place().world)
     from nlscale.bench.step import bench_step  # imports torch
 
     result = bench_step(config, args.steps)
-    if os.environ.get("RANK", "0") == "0":
+    if place().rank == 0:
         print(json.dumps(result, indent=1))
     return 0
 
@@ -185,7 +188,7 @@ def _train(args: argparse.Namespace) -> int:
     from nlscale.bench.train import bench_train, print_train  # imports torch
 
     result = bench_train(configs, args.steps, args.trace)
-    if os.environ.get("RANK", "0") == "0":
+    if place().rank == 0:
         _print(result, print_train, args)
     return 0
 
@@ -196,7 +199,7 @@ def _configs(args: argparse.Namespace) -> list[Config]:
 
     configs = [config_of(args, f"model.mixer={mixer}") for mixer in args.mixers]
     for config in configs:
-        check_sizes(config, int(os.environ.get("WORLD_SIZE", "1")))
+        check_sizes(config, place().world)
     return configs
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nlscale.checkpoint import FOLDER
+from nlscale.cli.arguments import path
+from nlscale.cluster.life.owner import hold
 from nlscale.config.units import human_bytes, human_count
 from nlscale.config.vocabulary import Dtype
 from nlscale.errors import UserError
@@ -62,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "largest |a - b| / |b| of a tensor. Of a run: the newest.",
         _diff,
     )
-    diff.add_argument("a", type=Path, metavar="A", help=_ANY)
-    diff.add_argument("b", type=Path, metavar="B", help="the same; what A is compared with")
+    diff.add_argument("a", type=path, metavar="A", help=_ANY)
+    diff.add_argument("b", type=path, metavar="B", help="the same; what A is compared with")
 
     export = _verb(
         verbs,
@@ -79,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     export.add_argument(
         "--out",
-        type=Path,
+        type=path,
         metavar="FOLDER",
         help="a folder that does not exist yet (default: export-step-N in the run's folder)",
     )
@@ -133,7 +135,7 @@ def _verb(verbs: Any, name: str, short: str, description: str, func: Any) -> Any
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help=_ANY)
+    parser.add_argument("folder", type=path, metavar="DIR", help=_ANY)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -189,7 +191,10 @@ def _export(args: argparse.Namespace) -> int:
 
     checkpoint = _newest(args.folder)
     folder = args.out or default_folder(checkpoint)
-    written = export(checkpoint, folder, Dtype(args.dtype) if args.dtype else None)
+    if folder.exists():  # before anything is held there
+        raise UserError(f"{folder} exists; remove it or give another folder with --out")
+    with hold(folder.parent, "nlscale checkpoint export", "another --out", name=folder.name):
+        written = export(checkpoint, folder, Dtype(args.dtype) if args.dtype else None)
     found = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, **asdict(written)}
     _show(args, {**found, "dtype": written.dtype.value}, _print_export)
     return 0

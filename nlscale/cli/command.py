@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from nlscale import __version__
 from nlscale.cli import (
@@ -23,7 +24,10 @@ from nlscale.cli import (
     verify,
 )
 from nlscale.cluster.life.exits import exit_with, quiet
+from nlscale.cluster.life.place import alone
+from nlscale.cluster.life.signals import ends_as_interrupted
 from nlscale.config.extensions import import_all
+from nlscale.errors import UserError
 
 
 class _Verb(NamedTuple):
@@ -32,6 +36,12 @@ class _Verb(NamedTuple):
     """Its `add_arguments(parser)` adds what the verb takes and sets `func(args) -> int`."""
     help: str
     description: str
+    output_is_result: bool = True
+    """What it prints is what it is called for; the result of a run lies in a folder."""
+    stops_itself: bool = False
+    """Its room hears the signals that ask to stop, and has something to save."""
+    one_process: bool = False
+    """It starts ranks of its own, and so must not be one of several."""
 
 
 _VERBS = (
@@ -41,6 +51,8 @@ _VERBS = (
         "train a model from a recipe",
         "Train a model from a recipe, in this process or, started by torchrun, as one of its "
         "ranks. `nlscale config --keys` lists the keys of a recipe.",
+        output_is_result=False,
+        stops_itself=True,
     ),
     _Verb(
         "config",
@@ -100,6 +112,7 @@ _VERBS = (
         "prove that a run that is killed and resumed is the run that never stopped",
         "Train without a stop; train again, kill it after the checkpoint at a step, resume it on "
         "the same layout of ranks and on others; compare.",
+        one_process=True,
     ),
     _Verb(
         "doctor",
@@ -122,26 +135,41 @@ _VERBS = (
         "train many runs from one file: sizes, lengths, mixers, seeds",
         "List the runs that a file of axes gives, with what they cost, and train those that have "
         "not finished. The same command goes on where it was stopped.",
+        stops_itself=True,
+        one_process=True,
     ),
 )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command and exit."""
-    args = _parse(argv)
-    quiet()
+    asked: list[_Verb] = []
 
     def work() -> int:
-        import_all(args.imports)
-        return args.func(args)
+        args = _parse(argv)
+        verb = next(verb for verb in _VERBS if verb.name == args.command)
+        asked.append(verb)
+        quiet()
+        with nullcontext() if verb.stops_itself else ends_as_interrupted():
+            if verb.one_process:
+                alone(f"nlscale {verb.name}")
+            import_all(args.imports)
+            return args.func(args)
 
-    exit_with(work)
+    exit_with(work, output_is_result=lambda: all(verb.output_is_result for verb in asked))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, as every error is said. Its sub-parsers do, too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(UserError.exit_code, f"nlscale: {message}; `{self.prog} --help` says more\n")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = _parser()
     # `--import` may stand before or after the verb, which argparse knows no way to say.
-    anywhere = argparse.ArgumentParser(prog="nlscale", add_help=False, allow_abbrev=False)
+    anywhere = _Parser(prog="nlscale", add_help=False, allow_abbrev=False)
     _add_import(anywhere)
     found, others = anywhere.parse_known_args(argv)
     args, rest = parser.parse_known_args(others)
@@ -157,7 +185,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="nlscale",
         allow_abbrev=False,
         description="Pretrain Hope / Nested-Learning models, whose levels update at different "

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from nlscale.data.index import DEFAULT_HELD_OUT, DEFAULT_SHARD_TOKENS, Index, read_index
+from nlscale.cli.arguments import number, path, whole
+from nlscale.cluster.life.owner import hold
+from nlscale.data.index import (
+    DEFAULT_FIELD,
+    DEFAULT_HELD_OUT,
+    DEFAULT_SHARD_TOKENS,
+    INDEX_NAME,
+    Index,
+    read_index,
+)
 from nlscale.data.shards import TokenShards
+from nlscale.data.tally import mib, shown
 
 _NAMED_SKIPPED = 5
 
@@ -29,10 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source",
         nargs="+",
         action="extend",
+        type=_source,
         required=True,
         metavar="PATH",
-        help="files or folders (.txt .rst .md .py: one document a file; .jsonl and .parquet: "
-        "the field or column 'text'), or stdlib: the Python standard library's own text",
+        help="files or folders (.txt .rst .md .py: one document a file; .jsonl .ndjson .json and "
+        ".parquet: the field or column 'text'; all but .parquet also with .gz .zst .bz2 .xz), or "
+        "stdlib: the Python standard library's own text",
     )
     build.add_argument(
         "--tokenizer",
@@ -42,21 +56,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the source text",
     )
     build.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="the data folder to make"
+        "--out", required=True, type=path, metavar="DIR", help="the data folder to make"
     )
     build.add_argument(
         "--held-out",
-        type=float,
+        type=number(),
         default=DEFAULT_HELD_OUT,
         metavar="F",
         help="share of the documents kept for validation (default: %(default)s)",
     )
     build.add_argument(
         "--shard-tokens",
-        type=int,
+        type=whole(),
         default=DEFAULT_SHARD_TOKENS,
         metavar="N",
         help="the most tokens in one shard file (default: %(default)s)",
+    )
+    build.add_argument(
+        "--text-field",
+        default=DEFAULT_FIELD,
+        metavar="NAME",
+        help="the field or column that holds the text (default: %(default)s)",
+    )
+    build.add_argument(
+        "--max-lost",
+        type=number(),
+        metavar="SHARE",
+        help="go on although up to this share of the documents of a source, of its files, or of "
+        "the bytes in files of other suffixes is not read (default: 0.01, and no file that cannot "
+        "be read)",
     )
     build.add_argument(
         "--overwrite",
@@ -70,27 +98,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show what a data folder holds",
         description="Show what a data folder holds, after checking that no shard is missing.",
     )
-    info.add_argument("directory", type=Path, metavar="DIR", help="a folder made by build")
+    info.add_argument("directory", type=path, metavar="DIR", help="a folder made by build")
     info.set_defaults(func=_info)
+
+
+def _source(text: str) -> str:
+    """As it was typed, where that is no name of a home: ./stdlib is a folder, stdlib is not."""
+    found = path(text)
+    return str(found) if text.startswith("~") else text
 
 
 def _build(args: argparse.Namespace) -> int:
     from nlscale.data.build import build  # pyarrow and the tokenizers are slow to import
 
     started = time.monotonic()
-    index = build(
-        args.source,
-        args.tokenizer,
-        args.out,
-        held_out=args.held_out,
-        shard_tokens=args.shard_tokens,
-        overwrite=args.overwrite,
-        progress=True,
-    )
+    with _owned(args.out, args.overwrite):
+        index = build(
+            args.source,
+            args.tokenizer,
+            args.out,
+            held_out=args.held_out,
+            shard_tokens=args.shard_tokens,
+            text_field=args.text_field,
+            max_lost=args.max_lost,
+            overwrite=args.overwrite,
+            progress=True,
+        )
     console = _console()
     _show(console, args.out, index)
     console.print(f"{time.monotonic() - started:.1f} seconds")
     return 0
+
+
+@contextmanager
+def _owned(out: Path, overwrite: bool) -> Iterator[None]:
+    """Hold the folder, unless it is built already and so only looked at, or is no folder."""
+    looked_at = (out / INDEX_NAME).exists() and not overwrite
+    if looked_at or (out.exists() and not out.is_dir()):
+        yield
+        return
+    with hold(out, "nlscale data build", instead="another --out", name="build"):
+        yield
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -121,17 +169,50 @@ def _show(console: Console, directory: Path, index: Index) -> None:
     table.add_row("size on disk", *(f"{size:,.1f} MiB" for size in disk))
     console.print(table)
     console.print(
-        f"tokenizer {index['tokenizer']}, vocabulary {index['vocabulary']:,}, separator "
+        f"tokenizer {shown(index['tokenizer'])}, vocabulary {index['vocabulary']:,}, separator "
         f"{index['separator']}, {index['dtype']}, blocks of {index['block_tokens']:,} tokens"
     )
-    console.print(f"sources {' '.join(index['sources'])}")
+    console.print(f"sources {shown(' '.join(index['sources']))}")
     console.print(f"unigram {index['unigram_bits_per_byte']:.4f} bits per byte of validation text")
+    _show_lost(console, index)
+
+
+def _show_lost(console: Console, index: Index) -> None:
     skipped = index["skipped"]
     console.print(
         f"skipped {skipped['count']:,} unreadable and {index['empty_documents']:,} empty documents"
+        + _by_reason(skipped.get("reasons", {}))
     )
-    named = skipped["first"][:_NAMED_SKIPPED]
-    for entry in named:
-        console.print(f"  {entry['document']}: {entry['reason']}")
-    if skipped["count"] > len(named):
-        console.print(f"  and {skipped['count'] - len(named):,} more")
+    entries = [(entry["document"], entry["reason"]) for entry in skipped["first"]]
+    _show_first(console, skipped["count"], entries)
+    if "lost_files" in index:
+        lost = index["lost_files"]
+        console.print(
+            f"lost {lost['count']:,} of {lost['of']:,} files" + _by_reason(lost["reasons"])
+        )
+        named = [(entry["file"], entry["reason"]) for entry in lost["first"]]
+        _show_first(console, lost["count"], named)
+    if "left_out" in index:
+        left = index["left_out"]
+        console.print(
+            f"not read {sum(entry['count'] for entry in left):,} others in the folders"
+            + _by_reason({entry["reason"]: entry["count"] for entry in left})
+        )
+        for entry in (entry for entry in left[:_NAMED_SKIPPED] if entry["bytes"]):
+            some = ", ".join(shown(name) for name in entry["first"])
+            console.print(f"  {shown(entry['reason'])} ({mib(entry['bytes'])}): {some}")
+
+
+def _by_reason(reasons: dict[str, int]) -> str:
+    """What a number consists of; nothing where there is nothing."""
+    named = list(reasons.items())[:_NAMED_SKIPPED]
+    more = ", ..." if len(reasons) > len(named) else ""
+    return ": " + ", ".join(f"{shown(r)} {n:,}" for r, n in named) + more if named else ""
+
+
+def _show_first(console: Console, count: int, entries: list[tuple[str, str]]) -> None:
+    named = entries[:_NAMED_SKIPPED]
+    for name, reason in named:
+        console.print(f"  {shown(name)}: {shown(reason)}")
+    if count > len(named):
+        console.print(f"  and {count - len(named):,} more")

@@ -6,10 +6,10 @@ import argparse
 import os
 import signal
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
-from nlscale.cli.arguments import add_cluster
+from nlscale.cli.arguments import add_cluster, number, path
+from nlscale.cluster.life.place import place
 from nlscale.cluster.machines import load_cluster
 from nlscale.errors import UserError
 
@@ -22,12 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `doctor` takes; sets `func`."""
     parser.add_argument(
         "--path",
-        type=Path,
+        type=path,
         default=Path("runs"),
         metavar="DIR",
         help="where runs and their checkpoints will be written (default: %(default)s)",
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="a data folder to look at as well")
+    parser.add_argument("--data", type=path, metavar="DIR", help="a data folder to look at as well")
     add_cluster(parser, "what the nodes should have")
     parser.add_argument(
         "--nodes",
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=number(),
         default=60.0,
         metavar="SECONDS",
         help="how long to wait for a rank that does not come or answer (default: %(default)g)",
@@ -46,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if not args.nodes and ranks != "1":
-        raise UserError(f"this is one of {ranks} ranks; add --nodes to check them together")
+    here = place()
+    if not args.nodes and here.world > 1:
+        raise UserError(f"this is one of {here.world} ranks; add --nodes to check them together")
     if not 0 < args.timeout < float("inf"):
         raise UserError(f"--timeout {args.timeout:g} is not a number of seconds above 0")
     if args.path.exists() and not args.path.is_dir():
@@ -58,20 +58,14 @@ def _doctor(args: argparse.Namespace) -> int:
 
     from nlscale.cluster.doctor.machine import Asked
 
-    asked = Asked(args.path, args.data, cluster, args.timeout)
-    # test files are removed on the way out
-    handler = signal.signal(signal.SIGTERM, _end_as_if_interrupted)
-    try:
-        return _examine(asked, args)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    return _examine(Asked(args.path, args.data, cluster, args.timeout), args)
 
 
 def _examine(asked: Asked, args: argparse.Namespace) -> int:
     from nlscale.cluster.doctor.machine import examine
     from nlscale.cluster.doctor.report import progress
 
-    with progress(os.environ.get("RANK", "0") == "0") as say:
+    with progress(place().rank == 0) as say:
         if args.nodes:
             from nlscale.cluster.doctor.nodes import examine as examine_nodes  # imports torch
 
@@ -91,7 +85,3 @@ def _show(report: Report, as_json: bool) -> None:
         print_report(report)
     # torchrun ends the ranks that are left when the first of them ends with an error
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _end_as_if_interrupted(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nlscale.cli.arguments import path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `figure` takes; sets `func(args) -> int`."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="run folders")
     parser.add_argument(
         "--out",
+        type=path,
         metavar="PNG",
         help="the file to write (default: RUN/loss.png, or comparison.png for several runs)",
     )
@@ -20,10 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _figure(args: argparse.Namespace) -> int:
     from nlscale.telemetry.figures import draw_comparison, draw_loss
 
-    runs = [Path(run) for run in args.runs]
+    runs = list(dict.fromkeys(args.runs))
     if len(runs) == 1:
-        print(draw_loss(runs[0], Path(args.out) if args.out else None))
+        print(draw_loss(runs[0], args.out))
     else:
-        out = Path(args.out or "comparison.png")
-        print(draw_comparison({run.name: run for run in runs}, out))
+        names = [run.name for run in runs]
+        labels = [run.name if names.count(run.name) == 1 else str(run) for run in runs]
+        by_label = dict(zip(labels, runs, strict=True))
+        print(draw_comparison(by_label, args.out or Path("comparison.png")))
     return 0

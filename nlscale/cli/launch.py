@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from nlscale.cli.arguments import add_cluster, add_recipe, config_of
+from nlscale.cli.arguments import add_cluster, add_recipe, config_of, whole
 from nlscale.cluster.machines import Cluster, load_cluster
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     torchrun.add_argument(
         "--node-rank",
-        type=int,
+        type=whole(),
         metavar="I",
         help="which of several nodes this is, from 0 (default: the nodes find out themselves)",
     )
@@ -40,19 +42,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_recipe(one)
         add_cluster(one, "the machines", required=True)
         one.add_argument(
-            "--dry-run", action="store_true", help="print the script instead of starting it"
+            "--dry-run",
+            action="store_true",
+            help="print the script instead of starting it; the data need not be here",
         )
 
 
 def _slurm(args: argparse.Namespace) -> int:
-    from nlscale.cluster.launch.slurm import job_script, submit
+    from nlscale.cluster.launch.batch import job_script
+    from nlscale.cluster.launch.script import print_script
+    from nlscale.cluster.launch.slurm import submit
 
     config, cluster = _checked(args)
     folder = Path(config.run.dir).absolute()
-    name = args.name or folder.name
+    name = folder.name if args.name is None else args.name
     script = job_script(args.recipe, args.overrides, cluster, name, folder)
     if args.dry_run:
-        print(script, end="")
+        if not folder.is_dir():
+            _warn(
+                f"Slurm writes the job's log into run.dir, and says nothing where that is missing: "
+                f"mkdir -p {shlex.quote(str(folder))} before you submit this script"
+            )
+        print_script(script)
         return 0
     job = submit(script, folder / "job.sbatch", [])
     print(f"submitted job {job}: {args.recipe} on {cluster.nodes} x {cluster.gpus_per_node} ranks")
@@ -61,12 +72,13 @@ def _slurm(args: argparse.Namespace) -> int:
 
 
 def _torchrun(args: argparse.Namespace) -> int:
+    from nlscale.cluster.launch.script import print_script
     from nlscale.cluster.launch.torchrun import node_script, run
 
     config, cluster = _checked(args)
     script = node_script(args.recipe, args.overrides, cluster, args.node_rank)
     if args.dry_run:
-        print(script, end="")
+        print_script(script)
         return 0
     run(script, Path(config.run.dir).absolute() / f"node-{args.node_rank or 0}.sh")
     return 0  # not reached: this process is the script now
@@ -76,7 +88,8 @@ def _checked(args: argparse.Namespace) -> tuple[Config, Cluster]:
     """What would only fail on the nodes, after waiting for them, fails here.
 
     Raises:
-        UserError: the recipe does not fit the cluster, or its data are not there.
+        UserError: the recipe does not fit the cluster, or its data are not there; of a dry run,
+            which may be far from the data, only the former.
     """
     from nlscale.data.index import read_index
     from nlscale.evaluate.table import check as check_evaluations
@@ -85,11 +98,30 @@ def _checked(args: argparse.Namespace) -> tuple[Config, Cluster]:
 
     config, cluster = config_of(args), load_cluster(args.cluster)
     check_evaluations(config.evaluate)
-    if not args.dry_run:
+    planned, known = config, True
+    try:
         read_index(config.data.dir)
-    plan = make_plan(config, cluster)
+    except UserError as error:
+        if not args.dry_run:
+            raise
+        known = config.model.vocabulary is not None
+        planned = config if known else _with_the_smallest_vocabulary(config)
+        beside = "" if known else ", and the memory and divisibility of the vocabulary"
+        _warn(f"{error}. Not checked: the data{beside}")
+    plan = make_plan(planned, cluster)
     if not plan.fits:
-        raise UserError(does_not_fit(plan, config))
+        raise UserError(does_not_fit(plan, planned))
     used = f"{plan.memory.largest.total / 2**30:.2g} of {cluster.gpu_memory_gib:g} GiB"
-    print(f"plan: {cluster.ranks} ranks, {used} on the fullest", file=sys.stderr)
+    beside = "" if known else ", and what the vocabulary takes"
+    print(f"plan: {cluster.ranks} ranks, {used} on the fullest{beside}", file=sys.stderr)
     return config, cluster
+
+
+def _with_the_smallest_vocabulary(config: Config) -> Config:
+    """The configuration with the fewest token ids that its ranks can share: what needs more than
+    the machines have even so will not fit."""
+    return replace(config, model=replace(config.model, vocabulary=config.parallel.tensor))
+
+
+def _warn(text: str) -> None:
+    print(f"nlscale: warning: {text}", file=sys.stderr)

@@ -8,7 +8,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from nlscale.cli.arguments import add_cluster
+from nlscale.cli.arguments import add_cluster, number, whole
 from nlscale.errors import TrainingFailed, UserError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nlscale.scaling.sweep.status import Status
 
 _FILE_WIDTH = 120  # columns, where there is no terminal to ask
+_ASSUMED_VOCABULARY = 256  # that of bytes, where a script is printed far from the data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a YAML file of axes, or the name of one that comes with nlscale, such as quickstart",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="only list the runs and what they cost"
+        "--dry-run",
+        action="store_true",
+        help="only list the runs and what they cost; with --executor slurm, on standard error, "
+        "and print the script of the array",
     )
     parser.add_argument(
         "--executor",
@@ -40,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=whole(),
         metavar="N",
         help="runs at a time on this machine (default: the sweep's workers, or a GPU each, or a "
         "core each)",
@@ -48,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cluster(parser, "price the sweep in GPU-hours of these machines (slurm needs them)")
     parser.add_argument(
         "--utilisation",
-        type=float,
+        type=number(),
         default=0.4,
         metavar="SHARE",
         help="of the GPUs' peak that the price assumes (default: 0.4)",
@@ -79,14 +83,15 @@ def _sweep(args: argparse.Namespace) -> int:
     sweep = read_sweep(args.sweep)
     if args.imports:
         sweep.common["run.imports"] = [*sweep.common.get("run.imports", []), *args.imports]
-    runs = expand(sweep)
+    scripts = args.dry_run and args.executor == "slurm" and not args.json
+    runs = expand(sweep, assumed=_ASSUMED_VOCABULARY if scripts else None)
     states = {run.name: status(run) for run in runs}
     share_stable_phases(sweep, runs, states)
 
     console = Console(
         highlight=False,
         markup=False,
-        stderr=args.json,
+        stderr=args.json or scripts,
         width=None if sys.stdout.isatty() else _FILE_WIDTH,
     )
     workers = args.workers or sweep.workers
@@ -95,6 +100,8 @@ def _sweep(args: argparse.Namespace) -> int:
             console.print(line, soft_wrap=True)
     if not args.json:
         print_sweep(sweep, runs, states, price, workers, console)
+    if scripts and cluster is not None:
+        _print_script(sweep, runs, states, cluster)
     failed: dict[str, str] = {}
     if not args.dry_run and not all(state.finished for state in states.values()):
         if args.executor == "slurm":
@@ -125,18 +132,44 @@ def _run_here(
     from nlscale.scaling.sweep.board import Board
     from nlscale.scaling.sweep.local import only_sweep, run_local, worker_places
 
-    with only_sweep(sweep.folder):
+    with only_sweep(sweep.folder) as owned:
         places = worker_places(workers)
         console.print()
         with Board(runs, states, len(places), console) as board:
-            failed = run_local(runs, states, places, board)
+            failed = run_local(runs, states, places, board, owned)
     if not failed:
         console.print(f"All have finished: nlscale fit {sweep.folder}", soft_wrap=True)
     return failed
 
 
 def _submit(sweep: Sweep, runs: list[Run], states: dict[str, Status], cluster: Cluster) -> None:
-    from nlscale.cluster.launch.slurm import submit_array
+    from nlscale.cluster.launch.slurm import check_array, submit_array
+    from nlscale.scaling.sweep.local import only_sweep
     from nlscale.scaling.sweep.slurm import write_commands
 
-    submit_array(write_commands(sweep, runs, states), cluster, sweep.path.stem, dry_run=False)
+    check_array(cluster, sweep.path.stem, sweep.folder.resolve())
+    with only_sweep(sweep.folder):
+        submit_array(write_commands(sweep, runs, states), cluster, sweep.path.stem)
+
+
+def _print_script(
+    sweep: Sweep, runs: list[Run], states: dict[str, Status], cluster: Cluster
+) -> None:
+    """Print the batch script of what is still to do; what could not be checked goes to stderr."""
+    from nlscale.cluster.launch.batch import array_script
+    from nlscale.cluster.launch.script import print_script
+    from nlscale.data import read_index
+    from nlscale.scaling.sweep.slurm import command_lines
+
+    for data in dict.fromkeys(run.config.data.dir for run in runs):
+        try:
+            read_index(data)
+        except UserError as error:
+            print(
+                f"nlscale: warning: {error}. Not checked: the data; sizes are those of "
+                f"{_ASSUMED_VOCABULARY} token ids where model.vocabulary is null",
+                file=sys.stderr,
+            )
+    if lines := command_lines(runs, states):
+        folder = sweep.folder.resolve()
+        print_script(array_script(cluster, sweep.path.stem, len(lines), folder))

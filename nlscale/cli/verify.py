@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nlscale.cli.arguments import add_recipe, config_of
+from nlscale.cli.arguments import add_recipe, config_of, number, path, whole
+from nlscale.cluster.life.owner import hold, refuse_if_alive
 from nlscale.errors import UserError
 
 EXIT_DIFFERS = 3
@@ -18,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `verify-resume` takes; sets `func`."""
     add_recipe(parser)
     parser.add_argument(
-        "--at", type=int, required=True, metavar="STEP", help="the step of the checkpoint"
+        "--at", type=whole(), required=True, metavar="STEP", help="the step of the checkpoint"
     )
     parser.add_argument(
         "--layout",
@@ -30,19 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ranks",
-        type=int,
+        type=whole(),
         metavar="N",
         help="ranks of the run itself (default: 2 copies of its model)",
     )
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=number(least=0),
         default=1e-6,
         metavar="X",
         help="largest relative difference on another layout (default: %(default)g)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="keep the runs there (default: nowhere)"
+        "--out", type=path, metavar="FOLDER", help="keep the runs there (default: nowhere)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(func=_verify)
@@ -51,14 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _verify(args: argparse.Namespace) -> int:
     config = config_of(args)
     ranks = args.ranks or 2 * config.parallel.tensor * config.parallel.pipeline
-    if args.out is not None and args.out.exists():
-        raise UserError(f"--out {args.out} exists already; give another folder")
+    if args.out is not None:
+        refuse_if_alive(args.out, "another --out")
+        _refuse_if_used(args.out)
     from nlscale.telemetry.files import to_json
     from nlscale.verify.resume import Arrangement, verify_resume  # imports torch
 
     layouts = [Arrangement.parse(text) for text in args.layout]
-    with tempfile.TemporaryDirectory(prefix="nlscale-verify-") as scratch:
-        folder = args.out or Path(scratch)
+    with _folder(args.out) as folder:
         result = verify_resume(Path(args.recipe), args.overrides, args.at, layouts, ranks, folder)
     result["tolerance"] = args.tolerance
     result["passed"] = result["bitwise"] and all(
@@ -69,6 +72,29 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         _print(result)
     return 0 if result["passed"] else EXIT_DIFFERS
+
+
+@contextmanager
+def _folder(out: Path | None) -> Iterator[Path]:
+    """Where the runs go: that folder, which is held meanwhile, or one that is removed again.
+
+    Raises:
+        UserError: another process holds it, or something lies there.
+    """
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="nlscale-verify-") as scratch:
+            yield Path(scratch)
+        return
+    with hold(out, "nlscale verify-resume", instead="another --out"):
+        _refuse_if_used(out)
+        yield out
+
+
+def _refuse_if_used(out: Path) -> None:
+    """One that was killed before its first run has left no more than who it was."""
+    inside = out.iterdir() if out.is_dir() else [out] if out.exists() else []
+    if not all(path.name.startswith(".owner-") for path in inside):
+        raise UserError(f"--out {out} exists already; give another folder")
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from nlscale.config.fields import within
 from nlscale.config.vocabulary import MOST
 from nlscale.errors import UserError
 
-_TIME = re.compile(r"(\d+-)?\d+:\d\d:\d\d")
+_TIME = re.compile(r"(?i)([0-9]{1,9}-)?[0-9]{1,9}(:[0-9]{1,9}){0,2}|unlimited|infinite")
 
 
 @dataclass
@@ -26,15 +26,16 @@ class Slurm:
     account: str | None = None
     """Null: the user's default."""
     time: str = "24:00:00"
-    """Time limit of a job, as Slurm writes it: [days-]hours:minutes:seconds. A run that needs
-    longer goes on by itself in the next one."""
+    """Time limit of a job, as Slurm writes it: minutes, hours:minutes:seconds, days-hours and such,
+    or UNLIMITED. A run that needs longer goes on by itself in the next one."""
     warn_seconds: int = within(300, above=0, most=65535)
     """How long before the time limit the ranks are told to stop; at least what a checkpoint and two
     steps take."""
     gpus: bool = True
     """Ask for gpus_per_node GPUs on each node; false: ranks run on the CPU."""
     options: list[str] = field(default_factory=list)
-    """Further options of sbatch, such as --exclusive or --qos=long."""
+    """Further options of sbatch, such as --exclusive or --qos=long, with quotes as in a shell; not
+    those that other keys say."""
     container: str | None = None
     """Image for srun's --container-image (pyxis, enroot); null: none."""
     mounts: str | None = None
@@ -54,8 +55,9 @@ class Launch:
     environment: dict[str, str] = field(default_factory=dict)
     """Further variables of every rank, such as NCCL_DEBUG: WARN."""
     setup: str | None = None
-    """Shell line run on each node before its ranks, in the folder of the launch; null: the Python
-    that launches is that of the nodes, too."""
+    """Shell line run before Python, in the folder of the launch: under Slurm by each rank, on its
+    node and in its container; with torchrun once on each node. Null: the Python that launches, or
+    that of the container."""
     slurm: Slurm = field(default_factory=Slurm)
     """Of `nlscale launch slurm`."""
 
@@ -118,6 +120,6 @@ def load_cluster(path: str | Path) -> Cluster:
     if not _TIME.fullmatch(time):
         raise UserError(
             f"launch.slurm.time {time!r} is not a time limit; write [days-]hours:minutes:seconds "
-            f"in quotes, such as '24:00:00'{schema.where('launch.slurm.time', sources)}"
+            f"or UNLIMITED, such as '24:00:00'{schema.where('launch.slurm.time', sources)}"
         )
     return cluster

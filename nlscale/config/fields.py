@@ -11,6 +11,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from nlscale.errors import UserError
+
 _LARGEST = 2**63 - 1
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.@_-]+:/{1,2}")
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
@@ -73,6 +75,18 @@ def within(default: Any = MISSING, **ends: float) -> Any:
 def path(default: Any = MISSING) -> Any:
     """A field that names a file or folder; see `expanded`."""
     return field(default=default, metadata={"path": True})
+
+
+def path_of(given: str | os.PathLike[str]) -> Path:
+    """The path that a person means, of a Python call.
+
+    Raises:
+        UserError: see `expanded`.
+    """
+    try:
+        return expanded(given)
+    except ValueError as error:
+        raise UserError(f"{os.fspath(given)!r} {error}") from None
 
 
 def expanded(text: str | os.PathLike[str]) -> Path:

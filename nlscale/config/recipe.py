@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -97,6 +98,9 @@ def write(config: Config, path: Path, imports: bool = False) -> None:
         path: of the file.
         imports: keep `run.imports`. Without it they stand in a comment alone: what lies in a run's
             folder is not to decide what is imported.
+
+    Raises:
+        UserError: it cannot be written; what was there stays.
     """
     plain = to_plain(config)
     command = f"nlscale train {path}"
@@ -104,7 +108,16 @@ def write(config: Config, path: Path, imports: bool = False) -> None:
         command = " ".join([command, *(f"--import {module}" for module in config.run.imports)])
         plain["run"]["imports"] = []
     text = yaml.safe_dump(plain, sort_keys=False, default_flow_style=False)
-    path.write_text(f"# Resolved configuration; `{command}` runs it again.\n{text}")
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(f"# Resolved configuration; `{command}` runs it again.\n{text}")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def explain(recipe: Recipe, key: str) -> str:

@@ -13,20 +13,22 @@ from pathlib import Path
 from nlscale.data.index import (
     BUILDING_NAME,
     DEFAULT_BLOCK_TOKENS,
+    DEFAULT_FIELD,
     DEFAULT_HELD_OUT,
     DEFAULT_SHARD_TOKENS,
     FORMAT,
     INDEX_NAME,
     SPLITS,
     Index,
-    Skipped,
     read_index,
     write_json,
 )
+from nlscale.data.losses import Losses
 from nlscale.data.progress import phase, say
 from nlscale.data.shards import VERIFIED_NAME, TokenShards
-from nlscale.data.sources import find_files, fingerprint, read_documents
+from nlscale.data.sources import Found, find_files, fingerprint
 from nlscale.data.survey import Survey
+from nlscale.data.tally import shown
 from nlscale.data.tokenizer import (
     TOKENIZER_NAME,
     ByteTokenizer,
@@ -36,6 +38,8 @@ from nlscale.data.tokenizer import (
 )
 from nlscale.errors import UserError
 
+_MOST_BLOCK = 1 << 27  # tokens; a block is held in memory
+_MOST_SHARD = 1 << 40  # tokens: some TiB
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{6,}}\.tar")
 
 
@@ -48,6 +52,8 @@ def build(
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
     seed: int = 0,
+    text_field: str = DEFAULT_FIELD,
+    max_lost: float | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Index:
@@ -62,7 +68,11 @@ def build(
             it go the same way. Each split gets at least one document.
         shard_tokens: the most tokens in a shard, rounded down to whole blocks
         block_tokens: tokens in a block, the unit of storage; independent of any sequence length
-        seed: of the hash, so another one holds out other documents
+        seed: of the hash, so another one holds out other documents; a 64-bit integer
+        text_field: the field, or the column, that holds the text of a record
+        max_lost: the share, from 0 to 1, of what the sources hold that may be lost: of the
+            documents of each source, of its files, and of all bytes (those of files that are not
+            read for their suffix). None: 0.01, and no file that cannot be read
         overwrite: replace a build made from other sources or options
         progress: say on standard error how far it is
 
@@ -70,26 +80,28 @@ def build(
     options, it is left as it is. A build that was killed is done again from the start.
 
     Raises:
-        UserError: wrong options, unreadable sources, no or too few documents, an `out`
-            that holds something else, sources that change meanwhile, and a disk that cannot be
-            written.
+        UserError: wrong options, unreadable sources, no or too few documents, more of them lost
+            than `max_lost`, an `out` that holds something else, sources that change meanwhile, and
+            a disk that cannot be written.
     """
     out = Path(out)
-    _check_options(held_out, shard_tokens, block_tokens)
+    _check_options(held_out, shard_tokens, block_tokens, seed, max_lost, text_field)
     vocabulary = bpe_vocabulary(tokenizer)
-    files = find_files(sources)
+    found = find_files(sources, out)
     shard_blocks = shard_tokens // block_tokens
-    options = [FORMAT, tokenizer, held_out, shard_blocks, block_tokens, seed]
-    identity = fingerprint(files, options)
+    options: list[object] = [FORMAT, tokenizer, held_out, shard_blocks, block_tokens, seed]
+    if text_field != DEFAULT_FIELD:  # which builds of earlier versions do not name
+        options.append(text_field)
+    identity = fingerprint(found.files, options)
     if not overwrite and (out / INDEX_NAME).exists():
-        return _up_to_date(out, identity, progress)
+        return _up_to_date(out, identity, found, max_lost, progress)
     _refuse_foreign_shards(out)
+    Losses(found, text_field).check_left_out(max_lost)  # before hours of reading
 
-    with phase("reading", sum(file.size for file in files), progress) as advance:
-        survey = Survey(files, held_out, seed, sample=vocabulary is not None)
-        for document in read_documents(files):
-            survey.add(document)
-            advance(document.consumed)
+    with phase("reading", found.bytes, progress) as advance:
+        survey = Survey(found, text_field, held_out, seed, sample=vocabulary is not None)
+        survey.read(advance)
+    survey.losses.check(max_lost)
     survey.settle()
     encoder: Tokenizer = ByteTokenizer()
     if vocabulary is not None:
@@ -119,7 +131,10 @@ def build(
             dtype=encoder.dtype.name,
             block_tokens=block_tokens,
             splits=written.splits(),
-            skipped=Skipped(count=survey.skipped_count, first=survey.skipped),
+            skipped=survey.losses.skipped(),
+            lost_files=survey.losses.lost_files(),
+            left_out=survey.losses.left_out(),
+            text_field=text_field,
             empty_documents=survey.empty,
             unigram_bits_per_byte=written.unigram_bits_per_byte(),
         )
@@ -132,27 +147,52 @@ def build(
     return index
 
 
-def _check_options(held_out: float, shard_tokens: int, block_tokens: int) -> None:
+def _check_options(
+    held_out: float,
+    shard_tokens: int,
+    block_tokens: int,
+    seed: int,
+    max_lost: float | None,
+    text_field: str,
+) -> None:
     if not 0.0 < held_out < 1.0:
         raise UserError(f"held-out share is {held_out}; it must be above 0 and below 1")
-    if block_tokens < 1:
-        raise UserError(f"block tokens is {block_tokens}; it must be at least 1")
+    if max_lost is not None and not 0.0 <= max_lost <= 1.0:
+        raise UserError(f"max-lost share is {max_lost}; it must be from 0 to 1")
+    if not text_field:
+        raise UserError("the text field has no name; leave it out for 'text'")
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise UserError(f"seed is {seed}; it must be an integer of 64 bits")
+    if not 1 <= block_tokens <= _MOST_BLOCK:
+        raise UserError(f"block tokens is {block_tokens}; it must be from 1 to {_MOST_BLOCK:,}")
     if shard_tokens < block_tokens:
         raise UserError(
             f"shard tokens is {shard_tokens:,}, less than one block of {block_tokens:,}; "
             f"use --shard-tokens {block_tokens} or more"
         )
+    if shard_tokens > _MOST_SHARD:
+        raise UserError(f"shard tokens is {shard_tokens:,}; it must be at most {_MOST_SHARD:,}")
 
 
-def _up_to_date(out: Path, identity: str, progress: bool) -> Index:
+def _up_to_date(
+    out: Path, identity: str, found: Found, max_lost: float | None, progress: bool
+) -> Index:
     index = read_index(out)
     if index["fingerprint"] != identity:
+        fewer = "" if "left_out" in index else ", by a version that read fewer formats"
+        named = shown(" ".join(index["sources"]))
         raise UserError(
-            f"{out} was built from other sources or options ({' '.join(index['sources'])}, "
-            f"{index['tokenizer']}); choose another --out, or replace it with --overwrite"
+            f"{out} was built from other sources or options ({named}, "
+            f"{shown(index['tokenizer'])}){fewer}; choose another --out, or replace it with "
+            "--overwrite"
         )
     for split in index["splits"]:
         TokenShards(out, split, verify=False)  # says so when a shard is missing
+    losses = Losses(found, index.get("text_field", DEFAULT_FIELD))
+    if "left_out" in index:
+        losses.check_left_out(max_lost)
+    elif found.left_bytes:  # of a version that did not count it: nothing is built anew for it
+        say(f"not in {out}: {found.left_out.words()}")
     if progress:
         say(f"{out} is up to date")
     return index

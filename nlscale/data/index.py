@@ -17,12 +17,14 @@ import uuid
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
+from nlscale.data.index_form import IndexFormError, check
 from nlscale.errors import UserError
 
 FORMAT = 1
 INDEX_NAME = "index.json"
 BUILDING_NAME = ".building"  # present while a build writes; left behind by one that was killed
 SPLITS = ("train", "validation")
+DEFAULT_FIELD = "text"  # of a record, that holds its text
 DEFAULT_HELD_OUT = 0.01
 DEFAULT_SHARD_TOKENS = 1 << 26
 DEFAULT_BLOCK_TOKENS = 8192
@@ -61,23 +63,49 @@ class SkippedDocument(TypedDict):
     reason: str
 
 
-class Skipped(TypedDict):
-    """How many documents could not be read, and the first few of them."""
-
+class _Skipped(TypedDict):
     count: int
     first: list[SkippedDocument]
 
 
-class Index(TypedDict):
-    """The content of `index.json`.
+class Skipped(_Skipped, total=False):
+    """How many documents could not be read, the first few of them, and how many for which reason.
 
-    `dtype` is uint8, uint16 or uint32, little-endian on disk. `unigram_bits_per_byte` is the
-    cross-entropy of the validation tokens under the add-one smoothed unigram distribution of
-    the train tokens, in bits per UTF-8 byte of validation text: what a model that learns
-    nothing but frequencies would reach. `empty_documents` counts documents without a character,
-    which are left out.
+    Not those of `LostFiles`.
     """
 
+    reasons: dict[str, int]
+
+
+class LostFile(TypedDict):
+    """A file that could not be read, or not to its end, and why."""
+
+    file: str
+    reason: str
+
+
+class LostFiles(TypedDict):
+    """How many files `of` how many could not be read, the first few, and how many for what."""
+
+    count: int
+    of: int
+    first: list[LostFile]
+    reasons: dict[str, int]
+
+
+class LeftOut(TypedDict):
+    """What lies in the folders and is not to be read, of one kind: a suffix, hidden, empty ...
+
+    `bytes` counts what could have been text, `first` names some.
+    """
+
+    reason: str
+    count: int
+    bytes: int
+    first: list[str]
+
+
+class _Index(TypedDict):
     format: int
     fingerprint: str
     sources: list[str]
@@ -92,16 +120,35 @@ class Index(TypedDict):
     unigram_bits_per_byte: float
 
 
+class Index(_Index, total=False):
+    """The content of `index.json`.
+
+    `dtype` is uint8, uint16 or uint32, little-endian on disk. `unigram_bits_per_byte` is the
+    cross-entropy of the validation tokens under the add-one smoothed unigram distribution of
+    the train tokens, in bits per UTF-8 byte of validation text: what a model that learns
+    nothing but frequencies would reach. `empty_documents` counts documents without a character,
+    which are left out. `text_field` is what the text of a record was called; it, `lost_files` and
+    `left_out` are not in indexes that earlier versions wrote.
+    """
+
+    text_field: str
+    lost_files: LostFiles
+    left_out: list[LeftOut]
+
+
 def read_index(directory: str | Path) -> Index:
     """The index of the data folder `directory`.
 
     Raises:
-        UserError: there is no finished build there, or one of another format.
+        UserError: there is no finished build there, one of another format, or an index that says
+            what cannot be, such as the name of a file elsewhere.
     """
     directory = Path(directory)
     path = directory / INDEX_NAME
     try:
-        index: Any = json.loads(path.read_bytes())
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a file")
+        index: Any = json.loads(path.read_bytes(), parse_constant=_no_number)
     except (FileNotFoundError, NotADirectoryError):
         if (directory / BUILDING_NAME).exists():
             raise UserError(
@@ -112,15 +159,26 @@ def read_index(directory: str | Path) -> Index:
             f"no data at {directory}; build it with: "
             f"nlscale data build --source PATH --tokenizer bytes --out {directory}"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}; build it again with --overwrite") from None
     found = index.get("format") if isinstance(index, dict) else None
-    if found != FORMAT:
+    if type(found) is not int or found != FORMAT:
+        said = found if type(found) is int else f"a {type(found).__name__}"
         raise UserError(
-            f"{path} has format {found}, this version reads format {FORMAT}; "
+            f"{path} has format {said}, this version reads format {FORMAT}; "
             "build it again with --overwrite"
         )
+    try:
+        check(index)
+    except IndexFormError as error:
+        raise UserError(
+            f"{path} cannot be used: {error}; restore it, or build the data again with --overwrite"
+        ) from None
     return cast(Index, index)
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number")
 
 
 def write_json(path: Path, value: Any) -> None:

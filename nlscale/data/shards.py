@@ -9,6 +9,7 @@ import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,11 @@ class TokenShards:
                 data, self._dtype, count=here, offset=place(token) - begin
             )
             done += here
+        # The checksum is of the index, and the index may come from anywhere.
+        if len(result) and int(result.max()) >= self.vocabulary:
+            raise self._altered(
+                shard, f"it holds the id {result.max()}, the vocabulary has {self.vocabulary:,}"
+            )
 
     def _pread(self, number: int, offset: int, size: int) -> bytes:
         # Not a memory map: a shard truncated or a file system lost during training would then
@@ -165,6 +171,8 @@ class TokenShards:
                 f"shard {path} is missing ({error.strerror}); restore it, or build the data again "
                 "with --overwrite"
             ) from None
+        if not S_ISREG(stat.st_mode):
+            raise self._altered(shard, "it is not a file")
         if stat.st_size != shard["size_bytes"]:
             raise self._altered(
                 shard, f"it has {stat.st_size:,} bytes, the index says {shard['size_bytes']:,}"
@@ -192,7 +200,7 @@ class TokenShards:
 def _read_cache(path: Path) -> dict[str, Any]:
     # A cache that cannot be read only costs time: the shards are hashed again.
     try:
-        cache = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        cache = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
         return {}
     return cache if isinstance(cache, dict) else {}

@@ -1,65 +1,112 @@
-"""Where text comes from: finding the files of a source, and reading their documents."""
+"""Finding the files of a source, and taking note of everything in it that is none."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import stat
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
-import pyarrow
-import pyarrow.parquet
-
+from nlscale.data.compressed import COMPRESSED
+from nlscale.data.documents import SUFFIXES, SourceFile, format_of
+from nlscale.data.tally import Tally, shown
 from nlscale.errors import UserError
 
 STDLIB = "stdlib"
-PLAIN = (".txt", ".rst", ".md", ".py")  # one file is one document
-SUFFIXES = (*PLAIN, ".jsonl", ".parquet")
 _STDLIB_LIMIT = 1 << 20  # larger files of the standard library are generated tables
 _STDLIB_EXCLUDED = ("site-packages", "dist-packages", "__pycache__")
+_STDLIB_SUFFIXES = (".py", ".rst", ".txt")
+# What nobody takes for text: it is counted, but however much there is of it, nothing is missing.
+_NOT_TEXT = frozenset(
+    (
+        *(".pyc", ".pyo", ".o", ".a", ".so", ".dylib", ".dll", ".exe", ".class", ".whl"),
+        *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".ico", ".tif", ".tiff", ".svg"),
+        *(".mp3", ".wav", ".flac", ".ogg", ".mp4", ".mov", ".avi", ".mkv", ".webm"),
+        *(".woff", ".woff2", ".ttf", ".otf", ".eot"),
+        *(".pt", ".pth", ".safetensors", ".ckpt", ".onnx"),
+        *(".crc", ".md5", ".sha1", ".sha256", ".sig", ".asc"),
+    )
+)
 
 
-class SourceFile(NamedTuple):
-    """A file to read: `name` is its path within the source, `size` is in bytes."""
+class Found:
+    """What the sources hold.
 
-    path: Path
-    name: str
-    size: int
-    mtime_ns: int
-
-
-class Document(NamedTuple):
-    """A document, or what stands in its place when it cannot be read (`error` is not empty).
-
-    `text` and `data` are the same text as str and as UTF-8. `consumed` is about how many bytes
-    of the source file it took; over a file they add up to its size.
+    Fields: `files`, sorted by path within each source, a file that is reached twice only once;
+    `names` of the sources by `SourceFile.group`; `judged`, which of them must be readable (the
+    standard library holds broken files on purpose); `left_out`, what is not to be read, by kind;
+    `left_bytes`, of what could be text among it; `lost`, files that should be read and are not
+    there to be, by group; `walked`, the real paths of folders.
     """
 
-    name: str
-    text: str
-    data: bytes
-    consumed: int
-    error: str = ""
+    def __init__(self) -> None:
+        self.files: list[SourceFile] = []
+        self.names: list[str] = []
+        self.judged: list[bool] = []
+        self.left_out = Tally()
+        self.left_bytes = 0
+        self.lost: dict[int, Tally] = {}
+        self.walked: set[str] = set()
+
+    @property
+    def bytes(self) -> int:
+        """Of the files to read."""
+        return sum(file.size for file in self.files)
+
+    def begin(self, name: str, *, judged: bool) -> int:
+        """A source begins; its group."""
+        self.names.append(name)
+        self.judged.append(judged)
+        return len(self.names) - 1
+
+    def leave(self, kind: str, path: str | Path, size: int = 0, why: str = "") -> None:
+        """Take note of something that is left out; with a size, of what could be text."""
+        self.left_out.add(kind, str(path), why, size)
+        self.left_bytes += size
+
+    def lose(self, kind: str, path: str | Path, why: str = "") -> None:
+        """Take note of a file, or a folder, that cannot be got at."""
+        self.lost.setdefault(len(self.names) - 1, Tally()).add(kind, str(path), why)
 
 
-def find_files(sources: Iterable[str]) -> list[SourceFile]:
-    """The files of `sources`, sorted by path within each source; a file reached twice counts once.
+def find_files(sources: Iterable[str], out: str | Path | None = None) -> Found:
+    """What lies in `sources`, to be read or not.
 
-    A source is a file, a folder (searched recursively, hidden entries and unknown suffixes
-    ignored), or `stdlib`: the .py, .rst and .txt files of the running Python's standard library
-    of up to 1 MiB. A folder that happens to be called stdlib is `./stdlib`.
+    A source is a file, a folder (searched recursively, linked folders too), or `stdlib`: the .py,
+    .rst and .txt files of the running Python's standard library of up to 1 MiB. A folder that
+    happens to be called stdlib is `./stdlib`. All files that are named by themselves count as one
+    source: a shell makes many of one pattern.
+
+    Args:
+        out: a folder that is left out, because the data are built there
 
     Raises:
-        UserError: a missing path and for a file with an unknown suffix.
+        UserError: a missing path, a named file with an unknown suffix, and a folder without a
+            file that can be read.
     """
-    found: dict[str, SourceFile] = {}
+    found, named, group = Found(), 0, -1
     for source in sources:
-        for file in _stdlib_files() if source == STDLIB else _path_files(Path(source)):
-            found.setdefault(os.path.realpath(file.path), file)
-    return list(found.values())
+        if source == STDLIB:
+            found.begin(source, judged=False)
+            _Walk(found, Path(sysconfig.get_path("stdlib")), None, stdlib=True).run()
+        elif stat.S_ISDIR(_status(source).st_mode):
+            found.begin(source, judged=True)
+            _Walk(found, Path(source), out).run()
+        else:
+            if not named:
+                group = found.begin(source, judged=True)
+            named += 1
+            found.files.append(_named_file(source, group))
+    if named > 1:
+        found.names[group] = f"the {named:,} files named"
+    once: dict[str, SourceFile] = {}
+    for file in found.files:
+        once.setdefault(os.path.realpath(file.path), file)
+    found.files = list(once.values())
+    return found
 
 
 def fingerprint(files: Iterable[SourceFile], options: object) -> str:
@@ -68,104 +115,152 @@ def fingerprint(files: Iterable[SourceFile], options: object) -> str:
     return hashlib.sha256(json.dumps([described, options]).encode()).hexdigest()
 
 
-def read_documents(files: Iterable[SourceFile]) -> Iterator[Document]:
-    """All documents of `files`, in order, those that cannot be read among them."""
-    for file in files:
-        try:
-            if file.path.suffix.lower() == ".jsonl":
-                yield from _read_jsonl(file)
-            elif file.path.suffix.lower() == ".parquet":
-                yield from _read_parquet(file)
+class _Walk:
+    """One folder, and all that is below it; first without links, then what links lead to.
+
+    So a folder that is there and linked to has its own name, and a link to what was walked
+    already, as in a loop, is not followed.
+    """
+
+    def __init__(
+        self, found: Found, root: Path, out: str | Path | None, *, stdlib: bool = False
+    ) -> None:
+        self._found = found
+        self._left = Tally()
+        self._root = root
+        self._out = None if out is None else os.path.realpath(out)
+        self._stdlib = stdlib
+        self._files: list[SourceFile] = []
+        self._walked = set() if stdlib else found.walked
+        self._linked: list[Path] = []
+        self._elsewhere = False  # whether a folder in it was found in another source
+
+    def run(self) -> None:
+        """Add to `found`. Raises UserError: there is no file that can be read."""
+        if os.path.realpath(self._root) in self._walked:
+            return  # all of it was found in another source
+        self._folder(self._root)
+        while self._linked:
+            link = self._linked.pop(0)
+            if os.path.realpath(link) in self._walked:
+                self._leave("link to a folder that is read", link)
             else:
-                yield _decoded(str(file.path), file.path.read_bytes(), file.size)
-        except (OSError, pyarrow.ArrowException) as error:
-            yield _failed(str(file.path), 0, error)
+                self._folder(link)
+        self._found.files += sorted(self._files, key=lambda file: file.name)
+        if not self._files and not self._elsewhere:
+            root = shown(str(self._root))
+            raise UserError(f"{root} holds nothing that can be read: {self._what()}")
 
+    def _leave(self, kind: str, path: Path, size: int = 0, why: str = "") -> None:
+        self._left.add(kind, str(path), why, size)
+        self._found.leave(kind, path, size, why)
 
-def _path_files(root: Path) -> list[SourceFile]:
-    if root.is_dir():
-        return [file for file in _walk(root) if file.path.suffix.lower() in SUFFIXES]
-    if not root.exists():
-        raise UserError(f"no source at {root}; name a file, a folder, or {STDLIB}")
-    if root.suffix.lower() not in SUFFIXES:
-        raise UserError(f"cannot read {root}: its suffix is none of {' '.join(SUFFIXES)}")
-    stat = root.stat()
-    return [SourceFile(root, root.name, stat.st_size, stat.st_mtime_ns)]
+    def _what(self) -> str:
+        lost = self._found.lost.get(len(self._found.names) - 1)
+        there = ", ".join(t.words() for t in (lost, self._left) if t and t.count)
+        read = f"read are {' '.join(SUFFIXES)}, the text ones also with {' '.join(COMPRESSED)}"
+        return f"it has {there}; {read}" if there else f"it is empty; {read}"
 
-
-def _stdlib_files() -> list[SourceFile]:
-    return [
-        file
-        for file in _walk(Path(sysconfig.get_path("stdlib")), _STDLIB_EXCLUDED)
-        if file.path.suffix in (".py", ".rst", ".txt") and file.size <= _STDLIB_LIMIT
-    ]
-
-
-def _walk(root: Path, excluded: tuple[str, ...] = ()) -> list[SourceFile]:
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [f for f in folders if not f.startswith(".") and f not in excluded]
-        for name in names:
-            path = Path(folder, name)
-            if name.startswith(".") or not path.is_file():  # a dangling link, a socket
+    def _folder(self, top: Path) -> None:
+        waiting = [top]
+        while waiting:
+            folder = waiting.pop()
+            real = os.path.realpath(folder)
+            if real in self._walked:
+                self._elsewhere = True
                 continue
-            stat = path.stat()
-            relative = path.relative_to(root).as_posix()
-            files.append(SourceFile(path, relative, stat.st_size, stat.st_mtime_ns))
-    return sorted(files, key=lambda file: file.name)
-
-
-def _read_jsonl(file: SourceFile) -> Iterator[Document]:
-    with open(file.path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            name = f"{file.path}:{number}"
-            if not line.strip():
+            self._walked.add(real)
+            if real == self._out:
+                self._leave("the folder that is built", folder)
                 continue
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield _failed(name, len(line), error)
+                with os.scandir(folder) as entries:
+                    inside = sorted(entries, key=lambda entry: entry.name)
+            except OSError as error:
+                self._found.lose("unreadable folder", folder, str(error.strerror))
                 continue
-            text = record.get("text") if isinstance(record, dict) else None
-            yield _checked(name, text, len(line))
+            for entry in inside:
+                if self._entry(entry):
+                    waiting.append(Path(folder, entry.name))
+
+    def _entry(self, entry: os.DirEntry[str]) -> bool:
+        """Take note of one entry; whether it is a folder to walk now."""
+        path = Path(entry.path)
+        if entry.name.startswith("."):
+            self._leave("hidden", path)
+            return False
+        try:
+            status = entry.stat()
+        except OSError as error:
+            self._missing(entry, path, error)
+            return False
+        if stat.S_ISDIR(status.st_mode):
+            if self._stdlib and (entry.is_symlink() or entry.name in _STDLIB_EXCLUDED):
+                return False
+            if entry.is_symlink():
+                self._linked.append(path)
+                return False
+            return True
+        if stat.S_ISREG(status.st_mode):
+            self._file(path, status)
+        else:
+            self._leave("pipe, socket or device", path)
+        return False
+
+    def _missing(self, entry: os.DirEntry[str], path: Path, error: OSError) -> None:
+        kind = "link that leads nowhere" if entry.is_symlink() else "unreadable"
+        if format_of(entry.name)[0]:
+            self._found.lose(kind, path, str(error.strerror))
+        else:
+            self._leave(kind, path, why=str(error.strerror))
+
+    def _file(self, path: Path, status: os.stat_result) -> None:
+        if self._stdlib and path.suffix not in _STDLIB_SUFFIXES:
+            self._leave(_suffix(path), path)
+        elif self._stdlib and status.st_size > _STDLIB_LIMIT:
+            self._leave("over 1 MiB in the standard library", path)
+        elif not format_of(path.name)[0]:
+            kind = _suffix(path)
+            self._leave(kind, path, 0 if kind in _NOT_TEXT else status.st_size)
+        else:
+            name = path.relative_to(self._root).as_posix()
+            self._files.append(_file(path, name, status, len(self._found.names) - 1))
 
 
-def _read_parquet(file: SourceFile) -> Iterator[Document]:
-    with pyarrow.parquet.ParquetFile(file.path) as table:
-        if "text" not in table.schema_arrow.names:
-            yield _failed(str(file.path), file.size, "no column 'text'")
-            return
-        row, each = 0, file.size // max(1, table.metadata.num_rows)
-        for group in range(table.num_row_groups):
-            for batch in table.iter_batches(1024, row_groups=[group], columns=["text"]):
-                for value in batch.column(0):
-                    name = f"{file.path}:{row}"
-                    row += 1
-                    try:
-                        text = value.as_py()
-                    except UnicodeDecodeError as error:
-                        yield _failed(name, each, error)
-                        continue
-                    yield _checked(name, text, each)
+def _named_file(source: str, group: int) -> SourceFile:
+    path, status = Path(source), _status(source)
+    if not format_of(path.name)[0]:
+        raise UserError(
+            f"cannot read {shown(source)}: its suffix is none of {' '.join(SUFFIXES)} "
+            f"(the text ones also with {' '.join(COMPRESSED)})"
+        )
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(
+            f"cannot read {shown(source)}: it is a pipe, a socket or a device, and text is read "
+            "twice; write it to a file"
+        )
+    return _file(path, path.name, status, group)
 
 
-def _decoded(name: str, data: bytes, consumed: int) -> Document:
+def _file(path: Path, name: str, status: os.stat_result, group: int) -> SourceFile:
+    return SourceFile(path, name, status.st_size, status.st_mtime_ns, group)
+
+
+def _status(source: str) -> os.stat_result:
+    what = f"no source at {shown(source) if source.strip() else repr(source)}"
     try:
-        return Document(name, data.decode("utf-8"), data, consumed)
-    except UnicodeDecodeError as error:
-        return _failed(name, consumed, error)
+        if source.strip():
+            return os.stat(source)
+        reason = "it is empty; is a variable unset?"
+    except FileNotFoundError:
+        reason = "it is a link that leads nowhere" if os.path.islink(source) else ""
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+    raise UserError(f"{what}{f' ({reason})' if reason else ''}; name a file, a folder, or {STDLIB}")
 
 
-def _checked(name: str, text: object, consumed: int) -> Document:
-    if not isinstance(text, str):
-        return _failed(name, consumed, "its 'text' is missing or not a string")
-    try:
-        return Document(name, text, text.encode("utf-8"), consumed)
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        return _failed(name, consumed, error)
-
-
-def _failed(name: str, consumed: int, error: object) -> Document:
-    if isinstance(error, UnicodeError):
-        error = f"not UTF-8 ({error})"
-    return Document(name, "", b"", consumed, str(error))
+def _suffix(path: Path) -> str:
+    """What a file that is left out is counted as: its suffix, the two of a compressed one."""
+    packed = format_of(path.name)[1]
+    suffix = Path(path.stem).suffix.lower() + packed if packed else path.suffix.lower()
+    return suffix or "no suffix"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
-from nlscale.data.index import SkippedDocument
-from nlscale.data.sources import Document, SourceFile, read_documents
+from nlscale.data.documents import Document, UnreadableError, read_documents
+from nlscale.data.losses import Losses
+from nlscale.data.sources import Found
 from nlscale.errors import UserError
 
-_NAMED_SKIPPED = 20
 _BPE_SAMPLE_CHARACTERS = 64 << 20
 _BPE_DOCUMENT_CHARACTERS = 1 << 20  # so that no single document is the sample
 
@@ -33,23 +34,25 @@ class Survey:
     """Counts, the threshold of the split, and the text to train a BPE on.
 
     Attributes:
-        files: what is surveyed
+        found: the files that are surveyed
+        text_field: what the text of a record is called
         held_out: share of the documents for validation
         seed: of the hash
         sample: whether to gather text to train a BPE on
 
-    Fields: `documents`, `bytes` (UTF-8), `empty`, `skipped_count`, `skipped` (the first few),
-    and after `settle`, `sample`.
+    Fields: `documents`, `bytes` (UTF-8), `empty`, `losses`, and after `settle`, `sample`.
     """
 
-    def __init__(self, files: list[SourceFile], held_out: float, seed: int, sample: bool) -> None:
+    def __init__(
+        self, found: Found, text_field: str, held_out: float, seed: int, sample: bool
+    ) -> None:
         self.documents = 0
         self.bytes = 0
         self.empty = 0
-        self.skipped_count = 0
-        self.skipped: list[SkippedDocument] = []
+        self.losses = Losses(found, text_field)
         self.sample: list[str] = []
-        self._files = files
+        self._files = found.files
+        self._text_field = text_field
         self._seed = seed
         self._threshold = int(held_out * (1 << 64))
         self._lowest, self._highest = 1 << 64, -1
@@ -60,14 +63,27 @@ class Survey:
         self._heap: list[tuple[int, int, int, str]] = []
         self._heap_size = 0
 
-    def add(self, document: Document) -> None:
-        """Take note of the next document of `files`."""
+    def read(self, advance: Callable[[int], None]) -> None:
+        """Read all files, and take note of what is in them and of what is lost.
+
+        Args:
+            advance: is told how many bytes of the files each document took
+        """
+        for file in self._files:
+            try:
+                for document in read_documents(file, self._text_field):
+                    self._add(document)
+                    advance(document.consumed)
+            except UnreadableError as error:
+                self.losses.end(file, error.kind, str(error))
+            else:
+                self.losses.end(file)
+
+    def _add(self, document: Document) -> None:
         if document.error:
-            self.skipped_count += 1
-            if len(self.skipped) < _NAMED_SKIPPED:
-                named = SkippedDocument(document=document.name, reason=document.error)
-                self.skipped.append(named)
+            self.losses.lose(document)
             return
+        self.losses.keep()
         if not document.data:
             self.empty += 1
             return
@@ -91,11 +107,9 @@ class Survey:
             UserError: there are no documents, or only copies of one.
         """
         if not self.documents:
-            message = "the sources hold no documents"
-            if self.skipped:
-                message += f"; {self.skipped_count} could not be read, the first because "
-                message += "{document}: {reason}".format(**self.skipped[0])
-            raise UserError(f"{message}; name sources with text")
+            raise UserError(
+                f"the sources hold no documents but {self.empty:,} empty ones; name others"
+            )
         if self._lowest == self._highest:
             raise UserError(
                 f"the sources hold only one distinct document ({self.documents} in all), but "
@@ -117,9 +131,12 @@ class Survey:
     def again(self) -> Iterator[Document]:
         """The readable documents a second time; at the end, UserError if they have changed."""
         content = hashlib.sha256()
-        for document in read_documents(self._files):
-            if document.data:
-                content.update(_key(document.data, self._seed).split.to_bytes(8, "little"))
-                yield document
+        for file in self._files:
+            with suppress(UnreadableError):  # which ends the file where it ended it before
+                for document in read_documents(file, self._text_field):
+                    if document.data:
+                        key = _key(document.data, self._seed)
+                        content.update(key.split.to_bytes(8, "little"))
+                        yield document
         if content.digest() != self._content.digest():
             raise UserError("the sources changed while they were being read; build again")

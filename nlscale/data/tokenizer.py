@@ -16,6 +16,7 @@ from nlscale.errors import UserError
 TOKENIZER_NAME = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_BPE = 257  # the 256 bytes and the separator
+LARGEST_BPE = 1 << 24  # ids; far beyond any in use
 
 
 class Tokenizer(ABC):
@@ -92,6 +93,12 @@ class BpeTokenizer(Tokenizer):
         separator = carrier.token_to_id(END_OF_TEXT)
         if separator is None:
             raise UserError(f"the tokenizer has no {END_OF_TEXT}; train it with `nlscale data`")
+        ids = carrier.get_vocab().values()
+        if max(ids) >= len(ids):
+            raise UserError(f"the tokenizer has {len(ids):,} ids, but one of them is {max(ids):,}")
+        # A file can ask for it, and texts would lose their ends without a word.
+        carrier.no_truncation()
+        carrier.no_padding()
         # Otherwise a document that merely mentions <|endoftext|> would be cut in two there.
         # The saved file does not carry this setting.
         carrier.encode_special_tokens = True
@@ -116,8 +123,10 @@ def bpe_vocabulary(spec: str) -> int | None:
     if spec == "bytes":
         return None
     kind, _, size = spec.partition(":")
-    if kind != "bpe" or not size.isdecimal():
+    if kind != "bpe" or not (size.isascii() and size.isdecimal()):
         raise UserError(f"unknown tokenizer {spec!r}; use bytes, or bpe:N such as bpe:32000")
+    if len(size) > 9 or int(size) > LARGEST_BPE:
+        raise UserError(f"tokenizer {spec[:40]}: it must have at most {LARGEST_BPE:,} ids")
     if int(size) < SMALLEST_BPE:
         raise UserError(
             f"tokenizer {spec}: a byte-level BPE needs at least {SMALLEST_BPE} ids (256 bytes and "
@@ -166,10 +175,14 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         raise UserError(
             f"no tokenizer at {path}; name a folder made by `nlscale data build`"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}; restore or rebuild it") from None
     try:
-        carrier = hf.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"cannot read {path}: {error}; restore or rebuild it") from None
-    return BpeTokenizer(carrier)
+        return BpeTokenizer(hf.Tokenizer.from_str(text))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except BaseException as error:  # bare Exception, and PanicException, which is none
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"cannot read {path}: {reason}; restore or rebuild it") from None

@@ -14,6 +14,7 @@ from nlscale.checkpoint.export.files import CONFIG_FILE, read_json
 from nlscale.checkpoint.export.weights import config_of, describe, empty_model, load_model
 from nlscale.checkpoint.store import manifest
 from nlscale.checkpoint.store.store import Checkpoint, Store
+from nlscale.config.fields import path_of
 from nlscale.config.vocabulary import Config, Dtype
 from nlscale.errors import UserError
 from nlscale.generate.model import Model
@@ -37,7 +38,7 @@ def load(
         )
     if dtype not in (None, *_DTYPES):
         raise UserError(f"dtype {dtype} is none of {', '.join(map(str, _DTYPES))}")
-    folder, place = Path(path), _device(device)
+    folder, place = path_of(path), _device(device)
     said: list[str] = []
     with alone():
         if (folder / CONFIG_FILE).is_file():
@@ -84,7 +85,10 @@ def _read(
     checkpoint: Checkpoint, dtype: torch.dtype | None
 ) -> tuple[dict[str, Any], Config, Decoder]:
     """What it is described by, its configuration for one process, and its model on the CPU."""
-    described = describe(checkpoint, Dtype(checkpoint.state["config"]["train"]["dtype"]))
+    try:
+        described = describe(checkpoint, Dtype(checkpoint.state["config"]["train"]["dtype"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{checkpoint.path} is damaged: {error} in its state.json") from None
     config = config_of(described, checkpoint.path)
     decoder, pieces = empty_model(config, dtype)
     stored = {name for name in checkpoint.tensors() if name.startswith(_WEIGHTS)}

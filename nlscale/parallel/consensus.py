@@ -33,7 +33,7 @@ class Verdict:
     """The same on every rank."""
 
     loss: float
-    """Nats per token, mean over the global batch."""
+    """Nats per token, mean over the global batch; NaN where some rank's was not finite."""
     tokens: int
     """Tokens of the step, over all ranks."""
     admitted: bool
@@ -41,25 +41,47 @@ class Verdict:
     step is dropped everywhere."""
     asked: Requests
     """What some rank asked for."""
+    losses_not_finite: int = 0
+    """Ranks whose loss was not finite."""
+    limit: float = float("inf")
+    """Loss above which the step is dropped."""
+
+    @property
+    def dropped_because(self) -> str | None:
+        """Why the step was dropped, in words; None: it was not."""
+        if self.admitted:
+            return None
+        if self.losses_not_finite:
+            return LOSS_NOT_FINITE
+        if self.loss > self.limit:
+            return f"{SPIKE}: loss {self.loss:.4g} above {self.limit:.4g}"
+        return GRADIENT_NOT_FINITE
+
+
+LOSS_NOT_FINITE = "loss not finite"
+GRADIENT_NOT_FINITE = "gradient not finite"
+SPIKE = "spike"
 
 
 class Consensus:
     """A verdict where the device has it, and on its way to the host."""
 
-    def __init__(
-        self, total: Tensor, tokens: Tensor, bad: Tensor, wishes: list[Tensor], limit: float
-    ) -> None:
-        loss = torch.where(bad > 0, torch.nan, total / tokens)
+    def __init__(self, report: Tensor, limit: float) -> None:
+        total, tokens, bad, bad_losses, *wishes = report
+        self._limit = limit
+        loss = torch.where(bad_losses > 0, torch.nan, total / tokens)
         self.admitted = (bad == 0) & ~(loss > limit)
         """bool []."""
         self.tokens = torch.where(self.admitted, tokens, 0.0)
         """Tokens of the step that enter the windows: none where it is dropped. float64 []."""
-        self._copy = HostCopy(torch.stack([loss, tokens, self.admitted.double(), *wishes]))
+        seen = [loss, tokens, self.admitted.double(), bad_losses, *wishes]
+        self._copy = HostCopy(torch.stack(seen))
 
     def read(self) -> Verdict:
         """The verdict; the host waits until the GPU has come to it."""
-        loss, tokens, admitted, *wishes = self._copy.read()
-        return Verdict(loss, int(tokens), bool(admitted), Requests(*map(bool, wishes)))
+        loss, tokens, admitted, bad_losses, *wishes = self._copy.read()
+        asked = Requests(*map(bool, wishes))
+        return Verdict(loss, round(tokens), bool(admitted), asked, round(bad_losses), self._limit)
 
 
 def agree(
@@ -81,15 +103,14 @@ def agree(
         limit: loss above which the step is dropped; the same on every rank.
     """
     # Every rank of a copy of the model sees the same batch; one of them speaks for it.
-    speaks = layout.speaks
-    ok = finite & torch.isfinite(loss_sum)
+    speaks, good_loss = layout.speaks, torch.isfinite(loss_sum)
     asked = astuple(requests or Requests())
     # From the host in one piece: a number written into a tensor on a GPU is a copy that waits.
-    known = np.array([0, tokens if speaks else 0, 0, *asked], dtype=np.float64)
+    known = np.array([0, tokens if speaks else 0, 0, 0, *asked], dtype=np.float64)
     report = to_device(known, layout.device)
     if speaks:
-        report[0] = torch.where(ok, loss_sum, torch.zeros_like(loss_sum))
-    report[2] = ~ok
+        report[0] = torch.where(good_loss, loss_sum, torch.zeros_like(loss_sum))
+    report[2] = ~(finite & good_loss)
+    report[3] = ~good_loss
     dist.all_reduce(report)
-    total, count, bad, *wishes = report
-    return Consensus(total, count, bad, wishes, limit)
+    return Consensus(report, limit)

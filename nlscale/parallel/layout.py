@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -14,10 +13,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from nlscale.cluster.life.rendezvous import meet
+from nlscale.cluster.life.place import Place, place
+from nlscale.cluster.life.rendezvous import Told, meet
 from nlscale.cluster.life.watch import Watch, doing
 from nlscale.cluster.spread import nodes_of_a_data_group
-from nlscale.config.vocabulary import Config, ParallelConfig, TimeoutsConfig
+from nlscale.config.keys import to_plain
+from nlscale.config.vocabulary import Config, ParallelConfig
+from nlscale.errors import UserError
 from nlscale.parallel import cpu
 from nlscale.parallel.gloo import one_device
 
@@ -71,47 +73,96 @@ def _nothing(reason: str) -> None:
 
 
 @contextmanager
-def process_groups(config: Config, on_end: Callable[[str], None] = _nothing) -> Iterator[Layout]:
+def process_groups(
+    config: Config, on_end: Callable[[str], None] = _nothing, told: Told | None = None
+) -> Iterator[Layout]:
     """Start the process groups of a run and watch over its ranks; end them whatever happens.
 
     Args:
         config: the run.
         on_end: see `nlscale.cluster.life.watch.Watch`.
+        told: what else all ranks must be told alike, such as the fingerprint of the data; the
+            configuration is compared anyhow, but for what a node may have at a place of its own.
 
     Raises:
         LostRank: a rank did not come, was lost or hangs, now or while the body ran.
         SaidElsewhere: the body failed because of what another rank has said.
-        UserError: the ranks do not fit the configuration.
+        UserError: the ranks do not fit the configuration or this machine, or were told different
+            things.
     """
     cpu.install()
     started_here = not dist.is_initialized()
     with ExitStack() as ends:
         with one_device():
             if started_here:
-                _join(config.timeouts, on_end, ends)
+                _join(config, on_end, _told(config, told or {}), ends)
             ends.callback(parallel_state.destroy_model_parallel)
             layout = _layout(config.parallel)
         yield layout
 
 
-def _join(timeouts: TimeoutsConfig, on_end: Callable[[str], None], ends: ExitStack) -> None:
+def _join(config: Config, on_end: Callable[[str], None], told: Told, ends: ExitStack) -> None:
+    timeouts, here = config.timeouts, place()
     longest = max(timeouts.startup, timeouts.step, timeouts.checkpoint)
     timeout = datetime.timedelta(seconds=longest + _WATCH_SPEAKS_FIRST_SECONDS)
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "nccl"
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if "RANK" in os.environ:
-        meeting = meet(timeouts.startup)
-        store, rank, world = meeting.store, meeting.place.rank, len(meeting.hosts)
-    else:
-        store, rank, world = dist.HashStore(), 0, 1
-    watch = ends.enter_context(Watch(meeting, timeouts, on_end)) if world > 1 else None
+        _take_gpu(here)
+    _check_numbering(config.parallel, here)
+    meeting = meet(timeouts.startup, told) if here.meets else None
+    store = meeting.store if meeting else dist.HashStore()
+    watched = meeting if here.world > 1 else None
+    watch = ends.enter_context(Watch(watched, timeouts, on_end)) if watched else None
     telling = watch.telling if watch else nullcontext
     with telling(), doing("connecting the ranks"):
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        dist.init_process_group(
+            backend, store=store, rank=here.rank, world_size=here.world, timeout=timeout
+        )
     ends.callback(dist.destroy_process_group)
     ends.enter_context(telling())
+
+
+def _told(config: Config, more: Told) -> Told:
+    """What every rank must have been told alike.
+
+    The folder of the data may be at another place on each node, as copies on local disks are.
+    """
+    plain = to_plain(config)
+    del plain["data"]["dir"]
+    return {
+        "ranks of a node": config.parallel.ranks_per_node or place().local_world,
+        **plain,
+        **more,
+    }
+
+
+def _take_gpu(here: Place) -> None:
+    """Take the GPU of this rank's number on its node."""
+    seen = torch.cuda.device_count()
+    if here.local_rank >= seen:
+        raise UserError(
+            f"LOCAL_RANK={here.local_rank} has no GPU: this process sees {seen} on "
+            f"{socket.gethostname()}; start at most one rank a GPU, and let each see all of its "
+            f"node's (CUDA_VISIBLE_DEVICES, Slurm's --gpu-bind and --gpus-per-task hide some)"
+        )
+    torch.cuda.set_device(here.local_rank)
+
+
+def _check_numbering(parallel: ParallelConfig, here: Place) -> None:
+    """Refuse ranks that are not numbered node after node, as the groups of a node take them to be.
+
+    They would compute the same, and send between the nodes what should stay in one.
+    """
+    if parallel.ranks_per_node or here.rank % here.local_world == here.local_rank:
+        return
+    error = UserError(
+        f"{here.who} is LOCAL_RANK={here.local_rank} of LOCAL_WORLD_SIZE={here.local_world}, and "
+        f"would be {here.rank % here.local_world} if ranks were numbered node after node; use "
+        f"srun --distribution=block, or the same number of ranks on each node"
+    )
+    error.told = True
+    raise error
 
 
 def _layout(parallel: ParallelConfig) -> Layout:
@@ -165,6 +216,6 @@ def _layout(parallel: ParallelConfig) -> Layout:
 
 
 def _ranks_here() -> int:
-    """Ranks on this node, as torchrun or launch/slurm says (or DeepSpeed's launcher), else all."""
-    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    return int(said) if said else dist.get_world_size()
+    """Ranks on this node, as who started them says; of a process that is alone, all."""
+    here = place()
+    return here.local_world if here.meets else dist.get_world_size()

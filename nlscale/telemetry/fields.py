@@ -83,6 +83,13 @@ METRICS: Mapping[str, Mapping[str, Field]] = {
             "number", "s", "that training waited for a checkpoint since the step before"
         ),
         "dropped_steps": Field("integer", "steps", "dropped so far"),
+        "dropped_because": Field(
+            "text",
+            "",
+            "why the step was dropped: `loss not finite`, `gradient not finite`, or `spike` with "
+            "the loss and the limit that it was above",
+            null="it was not dropped",
+        ),
         "bytes_sent": Field(
             "number",
             "bytes",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +11,9 @@ import numpy as np
 
 from nlscale.config.units import human_count
 from nlscale.errors import UserError
+from nlscale.telemetry.fields import SUMMARY
+from nlscale.telemetry.files import read_object
+from nlscale.telemetry.records import mistyped, parse
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -44,24 +46,21 @@ def read_records(run_dir: Path) -> list[Record]:
     A torn last line (the run was killed while writing, or is writing now) is left out.
 
     Raises:
-        UserError: there is no such file, or a line before the last is not a JSON object.
+        UserError: there is no such file, or a line before the last is no record.
     """
     path = Path(run_dir) / METRICS_FILE
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     records: list[Record] = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            records.append(parse(line))
         except ValueError as error:
             if number == len(lines):
                 break
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object")
-        records.append(record)
+            raise UserError(f"{path}, line {number}: {error}") from None
     return records
 
 
@@ -159,7 +158,7 @@ def draw_comparison(runs: dict[str, Path], out: Path) -> Path:
             if (bits := points[-1].get("bits_per_byte")) is not None:
                 final += f" ({bits:.3f} bits per byte)"
             axes.plot(
-                [r["tokens"] for r in points],
+                [float(r.get("tokens") or 0) for r in points],
                 [r["loss"] for r in points],
                 color=_CYCLE[index % len(_CYCLE)],
                 linestyle=("-", "--", ":")[index // len(_CYCLE) % 3],
@@ -271,11 +270,13 @@ def _smoothed(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _unigram_nats(run_dir: Path, validation: list[Record]) -> float | None:
-    try:
-        summary = json.loads((run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = run_dir / SUMMARY_FILE
+    if not path.exists():
         return None
-    if (nats := summary.get("unigram_nats_per_token")) is not None:
+    summary = read_object(path)
+    if wrong := mistyped(summary, SUMMARY):
+        raise UserError(f"{path} is damaged: {wrong}")
+    if isinstance(nats := summary.get("unigram_nats_per_token"), int | float):
         return float(nats)
     bits = summary.get("unigram_bits_per_byte")
     for record in reversed(validation):

@@ -6,7 +6,7 @@ nothing. A train record (units as written):
     {"kind": "train", "step": 17, "tokens": 557056, "loss": 2.31,   # steps and tokens done so far,
      "tokens_per_second": 21000.0, "step_seconds": 0.4,             # nats per token over the batch
      "time": 1795270000.0, "checkpoint_seconds": 0.0,               # Unix time; waited before it
-     "dropped_steps": 0,
+     "dropped_steps": 0, "dropped_because": None,                   # a text where it was dropped
      "bytes_sent": 654321, "bytes_saved": 123456,     # so far, inter-node, by a node; or not sent
      "levels": {"slow": {"period": 16, "learning_rate": 3e-3, "grad_norm": None, "updates": 1,
                          "reductions": 1, "updated": False, "window_fill": 0.06,
@@ -31,8 +31,10 @@ from typing import Any
 
 from nlscale.config.units import human_count
 from nlscale.errors import UserError
+from nlscale.telemetry import screen
 from nlscale.telemetry.figures import METRICS_FILE, SUMMARY_FILE, draw_loss
 from nlscale.telemetry.files import LineFile, replace, to_json
+from nlscale.telemetry.records import SET_ASIDE_FILE
 from nlscale.telemetry.terminal import (
     LiveScreen,
     Pace,
@@ -88,6 +90,7 @@ class Telemetry:
         self._first: tuple[int, float] | None = None
         self._last_validation: float | None = None
         self._was_finite = True
+        self._screen_is_lost = False
         self.note(
             f"run {self._run_dir.resolve().name}: {total_steps} steps of "
             f"{human_count(tokens_per_step)} tokens, {human_count(total_steps * tokens_per_step)} "
@@ -164,15 +167,30 @@ class Telemetry:
         return self._metrics.records()
 
     def truncate_after(self, step: int) -> list[dict[str, Any]]:
-        """Drop the records of steps after `step` from metrics.jsonl; returns them.
+        """Move the records of steps after `step` out of metrics.jsonl; returns them.
 
-        A run that resumes from `step` calls it first, or the file would show steps twice. The
-        file is replaced whole or not at all.
+        A run that resumes from `step` calls it first, or the file would show steps twice. They go
+        to set-aside.jsonl, with lines that are no records, and a line says so.
 
         Raises:
             UserError: metrics.jsonl cannot be written.
         """
-        return self._metrics.keep(lambda record: record.get("step", step) <= step)
+        aside = self._run_dir / SET_ASIDE_FILE
+        gone, unreadable = self._metrics.keep(
+            lambda record: int(record.get("step") or 0) <= step, aside
+        )
+        if gone:
+            steps = [int(record.get("step") or 0) for record in gone]
+            self.note(
+                f"records of steps {min(steps):,} to {max(steps):,} ({len(gone)} of them) are set "
+                f"aside in {aside}: those steps are taken again"
+            )
+        if unreadable:
+            self.warn(
+                f"{METRICS_FILE}: {_lines(unreadable)} no record; set aside in {aside}, all others "
+                f"are kept"
+            )
+        return gone
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json, draw loss.png, print the summary and end the wandb run.
@@ -203,6 +221,7 @@ class Telemetry:
         self._screen.stop()
         if self._wandb:
             self._wandb.finish(failed=failed)
+        self._note_lost_screen()
         self._metrics.close()
         self._log.close()
 
@@ -230,7 +249,25 @@ class Telemetry:
         self._log_line(line)
 
     def _log_line(self, line: str) -> None:
-        self._log.append(f"{datetime.now().isoformat(sep=' ', timespec='seconds')}  {line}")
+        self._note_lost_screen()
+        self._log.append(f"{_now()}  {line}")
+
+    def _note_lost_screen(self) -> None:
+        """Say once, where it still can be said, that nothing is shown any more."""
+        why = screen.lost()
+        if why is None or self._screen_is_lost:
+            return
+        self._screen_is_lost = True
+        lost = f"the screen could not be written ({why}); the run goes on without it"
+        self._log.append(f"{_now()}  warning: {lost}")
+
+
+def _now() -> str:
+    return datetime.now().isoformat(sep=" ", timespec="seconds")
+
+
+def _lines(count: int) -> str:
+    return "1 line is" if count == 1 else f"{count} lines are"
 
 
 class _Silent(Telemetry):

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import netrc
 import os
+import re
 import secrets
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from nlscale.errors import UserError
+from nlscale.telemetry.files import replace
 
 _MODES = ("auto", "online", "offline", "disabled")
 _ID_FILE = "wandb_id"
+_ID = re.compile(rb"[\w.-]{1,128}")
+_TEMPORARY = "wandb/tmp"
 # A network that swallows packets must hold the run up for seconds, not for wandb's own minutes.
 _INIT_SECONDS = 20
 _FINISH_SECONDS = 60
@@ -64,6 +71,7 @@ class WandbRun:
         self._run_dir, self._options, self._config = run_dir, options, dict(config)
         self._note, self._warn = note, warn
         self._run: Any = None
+        self._id: str | None = None
         mode = options.mode
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if has_api_key() else "offline")
@@ -73,6 +81,7 @@ class WandbRun:
                 "wandb: no API key (WANDB_API_KEY or `wandb login`), so the run is tracked offline"
             )
             mode = "offline"
+        self._remove_temporary()  # of a start that was killed
         try:
             self._start(mode)
         except Exception as error:
@@ -100,6 +109,10 @@ class WandbRun:
         run, self._run = self._run, None
         if run is None:
             return
+        self._finish(run, summary, failed)
+        self._remove_temporary()
+
+    def _finish(self, run: Any, summary: Mapping[str, Any] | None, failed: bool) -> None:
         try:
             if summary:
                 run.summary.update(dict(summary))
@@ -109,6 +122,10 @@ class WandbRun:
 
     # mode: Any, because wandb's own type is a closed Literal.
     def _start(self, mode: Any, id_suffix: str = "") -> None:
+        with _temporary_folders_in(self._run_dir / _TEMPORARY):
+            self._init(mode, id_suffix)
+
+    def _init(self, mode: Any, id_suffix: str) -> None:
         import wandb  # slow to import, and most runs do not use it
 
         settings: dict[str, Any] = {
@@ -140,18 +157,54 @@ class WandbRun:
 
     @property
     def id(self) -> str:
-        """The id of the run, kept in its directory."""
+        """The id of the run, kept in its directory.
+
+        Raises:
+            UserError: the file cannot be read or written.
+        """
+        if self._id is None:
+            self._id = self._kept_id()
+        return self._id
+
+    def _kept_id(self) -> str:
         path = self._run_dir / _ID_FILE
-        if not path.exists():
-            path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
-        return path.read_text(encoding="utf-8").strip()
+        try:
+            kept = path.read_bytes() if path.exists() else None
+            if kept is not None and _ID.fullmatch(kept.strip()):
+                return kept.strip().decode()
+            if kept is not None:
+                self._note(f"warning: {path} holds no id; this run is tracked under a new one")
+            new = secrets.token_hex(4)
+            replace(path, f"{new}\n".encode())
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        return new
+
+    def _remove_temporary(self) -> None:
+        shutil.rmtree(self._run_dir / _TEMPORARY, ignore_errors=True)
 
     def _give_up(self, action: str, error: Exception) -> None:
         self._run = None
+        self._remove_temporary()
         self._warn(
             f"wandb: {action} failed ({_reason(error)}); off for the rest of this run, "
             "metrics.jsonl goes on"
         )
+
+
+@contextmanager
+def _temporary_folders_in(folder: Path) -> Iterator[None]:
+    """Let wandb make its temporary folders there, as it does when it is imported, and anew.
+
+    In the machine's own they would stay for ever where the process is killed, or forked and so
+    ends without the clean-up that wandb relies on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    before, tempfile.tempdir = tempfile.tempdir, str(folder.resolve())
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def has_api_key() -> bool:

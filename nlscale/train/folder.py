@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from nlscale.checkpoint import FOLDER
 from nlscale.config import recipe
+from nlscale.config.fields import path_of
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
+from nlscale.telemetry.fields import SUMMARY
 from nlscale.telemetry.figures import METRICS_FILE, SUMMARY_FILE, read_records
+from nlscale.telemetry.files import read_object
+from nlscale.telemetry.records import mistyped
 
 if TYPE_CHECKING:
     import pyarrow
@@ -41,19 +44,20 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """What summary.json holds; None until the run has finished."""
-        path = self.folder / SUMMARY_FILE
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {error}") from None
+        """What summary.json holds; None until the run has finished.
+
+        Raises:
+            UserError: the file is damaged, or cannot be read.
+        """
+        return read_summary(self.folder / SUMMARY_FILE)
 
     @property
     def finished(self) -> bool:
-        """Whether its last step is taken and its summary written."""
-        return (self.folder / SUMMARY_FILE).exists()
+        """Whether its last step is taken and its summary written; one that is damaged is not."""
+        try:
+            return self.summary is not None
+        except UserError:
+            return False
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -95,9 +99,25 @@ class Run:
         return pyarrow.table(columns)
 
 
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """What the summary.json of a run holds; None where there is none.
+
+    Raises:
+        UserError: it is damaged, or cannot be read; one line with its path.
+    """
+    if not path.exists():
+        return None
+    summary = read_object(path)
+    if not summary.keys() & SUMMARY.keys():
+        raise UserError(f"{path} is damaged: it holds nothing of a run's summary")
+    if wrong := mistyped(summary, SUMMARY):
+        raise UserError(f"{path} is damaged: {wrong}")
+    return summary
+
+
 def read(path: str | Path) -> Run:
     """See `nlscale.read`."""
-    folder = Path(path)
+    folder = path_of(path)
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(
             f"no run in {folder}: it has no {CONFIG_FILE}; give the folder that run.dir named"

@@ -8,18 +8,17 @@ Nothing goes back up, and every rank takes the same decisions because it sees th
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nlscale.checkpoint.resume import check_store, resume
+from nlscale.checkpoint.resume import resume
 from nlscale.checkpoint.saver import Saver, saves, store_of
 from nlscale.checkpoint.state import start_from_weights
 from nlscale.cluster.life.attempts import Attempts, goodput, time_spent
 from nlscale.cluster.life.deadline import Deadline
+from nlscale.cluster.life.place import place
 from nlscale.cluster.life.signals import StopSignals
 from nlscale.cluster.life.watch import begin_step, doing
 from nlscale.config import recipe
@@ -31,10 +30,13 @@ from nlscale.parallel.consensus import Requests
 from nlscale.parallel.layout import Layout, process_groups
 from nlscale.step import stragglers
 from nlscale.step.trainer import Trainer
-from nlscale.telemetry.figures import LOSS_FIGURE, SUMMARY_FILE
+from nlscale.telemetry.figures import LOSS_FIGURE
 from nlscale.telemetry.run import Telemetry, WandbOptions
+from nlscale.telemetry.terminal import loss_text
 from nlscale.train.batches import StepReader
-from nlscale.train.folder import CONFIG_FILE
+from nlscale.train.claim import Claim
+from nlscale.train.dropped import Drops
+from nlscale.train.found import look
 from nlscale.train.prepare import Prepared
 from nlscale.train.summary import (
     describe,
@@ -55,40 +57,35 @@ def train(config: Config, prepared: Prepared, signals: StopSignals) -> dict[str,
         signals: that tell this process to stop, entered.
 
     Raises:
-        UserError: run.dir holds another run; raised before any process group exists.
+        UserError: run.dir is held by another process, or holds another run; nothing was written.
         GaveUp: this Slurm job has started it too often without a new checkpoint; likewise.
         TrainingFailed: the run started and cannot go on.
         LostRank: a rank was lost, hangs, or never came.
         Stopped: it was asked to, by a signal to any rank, or its job is about to end.
         SaidElsewhere: another rank has said why.
     """
-    run_dir = Path(config.run.dir)
-    finished = finished_summary(config, run_dir)
-    if finished is not None:
-        if os.environ.get("RANK", "0") == "0":
-            print(
-                f"{run_dir} has finished before, with validation loss "
-                f"{finished['final_val_loss']:.3f}; remove it to train anew\n"
-                f"figure: {run_dir / LOSS_FIGURE}"
-            )
-        return finished
-    attempts = Attempts(run_dir)
-    if saves(config.checkpoint):
-        check_store(config, prepared.data, store_of(config.run))
-        newest = store_of(config.run).checkpoints()[-1:]
-        attempts.check(newest[0].step if newest else 0, config.run.max_restarts)
-    try:
-        with process_groups(config, attempts.end) as layout:
-            if layout.is_writer:
-                run_dir.mkdir(parents=True, exist_ok=True)
-                recipe.write(config, run_dir / CONFIG_FILE)
-            with _telemetry(config, prepared, layout) as telemetry:
-                return _run(config, prepared, layout, telemetry, signals, attempts)
-    except SaidElsewhere:
-        raise
-    except BaseException as error:
-        attempts.end(str(error) if isinstance(error, UserError) else repr(error))
-        raise
+    run_dir, store = Path(config.run.dir), store_of(config.run)
+    found = look(config, prepared.data, run_dir, store)
+    if found.summary is not None:
+        return _finished_before(run_dir, found.summary)
+    with Claim(config, prepared.data) as claim:
+        attempts = Attempts(run_dir, claim.is_ours)
+        if saves(config.checkpoint):
+            newest = store.checkpoints()[-1:]
+            attempts.check(newest[0].step if newest else 0, config.run.max_restarts)
+        try:
+            with process_groups(config, attempts.end, {"the data": prepared.data}) as layout:
+                claim.take(layout)
+                if claim.found.summary is not None:  # meanwhile
+                    return _finished_before(run_dir, claim.found.summary)
+                attempts.read()
+                with _telemetry(config, prepared, layout) as telemetry:
+                    return _run(config, prepared, layout, telemetry, signals, attempts, claim)
+        except SaidElsewhere:
+            raise
+        except BaseException as error:
+            attempts.end(str(error) if isinstance(error, UserError) else repr(error))
+            raise
 
 
 def _run(
@@ -98,16 +95,21 @@ def _run(
     telemetry: Telemetry,
     signals: StopSignals,
     attempts: Attempts,
+    claim: Claim,
 ) -> dict[str, Any]:
+    for line in claim.found.notes:
+        telemetry.note(line)
+    for line in [*claim.found.warnings, *attempts.warnings()]:
+        telemetry.warn(line)
     trainer = Trainer.build(config, layout, prepared.levels, prepared.vocabulary)
     telemetry.note(describe(config, prepared, layout))
     layers, stagger = config.model.layers, config.levels.stagger
     for warning in slow_level_warnings(prepared.levels, layers, stagger, config.train.steps):
         telemetry.warn(warning)
-    with _begin(trainer, prepared, telemetry, signals, attempts) as saver:
+    with _begin(trainer, prepared, telemetry, signals, attempts, claim) as saver:
         counters, optimizer = trainer.counters, trainer.optimizer
         reader = StepReader(trainer, prepared)
-        deadline = Deadline()
+        deadline, drops = Deadline(), Drops(config, prepared.tokens_per_step)
         warned: set[int] = set()
         slow_ranks: set[int] = set()
         speeds: list[float] = []
@@ -115,7 +117,7 @@ def _run(
         seconds = 0.0
         signals.training()
         if counters.step in (0, config.train.steps):
-            held_out = _validate(prepared, trainer, telemetry)
+            held_out = _validate(prepared, trainer, telemetry, claim)
         while counters.step < config.train.steps:
             started, stalled = time.monotonic(), saver.take_stalled()
             begin_step(counters.step + 1)
@@ -132,13 +134,14 @@ def _run(
             step = counters.step
             if verdict.asked.failed:
                 saver.give_up()
-            _give_up_after(config, counters.dropped_in_a_row, step)
+            drops.see(verdict, step, counters.dropped_in_a_row)
             for level in standing_still(updated) - warned:
                 telemetry.warn(hardly_moves(prepared.levels[level].name, step, updated[level]))
                 warned.add(level)
             _check_replicas(trainer)
             seconds = time.monotonic() - started
             speeds.append(verdict.tokens / seconds)
+            claim.check()
             telemetry.train_step(
                 {
                     "kind": "train",
@@ -150,6 +153,7 @@ def _run(
                     "step_seconds": seconds,
                     "checkpoint_seconds": stalled,
                     "dropped_steps": counters.dropped,
+                    "dropped_because": verdict.dropped_because,
                     "bytes_sent": counters.bytes_sent,
                     "bytes_saved": counters.bytes_saved,
                     "levels": level_records(prepared, optimizer, updated),
@@ -158,7 +162,7 @@ def _run(
             )
             last = step == config.train.steps
             if step % config.train.validate_every == 0 or last:
-                held_out = _validate(prepared, trainer, telemetry)
+                held_out = _validate(prepared, trainer, telemetry, claim)
             if saves(config.checkpoint) and (verdict.asked.save or verdict.asked.stop or last):
                 saver.save()
             if verdict.asked.stop and not last:
@@ -168,6 +172,7 @@ def _run(
 
     summary = summarise(trainer, prepared, held_out, speeds)
     if layout.is_writer:
+        claim.check()
         summary["goodput"] = goodput(attempts.events, telemetry.records(), time.time())
     telemetry.finish(summary)
     return summary
@@ -179,6 +184,7 @@ def _begin(
     telemetry: Telemetry,
     signals: StopSignals,
     attempts: Attempts,
+    claim: Claim,
 ) -> Saver:
     """Go on from the run's newest checkpoint, or start from weights that were given or drawn."""
     store = store_of(trainer.config.run)
@@ -194,13 +200,15 @@ def _begin(
         telemetry.note(f"starting from the weights in {trainer.config.run.weights}")
     # Also of a run that ended before its first checkpoint, which is taken from the beginning.
     step = checkpoint.step if checkpoint is not None else -1
+    claim.check()
     before = telemetry.records()
     lost = telemetry.truncate_after(step)
     if trainer.layout.is_writer:
         redone = sum(time_spent(lost).values())
-        seen = [record["time"] for record in before if "time" in record]
+        seen = [record["time"] for record in before if record.get("time") is not None]
         attempts.begin(signals.since, max(step, 0), redone, seen[-1] if seen else None)
-    return Saver(trainer, prepared.data, telemetry.wandb_id, store, telemetry.note)
+    wandb_id, note = telemetry.wandb_id, telemetry.note
+    return Saver(trainer, prepared.data, wandb_id, store, note, claim.check)
 
 
 def _ranks(trainer: Trainer, telemetry: Telemetry, warned: set[int]) -> dict[str, Any]:
@@ -215,7 +223,9 @@ def _ranks(trainer: Trainer, telemetry: Telemetry, warned: set[int]) -> dict[str
     return {"ranks": asdict(spread)}
 
 
-def _validate(prepared: Prepared, trainer: Trainer, telemetry: Telemetry) -> dict[str, Any]:
+def _validate(
+    prepared: Prepared, trainer: Trainer, telemetry: Telemetry, claim: Claim
+) -> dict[str, Any]:
     """The validation's record; other evaluations that the configuration names follow it."""
 
     def ask(name: str, kind: str) -> dict[str, Any]:
@@ -237,36 +247,24 @@ def _validate(prepared: Prepared, trainer: Trainer, telemetry: Telemetry) -> dic
         return {**own, **found}
 
     record = ask("loss", "validation")
+    claim.check()
     telemetry.validation(record)
     for name in trainer.config.evaluate:
-        telemetry.evaluation(name, ask(name, "evaluation"))
+        found = ask(name, "evaluation")
+        claim.check()
+        telemetry.evaluation(name, found)
     return record
 
 
-def finished_summary(config: Config, run_dir: Path) -> dict[str, Any] | None:
-    """The summary of the run in that folder, if it is this very run and has finished.
-
-    Raises:
-        UserError: another run has finished there.
-    """
-    summary, written = run_dir / SUMMARY_FILE, run_dir / CONFIG_FILE
-    if not summary.exists():
-        return None
-    if not _is_of(config, written):
-        raise UserError(
-            f"{run_dir} holds another finished run; give run.dir=... or remove that folder"
+def _finished_before(run_dir: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """Say so, once."""
+    if place().rank == 0:
+        print(
+            f"{run_dir} has finished before, with validation loss "
+            f"{loss_text(summary.get('final_val_loss'))}; more train.steps make it longer, another "
+            f"run.dir trains anew\nfigure: {run_dir / LOSS_FIGURE}"
         )
-    return json.loads(summary.read_text())
-
-
-def _is_of(config: Config, written: Path) -> bool:
-    """Whether that file is what `recipe.write` makes of the configuration."""
-    mine = recipe.to_plain(config)
-    mine["run"]["imports"] = []
-    try:
-        return recipe.to_plain(recipe.load(written).config) == mine
-    except UserError:  # none, or of a mixer that this process knows nothing of
-        return False
+    return summary
 
 
 def _telemetry(config: Config, prepared: Prepared, layout: Layout) -> Telemetry:
@@ -295,14 +293,3 @@ def _check_replicas(trainer: Trainer) -> None:
             f"replicas differ after step {step}, first in {different}: a rank computed "
             f"something else than the others; check its memory and GPU before going on"
         )
-
-
-def _give_up_after(config: Config, dropped_in_a_row: int, step: int) -> None:
-    if dropped_in_a_row < config.train.max_dropped_steps:
-        return
-    raise TrainingFailed(
-        f"{dropped_in_a_row} steps in a row were dropped, the last of them step {step}: loss or "
-        f"gradient not finite{' or spiking' if config.train.drop_spikes else ''}; "
-        f"{config.model.mixer} diverged. Lower optimizer.learning_rate "
-        f"({config.optimizer.learning_rate:g}) or use model.mixer=hope"
-    )

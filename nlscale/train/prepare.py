@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nlscale.cluster.life.place import place
 from nlscale.config.vocabulary import Config
 from nlscale.data import BatchReader, Samples, TokenShards
 from nlscale.data.index import Index
@@ -41,12 +41,12 @@ def prepare(config: Config) -> Prepared:
     Raises:
         UserError: one line with the numbers and a fix.
     """
-    train, model = config.train, config.model
-    data_parallel = check_sizes(config, int(os.environ.get("WORLD_SIZE", "1")))
+    train, model, here = config.train, config.model, place()
+    data_parallel = check_sizes(config, here.world)
     tokens_per_step = train.global_batch * config.data.sequence_length
     levels = spectrum(config.levels, tokens_per_step)
     check_evaluations(config.evaluate)
-    verify = int(os.environ.get("RANK", "0")) == 0
+    verify = here.rank == 0
     shards = TokenShards(Path(config.data.dir), "train", verify=verify)
     held_out = TokenShards(Path(config.data.dir), "validation", verify=verify)
     model.vocabulary = model.vocabulary or shards.vocabulary

@@ -12,66 +12,104 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
+from nlscale.cluster.life.place import VARIABLES, alone
+from nlscale.cluster.life.signals import handled
 from nlscale.config import recipe as recipes
 from nlscale.errors import GaveUp, LostRank, Stopped, TrainingFailed, UserError
 from nlscale.train.folder import Run, read
 
 _ERRORS = {e.exit_code: e for e in (UserError, TrainingFailed, GaveUp, LostRank, Stopped)}
-_OF_LAUNCHERS = (
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
-    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
-    "TORCHELASTIC_USE_AGENT_STORE",
-)
 _POLL_SECONDS = 0.05
 _OTHERS_SECONDS = 90.0
 """For which the others may go on when a rank has failed: those that have met it end before."""
+MOST_REASON_BYTES = 1 << 15
+"""Of a reason; a pipe holds as much without a reader."""
 
 
 def start(recipe: str | Path, overrides: Sequence[str], ranks: int, imports: Sequence[str]) -> Run:
     """See `nlscale.start`."""
     if ranks < 1:
         raise UserError(f"ranks={ranks}; a run has 1 or more")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "nlscale.start makes ranks of its own, and this process is one of several already "
-            "(WORLD_SIZE); call it without torchrun"
-        )
+    alone("nlscale.start")
     modules = [f"run.imports=[{','.join(imports)}]"] if imports else []
     config = recipes.load(recipe, [*overrides, *modules], trusted=True).config
     named = [f"--import={module}" for module in imports]
-    with tempfile.TemporaryDirectory(prefix="nlscale-") as folder:
-        reasons = [Path(folder) / str(rank) for rank in range(ranks)]
-        program = [sys.executable, "-m", "nlscale.train.child"]
-        asked = ["train", str(recipe), *overrides, *named]
-        processes = [
-            subprocess.Popen(
-                [*program, str(reason), *asked],
-                env=environment,
-                stdin=subprocess.PIPE,
-                start_new_session=True,
-            )
-            for reason, environment in zip(reasons, _environments(ranks), strict=True)
-        ]
+    with _told_to_end() as told:
+        reasons: list[int] = []
+        processes: list[subprocess.Popen[bytes]] = []
         try:
-            ended = _wait(processes)
+            for environment in _environments(ranks):
+                process, reason = _start(environment, ["train", str(recipe), *overrides, *named])
+                processes.append(process)
+                reasons.append(reason)
+            ended = _wait(processes, told)
         finally:
             for process in processes:
                 assert process.stdin is not None
                 process.stdin.close()  # one that still runs stops then, with a checkpoint
             for process in processes:
                 process.wait()
-        _raise(ended, reasons)
+            why = [_read(reason) for reason in reasons]
+    _raise(ended, why)
     return read(config.run.dir)
+
+
+def _start(environment: dict[str, str], asked: list[str]) -> tuple[subprocess.Popen[bytes], int]:
+    """A rank, and the end of the pipe into which it says why it ends."""
+    reading, writing = os.pipe()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nlscale.train.child", str(writing), *asked],
+            env=environment,
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            pass_fds=[writing],
+        )
+    except BaseException:
+        os.close(reading)
+        raise
+    finally:
+        os.close(writing)
+    return process, reading
+
+
+def _read(reason: int) -> str:
+    """What a rank that has ended has left in its pipe; closes it."""
+    os.set_blocking(reason, False)
+    with open(reason, "rb", buffering=0) as pipe:
+        return (pipe.read(2 * MOST_REASON_BYTES) or b"").decode("utf-8", errors="replace")
+
+
+@contextmanager
+def _told_to_end() -> Iterator[list[int]]:
+    """The signals that come and would end this process: it ends by the first, after the body.
+
+    One that the caller handles, or ignores as under nohup, is left to them.
+    """
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    ends = (signal.SIGTERM, signal.SIGHUP)
+    fatal = tuple(n for n in ends if signal.getsignal(n) is signal.SIG_DFL)
+    try:
+        with handled(fatal, note):
+            yield came
+    finally:
+        if came:
+            os.kill(os.getpid(), came[0])
 
 
 def _environments(ranks: int) -> list[dict[str, str]]:
     """Of each rank, as torchrun makes it; of a single one as without torchrun."""
-    own = {name: value for name, value in os.environ.items() if name not in _OF_LAUNCHERS}
+    own = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     if ranks == 1:
         return [own]
     with socket.socket() as probe:
@@ -88,14 +126,18 @@ def _environments(ranks: int) -> list[dict[str, str]]:
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
+def _wait(processes: Sequence[subprocess.Popen[bytes]], told: list[int]) -> dict[int, int]:
     """Exit codes by rank, in the order in which they ended.
+
+    Args:
+        processes: by rank.
+        told: signals that ask this process to end, as they come; the ranks are asked to stop.
 
     Raises:
         KeyboardInterrupt: one came, and all have ended.
     """
     ended: dict[int, int] = {}
-    interrupted = False
+    interrupted = handed_on = False
     others_until = float("inf")
     while len(ended) < len(processes):
         try:
@@ -108,6 +150,10 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
             if time.monotonic() > others_until:
                 for process in processes:
                     process.kill()
+            if told and not handed_on:
+                handed_on = True
+                for process in processes:
+                    process.send_signal(signal.SIGTERM)
             time.sleep(_POLL_SECONDS)
         except KeyboardInterrupt:
             interrupted = True
@@ -118,15 +164,15 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
     return ended
 
 
-def _raise(ended: dict[int, int], reasons: list[Path]) -> None:
+def _raise(ended: dict[int, int], reasons: list[str]) -> None:
     """Raise what the first rank that failed and knows why has said, if any failed."""
     failed = [rank for rank, code in ended.items() if code]
     if not failed:
         return
-    rank = next((rank for rank in failed if reasons[rank].exists()), failed[0])
+    rank = next((rank for rank in failed if reasons[rank]), failed[0])
     code = ended[rank]
-    if reasons[rank].exists():
-        raise _ERRORS.get(code, TrainingFailed)(reasons[rank].read_text(encoding="utf-8"))
+    if reasons[rank]:
+        raise _ERRORS.get(code, TrainingFailed)(reasons[rank])
     if code < 0:
         name = signal.Signals(-code).name
         hint = "; out of memory?" if name == "SIGKILL" else ""

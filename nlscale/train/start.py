@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nlscale.cluster.life.deadline import Deadline
+from nlscale.cluster.life.imports import importing
+from nlscale.cluster.life.owner import refuse_if_alive
+from nlscale.cluster.life.place import place
 from nlscale.cluster.life.signals import StopSignals
 from nlscale.config import recipe
 from nlscale.train.prepare import prepare
@@ -16,16 +20,23 @@ def start(path: str | Path, overrides: list[str]) -> int:
         The exit code of a run that has finished.
 
     Raises:
-        UserError: as `nlscale.train.prepare.prepare` and `nlscale.train.loop.train`.
+        UserError: as `nlscale.cluster.life.place.place`, `nlscale.train.prepare.prepare` and
+            `nlscale.train.loop.train`.
     """
+    place()  # what the environment says in part, or cannot mean, is refused before all else
+    Deadline().refuse_past()
     with StopSignals() as signals:
         config = recipe.load(path, overrides, trusted=True).config
+        refuse_if_alive(Path(config.run.dir))
         prepared = prepare(config)
         # What follows imports torch: only what has been checked waits for it.
-        from nlscale.parallel.cpu import import_megatron_core
+        with importing():
+            from nlscale.parallel.cpu import import_megatron_core
 
-        import_megatron_core()
-        from nlscale.train.loop import train
+            import_megatron_core()
+            import torch._dynamo  # noqa: F401  # which the first optimizer would import
+
+            from nlscale.train.loop import train
 
         train(config, prepared, signals)
     return 0

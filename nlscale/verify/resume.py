@@ -6,7 +6,6 @@ behind, their last checkpoints and their metrics, is compared.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -25,7 +24,7 @@ from nlscale.config import recipe
 from nlscale.errors import TrainingFailed, UserError
 from nlscale.levels.spectrum import spectrum
 from nlscale.plan.checks import check_sizes
-from nlscale.telemetry.figures import METRICS_FILE
+from nlscale.telemetry.figures import read_records
 
 _KEYS = ("ranks", "tensor", "pipeline", "virtual_stages", "sequence", "ranks_per_node")
 _POLL_SECONDS = 0.01
@@ -267,11 +266,11 @@ def _checkpoint(run_dir: Path, step: int) -> Checkpoint:
 def _losses(run_dir: Path, last: int) -> dict[int, float]:
     """Training losses up to a step; one that is there twice counts as no number."""
     losses: dict[int, float] = {}
-    for line in (run_dir / METRICS_FILE).read_text().splitlines():
-        record = json.loads(line)
-        step = record["step"]
-        if record["kind"] == "train" and step <= last:
-            losses[step] = math.nan if step in losses else record["loss"]
+    for record in read_records(run_dir):
+        step = record.get("step", 0)
+        if record.get("kind") == "train" and step <= last:
+            loss = record.get("loss")
+            losses[step] = math.nan if step in losses or loss is None else loss
     return losses
 
 

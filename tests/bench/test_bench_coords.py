@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import stand_at
 
 from nlscale import cli
 from nlscale.bench.coords import SMALL_MODEL, check_coordinates
@@ -147,6 +148,6 @@ def test_what_it_cannot_do_is_refused(
     ):
         code, out, err = bench(capsys, *arguments)
         assert (code, out) == (2, "") and says in err and err.count("\n") == 1
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    stand_at(monkeypatch, 0, 2)
     code, _, err = bench(capsys)
     assert code == 2 and "without torchrun" in err

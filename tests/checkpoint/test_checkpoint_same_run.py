@@ -50,3 +50,15 @@ def test_how_and_where_it_runs_may_change(free: str) -> None:
 def test_what_it_computes_may_not(other: str) -> None:
     with pytest.raises(UserError, match=other.split("=")[0]):
         check_same_run(config(other), {}, saved(), "it")
+
+
+def test_fewer_steps_than_were_taken_are_refused() -> None:
+    longer = saved() | {"step": 30}
+    with pytest.raises(UserError, match=r"has taken 30 steps, and train\.steps is 20"):
+        check_same_run(config("train.steps=20", "resume.allow=[train.steps]"), {}, longer, "it")
+
+
+@pytest.mark.parametrize("state", [{}, {"config": {}}, {"config": 7, "data": {}}])
+def test_a_state_that_holds_no_run_is_one_line(state: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"^it is damaged: its state holds no [^\n]*$"):
+        check_same_run(config(), {}, state, "it")

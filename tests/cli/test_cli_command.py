@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from places import stand_at
 
 from nlscale import cli
 from nlscale.cli.command import _parser
@@ -118,7 +119,7 @@ def test_train_refuses_a_batch_that_does_not_divide(nlscale: Nlscale, recipe_fil
 def test_train_counts_the_ranks_of_the_run(
     nlscale: Nlscale, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "5")
+    stand_at(monkeypatch, 0, 5)
     line = refused(nlscale("train", str(recipe_file), "train.global_batch=8"))
     assert "5 data-parallel ranks" in line and "use 20" in line
     line = refused(nlscale("train", str(recipe_file), "parallel.tensor=2"))
@@ -151,7 +152,7 @@ def test_train_refuses_what_does_not_fit_four_ranks(
     overrides: str,
     says: str,
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    stand_at(monkeypatch, 0, 4)
     line = refused(nlscale("train", str(recipe_file), "train.global_batch=8", *overrides.split()))
     assert re.search(says, line), line
 
@@ -202,7 +203,7 @@ def test_train_refuses_impossible_sizes(
     override: str,
     says: str,
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2" if "pipeline" in override else "1")
+    stand_at(monkeypatch, 0, 2 if "pipeline" in override else 1)
     assert says in refused(nlscale("train", str(recipe_file), override))
     assert not (recipe_file.parent / "runs").exists()
 
@@ -222,7 +223,7 @@ def test_train_refuses_what_tensor_parallel_cannot_split(
     overrides: list[str],
     says: str,
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    stand_at(monkeypatch, 0, 2)
     line = refused(nlscale("train", str(recipe_file), "parallel.tensor=2", *overrides))
     assert says in line and "parallel.tensor 2" in line
 
@@ -234,7 +235,7 @@ def test_the_first_rank_of_a_node_complains_first(
     monkeypatch.setattr(time, "sleep", waited.append)
     refused(nlscale("train", str(recipe_file), "train.stepz=3"))
     assert not waited
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    stand_at(monkeypatch, 1, 2)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
     refused(nlscale("train", str(recipe_file), "train.stepz=3"))
     # torchrun ends the others when the first has failed: they speak only if it has nothing to say
@@ -266,7 +267,7 @@ def test_config_explains_a_key_wherever_the_overrides_stand(
 
 def test_config_lists_keys_and_asks_for_a_recipe(nlscale: Nlscale) -> None:
     code, printed, _ = nlscale("config", "--keys")
-    assert code == 0 and "\ntrain.steps (1000): " in printed
+    assert code == 0 and "\ntrain.steps (1000; above 0): " in printed
     assert "recipe" in refused(nlscale("config"))
 
 

@@ -26,6 +26,7 @@ def texts(tmp_path: Path) -> Path:
     for i in range(20):
         (folder / f"{i:02d}.txt").write_text(f"text number {i}, " * 10)
     (folder / "bad.txt").write_bytes(b"\xe9")
+    (folder / "page.html").write_bytes(b"<p>")
     return folder
 
 
@@ -33,14 +34,21 @@ def test_build_and_info(texts: Path, capsys: pytest.CaptureFixture[str]) -> None
     out = texts.parent / "out"
     command = ["build", "--source", str(texts / "00.txt"), str(texts / "01.txt")]
     command += ["--source", str(texts), "--tokenizer", "bytes", "--out", str(out)]
+    with pytest.raises(UserError, match=r"in: 1 of 19 documents .*bad\.txt: .*--max-lost 0\.06"):
+        run(*command)
+    assert not out.exists()
+    command += ["--max-lost", "0.06"]
     assert run(*command) == 0
     printed = capsys.readouterr().out
     assert "seconds" in printed and "bad.txt: not UTF-8" in printed
     assert "bits per byte" in printed and "skipped 1 unreadable" in printed
+    assert "not UTF-8 1" in printed and "lost 0 of 21 files" in printed
+    assert "not read 1 others in the folders: .html 1" in printed and "page.html" in printed
     assert sum(split["documents"] for split in read_index(out)["splits"].values()) == 20
     assert run("info", str(out)) == 0
     info = capsys.readouterr().out
     assert "validation" in info and "tokenizer bytes" in info
+    assert info in printed
     assert run(*command) == 0
     assert "up to date" in capsys.readouterr().err
     with pytest.raises(UserError, match="--overwrite"):
@@ -50,7 +58,8 @@ def test_build_and_info(texts: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_info_names_a_missing_shard(texts: Path) -> None:
     out = texts.parent / "out"
-    run("build", "--source", str(texts), "--tokenizer", "bpe:270", "--out", str(out))
+    command = ["build", "--source", str(texts), "--tokenizer", "bpe:270", "--max-lost", "1"]
+    run(*command, "--out", str(out))
     (out / "validation-000000.tar").unlink()
     with pytest.raises(UserError, match=r"validation-000000\.tar is missing"):
         run("info", str(out))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nlscale.cli import main
+from nlscale.data.build import build
 
 RECIPE = """
 data: {dir: DATA, sequence_length: 32}
@@ -165,8 +166,13 @@ def test_a_figure_of_an_unknown_kind_is_refused(room: Room) -> None:
 
 def test_the_vocabulary_comes_from_the_data(room: Room) -> None:
     assert "model.vocabulary=N" in room.plan("model.vocabulary=null", code=2)
-    (room.folder / "data").mkdir()
-    (room.folder / "data" / "index.json").write_text('{"format": 1, "vocabulary": 100}')
+    (room.folder / "in").mkdir()
+    for i in range(2):
+        (room.folder / "in" / f"{i}.txt").write_text(f"text {i}")
+    build([str(room.folder / "in")], "bytes", room.folder / "data", held_out=0.5)
+    index = json.loads((room.folder / "data" / "index.json").read_text())
+    index |= {"vocabulary": 100, "separator": 99}
+    (room.folder / "data" / "index.json").write_text(json.dumps(index))
     assert room.json("model.vocabulary=null") == room.json()
 
 
@@ -195,10 +201,10 @@ def test_what_does_not_fit_the_cluster_is_named(room: Room, override: str, says:
         ("{name: pair, nodes: 2}", "gpus_per_node, inter_node_gbit, gpu_memory_gib not set"),
         (CLUSTER.replace("nodes: 2", "nodes: many"), "nodes: 'many' is not a whole number"),
         (CLUSTER.replace("0.2", "fast"), "inter_node_gbit: 'fast' is not a number"),
-        (CLUSTER.replace("nodes: 2", "nodes: 0"), "nodes is 0; it must be greater than 0"),
+        (CLUSTER.replace("nodes: 2", "nodes: 0"), "nodes is 0; it must be above 0"),
         (CLUSTER.replace("0.2", ".nan"), "inter_node_gbit is nan"),
         (CLUSTER.replace(", gpu_memory_gib: 2", ""), "gpu_memory_gib not set"),
-        (CLUSTER.replace("gib: 2", "gib: 0"), "gpu_memory_gib is 0.0; it must be greater than 0"),
+        (CLUSTER.replace("gib: 2", "gib: 0"), "gpu_memory_gib is 0.0; it must be above 0"),
         (CLUSTER.replace("gib: 2", "gib: big"), "gpu_memory_gib: 'big' is not a number"),
         ("- 1", "a cluster is a mapping"),
         ("{", "is not YAML"),

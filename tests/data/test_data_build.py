@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from data.corpora import documents, small
 
 from nlscale.data import TokenShards, read_index
 from nlscale.data.build import build
@@ -29,20 +30,6 @@ def write_texts(folder: Path, count: int = 40) -> list[str]:
     for i, text in enumerate(texts):
         (folder / f"{i:03d}.txt").write_bytes(text.encode())
     return texts
-
-
-def small(sources: list[str], out: Path, **options: object):
-    """A build with blocks and shards so small that documents cross both."""
-    defaults = {"held_out": 0.2, "shard_tokens": 700, "block_tokens": 100}
-    return build(sources, "bytes", out, **{**defaults, **options})
-
-
-def documents(out: Path, split: str) -> list[str]:
-    """The documents of a split, cut at the separators."""
-    shards = TokenShards(out, split)
-    data = bytes(shards.read(0, shards.tokens).astype(np.uint8))
-    assert data.endswith(b"\xff")
-    return [part.decode() for part in data[:-1].split(b"\xff")]
 
 
 def digests(out: Path) -> list[str]:
@@ -102,16 +89,19 @@ def test_jsonl_and_parquet_and_what_cannot_be_read(tmp_path: Path) -> None:
     (folder / "f.MD").write_text("six")
     (folder / "ignored.bin").write_bytes(b"\x00")
     (folder / ".hidden.txt").write_text("hidden")
-    index = small([str(folder)], tmp_path / "out")
+    index = small([str(folder)], tmp_path / "out", max_lost=1.0)
     read = documents(tmp_path / "out", "train") + documents(tmp_path / "out", "validation")
     assert sorted(read) == sorted(["one", "three ä", "four", "five", "six"])
     assert index["empty_documents"] == 1
     skipped = {entry["document"]: entry["reason"] for entry in index["skipped"]["first"]}
     places = ["a.jsonl:3", "a.jsonl:4", "a.jsonl:5", "a.jsonl:6", "a.jsonl:7"]
-    places += ["deep/b.parquet:1", "c.parquet", "d.parquet", "e.txt"]
+    places += ["deep/b.parquet:1", "e.txt"]
     assert set(skipped) == {f"{folder}/{place}" for place in places}
     assert index["skipped"]["count"] == len(places)
     assert "not UTF-8" in skipped[f"{folder}/e.txt"]
+    lost = {entry["file"] for entry in index["lost_files"]["first"]}
+    assert lost == {f"{folder}/c.parquet", f"{folder}/d.parquet"}
+    assert (index["lost_files"]["count"], index["lost_files"]["of"]) == (2, 6)
 
 
 def test_same_text_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -269,12 +259,24 @@ def test_sources_that_change_meanwhile_are_noticed(
     [
         ({}, "nowhere", {}, "no source at"),
         ({"in.bin": b"x"}, "in.bin", {}, "suffix"),
-        ({"in/a.bin": b"x"}, "in", {}, "no documents"),
-        ({"in/a.txt": b"\xff"}, "in", {}, r"no documents; 1 could not be read.*a\.txt"),
+        ({"in/a.bin": b"x"}, "in", {}, r"nothing that can be read.*\.bin 1"),
+        ({"in/a.txt": b"\xff"}, "in", {}, r"no documents that can be read: not UTF-8 1.*a\.txt"),
         ({"in/a.txt": b"x", "in/b.txt": b"x"}, "in", {}, "one distinct document"),
         ({"a.txt": b"x"}, "a.txt", {"held_out": 0.0}, "held-out"),
         ({"a.txt": b"x"}, "a.txt", {"shard_tokens": 10}, "--shard-tokens 100"),
         ({"a.txt": b"x"}, "a.txt", {"block_tokens": 0}, "block tokens"),
+        ({"a.txt": b"x"}, "a.txt", {"block_tokens": 10**12}, "block tokens"),
+        ({"a.txt": b"x"}, "a.txt", {"shard_tokens": 10**30}, "shard tokens"),
+        ({"a.txt": b"x"}, "a.txt", {"shard_tokens": -1}, "shard tokens"),
+        ({"a.txt": b"x"}, "a.txt", {"held_out": float("nan")}, "held-out"),
+        ({"a.txt": b"x"}, "a.txt", {"held_out": 1.0}, "held-out"),
+        ({"a.txt": b"x"}, "a.txt", {"held_out": -0.1}, "held-out"),
+        ({"a.txt": b"x"}, "a.txt", {"held_out": float("inf")}, "held-out"),
+        ({"a.txt": b"x"}, "a.txt", {"max_lost": float("nan")}, "max-lost"),
+        ({"a.txt": b"x"}, "a.txt", {"max_lost": -0.1}, "max-lost"),
+        ({"a.txt": b"x"}, "a.txt", {"max_lost": 1.1}, "max-lost"),
+        ({"a.txt": b"x"}, "a.txt", {"seed": 1 << 64}, "seed"),
+        ({"a.txt": b"x"}, "a.txt", {"text_field": ""}, "text field"),
     ],
 )
 def test_what_a_user_can_get_wrong(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,10 +58,18 @@ def test_ids_outside_the_vocabulary_are_refused() -> None:
         ByteTokenizer().decode([256])
 
 
-@pytest.mark.parametrize("spec", ["byte", "bpe", "bpe:", "bpe:-5", "bpe:1.5", "bpe:256", ""])
+@pytest.mark.parametrize(
+    "spec", ["byte", "bpe", "bpe:", "bpe:-5", "bpe:1.5", "bpe:256", "", "bpe:99999999"]
+)
 def test_wrong_names_are_refused(spec: str) -> None:
     with pytest.raises(UserError, match="bpe:"):
         bpe_vocabulary(spec)
+
+
+def test_no_number_is_too_long_to_be_refused() -> None:
+    with pytest.raises(UserError, match="at most") as caught:
+        bpe_vocabulary("bpe:" + "9" * 5000)
+    assert len(str(caught.value)) < 200
 
 
 def test_too_little_text_for_a_bpe_names_the_size_that_it_gives() -> None:
@@ -66,9 +77,40 @@ def test_too_little_text_for_a_bpe_names_the_size_that_it_gives() -> None:
         train_bpe(["abc abd"], 1000)
 
 
-@pytest.mark.parametrize("content", [None, "{", "{}"])
+@pytest.mark.parametrize(
+    "content",
+    [None, "{", "{}", "[" * 100_000, "[]", "1"],
+    ids=["none", "torn", "empty", "deep", "list", "number"],
+)
 def test_missing_and_torn_files(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def _altered(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    train_bpe(CORPUS, 280).save(folder)
+    described = json.loads((folder / "tokenizer.json").read_text())
+    change(described)
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+
+
+def test_a_file_cannot_ask_for_texts_to_be_cut(tmp_path: Path) -> None:
+    cut = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    _altered(tmp_path, lambda described: described.update(truncation=cut))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.decode(loaded.encode(CORPUS[0])) == CORPUS[0]
+
+
+@pytest.mark.parametrize("number", [280, 2**31])
+def test_ids_beyond_their_number_are_refused(tmp_path: Path, number: int) -> None:
+    """They would lie outside the model's embedding."""
+
+    def change(described: dict[str, Any]) -> None:
+        vocabulary = described["model"]["vocab"]
+        vocabulary[max(vocabulary, key=vocabulary.__getitem__)] = number
+
+    _altered(tmp_path, change)
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)

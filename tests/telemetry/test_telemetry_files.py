@@ -14,7 +14,7 @@ import pytest
 
 from nlscale.errors import UserError
 from nlscale.telemetry.figures import read_records
-from nlscale.telemetry.files import LineFile, to_json
+from nlscale.telemetry.files import LineFile, read_object, to_json
 from nlscale.telemetry.run import Telemetry, WandbOptions
 
 
@@ -178,3 +178,81 @@ def test_importing_it_loads_neither_wandb_nor_matplotlib() -> None:
     code = "import sys, nlscale.telemetry.run; print({'wandb', 'matplotlib'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+def test_what_goes_is_set_aside_and_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with telemetry(tmp_path) as first:
+        for step in (1, 2, 3):
+            first.train_step(train(step))
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    with telemetry(tmp_path) as resumed:
+        assert [r["step"] for r in resumed.truncate_after(1)] == [2, 3]
+        assert resumed.truncate_after(1) == []
+    with telemetry(tmp_path) as anew:
+        assert [r["step"] for r in anew.truncate_after(-1)] == [1]
+    aside = (tmp_path / "set-aside.jsonl").read_bytes().splitlines(keepends=True)
+    assert aside == [lines[1], lines[2], lines[0]]
+    said = capsys.readouterr().out
+    assert said.count("records of steps 2 to 3 (2 of them) are set aside in") == 1
+    assert said.count("records of steps 1 to 1 (1 of them) are set aside in") == 1
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"not json", b"", b"7", b"[]", b"\xff\x00", b"[" * 100_000, b'{"kind": "train"}',
+        b'{"kind": "train", "step": "one"}', b'{"kind": "train", "step": 1, "loss": "high"}',
+        b'{"kind": "train", "step": 1, "levels": {"a": null}}',
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_a_line_that_is_no_record_is_set_aside_and_the_others_stay(
+    tmp_path: Path, bad: bytes
+) -> None:
+    good = (to_json(train(1)) + "\n").encode(), (to_json(validation(1)) + "\n").encode()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(good[0] + bad + b"\n" + good[1])
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: "):
+        read_records(tmp_path)
+    with telemetry(tmp_path) as resumed:
+        assert len(resumed.records()) == 2
+        resumed.truncate_after(9)
+    assert path.read_bytes() == b"".join(good)
+    (aside,) = (tmp_path / "set-aside.jsonl").read_text().splitlines()
+    assert json.loads(aside) == {
+        "kind": "unreadable", "line": bad.decode("utf-8", "backslashreplace")
+    }  # fmt: skip
+    log = (tmp_path / "train.log").read_text()
+    assert "metrics.jsonl: 1 line is no record; set aside in" in log
+
+
+def test_where_nothing_can_be_set_aside_no_line_is_lost(tmp_path: Path) -> None:
+    with telemetry(tmp_path) as first:
+        first.train_step(train(1))
+        before = (tmp_path / "metrics.jsonl").read_bytes()
+        (tmp_path / "set-aside.jsonl").symlink_to("/dev/full")
+        with pytest.raises(UserError, match=r"cannot append to .*set-aside\.jsonl: No space left"):
+            first.truncate_after(0)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe\x00", b'{"a": 1', b"7"])
+def test_an_object_that_is_none_is_named_by_its_path(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "summary.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_object(path)
+    assert str(error.value).startswith(f"{path} is damaged: ") and "\n" not in str(error.value)
+
+
+def test_a_file_without_lines_is_set_aside_whole(tmp_path: Path) -> None:
+    content = b"\x00\x01" * (1 << 20)
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with telemetry(tmp_path) as resumed:
+        resumed.truncate_after(9)
+        resumed.train_step(train(1))
+    assert [r["step"] for r in read_records(tmp_path)] == [1]
+    (aside,) = (tmp_path / "set-aside.jsonl").read_text().splitlines()
+    assert json.loads(aside)["line"].encode() == content

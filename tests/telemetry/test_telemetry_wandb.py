@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -200,6 +203,29 @@ def test_keys_are_found_in_netrc_for_the_server(
 def test_an_unknown_mode_names_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="auto, online, offline, disabled"):
         train(tmp_path, mode="on")
+
+
+DIES = """
+import os, sys
+from pathlib import Path
+from nlscale.telemetry.run import Telemetry, WandbOptions
+with Telemetry(Path("run"), 1, WandbOptions(enabled=True, mode="offline"), {}, 1) as telemetry:
+    if sys.argv[1] == "killed":
+        os._exit(9)
+os._exit(0)  # as a process that was forked for a run of a sweep
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "ends"])
+def test_wandb_leaves_nothing_in_the_temporary_folder(how: str, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    subprocess.run(
+        [sys.executable, "-c", DIES, how],
+        cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")}, timeout=120,
+    )  # fmt: skip
+    assert list((tmp_path / "run").glob("wandb/offline-run-*"))
+    assert not os.listdir(tmp_path / "tmp")
+    assert how == "killed" or not (tmp_path / "run" / "wandb" / "tmp").exists()
 
 
 def test_a_real_offline_run_leaves_a_run_file(

@@ -101,3 +101,11 @@ def test_metrics_can_be_read_where_the_mixer_is_unknown(run: Run) -> None:
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no run in .*runs/x: it has no config\.yaml"):
         nlscale.read(tmp_path / "runs" / "x")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "{", '{"steps": "many"}', '{"x": 1}'])
+def test_a_damaged_summary_is_one_line_and_no_end(run: Run, content: str) -> None:
+    (run.folder / "summary.json").write_text(content)
+    assert not run.finished
+    with pytest.raises(UserError, match=r"^\S*summary\.json is damaged: [^\n]*$"):
+        _ = run.summary

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,9 +44,9 @@ def launched_in_each_step(overrides: list[str], rank: int, ranks: int) -> list[C
     """Of three steps, with an update of the slow level in the first and the last."""
     from nlscale.step import trainer as module
 
-    os.environ["LOCAL_WORLD_SIZE"] = str(max(1, ranks // 2))
     module.check_kernels = lambda *args: None  # compares numbers
-    config, found = load([*SIZES, *overrides]), []
+    per_node = f"parallel.ranks_per_node={max(1, ranks // 2)}"
+    config, found = load([*SIZES, *overrides, per_node]), []
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (1, LENGTH + 1))
     tokens[0, LENGTH // 3] = SEPARATOR
     with gpu.stand_in(rank, ranks), process_groups(config) as layout:

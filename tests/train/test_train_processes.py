@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hangups import hears_hangups
+from places import stand_at
 from train.test_train_run import SMALL, records, small_data
 
 import nlscale
@@ -91,6 +93,22 @@ def test_a_run_does_not_outlive_who_waits_for_it(data: Path, tmp_path: Path) -> 
     assert not (run / "summary.json").exists()
 
 
+def test_a_program_whose_terminal_goes_waits_for_its_ranks(data: Path, tmp_path: Path) -> None:
+    run, temporary = tmp_path / "run", tmp_path / "tmp"
+    temporary.mkdir()
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, *asked(data, run, *LONG)],
+        env={**os.environ, "TMPDIR": str(temporary)},
+        preexec_fn=hears_hangups,
+    )
+    wait_until(lambda: steps_of(run) >= 2)
+    parent.send_signal(signal.SIGHUP)
+    assert parent.wait(timeout=60) == -signal.SIGHUP
+    (checkpoint,) = nlscale.read(run).checkpoints
+    assert checkpoint.name == f"step-{steps_of(run):08d}"
+    assert not os.listdir(temporary)
+
+
 def test_what_ends_a_run_is_the_error_that_is_raised(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,8 +123,8 @@ def test_what_ends_a_run_is_the_error_that_is_raised(
         nlscale.start("quickstart", ranks=0)
     with pytest.raises(UserError, match=r"--import no_such: there is no module no_such"):
         nlscale.start("quickstart", imports=["no_such"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one of several already"):
+    stand_at(monkeypatch, 1, 2)
+    with pytest.raises(UserError, match=r"nlscale.start is for one process.*rank 1 of 2"):
         nlscale.start("quickstart")
     assert time.monotonic() - began < 5, "said before a process is begun"
 

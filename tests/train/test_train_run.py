@@ -88,7 +88,8 @@ def test_a_finished_run_is_not_run_again_nor_overwritten(data: Path, tmp_path: P
     (again,) = world.run(1, run, here)
     (other,) = world.run(1, run, [*here, "optimizer.learning_rate=0.002"])
     assert again == first
-    assert "holds another finished run" in other["error"] and other["code"] == 2
+    assert "holds another finished run: optimizer.learning_rate 0.001 -> 0.002" in other["error"]
+    assert other["code"] == 2
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
@@ -111,16 +112,43 @@ def test_a_run_that_diverges_ends_with_a_clear_error(data: Path, tmp_path: Path)
     assert all(r["code"] == TrainingFailed.exit_code for r in results)
     assert "3 steps in a row were dropped" in results[0]["error"]
     assert "lower optimizer.learning_rate" in results[0]["error"].lower()
+    assert "not finite (3)" in results[0]["error"]
     assert not (tmp_path / "summary.json").exists()
 
 
+def run_where_all_are_spikes(overrides: list[str]) -> dict[str, Any]:
+    """Anything above a hundredth of the median is a "spike": every step, once there are enough."""
+    config = recipe.load(None, [*SMALL, *overrides]).config
+    config.train.drop_spikes = 0.01  # no recipe may say so
+    try:
+        with StopSignals() as signals:
+            return train(config, prepare(config), signals)
+    except UserError as error:
+        return {"error": str(error), "code": error.exit_code}
+
+
 def test_spikes_are_dropped_where_asked_for(data: Path, tmp_path: Path) -> None:
-    # a "spike" is anything above a hundredth of the median: every step, once there are enough
-    overrides = [f"data.dir={data}", f"run.dir={tmp_path}", "train.drop_spikes=0.01"]
-    (result,) = world.run(1, run, [*overrides, "train.steps=14", "train.max_dropped_steps=9"])
+    overrides = [f"data.dir={data}", f"run.dir={tmp_path}", "train.steps=14"]
+    (result,) = world.run(1, run_where_all_are_spikes, [*overrides, "train.max_dropped_steps=9"])
     assert result["dropped_steps"] == 4
-    assert [r["dropped_steps"] for r in records(tmp_path, "train")] == [0] * 10 + [1, 2, 3, 4]
+    steps = records(tmp_path, "train")
+    assert [r["dropped_steps"] for r in steps] == [0] * 10 + [1, 2, 3, 4]
+    assert [r["dropped_because"] for r in steps[:10]] == [None] * 10
+    assert steps[10]["dropped_because"].startswith(f"spike: loss {steps[10]['loss']:.4g} above ")
     assert result["tokens"] == 10 * 8 * 32
+
+
+def test_a_run_that_drops_finite_losses_says_so_and_what_to_mend(
+    data: Path, tmp_path: Path
+) -> None:
+    overrides = [f"data.dir={data}", f"run.dir={tmp_path}", "train.steps=14"]
+    results = world.run(2, run_where_all_are_spikes, [*overrides, "train.max_dropped_steps=3"])
+    for result in results:
+        assert result["code"] == TrainingFailed.exit_code
+        assert "3 steps in a row were dropped" in result["error"]
+        assert "spike (3), with finite losses of" in result["error"]
+        assert "train.drop_spikes=0.01 is too low" in result["error"]
+        assert "not finite" not in result["error"] and "learning_rate" not in result["error"]
 
 
 def spoil_a_replica(where: str) -> str | None:

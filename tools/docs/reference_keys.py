@@ -90,8 +90,8 @@ The type of a key says what the characters mean:
 
 - *text* is what was typed: `wandb.name=007` is no number and `12:30` no time. `null` is no text;
   quotes around the whole are taken off. On the command line `#` begins no comment.
-- a *path* is a text; `~` is the home. What names a service (`s3://...`) or a variable that the shell
-  has not expanded is refused.
+- a *path* is a text; `~` is the home. What names a service (`s3://...`) or a variable that no
+  shell has expanded is refused.
 - an *integer* is written in decimal digits (`1_000_000` may be); one that begins with a zero is
   refused. A *number* may be `3e-4`. Both are held against the range that stands with the key.
 - *true or false* may also be yes, no, on, off, 1, 0.

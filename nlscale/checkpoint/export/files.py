@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it is missing, or not that.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(_regular(path).read_bytes())
     except FileNotFoundError:
         raise UserError(
             f"no {path.name} in {path.parent}: give a folder written by nlscale checkpoint export"
@@ -55,14 +55,17 @@ def opened(folder: Path) -> Iterator[dict[str, Any]]:
                 raise UserError(
                     f"{path} is not a safetensors file: {_suspect(path, error)}"
                 ) from None
-            tensors.update({name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                if name in tensors:  # which of the two is meant, nobody can know
+                    raise UserError(f"{path} holds {name}, and so does another file; export again")
+                tensors[name] = file.get_slice(name)
         yield tensors
 
 
 def _files(folder: Path) -> list[Path]:
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if single.exists():
-        return [single]
+        return [_regular(single)]
     if not index.exists():
         raise UserError(
             f"no {SINGLE_FILE} and no {INDEX_FILE} in {folder}: give a folder written by nlscale "
@@ -75,7 +78,13 @@ def _files(folder: Path) -> list[Path]:
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise UserError(f"{index} names {name!r}, not a safetensors file beside it")
         names.add(name)
-    return [folder / name for name in sorted(names)]
+    return [_regular(folder / name) for name in sorted(names)]
+
+
+def _regular(path: Path) -> Path:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is not a file; copy or export it again")
+    return path
 
 
 def _suspect(path: Path, error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +47,8 @@ class Checkpoint:
         """
         path = self.path / manifest.NAME
         try:
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise CheckpointError(f"{path} is not a file")
             return manifest.parse(path, path.read_bytes())
         except OSError as error:
             raise CheckpointError(_unreadable(path, error)) from error
@@ -126,7 +129,10 @@ class Checkpoint:
 def _difference(path: Path, listed: Digest) -> str | None:
     """What differs between a file and what the manifest lists of it; None: nothing."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return f"{path.name} is not a file"  # a pipe would be waited for, a device never ends
+        size = status.st_size
         if size < listed.bytes:
             return f"{path.name} is truncated: {size} of {listed.bytes} bytes"
         if size > listed.bytes:

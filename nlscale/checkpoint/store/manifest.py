@@ -14,6 +14,7 @@ from nlscale.checkpoint.store.safe import CheckpointError
 
 NAME = "manifest.json"
 _FORMAT = 1
+_LONGEST = 200  # characters of a name
 _DIGEST = "sha256"  # the last key: of the same text without it
 
 
@@ -46,7 +47,7 @@ def parse(path: Path, data: bytes) -> dict[str, Any]:
     try:
         manifest = json.loads(data)
         manifest.pop(_DIGEST)
-        whole = _bytes(manifest) == data and _is_listing(manifest["files"])
+        whole = _bytes(manifest) == data and _is_listing(manifest)
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
@@ -59,16 +60,26 @@ def parse(path: Path, data: bytes) -> dict[str, Any]:
     return manifest  # type: ignore[no-any-return]
 
 
-def _is_listing(files: dict[str, dict[str, Any]]) -> bool:
-    """Whether these are names in the folder itself, with what `Digest` wants."""
-    return all(
-        "/" not in name
-        and name not in ("", ".", "..")
+def _is_listing(manifest: dict[str, Any]) -> bool:
+    """Whether it is of a step and lists names in the folder itself, with what `Digest` wants."""
+    return _is_count(manifest.get("step")) and all(
+        _is_name(name)
+        and isinstance(entry, dict)
         and set(entry) == {"bytes", "sha256"}
-        and isinstance(entry["bytes"], int)
+        and _is_count(entry["bytes"])
         and isinstance(entry["sha256"], str)
-        for name, entry in files.items()
+        for name, entry in manifest["files"].items()
     )
+
+
+def _is_name(name: str) -> bool:
+    """Whether it names a file in a folder; a NUL or half of a surrogate pair is in no name."""
+    inside = "/" not in name and name not in ("", ".", "..")
+    return inside and name.isprintable() and len(name) <= _LONGEST
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _bytes(manifest: dict[str, Any]) -> bytes:

@@ -1,7 +1,7 @@
 """Reading what may not be trusted: nothing that a checkpoint holds is ever run.
 
 torch.distributed.checkpoint keeps its metadata as a pickle, and reads it with `pickle.load`, which
-runs whatever the file says. Here only the classes that such metadata is made of are looked up.
+runs whatever the file says. Here `nlscale.checkpoint.store.unpickle` reads it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -28,18 +27,11 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.futures import Future
 
+from nlscale.checkpoint.store import unpickle
 from nlscale.checkpoint.store.pieces import Piece
 from nlscale.errors import UserError
 
-_CLASSES: dict[tuple[str, str], Any] = {
-    (kind.__module__, kind.__name__): kind
-    for kind in (
-        *(Metadata, MetadataIndex, TensorStorageMetadata, TensorProperties, ChunkStorageMetadata),
-        *(dcp._MEM_FORMAT_ENCODING, _StorageInfo, torch.Size),
-    )
-}
-# how torch pickles a layout: the function looks its argument up among the layouts there are
-_CLASSES["torch.serialization", "_get_layout"] = torch.serialization._get_layout
+_SHOWN = 100  # characters of a name out of a file
 
 
 class CheckpointError(UserError):
@@ -54,9 +46,9 @@ def load_metadata(path: Path, data: bytes) -> Metadata:
             not metadata of tensors at all.
     """
     try:
-        metadata = _MetadataUnpickler(path, data).load()
-    except CheckpointError:
-        raise
+        metadata = unpickle.load(data)
+    except unpickle.RefusedError as error:
+        raise _refusal(path, str(error)) from error
     except Exception as error:  # a pickle can be broken in as many ways as there are exceptions
         raise CheckpointError(f"{path} is not the metadata of a checkpoint: {error}") from error
     problem = _malformed(metadata)
@@ -91,20 +83,6 @@ def read_pieces(
     reader.set_up_storage_reader(metadata, is_coordinator=False)
     plan = LoadPlan(_read_items(path, metadata, pieces))
     reader.read_data(plan, _Destinations(pieces))
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def __init__(self, path: Path, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
-        self._path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = _CLASSES.get((module, name))
-        if known is not None:
-            return known
-        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
-            return vars(torch)[name]
-        raise _refusal(self._path, f"{module}.{name}")
 
 
 class _Reader(FileSystemReader):
@@ -190,6 +168,11 @@ def _read_items(path: Path, metadata: Metadata, pieces: list[Piece]) -> list[Rea
             )
         if piece.data.numel():
             wanted.setdefault(piece.name, []).append(number)
+    for name in wanted:
+        if overlaps(name, tensors[name]):
+            raise CheckpointError(
+                f"{path} holds elements of {name} twice: it was put together wrongly"
+            )
     items: list[ReadItem] = []
     covered = [0] * len(pieces)
     for name, numbers in wanted.items():
@@ -206,6 +189,13 @@ def _read_items(path: Path, metadata: Metadata, pieces: list[Piece]) -> list[Rea
                     f"{tuple(pieces[number].data.shape)} at {tuple(pieces[number].offsets)}"
                 )
     return items
+
+
+def overlaps(name: str, stored: TensorStorageMetadata) -> bool:
+    """Whether two boxes of a tensor have an element in common."""
+    # each overlaps itself; any more than that is two that hold the same
+    found = create_read_items_for_chunk_list(name, stored, stored.chunks)
+    return len(found) > sum(1 for chunk in stored.chunks if chunk.sizes.numel())
 
 
 def _number(item: ReadItem) -> int:
@@ -226,9 +216,10 @@ def _malformed(metadata: Any) -> str | None:
     tensors, where = (vars(metadata).get(key) for key in ("state_dict_metadata", "storage_data"))
     if not isinstance(tensors, dict) or not isinstance(where, dict):
         return "it lists no tensors"
+    lists: set[int] = set()
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, TensorStorageMetadata):
-            return f"{name!r} is not a tensor"
+            return f"{_cut(name)} is not a tensor"
         fields = vars(tensor)
         properties, size, chunks = (fields.get(key) for key in ("properties", "size", "chunks"))
         if (
@@ -237,23 +228,36 @@ def _malformed(metadata: Any) -> str | None:
             or not isinstance(size, torch.Size)
             or not isinstance(chunks, list)
         ):
-            return f"{name!r} has no dtype, shape or boxes"
+            return f"{_cut(name)} has no dtype, shape or boxes"
+        if id(chunks) in lists:  # one of millions, for each of millions, would take for ever
+            return f"{_cut(name)} has the boxes of another"
+        lists.add(id(chunks))
         for chunk in chunks:
             fields = vars(chunk) if isinstance(chunk, ChunkStorageMetadata) else {}
-            ends = [fields.get(key) for key in ("offsets", "sizes")]
+            ends: list[Any] = [fields.get(key) for key in ("offsets", "sizes")]
             if not all(isinstance(end, torch.Size) and len(end) == len(size) for end in ends):
-                return f"{name!r} has a box that is none"
+                return f"{_cut(name)} has a box that is none"
+            if any(at + length > whole for at, length, whole in zip(*ends, size, strict=True)):
+                return f"{_cut(name)} has a box that is none"
             if MetadataIndex(name, ends[0]) not in where:
-                return f"{name!r} has a box that is in no file"
+                return f"{_cut(name)} has a box that is in no file"
     for info in where.values():
         fields = vars(info) if isinstance(info, _StorageInfo) else {}
         if (
             not isinstance(fields.get("relative_path"), str)
-            or not all(isinstance(fields.get(key), int) for key in ("offset", "length"))
+            or not all(_is_count(fields.get(key)) for key in ("offset", "length"))
             or fields.get("transform_descriptors")  # this project writes none
         ):
             return "a box is at no place in a file"
     return None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _cut(name: object) -> str:
+    return ascii(name)[:_SHOWN] if isinstance(name, str) else f"a {type(name).__name__}"
 
 
 def _refusal(path: Path, what: str) -> CheckpointError:

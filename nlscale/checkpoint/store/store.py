@@ -187,7 +187,7 @@ class Store:
         """The step that LATEST names; None where there is no such file, or another text in it."""
         try:
             text = (self.folder / LATEST).read_bytes().decode("ascii", "replace")
-        except FileNotFoundError:
+        except OSError:
             return None
         match = _NAME.fullmatch(text.strip())
         return int(match[1]) if match and not match[2] else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from nlscale.cluster.doctor import data_folder, disk, environment, hardware, versions
 from nlscale.cluster.doctor.report import Report
+from nlscale.cluster.life.place import place
 from nlscale.cluster.machines import Cluster
 
 
@@ -51,8 +51,9 @@ def examine(asked: Asked, say: Callable[[str], None]) -> Report:
     found = versions.probe(machine.driver)
     measured["versions"], measured["hardware"] = {host: found}, {host: asdict(machine)}
     findings += versions.judge({host: found}, {host: versions.probe_requirements()})
-    ranks = os.environ.get("LOCAL_WORLD_SIZE")
-    findings += hardware.judge({host: machine}, int(ranks) if ranks else None, asked.cluster)
+    here = place()
+    ranks = here.local_world if here.meets else None
+    findings += hardware.judge({host: machine}, ranks, asked.cluster)
 
     say(f"disk at {asked.path}")
     try:

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch.distributed import DistStoreError, PrefixStore, Store
 
-from nlscale.cluster.life.place import Place, read_place
+from nlscale.cluster.life.place import Place, place
 from nlscale.cluster.life.rendezvous import connect
 from nlscale.errors import UserError
 
@@ -29,23 +29,18 @@ _LEAVING_SECONDS = 5.0
 _NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def place() -> Place:
+def place_among_ranks() -> Place:
     """This rank's place.
 
     Raises:
-        UserError: a variable is missing or not a number, or they contradict each other.
+        UserError: it was not started as a rank; see also `nlscale.cluster.life.place.place`.
     """
-    if missing := [name for name in _NEEDED if not os.environ.get(name)]:
+    here = place()
+    if not here.meets:
         raise UserError(
-            f"--nodes needs {', '.join(missing)} in the environment of every rank; start it as "
+            f"--nodes needs {', '.join(_NEEDED)} in the environment of every rank; start it as "
             f"`torchrun --nnodes ... -m nlscale doctor --nodes`, or by srun with them set as in "
             f"launch/slurm/train.sbatch"
-        )
-    here = read_place("is not a whole number; see who starts the ranks")
-    if not (here.rank < here.world and here.local_rank < here.local_world <= here.world):
-        raise UserError(
-            f"RANK {here.rank} of WORLD_SIZE {here.world} and LOCAL_RANK {here.local_rank} of "
-            f"LOCAL_WORLD_SIZE {here.local_world} contradict each other; see who starts the ranks"
         )
     return here
 

@@ -31,7 +31,7 @@ from nlscale.cluster.doctor.arrivals import Arrival
 from nlscale.cluster.doctor.environment import Environment
 from nlscale.cluster.doctor.findings import Finding, Grade, worst
 from nlscale.cluster.doctor.machine import Asked
-from nlscale.cluster.doctor.meeting import Meeting, cannot_resolve, meet, place, resolve
+from nlscale.cluster.doctor.meeting import Meeting, cannot_resolve, meet, place_among_ranks, resolve
 from nlscale.cluster.doctor.report import Report
 
 _STOPS_THE_NETWORK = ("gloo address", "NCCL interface", "GPUs", "GPUs alike")
@@ -53,7 +53,7 @@ def examine(asked: Asked, say: Callable[[str], None], show: Callable[[Report], N
         UserError: this rank cannot meet the others.
     """
     started = time.monotonic()
-    here, around = place(), environment.probe()
+    here, around = place_among_ranks(), environment.probe()
     report = Report([around.hostname], 1)
     meeting = None
     if here.rank == 0 and resolve(here.address) is None:

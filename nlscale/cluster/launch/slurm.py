@@ -1,144 +1,200 @@
-"""`nlscale launch slurm`, and the job arrays of sweeps."""
+"""`nlscale launch slurm`: handing scripts to sbatch, a job or the arrays of a sweep."""
 
 from __future__ import annotations
 
-import shlex
+import os
+import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from nlscale.cluster.launch.script import (
-    environment_of,
-    exports,
-    fill_in,
-    read_script,
-    setup_of,
-)
+from nlscale.cluster.launch.batch import array_script
+from nlscale.cluster.launch.script import write_script
 from nlscale.cluster.machines import Cluster
 from nlscale.errors import UserError
 
-_ARRAY_AT_ONCE = 8
-"""Tasks of an array that run at a time."""
-
-
-def job_script(
-    recipe: str, overrides: list[str], cluster: Cluster, name: str, run_dir: Path
-) -> str:
-    """The batch script that trains a recipe on all nodes of a cluster.
-
-    Args:
-        recipe: its path or name.
-        overrides: of its keys.
-        cluster: the machines.
-        name: of the job.
-        run_dir: the run's folder, where the job's output goes.
-    """
-    lines = [
-        f"#SBATCH --job-name={name}",
-        f"#SBATCH --nodes={cluster.nodes}",
-        f"#SBATCH --ntasks-per-node={cluster.gpus_per_node}",
-        *_common(cluster, cluster.gpus_per_node),
-        f"#SBATCH --output={run_dir}/slurm-%j.log",
-        *_lines_of_the_shell(cluster),
-        f"set -- {shlex.join([recipe, *overrides])}",
-    ]
-    return fill_in(read_script("slurm/train.sbatch"), lines)
-
-
-def array_script(cluster: Cluster, name: str, tasks: int, folder: Path) -> str:
-    """The batch script of an array of that many tasks, each on one GPU; output goes to `folder`."""
-    lines = [
-        f"#SBATCH --job-name={name}",
-        f"#SBATCH --array=1-{tasks}%{_ARRAY_AT_ONCE}",
-        "#SBATCH --nodes=1",
-        "#SBATCH --ntasks=1",
-        *_common(cluster, 1),
-        f"#SBATCH --output={folder}/slurm-%A-%a.log",
-        *_lines_of_the_shell(cluster),
-    ]
-    return fill_in(read_script("slurm/array.sbatch"), lines)
+_USUAL_LIMITS = {"MaxArraySize": 1001, "max_array_tasks": sys.maxsize}
+"""Of arrays, where Slurm's administrators have not set them; an index is below MaxArraySize."""
+_PATIENCE_SECONDS = 30
+_OVERRULES = {
+    "SBATCH_JOB_NAME": "job-name",
+    "SBATCH_ARRAY_INX": "array",
+    "SBATCH_PARTITION": "partition",
+    "SBATCH_ACCOUNT": "account",
+    "SBATCH_TIMELIMIT": "time",
+    "SBATCH_SIGNAL": "signal",
+    "SBATCH_GPUS_PER_NODE": "gpus-per-node",
+    "SBATCH_NO_REQUEUE": "requeue",
+    "SBATCH_OPEN_MODE": "open-mode",
+    "SBATCH_OUTPUT": "output",
+}
+"""Variables that sbatch heeds more than its script, and the option that they overrule."""
+_OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+"""Slurm's variables that do not speak of the job in which the launch itself may run."""
 
 
 def submit(script: str, path: Path, arguments: list[str]) -> str:
     """Write a batch script and submit it with these arguments; the number of the job.
 
+    Where it is refused nothing stays behind, and a script that was there before is there again.
+
     Raises:
-        UserError: there is no sbatch here, or it refuses.
+        UserError: there is no sbatch here, it refuses, or the script cannot be written.
     """
-    if shutil.which("sbatch") is None:
-        raise UserError(
-            "sbatch not found: submit from a login node of the cluster, or print the script with "
-            "--dry-run and take it there"
+    _require_sbatch()
+    with _undone_on_failure(path):
+        write_script(script, path)
+        done = subprocess.run(
+            ["sbatch", "--parsable", f"--chdir={Path.cwd()}", str(path), *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=_environment(script),
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(script, encoding="utf-8")
-    done = subprocess.run(
-        ["sbatch", "--parsable", f"--chdir={Path.cwd()}", str(path), *arguments],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise UserError(f"sbatch refuses {path}: {' '.join(done.stderr.split())}")
-    return done.stdout.strip().partition(";")[0]
+        said = " ".join(done.stderr.split())
+        number = done.stdout.strip().partition(";")[0]
+        if done.returncode:
+            raise UserError(f"sbatch refuses {path}: {said or f'exit code {done.returncode}'}")
+        if not number.isdigit():
+            raise UserError(f"sbatch does not say which job {path} is: {done.stdout!r} {said}")
+    if said:
+        print(said, file=sys.stderr)
+    return number
 
 
-def submit_array(commands: Path, cluster: Cluster, name: str, dry_run: bool) -> None:
-    """Submit a job array, one task for each line of a file of shell commands.
+def check_array(cluster: Cluster, name: str, folder: Path) -> None:
+    """Refuse what `submit_array` would, before anything is written.
+
+    Raises:
+        UserError: there is no sbatch here, or a value cannot stand in a script.
+    """
+    _require_sbatch()
+    array_script(cluster, name, 1, folder)
+
+
+def submit_array(commands: Path, cluster: Cluster, name: str) -> None:
+    """Submit a file of shell commands, one task for each line.
+
+    More lines than an array may have become several arrays. Each has a script and a file of
+    commands of its own, `array-N.sbatch` and `array-N.txt` beside the file: tasks read it when they
+    begin, maybe days later, so no later submission may change it.
 
     Args:
         commands: the file.
         cluster: the machines.
         name: of the job.
-        dry_run: print the script instead.
 
     Raises:
         UserError: there is no sbatch here, or it refuses.
     """
     folder = commands.resolve().parent
-    tasks = len(commands.read_text(encoding="utf-8").splitlines())
-    script = array_script(cluster, name, tasks, folder)
-    if dry_run:
-        print(script, end="")
-        return
-    job = submit(script, folder / "array.sbatch", [str(commands.resolve())])
-    print(f"submitted array {job}: {tasks} tasks of {commands}; squeue --job {job} shows them")
+    lines = commands.read_text(encoding="utf-8").split("\n")[:-1]
+    most = _largest_array()
+    sent: list[str] = []
+    for first in range(0, len(lines), most):
+        part = lines[first : first + most]
+        script = array_script(cluster, name, len(part), folder)
+        path = _new_file(folder, "".join(f"{line}\n" for line in part))
+        try:
+            sent.append(submit(script, path.with_suffix(".sbatch"), [str(path)]))
+        except UserError as error:
+            path.unlink(missing_ok=True)
+            if not sent:
+                raise
+            raise UserError(
+                f"{error}; arrays submitted before it: {', '.join(sent)}; scancel them, or give "
+                f"the same command again when they have ended"
+            ) from None
+        tasks = f"{len(part)} task{'s' * (len(part) > 1)} of {path}"
+        print(f"submitted array {sent[-1]}: {tasks}; squeue --job {sent[-1]} shows them")
 
 
-def _common(cluster: Cluster, gpus: int) -> list[str]:
-    slurm = cluster.launch.slurm
-    lines = [f"#SBATCH --gpus-per-node={gpus}"] if slurm.gpus else []
-    lines += [f"#SBATCH --{key}={value}" for key, value in _named(cluster).items() if value]
-    return [
-        *lines,
-        f"#SBATCH --time={slurm.time}",
-        f"#SBATCH --signal=USR1@{slurm.warn_seconds}",
-        "#SBATCH --requeue",
-        "#SBATCH --open-mode=append",
-        *(f"#SBATCH {option}" for option in slurm.options),
-    ]
+def _require_sbatch() -> None:
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "sbatch not found: submit from a login node of the cluster, or print the script with "
+            "--dry-run and take it there"
+        )
 
 
-def _named(cluster: Cluster) -> dict[str, str | None]:
-    return {
-        "partition": cluster.launch.slurm.partition,
-        "account": cluster.launch.slurm.account,
-    }
+def _largest_array() -> int:
+    """Tasks that an array may have, numbered from 1.
+
+    Raises:
+        UserError: this Slurm has no arrays.
+    """
+    limits = dict(_USUAL_LIMITS)
+    if shutil.which("scontrol") is not None:
+        with suppress(subprocess.TimeoutExpired):  # sbatch will say what is wrong
+            said = subprocess.run(
+                ["scontrol", "show", "config"],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_PATIENCE_SECONDS,
+            ).stdout
+            found = re.findall(r"\b(MaxArraySize|max_array_tasks)\s*=\s*([0-9]+)", said)
+            limits |= {limit: int(number) for limit, number in found}
+    most = min(limits["MaxArraySize"] - 1, limits["max_array_tasks"])
+    if most < 1:
+        raise UserError(
+            "this Slurm takes no job arrays (MaxArraySize of `scontrol show config`): run the "
+            "sweep with --executor local, in a job of its own"
+        )
+    return most
 
 
-def _lines_of_the_shell(cluster: Cluster) -> list[str]:
-    slurm = cluster.launch.slurm
-    container = []
-    if slurm.container is not None:
-        container.append(f"--container-image={slurm.container}")
-        container.append(f"--container-workdir={Path.cwd()}")
-        container.append(f"--container-mounts={slurm.mounts or Path.cwd()}")
-    return [
-        "# shellcheck disable=SC2016  # evaluated on the nodes",
-        f"setup={shlex.quote(setup_of(cluster))}",
-        f"container=({' '.join(map(_quoted, container))})",
-        *exports(environment_of(cluster)),
-    ]
+def _new_file(folder: Path, text: str) -> Path:
+    """Write `array-N.txt`, with the first number that is free.
+
+    Raises:
+        UserError: that cannot be done.
+    """
+    number = 1
+    while True:
+        path = folder / f"array-{number}.txt"
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+            return path
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "'\\''") + "'"
+def _environment(script: str) -> dict[str, str]:
+    """This process' variables, but for those that would overrule the script, which is said."""
+    kept = dict(os.environ)
+    for name, option in _OVERRULES.items():
+        if name in kept and re.search(rf'^#SBATCH "?--{option}(=|$)', script, re.MULTILINE):
+            value = kept.pop(name)
+            print(f"{name}={value} is not heeded: the script says --{option}", file=sys.stderr)
+    if "SLURM_JOB_ID" in kept:  # launched from within a job: what that one has is not meant
+        kept = {n: v for n, v in kept.items() if not _of_a_job(n)}
+    return kept
+
+
+def _of_a_job(name: str) -> bool:
+    return name.startswith("SLURM_") and name not in _OF_THE_CLUSTER
+
+
+@contextmanager
+def _undone_on_failure(path: Path) -> Iterator[None]:
+    """Put a file, and the folders that it needs, back as they were where what is inside fails."""
+    before = path.read_bytes() if os.path.isfile(path) else None
+    missing = [folder for folder in path.parents if not os.path.exists(folder)]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # what failed is said anyway
+            if before is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_bytes(before)
+            for folder in missing:
+                folder.rmdir()
+        raise

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 
-from nlscale.cluster.launch.script import environment_of, exports, script_path, setup_of
+from nlscale.cluster.launch.check import check_hosts, check_launch
+from nlscale.cluster.launch.quote import shell, shell_words
+from nlscale.cluster.launch.script import (
+    environment_of,
+    exports,
+    script_path,
+    setup_of,
+    write_script,
+)
 from nlscale.cluster.machines import Cluster
 from nlscale.errors import UserError
+
+_SETUP = """\
+failed() {
+    trap - EXIT
+    echo "launch.setup failed on $(hostname) with exit code $1" >&2
+    exit 2
+}
+trap 'failed "$?"' EXIT
+set +euo pipefail
+eval "$setup" || failed "$?"
+set -euo pipefail
+trap - EXIT"""
+"""Runs `launch.setup` as a shell of its own would, and ends with one line where it fails."""
 
 
 def node_script(recipe: str, overrides: list[str], cluster: Cluster, node: int | None) -> str:
@@ -21,10 +41,13 @@ def node_script(recipe: str, overrides: list[str], cluster: Cluster, node: int |
         node: which of them, from 0; None: the nodes find their ranks themselves.
 
     Raises:
-        UserError: several nodes without hosts, or a node that is none of them.
+        UserError: several nodes without hosts, a node that is none of them, or a value that cannot
+            stand in a script.
     """
     launch = cluster.launch
-    variables = environment_of(cluster) | {"RANKS": str(cluster.gpus_per_node)}
+    check_launch(cluster)
+    check_hosts(launch)
+    variables = {"RANKS": str(cluster.gpus_per_node)}
     name = "torchrun/one-node.sh"
     if cluster.nodes > 1:
         name = "torchrun/many-nodes.sh"
@@ -38,19 +61,28 @@ def node_script(recipe: str, overrides: list[str], cluster: Cluster, node: int |
             variables["NODE_RANK"] = str(node)
     if node is not None and not 0 <= node < cluster.nodes:
         raise UserError(f"--node-rank {node}: {cluster.name} has nodes 0 to {cluster.nodes - 1}")
-    command = shlex.join(["bash", str(script_path(name)), recipe, *overrides])
     lines = [
+        "#!/usr/bin/env bash",
         "set -euo pipefail",
-        f"cd {shlex.quote(str(Path.cwd()))}",
-        setup_of(cluster),
+        f"cd {shell(str(Path.cwd()))}",
+        *exports(environment_of(cluster)),
+        "# shellcheck disable=SC2016  # evaluated below",
+        f"setup={shell(setup_of(cluster))}",
+        _SETUP,
         *exports(variables),
-        f"exec {command}",
+        f"exec {shell_words(['bash', str(script_path(name)), recipe, *overrides])}",
     ]
-    return "\n".join(["#!/usr/bin/env bash", *lines]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def run(script: str, path: Path) -> None:
-    """Become that script; does not return."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(script, encoding="utf-8")
-    os.execvp("bash", ["bash", str(path)])
+    """Become that script; does not return.
+
+    Raises:
+        UserError: it cannot be written, or there is no bash.
+    """
+    write_script(script, path)
+    try:
+        os.execvp("bash", ["bash", str(path)])
+    except OSError as error:
+        raise UserError(f"cannot run bash: {error.strerror}") from None

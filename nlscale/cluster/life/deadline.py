@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 
@@ -24,10 +25,21 @@ class Deadline:
         text = os.environ.get(VARIABLE)
         self.end: float | None = None
         if text:
-            try:
-                self.end = float(text)
-            except ValueError:
-                raise UserError(f"{VARIABLE}={text!r} is not a time in Unix seconds") from None
+            self.end = _seconds(text)
+
+    def refuse_past(self) -> None:
+        """Refuse a job that has ended before this run begins: the time of another one is left over.
+
+        The run would stop after every step, and be started again.
+
+        Raises:
+            UserError: it has passed.
+        """
+        if self.end is not None and self.end <= time.time():
+            raise UserError(
+                f"{VARIABLE}={os.environ[VARIABLE]} has passed, "
+                f"{time.time() - self.end:.0f} s ago: it is of another job; unset it"
+            )
 
     def is_near(self, step_seconds: float, save_seconds: float) -> bool:
         """Whether to stop after the step that begins now.
@@ -40,3 +52,13 @@ class Deadline:
         if self.end is None:
             return False
         return time.time() + 2 * step_seconds + 2 * save_seconds + _RESERVE_SECONDS > self.end
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise UserError(f"{VARIABLE}={text!r} is not a time in Unix seconds")
+    return seconds

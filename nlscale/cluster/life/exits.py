@@ -2,21 +2,24 @@
 
 Exit codes: 0 done, 2 something to mend in what was asked (one line says what), 3 the training
 failed, 4 a job gave up after restarts without progress, 5 a rank was lost or hung, 75 stopped on
-request with a checkpoint, 130 interrupted, 1 anything else (with a traceback).
+request with a checkpoint, 130 interrupted, 1 anything else (with a traceback, or because what was
+printed could not be written).
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
+from nlscale.cluster.life.place import ended_by_a_launcher, is_first_of_its_node
 from nlscale.errors import SaidElsewhere, UserError
+from nlscale.telemetry import screen
 
 _OTHERS_WAIT_SECONDS = 3.0
+_LOST_OUTPUT = 1
 
 
 def quiet() -> None:
@@ -25,10 +28,21 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
-def exit_with(work: Callable[[], int]) -> NoReturn:
-    """Do it and exit with the code that it returns, or that its error has."""
+def exit_with(
+    work: Callable[[], int], output_is_result: Callable[[], bool] = lambda: False
+) -> NoReturn:
+    """Do it and exit with the code that it returns, or that its error has.
+
+    Standard output and standard error may break meanwhile: see `nlscale.telemetry.screen`.
+
+    Args:
+        work: returns the exit code.
+        output_is_result: whether what was printed is what the command was called for, asked when
+            it has ended well: then what could not be written is a failure.
+    """
+    screen.guard()
     try:
-        sys.exit(work())
+        code = _ended_well(work)
     except SaidElsewhere as error:
         sys.exit(error.exit_code)
     except UserError as error:
@@ -38,6 +52,25 @@ def exit_with(work: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         print("nlscale: interrupted", file=sys.stderr)
         sys.exit(130)
+    lost = screen.lost_output()
+    if lost is not None and code == 0 and output_is_result():
+        print(
+            f"nlscale: standard output could not be written ({lost}); what arrived is not whole",
+            file=sys.stderr,
+            flush=True,
+        )
+        code = _LOST_OUTPUT
+    sys.exit(code)
+
+
+def _ended_well(work: Callable[[], int]) -> int:
+    """What it returns; `--help` and `--version` exit by themselves."""
+    try:
+        return work()
+    except SystemExit as end:
+        if end.code:
+            raise
+        return 0
 
 
 def _speaks_for_its_node() -> bool:
@@ -46,7 +79,7 @@ def _speaks_for_its_node() -> bool:
     Ranks of a node fail alike then, and cannot agree on who says so: the first does. torchrun ends
     the others when it has; what only they have to say is said a little later.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_first_of_its_node():
         return True
     time.sleep(_OTHERS_WAIT_SECONDS)
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    return ended_by_a_launcher()

@@ -1,27 +1,46 @@
 """How the ranks of a run find each other: each says that it is here, and who is missing is named.
 
-The store is torchrun's where it has one, else the first rank's.
+The store is torchrun's where it has one, else the first rank's. Each rank leaves there its host and
+what it was told: how many ranks, which version, which configuration. The first rank waits for all,
+compares, and gives one verdict that all others wait for, so that what the ranks ask of the store
+grows with their number and not with its square. Ranks that were told different things would train
+something that nobody asked for; the run ends instead, on all of them, with one line.
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import itertools
+import json
+import os
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
-from nlscale.cluster.life.place import Place, read_place
+import nlscale
+from nlscale.cluster.life.place import Place, place
 from nlscale.errors import LostRank, SaidElsewhere, UserError
 
 _POLL_SECONDS = 0.1
+_RANKS_A_POLL = 500
+"""So many more ranks, and each asks so much less often again."""
 _servers: dict[str, dist.Store] = {}
 """The stores that this process serves, by meeting point: one is enough for all of its meetings."""
 _meetings = itertools.count()
-_OTHERS_SECONDS = 1.0
-"""For which the rank that gives up, and may hold the store, waits for the others to give up too."""
+_OTHERS_SECONDS = 5.0
+"""For which the rank that gives up, and may hold the store, waits for the others to hear why."""
+_VERDICT = "verdict"
+"""Who sets it first decides for all: the first rank, or one that objects."""
+ENDING = "ending"
+"""Where, once the ranks have met, one says why the run ends: see `nlscale.cluster.life.watch`."""
+_SHOWN_KEYS = 3
+Told = Mapping[str, Any]
+"""What a rank was told, by the name that a person knows it by; a mapping is compared by key."""
 
 
 @dataclass(frozen=True)
@@ -43,31 +62,34 @@ class Rendezvous:
         return dist.PrefixStore(self.prefix, client)
 
 
-def meet(seconds: float) -> Rendezvous:
+def meet(seconds: float, told: Told | None = None) -> Rendezvous:
     """Wait until all ranks of the environment have come, for at most `seconds`.
 
+    Args:
+        seconds: for which the first rank waits for the others, from when it has come itself.
+        told: what this rank was told, beside the number of ranks; plain values that JSON holds.
+
     Raises:
-        UserError: the environment lacks a variable or says nonsense.
+        UserError: the environment says nonsense, a rank came twice, or a rank was told something
+            else than the first.
         LostRank: the first rank cannot be reached, or some rank has not come in time.
+        SaidElsewhere: the first rank says which of these it is.
     """
-    here, until = read_place(), time.monotonic() + seconds
-    rank, world = here.rank, here.world
-    if rank >= world:
-        raise UserError(f"RANK {rank} is not one of WORLD_SIZE {world}; ranks count from 0")
+    here, until = place(), time.monotonic() + seconds
     client = _reach(here, seconds)
     prefix = f"restart{here.restart}/meeting{next(_meetings)}"
     store = dist.PrefixStore(prefix, client)
-    store.set(_sign_of(rank), socket.gethostname())
     try:
-        absent = list(range(world))
-        while absent := [r for r in absent if not store.check([_sign_of(r)])]:
-            if time.monotonic() > until:
-                raise _not_all_came(here, absent, store, seconds)
-            time.sleep(_POLL_SECONDS)
-        hosts = [store.get(_sign_of(r)).decode() for r in range(world)]
+        _sign(here, store, told or {})
+        verdict = (_judge if here.rank == 0 else _wait)(here, store, until, seconds)
+        store.set(_heard_by(here.rank), "")
     except dist.DistError:
         raise SaidElsewhere("the first rank has gone", LostRank.exit_code) from None
-    return Rendezvous(here, tuple(hosts), store, prefix)
+    if here.rank == 0 and "why" in verdict:
+        _until_heard(here, store)
+    if "why" in verdict:
+        raise _reason(here, verdict)
+    return Rendezvous(here, tuple(verdict["hosts"]), store, prefix)
 
 
 def connect(host: str, port: int, serves: bool, seconds: float) -> dist.TCPStore:
@@ -99,20 +121,185 @@ def _reach(here: Place, seconds: float) -> dist.Store:
         ) from None
 
 
+def _sign(here: Place, store: dist.Store, told: Told) -> None:
+    """Say that this rank is here, and what it was told."""
+    plain = {"WORLD_SIZE": here.world, "nlscale": nlscale.__version__, **told}
+    text = json.dumps(plain, sort_keys=True)
+    host = socket.gethostname()
+    # Only the first rank's of these is read again, and that of the first that differs from it.
+    store.set(_told_to(here.rank), text)
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    # torchrun counts the ranks itself, and its store may remember those of a start before
+    if not here.torchrun_has_store and store.add(f"claims/{here.rank}", 1) > 1:
+        raise _object(
+            here,
+            store,
+            f"{here.who} has come before: another process was told the same RANK={here.rank} of "
+            f"WORLD_SIZE={here.world}; see who starts the ranks",
+        )
+    store.set(
+        _sign_of(here.rank), json.dumps({"host": host, "told": checksum, "world": here.world})
+    )
+
+
+def _judge(here: Place, store: dist.Store, until: float, seconds: float) -> dict[str, Any]:
+    """On the first rank: wait for the others, compare what they were told, and say the verdict."""
+    absent = list(range(here.world))
+    while absent := [r for r in absent if not store.check([_sign_of(r)])]:
+        if store.check([_VERDICT]) or time.monotonic() > until:
+            break
+        time.sleep(_POLL_SECONDS)
+    if absent:
+        verdict = _why(_not_all_came(here, absent, store, seconds), LostRank.exit_code, 0)
+    else:
+        said = store.multi_get([_sign_of(r) for r in range(here.world)])
+        signs = [json.loads(sign) for sign in said]
+        odd = [r for r, sign in enumerate(signs) if sign["told"] != signs[0]["told"]]
+        hosts = [sign["host"] for sign in signs]
+        verdict = {"hosts": hosts}
+        if odd:
+            verdict = _why(_difference(store, odd, hosts), UserError.exit_code, 0)
+    found: dict[str, Any] = json.loads(store.compare_set(_VERDICT, "", json.dumps(verdict)))
+    return found
+
+
+def _wait(here: Place, store: dist.Store, until: float, seconds: float) -> dict[str, Any]:
+    """On the other ranks: the verdict of the first, which has as long again when it comes late."""
+    compared, first_came = False, False
+    while not store.check([_VERDICT]):
+        first_came = store.check([_sign_of(0)])
+        if first_came and not compared:
+            compared = True
+            _object_to_world(here, store)
+        if time.monotonic() > until + (seconds + _OTHERS_SECONDS if first_came else 0.0):
+            return _without_the_first(here, store, seconds, first_came)
+        time.sleep(_POLL_SECONDS * (1 + here.world / _RANKS_A_POLL))
+    verdict: dict[str, Any] = json.loads(store.get(_VERDICT))
+    if "hosts" in verdict and len(verdict["hosts"]) != here.world:
+        _object_to_world(here, store)
+    return verdict
+
+
+def _object_to_world(here: Place, store: dist.Store) -> None:
+    """Refuse to meet a first rank that counts other ranks: it may not wait for this one at all."""
+    first = json.loads(store.get(_sign_of(0)))
+    if first["world"] == here.world:
+        return
+    message = (
+        f"{here.who} was told WORLD_SIZE={here.world}, and rank 0 on {first['host']} "
+        f"WORLD_SIZE={first['world']}; see who starts the ranks: all must be told the same"
+    )
+    error = _object(here, store, message)
+    store.set(_heard_by(here.rank), "")
+    raise error
+
+
+def _object(here: Place, store: dist.Store, message: str) -> UserError:
+    """End the run on all ranks, also on those that have met already; what to raise here."""
+    mine = _why(message, UserError.exit_code, _me())
+    verdict = json.loads(store.compare_set(_VERDICT, "", json.dumps(mine)))
+    if "why" in verdict:  # this, or what another has found before
+        return _reason(here, verdict)
+    ending = {"rank": here.rank, "message": message, "exit_code": mine["code"], "lost": [here.rank]}
+    store.compare_set(ENDING, "", json.dumps(ending))
+    return _reason(here, mine)
+
+
+def _without_the_first(
+    here: Place, store: dist.Store, seconds: float, first_came: bool
+) -> dict[str, Any]:
+    """The verdict where the first rank gives none in its time; the first that is there says it."""
+    if first_came:
+        message = f"rank 0 came and was lost before all ranks had met ({here.who} waited for it)"
+        return _why(message, LostRank.exit_code, here.rank)
+    absent = [r for r in range(here.world) if not store.check([_sign_of(r)])]
+    first = min(set(range(here.world)) - set(absent))
+    message = _not_all_came(here, absent, store, seconds)
+    return _why(message, LostRank.exit_code, first)
+
+
+def _reason(here: Place, verdict: dict[str, Any]) -> UserError:
+    """What to raise of a verdict that ends the run; one rank says it."""
+    message, code = verdict["why"], verdict["code"]
+    if verdict["from"] not in (here.rank, _me()):
+        return SaidElsewhere(message, code)
+    error = LostRank(message) if code == LostRank.exit_code else UserError(message)
+    error.told = True
+    return error
+
+
+def _why(message: str, code: int, speaker: int | str) -> dict[str, Any]:
+    """A verdict that ends the run; the speaker, a rank or a process, says it."""
+    return {"why": message, "code": code, "from": speaker}
+
+
+def _me() -> str:
+    """This process, also where another has the same rank."""
+    return f"{socket.gethostname()}/{os.getpid()}"
+
+
+def _difference(store: dist.Store, odd: list[int], hosts: list[str]) -> str:
+    """What the first of these ranks was told otherwise than rank 0, with both values."""
+    first, other = (json.loads(store.get(_told_to(r))) for r in (0, odd[0]))
+    keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+    parts = [
+        f"{name} {_short(a)} (rank 0 on {hosts[0]}: {_short(b)})"
+        for name, a, b in itertools.chain.from_iterable(
+            _leaves(key, other.get(key), first.get(key)) for key in keys
+        )
+    ]
+    shown = "; ".join(parts[:_SHOWN_KEYS])
+    more = f" and {len(parts) - _SHOWN_KEYS} more" if len(parts) > _SHOWN_KEYS else ""
+    others = f" (so were {name_ranks(odd[1:])})" if odd[1:] else ""
+    return (
+        f"rank {odd[0]} on {hosts[odd[0]]} was told something else than rank 0{others}: "
+        f"{shown}{more}; give all nodes the same recipe, overrides and installation"
+    )
+
+
+def _leaves(key: str, mine: Any, first: Any) -> list[tuple[str, Any, Any]]:
+    """The differing values of two trees, with their dotted keys."""
+    if not (isinstance(mine, dict) and isinstance(first, dict)):
+        return [] if mine == first else [(key, mine, first)]
+    found = []
+    for name in {**first, **mine}:
+        found += _leaves(f"{key}.{name}" if key else name, mine.get(name), first.get(name))
+    return found
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _until_heard(here: Place, store: dist.Store) -> None:
+    """Keep the store alive until those that are there have the verdict, or for a while."""
+    until = time.monotonic() + _OTHERS_SECONDS
+    present = [r for r in range(here.world) if store.check([_sign_of(r)])]
+    while time.monotonic() < until:
+        if all(store.check([_heard_by(r)]) for r in present):
+            return
+        time.sleep(_POLL_SECONDS)
+
+
 def _sign_of(rank: int) -> str:
     return f"here/{rank}"
 
 
-def _not_all_came(here: Place, absent: list[int], store: dist.Store, seconds: float) -> UserError:
-    """What to raise where ranks are missing: the first that is there says so."""
-    present = [r for r in range(here.world) if r not in absent]
-    hosts = sorted({store.get(_sign_of(r)).decode() for r in present})
-    message = (
+def _told_to(rank: int) -> str:
+    return f"told/{rank}"
+
+
+def _heard_by(rank: int) -> str:
+    return f"verdict heard/{rank}"
+
+
+def _not_all_came(here: Place, absent: list[int], store: dist.Store, seconds: float) -> str:
+    """What to say where ranks are missing."""
+    present = [r for r in range(here.world) if r not in set(absent)]
+    hosts = sorted({json.loads(store.get(_sign_of(r)))["host"] for r in present})
+    return (
         f"{len(absent)} of {here.world} ranks did not come within {seconds:g} s: "
         f"{name_ranks(absent)}; those that came are on {', '.join(hosts)}. Look at the output of "
         f"the others, or raise timeouts.startup"
     )
-    if here.rank != present[0]:
-        return SaidElsewhere(message, LostRank.exit_code)
-    time.sleep(_OTHERS_SECONDS)
-    return LostRank(message)

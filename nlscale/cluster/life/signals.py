@@ -1,24 +1,64 @@
-"""Being asked to stop: what a signal of the scheduler, or Ctrl-C, does to a run.
+"""Being asked to stop: what a signal of the scheduler, a lost terminal, or Ctrl-C, does.
 
 A rank that is told so while it trains only notes it. The wish rides on the consensus of the next
 step, so that all ranks stop after the same step, save, and end; a rank that is not told stops with
 the others. Before training, there is nothing to save, and a rank that is told ends at once.
+
+SIGHUP, of a terminal that goes, asks like the others, unless it is ignored when the process starts,
+as under nohup: then it stays ignored.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from nlscale.cluster.life.place import place
 from nlscale.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 """Of Slurm (time limit, preemption, `--signal`), torchrun, and a person at the keyboard."""
 _ONE_KEY_SECONDS = 1.0
+Handler = Callable[[int, FrameType | None], Any]
+
+
+def with_hangup(numbers: tuple[signal.Signals, ...]) -> tuple[signal.Signals, ...]:
+    """These signals, and SIGHUP unless this process was started to ignore it."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return numbers if ignored else (*numbers, signal.SIGHUP)
+
+
+@contextmanager
+def handled(numbers: tuple[signal.Signals, ...], handler: Handler) -> Iterator[None]:
+    """Call `handler` for these signals in the body.
+
+    Python delivers signals to the main thread only; in another one nothing changes.
+    """
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def ends_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM, and SIGHUP unless it is ignored, end the body as Ctrl-C does.
+
+    What it has made for itself, such as temporary folders and processes, goes on the way out.
+    """
+    with handled(with_hangup((signal.SIGTERM,)), _interrupt):
+        yield
 
 
 class StopSignals:
@@ -27,6 +67,9 @@ class StopSignals:
     Until `training` is called a signal raises `Stopped`.
 
     Python delivers signals to the main thread only; elsewhere nothing is noted.
+
+    Raises:
+        UserError: see `nlscale.cluster.life.place.place`.
     """
 
     def __init__(self) -> None:
@@ -36,7 +79,8 @@ class StopSignals:
         """Of the first signal that came."""
         self._training = False
         self._came_at = 0.0
-        self._before: dict[int, Any] = {}
+        self._speaks = place().rank == 0
+        self._ends = contextlib.ExitStack()
 
     @property
     def came(self) -> bool:
@@ -48,8 +92,7 @@ class StopSignals:
         self._training = True
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._ends.enter_context(handled(with_hangup(SIGNALS), self._note))
         return self
 
     def __exit__(
@@ -58,8 +101,7 @@ class StopSignals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._ends.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -71,7 +113,13 @@ class StopSignals:
             self.name, self._came_at = signal.Signals(number).name, now
             if not self._training:
                 raise Stopped(f"stopped before the first step ({self.name})")
-            if os.environ.get("RANK", "0") == "0":
+            if self._speaks:
                 again = "; Ctrl-C again: now" if number == signal.SIGINT else ""
-                # not print: the signal may have come in the middle of one
-                os.write(2, f"nlscale: {self.name}: stopping after this step{again}\n".encode())
+                line = f"nlscale: {self.name}: stopping after this step{again}\n"
+                # not print: the signal may have come in the middle of one. The terminal may be gone
+                with contextlib.suppress(OSError):
+                    os.write(2, line.encode())
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nlscale.cluster.life.rendezvous import Rendezvous, name_ranks
+from nlscale.cluster.life.rendezvous import ENDING, Rendezvous, name_ranks
 from nlscale.config.vocabulary import TimeoutsConfig
 from nlscale.errors import LostRank, SaidElsewhere, UserError
 
@@ -37,7 +37,6 @@ _LEAVE_SECONDS = 10.0
 """What a rank has to end by itself once another has said why the run ends."""
 _LINGER_SECONDS = 15.0
 """For which the first rank, which may hold the store, waits at most for the others to hear why."""
-_ENDING = "ending"
 
 
 @dataclass
@@ -195,7 +194,7 @@ class Watch:
         """Be the rank that says why the run ends, or get what another one said."""
         mine = {"rank": self._rank, "message": message, "exit_code": exit_code}
         mine["lost"] = self._gone
-        winner = json.loads(self._asking.compare_set(_ENDING, "", json.dumps(mine)))
+        winner = json.loads(self._asking.compare_set(ENDING, "", json.dumps(mine)))
         said = self._hear(winner, self._asking)
         return None if winner["rank"] == self._rank else said
 
@@ -322,9 +321,9 @@ class Watch:
 
     def _ending(self, store: dist.Store) -> SaidElsewhere | None:
         """What the rank that ends the run has said, if one has."""
-        if not store.check([_ENDING]):
+        if not store.check([ENDING]):
             return None
-        return self._hear(json.loads(store.get(_ENDING)), store)
+        return self._hear(json.loads(store.get(ENDING)), store)
 
     def _hear(self, ending: dict[str, Any], store: dist.Store) -> SaidElsewhere:
         said = SaidElsewhere(ending["message"], ending["exit_code"])

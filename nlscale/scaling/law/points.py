@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from nlscale.config.scalars import Unreadable, number
 from nlscale.errors import UserError
 from nlscale.scaling.law.law import FLOPS_PER_PARAMETER_TOKEN, Array
 
@@ -174,11 +175,13 @@ def _read_csv(path: Path, parameters: str, period: bool) -> Points:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
-            names = [name.strip() for name in reader.fieldnames or []]
+            names = [" ".join(name.split()) for name in reader.fieldnames or []]
             reader.fieldnames = names
             rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{path}: the column {twice[0]!r} is there twice; take one out")
     wanted = [_size_column(parameters), "D", "loss"] + ["C"] * period
     missing = [name for name in wanted if name not in names]
     if missing:
@@ -207,16 +210,19 @@ def _read_runs(folders: list[Path], parameters: str, period: bool) -> tuple[Poin
         try:
             config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
             summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+            measured = _measured(run, summary)
         except FileNotFoundError as error:
             skipped.append(f"{run} is left out: it has no {Path(error.filename).name}")
             continue
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
             raise UserError(f"cannot read {run}: {' '.join(str(error).split())}") from None
+        if not isinstance(config, dict):
+            raise UserError(f"cannot read {run}: its config.yaml is no configuration")
         loss = summary.get("final_val_loss")
         if not isinstance(loss, int | float) or not math.isfinite(loss):
             skipped.append(f"{run} is left out: final_val_loss is {loss}")
             continue
-        row = {**_flat(config or {}), **_measured(run, summary)}
+        row = {**_flat(config), **measured}
         rows.append((str(run), row))
     if not rows:
         where = ", ".join(map(str, folders))
@@ -237,14 +243,24 @@ MEASURED = (*_RECORDED, RUN, PERIODS)
 """Columns of a run that are no keys of its configuration."""
 
 
-def _measured(run: Path, summary: dict[str, Any]) -> Row:
+def _measured(run: Path, summary: Any) -> Row:
+    """The columns that follow from a run's summary. Raises ValueError: it is not one."""
+    levels = summary.get("levels", []) if isinstance(summary, dict) else None
+    if not isinstance(levels, list) or not all(
+        isinstance(level, dict) and _is_period(level.get("period_steps")) for level in levels
+    ):
+        raise ValueError("its summary.json is damaged")
     measured = {name: summary.get(key) for name, key in _RECORDED.items() if key != "levels"}
     measured[RUN] = run
-    periods = [level["period_steps"] for level in summary.get("levels", [])]
+    periods = [level["period_steps"] for level in levels]
     if periods:
         measured[PERIODS] = ", ".join(map(str, periods))
         measured["C"] = math.exp(math.fsum(map(math.log, periods)) / len(periods))
     return {name: str(value) for name, value in measured.items() if value is not None}
+
+
+def _is_period(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
 
 
 def _size_column(parameters: str) -> str:
@@ -277,8 +293,8 @@ def _points(rows: list[tuple[str, Row]], source: str, parameters: str, period: b
                     f"leave that run out, or ask for nothing that needs it"
                 )
             try:
-                value = float(text)
-            except ValueError:
+                value = number(text)
+            except Unreadable:
                 raise UserError(f"{where}: {name} is {text!r}, which is not a number") from None
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"{where}: {name} is {text}; it must be finite and above 0")

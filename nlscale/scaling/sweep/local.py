@@ -8,7 +8,6 @@ was told to, with a checkpoint.
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -23,8 +22,9 @@ from types import FrameType
 from typing import Any
 
 from nlscale.cluster.life.exits import exit_with
+from nlscale.cluster.life.owner import Owned, hold
 from nlscale.config import recipe
-from nlscale.errors import Stopped, UserError
+from nlscale.errors import Stopped
 from nlscale.scaling.sweep.board import Board
 from nlscale.scaling.sweep.runs import Run
 from nlscale.scaling.sweep.status import Status, checkpoint_at, status
@@ -72,27 +72,15 @@ def worker_places(workers: int | None) -> list[dict[str, str]]:
 
 
 @contextmanager
-def only_sweep(folder: Path) -> Iterator[None]:
-    """Hold the folder of a sweep while it is being run; a process that dies lets go of it.
+def only_sweep(folder: Path) -> Iterator[Owned]:
+    """Hold the folder of a sweep while it is being run; see `nlscale.cluster.life.owner`.
 
     Raises:
-        UserError: another one holds it, or it cannot be written.
+        Held: another one holds it.
+        UserError: it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another sweep is running in {folder}; wait for it") from None
-        except OSError as error:
-            raise UserError(
-                f"cannot lock {folder}: {error.strerror}; give dir: on a file system with locks"
-            ) from None
-        yield
+    with hold(folder, "nlscale sweep", instead="the sweep another dir") as owned:
+        yield owned
 
 
 def run_local(
@@ -100,6 +88,7 @@ def run_local(
     states: Mapping[str, Status],
     places: list[dict[str, str]],
     board: Board,
+    owned: Owned,
 ) -> dict[str, str]:
     """Run what has not finished; returns why, of those that failed, by name.
 
@@ -108,8 +97,9 @@ def run_local(
 
     Raises:
         Stopped: a signal came; what was under way has saved.
+        LostOwnership: another sweep has taken the folder over; likewise.
     """
-    return _Executor(runs, states, places, board).run()
+    return _Executor(runs, states, places, board, owned).run()
 
 
 class _Executor:
@@ -119,8 +109,10 @@ class _Executor:
         states: Mapping[str, Status],
         places: list[dict[str, str]],
         board: Board,
+        owned: Owned,
     ) -> None:
         self._states, self._board, self._free = states, board, places
+        self._owned = owned
         chains: dict[str, float] = {}
         for run in runs:
             chains[run.chain] = chains.get(run.chain, 0.0) + run.flops
@@ -150,6 +142,8 @@ class _Executor:
     def _loop(self, came: list[str]) -> None:
         told = False
         while True:
+            if self._owned.lost and not came:
+                came.append("taken over by another sweep")
             if came and not told:
                 told = True
                 self._board.line(f"{came[0]}: waiting for {len(self._running)} runs to save")
@@ -163,6 +157,7 @@ class _Executor:
             for sentinel in wait(list(self._running), _POLL_SECONDS):
                 assert isinstance(sentinel, int)
                 self._end(self._running.pop(sentinel), told)
+        self._owned.check()
         finished = sum(state.finished for state in self._states.values())
         if told and finished + len(self._failed) < len(self._states):
             raise Stopped(
@@ -254,15 +249,19 @@ def _train(recipe_file: Path, log: Path, environment: dict[str, str]) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     threading.Thread(target=_stop_with_the_sweep, daemon=True).start()
-    # The process that had this run in a sweep that was killed may still be saving.
-    fcntl.flock(output, fcntl.LOCK_EX)
     os.environ.update(environment)
     import torch
 
     from nlscale.train.start import start
 
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    exit_with(lambda: start(recipe_file, []))
+
+    def work() -> int:
+        # The process that had this run in a sweep that was killed may still be saving: wait for it.
+        with hold(recipe_file.parent, "nlscale train, in a sweep", waits=True):
+            return start(recipe_file, [])
+
+    exit_with(work)
 
 
 def _stop_with_the_sweep() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from nlscale.config import recipe
 from nlscale.errors import UserError
 from nlscale.scaling.sweep.runs import Run
 from nlscale.telemetry.figures import METRICS_FILE, SUMMARY_FILE
-from nlscale.train.folder import CONFIG_FILE
+from nlscale.telemetry.records import parse
+from nlscale.train.folder import CONFIG_FILE, read_summary
 
 _TAIL_BYTES = 1 << 16  # more than a record of metrics.jsonl
 
@@ -42,15 +43,28 @@ class Status:
 def status(run: Run) -> Status:
     """Where a run stands.
 
+    A run whose summary is damaged, and whose checkpoints are there, has not finished: it makes its
+    summary again.
+
     Raises:
-        UserError: its folder holds a checkpoint or the summary of another run.
+        UserError: its folder holds a checkpoint or the summary of another run, or files that are
+            damaged.
     """
-    summary = run.folder / SUMMARY_FILE
-    if summary.exists() or checkpoints(run):
+    path = run.folder / SUMMARY_FILE
+    if path.exists() or checkpoints(run):
         _check_same(run)
-    if summary.exists():
-        return Status(run.steps, json.loads(summary.read_text()))
-    return Status(last_step(run), None)
+    try:
+        summary = read_summary(path)
+        if summary is not None and "final_val_loss" not in summary:
+            raise UserError(f"{path} is damaged: it has no final_val_loss")
+    except UserError as error:
+        if not checkpoints(run):
+            raise UserError(
+                f"{error}; no checkpoint is left to make it again from: move {run.folder} away, or "
+                f"give the sweep another dir"
+            ) from None
+        summary = None
+    return Status(run.steps, summary) if summary else Status(last_step(run), None)
 
 
 def last_step(run: Run) -> int:
@@ -60,14 +74,12 @@ def last_step(run: Run) -> int:
             file.seek(0, 2)
             file.seek(max(0, file.tell() - _TAIL_BYTES))
             lines = file.read().splitlines(keepends=True)
-    except FileNotFoundError:
+    except OSError:
         return 0
     for line in reversed(lines):
         if line.endswith(b"\n"):  # otherwise it is being written
-            try:
-                return int(json.loads(line)["step"])
-            except ValueError:
-                return 0
+            with suppress(ValueError):
+                return int(parse(line).get("step") or 0)
     return 0
 
 
@@ -84,13 +96,16 @@ def checkpoint_at(run: Run, step: int) -> Path:
 
 def _check_same(run: Run) -> None:
     written = run.folder / CONFIG_FILE
+    fix = f"move {run.folder} away, or give the sweep another dir"
     if not written.exists():
-        raise UserError(f"{run.folder} holds a run without its {CONFIG_FILE}; remove that folder")
-    there = recipe.to_plain(recipe.load(written).config)
+        raise UserError(f"{run.folder} holds a run without its {CONFIG_FILE}; {fix}")
+    try:
+        there = recipe.to_plain(recipe.load(written).config)
+    except UserError as error:
+        raise UserError(f"{written} cannot be read as that of {run.name}: {error}; {fix}") from None
     changed = differences(recipe.to_plain(run.config), there)
     if changed:
         shown = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items())
         raise UserError(
-            f"{run.folder} holds another run than the sweep's {run.name}: {shown}; remove that "
-            f"folder, or give the sweep another dir"
+            f"{run.folder} holds another run than the sweep's {run.name}: {shown}; {fix}"
         )

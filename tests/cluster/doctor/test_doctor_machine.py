@@ -15,16 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 from doctors import findings, run
+from hangups import hears_hangups
+from places import variables
 
 from nlscale.cluster.doctor import disk
 from nlscale.cluster.doctor.machine import Asked, examine
 from nlscale.cluster.doctor.report import print_report
+from nlscale.cluster.life.place import VARIABLES
 from nlscale.data.build import build
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+    for name in (*VARIABLES, "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -139,13 +142,13 @@ def test_data_that_are_not_whole(tmp_path: Path, data: Path) -> None:
     assert "restore it" in found["advice"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_doctor_that_is_ended_leaves_no_file(tmp_path: Path, how: signal.Signals) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
     doctor = subprocess.Popen(
         [sys.executable, "-m", "nlscale", "doctor", "--path", str(runs)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=hears_hangups,
     )  # fmt: skip
     while not os.listdir(runs):
         assert doctor.poll() is None
@@ -154,7 +157,7 @@ def test_a_doctor_that_is_ended_leaves_no_file(tmp_path: Path, how: signal.Signa
     _, said = doctor.communicate(timeout=60)
     left = [path for path in runs.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in left) < 1000, "the large file had no name"
-    if how == signal.SIGTERM:
+    if how != signal.SIGKILL:
         assert doctor.returncode == 130 and "interrupted" in said
         assert not os.listdir(runs)
 
@@ -165,7 +168,8 @@ def test_a_doctor_that_is_ended_leaves_no_file(tmp_path: Path, how: signal.Signa
         (["--path", __file__], {}, "is a file; give the folder"),
         (["--timeout", "0"], {}, "above 0"),
         (["--cluster", "nowhere.yaml"], {}, "no cluster file at nowhere.yaml"),
-        ([], {"WORLD_SIZE": "4"}, "one of 4 ranks; add --nodes"),
+        ([], variables(0, 4), "one of 4 ranks; add --nodes"),
+        ([], {"WORLD_SIZE": "4"}, "RANK is not"),
         (["--nodes"], {}, "--nodes needs RANK, LOCAL_RANK"),
     ],
 )
@@ -175,7 +179,6 @@ def test_what_is_wrongly_asked_is_refused_in_one_line(
     says: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv("RANK", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     code, out, err = run(*arguments)

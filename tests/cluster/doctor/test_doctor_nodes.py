@@ -19,7 +19,8 @@ from doctors import Ended, as_rank, findings, run
 from nlscale.cluster.doctor import clocks, environment, network, shared_files
 from nlscale.cluster.doctor.arrivals import Arrival
 from nlscale.cluster.doctor.clocks import Offset
-from nlscale.cluster.doctor.meeting import meet, place
+from nlscale.cluster.doctor.meeting import meet
+from nlscale.cluster.life.place import place
 
 NO_CHANGES: dict[int, dict[str, str]] = {}
 

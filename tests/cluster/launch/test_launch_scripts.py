@@ -13,7 +13,7 @@ import pytest
 from train.test_train_run import records, small_data
 
 from nlscale import cli
-from nlscale.cluster.launch.slurm import array_script, job_script
+from nlscale.cluster.launch.batch import array_script, job_script
 from nlscale.cluster.launch.torchrun import node_script
 from nlscale.cluster.machines import Cluster, Launch, Slurm, load_cluster
 from nlscale.errors import UserError
@@ -55,7 +55,9 @@ def test_a_job_asks_for_what_the_cluster_file_says(tmp_path: Path) -> None:
         "--open-mode=append", "--exclusive", f"--output={tmp_path}/slurm-%j.log",
     ]  # fmt: skip
     assert text.startswith("#!/usr/bin/env bash\n")
-    assert "export GLOO_SOCKET_IFNAME=ib0\nexport NCCL_DEBUG='a b'\n" in text
+    assert (
+        "environment=('NCCL_SOCKET_IFNAME=ib0' 'GLOO_SOCKET_IFNAME=ib0' 'NCCL_DEBUG=a b')\n" in text
+    )
     assert "set -- r.yaml 'run.dir=a b'\n" in text
     path = tmp_path / "job.sbatch"
     path.write_text(text)
@@ -74,10 +76,10 @@ def test_nodes_have_the_python_that_launches_unless_told_otherwise(tmp_path: Pat
         )
         for setup in (None, "module load nlscale")
     }
-    own = f"export PATH={Path(sys.executable).parent}:$PATH"
+    own = f'export PATH={Path(sys.executable).parent}:"$PATH"'
     for setup, (job, node) in scripts.items():
         assert f"setup='{setup or own}'\n" in job
-        assert f"\n{setup or own}\n" in node
+        assert f"setup='{setup or own}'\n" in node
 
 
 def test_without_gpus_none_are_asked_for(tmp_path: Path) -> None:
@@ -89,7 +91,7 @@ def test_every_node_gets_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     nodes = cluster(hosts=["a", "b", "c", "d"], port=1234, interface="ib0")
     script = node_script("r.yaml", ["train.steps=3"], nodes, 2)
-    assert "export HEAD=a:1234\nexport NODES=4\nexport NODE_RANK=2\n" in script
+    assert "export RANKS=8\nexport HEAD=a:1234\nexport NODES=4\nexport NODE_RANK=2\n" in script
     path = ROOT / "launch/torchrun/many-nodes.sh"
     assert script.endswith(f"exec bash {path} r.yaml train.steps=3\n")
     assert f"\ncd {tmp_path}\n" in script, "relative paths are those of whoever launches"

@@ -92,6 +92,38 @@ def test_a_run_stops_in_time_for_its_checkpoint(monkeypatch: pytest.MonkeyPatch)
     assert not Deadline().is_near(step_seconds=1.0, save_seconds=100.0)
     assert Deadline().is_near(step_seconds=1.0, save_seconds=150.0), "a slower save: stop earlier"
     assert Deadline().is_near(step_seconds=150.0, save_seconds=1.0)
-    monkeypatch.setenv(VARIABLE, "tomorrow")
-    with pytest.raises(UserError, match="'tomorrow' is not a time in Unix seconds"):
-        Deadline()
+    Deadline().refuse_past()
+    for text in ("tomorrow", "nan", "inf"):
+        monkeypatch.setenv(VARIABLE, text)
+        with pytest.raises(UserError, match=f"'{text}' is not a time in Unix seconds"):
+            Deadline()
+    monkeypatch.setenv(VARIABLE, str(time.time() - 100))
+    with pytest.raises(UserError, match=r"has passed, 100 s ago: it is of another job"):
+        Deadline().refuse_past()
+
+
+def test_lines_that_are_no_events_are_passed_over_counted_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    Attempts(tmp_path).end("first")
+    bad = b'7\n[]\n{}\n{"event": "begin"}\n{"event": "end"}\n\xff\x00\n{"event": ["end"]}\n'
+    with path.open("ab") as file:
+        file.write(bad + b'{"event": "en')
+    attempts = Attempts(tmp_path)
+    assert attempts.unreadable == 8 and "8 lines are no event" in attempts.warnings()[0]
+    attempts.begin(time.time(), 3, 0.0, None)
+    assert bad in path.read_bytes()
+    again = Attempts(tmp_path)
+    assert [event["event"] for event in again.events] == ["end", "begin"], "not glued to a torn one"
+    assert goodput(again.events, [{"kind": "train"}, {}], time.time() + 1)["training"] == 0
+
+
+def test_who_may_not_write_notes_no_end(tmp_path: Path) -> None:
+    Attempts(tmp_path / "run", lambda: False).end("refused")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_a_clear_error_at_the_beginning(tmp_path: Path) -> None:
+    attempts = Attempts(tmp_path)
+    (tmp_path / FILE).symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot append to .*attempts\.jsonl: No space left"):
+        attempts.begin(time.time(), 0, 0.0, None)

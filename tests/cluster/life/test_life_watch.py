@@ -143,7 +143,7 @@ def test_ranks_that_do_not_come_are_named(data: Path, tmp_path: Path) -> None:
 
 def test_a_first_rank_that_does_not_come_is_named(data: Path, tmp_path: Path) -> None:
     here = train(data, tmp_path, "timeouts.startup=3")
-    alone = {"RANK": "1"}
+    alone = {"RANK": "1", "LOCAL_RANK": "1"}
     (ended,) = world.command(2, here, tmp_path, started=1, environment=alone)
     assert ended.code == 5
     (reason,) = reasons([ended])

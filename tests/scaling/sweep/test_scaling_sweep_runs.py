@@ -20,6 +20,7 @@ from scaling.sweeps import WSD, finished_runs, make_data, start, write_sweep
 from nlscale.checkpoint.diff import compare
 from nlscale.checkpoint.store.store import Store
 from nlscale.cli import main
+from nlscale.cluster.life.owner import newest
 from nlscale.verify.resume import family
 
 STEPS = [16, 32, 96]
@@ -84,7 +85,8 @@ def assert_same(sweep: Path, undisturbed: Path) -> None:
 def test_a_second_time_nothing_is_run(
     undisturbed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.name != ".lock"}
+    files = [path for path in undisturbed.rglob("*") if not path.name.startswith(".owner")]
+    before = {path: path.stat().st_mtime_ns for path in files}
     capsys.readouterr()
     assert sweep_ends(undisturbed / "sweep.yaml", "--json") == 0
     plain = json.loads(capsys.readouterr().out)
@@ -197,11 +199,12 @@ def test_two_sweeps_do_not_run_in_one_folder(
     sweep = write_sweep(tmp_path, data, AXES, set=WSD)
     started.append(process := start(sweep))
     ends = time.monotonic() + PATIENCE
-    while not (tmp_path / "runs" / ".lock").exists() and time.monotonic() < ends:
+    while not newest(tmp_path / "runs") and time.monotonic() < ends:
         time.sleep(0.05)
-    time.sleep(0.5)  # it is taken a moment after it is there
     assert sweep_ends(sweep) == 2
-    assert "another sweep is running" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"runs is held by nlscale sweep, process {process.pid} on" in said
+    assert "give the sweep another dir" in said
     assert process.poll() is None
 
 
@@ -220,7 +223,8 @@ def submitted(sweep: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> lis
     )
     assert sweep_ends(sweep, "--executor", "slurm", "--cluster", str(cluster)) == 0
     file = Path((folder / "arguments").read_text().splitlines()[-1])
-    assert file == (sweep.parent / "runs" / "commands.txt").resolve()
+    assert file.parent == (sweep.parent / "runs").resolve()
+    assert file.read_text() == (file.parent / "commands.txt").read_text()
     return file.read_text().splitlines()
 
 
