@@ -32,6 +32,10 @@ _FREE = (
 compared by what they are."""
 
 
+class OtherSettings(UserError):
+    """The run that was saved had other settings, which nobody has allowed to differ."""
+
+
 def check_same_run(config: Config, data: dict[str, Any], state: dict[str, Any], where: str) -> None:
     """Refuse to go on as another run than the one that was saved.
 
@@ -45,8 +49,9 @@ def check_same_run(config: Config, data: dict[str, Any], state: dict[str, Any], 
         where: what to call the checkpoint.
 
     Raises:
-        UserError: one line for each key that differs and is not in `resume.allow`; or the
-            configuration ends before the step of the checkpoint.
+        OtherSettings: one line for each key that differs and is not in `resume.allow`.
+        UserError: `resume.allow` names no key; the state is damaged; or the configuration ends
+            before the step of the checkpoint.
     """
     lacking = [key for key in ("config", "data") if not isinstance(state.get(key), dict)]
     if lacking:
@@ -65,7 +70,7 @@ def check_same_run(config: Config, data: dict[str, Any], state: dict[str, Any], 
     refused = {key: values for key, values in changed.items() if key not in config.resume.allow}
     if refused:
         lines = [f"  {key}: {before!r} -> {now!r}" for key, (before, now) in refused.items()]
-        raise UserError(
+        raise OtherSettings(
             f"{where} is of a run with other settings:\n" + "\n".join(lines) + "\n"
             f"give another run.dir, or go on with the change: "
             f"'resume.allow=[{','.join(refused)}]'"

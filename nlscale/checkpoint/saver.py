@@ -17,6 +17,7 @@ from nlscale.checkpoint import FOLDER
 from nlscale.checkpoint.state import trainer_pieces, trainer_state
 from nlscale.checkpoint.store.pieces import Piece
 from nlscale.checkpoint.store.store import Store, Written
+from nlscale.cluster.life.owner import LostOwnership
 from nlscale.cluster.life.watch import doing
 from nlscale.config.vocabulary import CheckpointConfig, RunConfig
 from nlscale.errors import TrainingFailed, UserError
@@ -163,6 +164,8 @@ class Saver:
         try:
             self._check()
             self._store.prune(self._config.keep, self._config.keep_every)
+        except LostOwnership:
+            return  # training is told by itself, and the log is another's
         except (OSError, UserError) as error:
             # The new one is written. Too many old ones are no reason to end a run, and if the disk
             # fills up the next save says so.

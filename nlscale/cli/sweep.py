@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workers",
-        type=whole(),
+        type=whole(least=1, most=4096),
         metavar="N",
         help="runs at a time on this machine (default: the sweep's workers, or a GPU each, or a "
         "core each)",
@@ -72,8 +72,6 @@ def _sweep(args: argparse.Namespace) -> int:
     from nlscale.scaling.sweep.spec import read_sweep
     from nlscale.scaling.sweep.status import status
 
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers {args.workers}: give 1 or more")
     if args.executor == "slurm" and args.cluster is None:
         raise UserError("--executor slurm: give the machines as well, --cluster YAML")
     cluster = load_cluster(args.cluster) if args.cluster else None
@@ -82,7 +80,9 @@ def _sweep(args: argparse.Namespace) -> int:
         price = Price(cluster, args.utilisation)
     sweep = read_sweep(args.sweep)
     if args.imports:
-        sweep.common["run.imports"] = [*sweep.common.get("run.imports", []), *args.imports]
+        known = sweep.common.get("run.imports") or []
+        if isinstance(known, list):  # else the recipe refuses it
+            sweep.common["run.imports"] = [*known, *args.imports]
     scripts = args.dry_run and args.executor == "slurm" and not args.json
     runs = expand(sweep, assumed=_ASSUMED_VOCABULARY if scripts else None)
     states = {run.name: status(run) for run in runs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from nlscale.config.fields import within
 from nlscale.config.vocabulary import MOST
 from nlscale.errors import UserError
 
+_QUOTED = ("partition", "account", "container", "mounts")
+_UNEXPANDED = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\})|(?:^|(?<=[:,=]))~(?=/|$)")
+"""A variable of the shell, or a home."""
 _TIME = re.compile(r"(?i)([0-9]{1,9}-)?[0-9]{1,9}(:[0-9]{1,9}){0,2}|unlimited|infinite")
 
 
@@ -98,6 +102,25 @@ class Cluster:
         return bytes_leaving * 8 / (self.inter_node_gbit * 1e9)
 
 
+def _refuse_unexpanded(cluster: Cluster, sources: Mapping[str, str]) -> None:
+    """What nothing expands: these values are quoted in scripts, so that they mean themselves."""
+    slurm, launch = cluster.launch.slurm, cluster.launch
+    texts = {
+        **{f"launch.slurm.{name}": getattr(slurm, name) for name in _QUOTED},
+        **{f"launch.slurm.options.{i}": option for i, option in enumerate(slurm.options)},
+        "launch.interface": launch.interface,
+        **{f"launch.hosts.{i}": host for i, host in enumerate(launch.hosts)},
+        **{f"launch.environment.{name}": value for name, value in launch.environment.items()},
+    }
+    for key, value in texts.items():
+        found = _UNEXPANDED.search(value or "")
+        if found:
+            raise UserError(
+                f"{key} {value!r} holds {found[0]}, which nothing expands there; write it out, or "
+                f"set it in launch.setup, which a shell reads{schema.where(key, sources)}"
+            )
+
+
 _CLUSTER = schema.Kind(
     name="cluster file",
     schema=Cluster,
@@ -116,6 +139,7 @@ def load_cluster(path: str | Path) -> Cluster:
     """
     tree, sources = schema.read(path, _CLUSTER)
     cluster = schema.build(tree, _CLUSTER, sources)
+    _refuse_unexpanded(cluster, sources)
     time = cluster.launch.slurm.time
     if not _TIME.fullmatch(time):
         raise UserError(

@@ -14,6 +14,7 @@ from omegaconf import MISSING
 from nlscale.errors import UserError
 
 _LARGEST = 2**63 - 1
+_LONGEST_NAME = 255
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.@_-]+:/{1,2}")
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 
@@ -42,7 +43,11 @@ class Range:
         """What a number that it does not hold must be, in words."""
         if not math.isfinite(value):
             return str(self) if str(self).endswith("finite number") else f"finite and {self}"
-        return f"{self} and of at most 63 bits" if abs(value) > _LARGEST else str(self)
+        return (
+            f"{self} and of at most 63 bits"
+            if isinstance(value, int) and abs(value) > _LARGEST
+            else str(self)
+        )
 
     def __str__(self) -> str:
         """Such as "above 0" or "from 0 to 1"."""
@@ -99,6 +104,10 @@ def expanded(text: str | os.PathLike[str]) -> Path:
     text = os.fspath(text)
     if not text.strip():
         raise ValueError("is empty; give a path")
+    if text != text.strip():
+        raise ValueError("begins or ends with a space; take it out")
+    if max(len(os.fsencode(part)) for part in text.split("/")) > _LONGEST_NAME:
+        raise ValueError(f"has a name of more than {_LONGEST_NAME} bytes; give a shorter one")
     if any(ord(character) < 32 or ord(character) == 127 for character in text):
         raise ValueError("holds a control character; give a path without")
     if scheme := _SCHEME.match(text):

@@ -43,16 +43,20 @@ def keys_of(schema: type, prefix: str = "") -> list[str]:
 
 def has_key(schema: type, key: str) -> bool:
     """Whether a class has a dotted key; it may hold indices into lists."""
-    return re.sub(r"\.\d+", ".N", key) in keys_of(schema)
+    return re.sub(r"\.[0-9]+", ".N", key) in keys_of(schema)
 
 
-def is_text(schema: type, key: str) -> bool:
-    """Whether a dotted key of a class holds a text; it may hold indices into lists."""
+def is_text(schema: type, key: str, optional: bool = False) -> bool:
+    """Whether a dotted key of a class holds a text, or, `optional`, a text or null.
+
+    The key may hold indices into lists.
+    """
     hint: Any = schema
-    for part in re.sub(r"\.\d+", "", key).split("."):
+    for part in re.sub(r"\.[0-9]+", "", key).split("."):
         item = item_of(hint)
         hint = typing.get_type_hints(item).get(part) if is_dataclass(item) else None
-    return hint is str or (str in typing.get_args(hint) and type(None) in typing.get_args(hint))
+    may_be_null = str in typing.get_args(hint) and type(None) in typing.get_args(hint)
+    return may_be_null or (hint is str and not optional)
 
 
 def item_of(hint: Any) -> Any:

@@ -188,12 +188,20 @@ def _parse_override(text: str) -> tuple[str, Any]:
     key = key.strip()
     if "[" in key:
         raise UserError(unknown_key(key))
-    if keys.is_text(Config, _long(key)):
+    if keys.is_text(Config, key):
+        if not value:
+            raise UserError(f"{key} is empty; give a text{_or_null(key)}")
         return key, typed_text(value)
     try:
-        return key, trees.load(value)
+        found = trees.load(value)
+        is_period = _long(key) != key and not isinstance(found, dict)
+        return key, typed_text(value) if is_period else found
     except (yaml.YAMLError, ValueError):
         raise UserError(f"{text!r}: {value!r} is not a YAML value") from None
+
+
+def _or_null(key: str) -> str:
+    return ", or null" if keys.is_text(Config, key, optional=True) else ""
 
 
 def typed_text(value: str) -> str | None:
@@ -215,7 +223,7 @@ def typed_text(value: str) -> str | None:
 
 def _long(key: str) -> str:
     """Of a level's entry, which may be its period alone, the key of that."""
-    return f"{key}.period" if re.fullmatch(r"levels\.spectrum\.\d+", key) else key
+    return f"{key}.period" if re.fullmatch(r"levels\.spectrum\.[0-9]+", key) else key
 
 
 def _override(tree: dict[str, Any], key: str, value: Any, sources: dict[str, str]) -> None:
@@ -252,7 +260,7 @@ def _set(tree: Any, parts: list[str], value: Any, key: str) -> None:
         if not isinstance(tree.get(part), dict | list):
             tree[part] = {}
         tree = tree[part]
-        if isinstance(tree, dict) and following.isdigit():
+        if isinstance(tree, dict) and re.fullmatch("[0-9]+", following):
             if parts[:depth] == ["levels", "spectrum"]:
                 raise UserError(f"{key}: the recipe lists no levels; first give levels=[1,4,16]")
             raise UserError(unknown_key(key))
@@ -263,7 +271,7 @@ def _set(tree: Any, parts: list[str], value: Any, key: str) -> None:
 
 
 def _index(items: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
+    if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(items):
         last = f"; use 0 to {len(items) - 1}" if items else ""
         raise UserError(f"{key}: {part!r} is not an index into a list of {len(items)}{last}")
     return int(part)

@@ -102,8 +102,15 @@ def read(value: Any, wanted: type) -> Any:
 
 
 def guess(value: Any) -> Any:
-    """What a scalar looks like where no key says what it is: a number, a truth, or a text."""
-    if not isinstance(value, Plain):
+    """What a scalar looks like where no key says what it is: a number, a truth, or a text.
+
+    Of lists and mappings, all that is in them.
+    """
+    if isinstance(value, dict):
+        return {guess(key): guess(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [guess(item) for item in value]
+    if not isinstance(value, Plain) or value.lower() in ("nan", "inf"):
         return value
     for read_as in (whole, number):
         try:

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from nlscale.config import scalars, shipped, trees
 from nlscale.config.fields import Range, expanded
 from nlscale.config.keys import choices_of, has_key, keys_of
-from nlscale.config.scalars import shown
+from nlscale.config.scalars import Plain, shown
 from nlscale.errors import UserError
 
 Made = TypeVar("Made")
@@ -83,7 +83,7 @@ def read(given: str | Path, kind: Kind[Any]) -> tuple[dict[str, Any], dict[str, 
     """
     try:
         path = shipped.find(expanded(given), kind.folder)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{kind.name} {str(given)!r} {error}") from None
     try:
         if path.is_dir() or not path.exists():
@@ -286,6 +286,8 @@ class _Checker:
         checked = {}
         for f in fields(schema):
             value, key = tree.get(f.name, MISSING), f"{prefix}{f.name}"
+            if value == MISSING and f.name in tree and not isinstance(value, Plain):
+                self._refuse(key, f"{key}: '???' stands for what is not set; give a value")
             if f.default == MISSING and value in (MISSING, None):
                 self._unset.append(key)
             elif value != MISSING:  # which a file may say too, of a key that it does not set
@@ -337,8 +339,6 @@ class _Checker:
 
     def _wrong(self, key: str, value: Any, hint: type, fix: str) -> str:
         words = {int: self._kind.integer, float: "a number", bool: "true or false", str: "a text"}
-        if hint is str:
-            fix = "put it in quotes"
         return f"{key}: {shown(value)} is not {words[hint]}" + (f"; {fix}" if fix else "")
 
     def _unknown(self, name: str, known: Iterable[str], prefix: str) -> typing.NoReturn:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
 from nlscale.config.scalars import NULLS, Plain
 
+_MOST_NODES = 100_000
 _MERGE = "tag:yaml.org,2002:merge"
 _TEXT = "tag:yaml.org,2002:str"
 _NEEDS_NO_QUOTES = re.compile(r"[\w.+/@%~=*-]+(?: [\w.+/@%=*-]+)*")
@@ -54,9 +56,11 @@ def load(text: str) -> Any:
         ValueError: it holds itself, or nests too deeply.
     """
     try:
-        return _copy(yaml.load(text, _Loader))
+        return _copy(yaml.load(text, _Loader), iter(range(_MOST_NODES)))
     except RecursionError:
         raise ValueError("it nests too deeply") from None
+    except StopIteration:
+        raise ValueError(f"it has more than {_MOST_NODES:,} values") from None
     except (TypeError, OverflowError) as error:  # of an explicit tag
         raise ValueError(str(error)) from None
 
@@ -90,8 +94,20 @@ def _key(name: Any) -> str:
     )
 
 
-def _copy(value: Any) -> Any:
-    """Without parts that are shared through anchors, so that each may be changed by itself."""
+def _copy(value: Any, left: Iterator[int]) -> Any:
+    """Without parts that are shared through anchors, so that each may be changed by itself.
+
+    Raises StopIteration: anchors of anchors make more of it than there are numbers `left`.
+    """
+    next(left)
     if isinstance(value, dict):
-        return {(k if k is None else str(k)): _copy(v) for k, v in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list) else value
+        found = {}
+        for key, item in value.items():
+            found[key if isinstance(key, str) else str(key)] = _copy(item, left)
+        return found
+    if isinstance(value, list):
+        copied = []
+        for item in value:
+            copied.append(_copy(item, left))  # no comprehension: StopIteration has to get out
+        return copied
+    return value

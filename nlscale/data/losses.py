@@ -46,6 +46,8 @@ class Losses:
             self._sources[group].lost_files.merge(tally)
         self._kept = 0
         self._here = Tally()
+        self._unread = 0
+        """Bytes of the files that were found to be left out only when they were read."""
 
     def keep(self) -> None:
         """The next document of a file can be read."""
@@ -78,6 +80,7 @@ class Losses:
         """A file of records none of which can be read: lost, or settings of some program."""
         path, why = str(file.path), here.first[0][1]
         if format_of(file.path.name)[0] == ".json" and here.kinds.keys() <= {NO_FIELD, NO_RECORD}:
+            self._unread += file.size if self._found.judged[file.group] else 0
             self._found.leave(f".json without {self._text_field!r}", path, file.size, why)
             return
         source = self._sources[file.group]
@@ -116,7 +119,7 @@ class Losses:
     def check_left_out(self, most: float | None) -> None:
         """See whether too much is left out for its suffix; `most` as in `check`. UserError: yes."""
         found, left = self._found, self._found.left_bytes
-        read = sum(file.size for file in found.files if found.judged[file.group])
+        read = sum(file.size for file in found.files if found.judged[file.group]) - self._unread
         share = left / max(1, left + read)
         if share > (DEFAULT_MAX_LOST if most is None else most):
             which = f"{found.left_out.words()}, such as {_largest(found.left_out)}"

@@ -108,8 +108,8 @@ def read_summary(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     summary = read_object(path)
-    if not summary.keys() & SUMMARY.keys():
-        raise UserError(f"{path} is damaged: it holds nothing of a run's summary")
+    if "final_val_loss" not in summary:
+        raise UserError(f"{path} is damaged: it holds no final_val_loss")
     if wrong := mistyped(summary, SUMMARY):
         raise UserError(f"{path} is damaged: {wrong}")
     return summary

@@ -14,7 +14,12 @@ from typing import Any
 import yaml
 
 from nlscale.checkpoint.resume import check_start
-from nlscale.checkpoint.same_run import changed_keys, check_same_run, stable_end
+from nlscale.checkpoint.same_run import (
+    OtherSettings,
+    changed_keys,
+    check_same_run,
+    stable_end,
+)
 from nlscale.checkpoint.store.store import Checkpoint, CheckpointError, Store
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
@@ -54,6 +59,13 @@ def look(config: Config, data: dict[str, Any], run_dir: Path, store: Store) -> F
         UserError: what lies there is another run's or nobody's that nlscale knows, is damaged
             beyond going on, or leaves nothing to do; one line says which, and what to do.
     """
+    try:
+        return _look(config, data, run_dir, store)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or run_dir}: {error.strerror}") from None
+
+
+def _look(config: Config, data: dict[str, Any], run_dir: Path, store: Store) -> Found:
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run.dir {run_dir} is a file; give another run.dir")
     found = Found()
@@ -63,7 +75,7 @@ def look(config: Config, data: dict[str, Any], run_dir: Path, store: Store) -> F
         _refuse_strangers(run_dir)
         check_start(config, data)
         return found
-    newest = _newest(checkpoints)
+    newest = _newest(store, checkpoints)
     summary = _summary(run_dir, bool(checkpoints), found)
     if summary is not None and not (written is None and newest is None):
         _finished(config, data, run_dir, written, summary, newest, found)
@@ -153,12 +165,28 @@ def _summary(run_dir: Path, has_checkpoints: bool, found: Found) -> dict[str, An
         return None
 
 
-def _newest(checkpoints: list[Checkpoint]) -> tuple[Checkpoint, dict[str, Any]] | None:
-    """The newest checkpoint whose state can be read; which one is whole is seen when one is
-    loaded."""
+def _newest(
+    store: Store, checkpoints: list[Checkpoint]
+) -> tuple[Checkpoint, dict[str, Any]] | None:
+    """The newest checkpoint whose state can be read, None where there are none at all.
+
+    Which one is whole is seen when one is loaded.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none says of which run it is.
+    """
+    broken = []
     for checkpoint in reversed(checkpoints):
-        with contextlib.suppress(CheckpointError):
+        try:
             return checkpoint, checkpoint.state
+        except CheckpointError as error:
+            broken.append(str(error))
+    if broken:
+        raise CheckpointError(
+            f"none of the {len(broken)} checkpoints in {store.folder} is whole: "
+            f"{'; '.join(broken)}; restore one, take them away to begin anew, or give another "
+            f"run.dir"
+        )
     return None
 
 
@@ -224,7 +252,7 @@ def _check_longer(
     """Refuse to make a finished run longer where its steps so far would have been others."""
     try:
         check_same_run(config, data, newest[1], str(newest[0].path))
-    except UserError:
+    except OtherSettings:
         if "train.steps" in config.resume.allow:
             raise
         allow = ",".join([*config.resume.allow, "train.steps"])

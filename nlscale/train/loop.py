@@ -205,7 +205,8 @@ def _begin(
     lost = telemetry.truncate_after(step)
     if trainer.layout.is_writer:
         redone = sum(time_spent(lost).values())
-        seen = [record["time"] for record in before if record.get("time") is not None]
+        times = [record.get("time") for record in before]
+        seen = [moment for moment in times if isinstance(moment, int | float)]
         attempts.begin(signals.since, max(step, 0), redone, seen[-1] if seen else None)
     wandb_id, note = telemetry.wandb_id, telemetry.note
     return Saver(trainer, prepared.data, wandb_id, store, note, claim.check)

@@ -23,11 +23,12 @@ def start(path: str | Path, overrides: list[str]) -> int:
         UserError: as `nlscale.cluster.life.place.place`, `nlscale.train.prepare.prepare` and
             `nlscale.train.loop.train`.
     """
-    place()  # what the environment says in part, or cannot mean, is refused before all else
+    here = place()  # what the environment says in part, or cannot mean, is refused before all else
     Deadline().refuse_past()
     with StopSignals() as signals:
         config = recipe.load(path, overrides, trusted=True).config
-        refuse_if_alive(Path(config.run.dir))
+        if here.world == 1:  # several ranks are told together, when they have met
+            refuse_if_alive(Path(config.run.dir))
         prepared = prepare(config)
         # What follows imports torch: only what has been checked waits for it.
         with importing():

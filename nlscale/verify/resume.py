@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,12 @@ from typing import Any
 from nlscale.checkpoint import FOLDER
 from nlscale.checkpoint.diff import compare
 from nlscale.checkpoint.store.store import Checkpoint, Store
+from nlscale.cluster.life.place import without_place
 from nlscale.config import recipe
 from nlscale.errors import TrainingFailed, UserError
 from nlscale.levels.spectrum import spectrum
 from nlscale.plan.checks import check_sizes
-from nlscale.telemetry.figures import read_records
+from nlscale.telemetry.figures import SUMMARY_FILE, read_records
 
 _KEYS = ("ranks", "tensor", "pipeline", "virtual_stages", "sequence", "ranks_per_node")
 _POLL_SECONDS = 0.01
@@ -169,40 +172,50 @@ def _others(path: Path, common: list[str], own: Arrangement) -> list[Arrangement
 
 
 def _run(path: Path, overrides: list[str], layout: Arrangement, run_dir: Path) -> None:
-    process = _start(path, overrides, layout, run_dir)
-    if process.wait():
-        raise _failure(process, run_dir)
+    with _started(path, overrides, layout, run_dir) as process:
+        if process.wait():
+            raise _failure(process, run_dir)
 
 
 def _run_and_kill(
     path: Path, overrides: list[str], layout: Arrangement, run_dir: Path, at: int
 ) -> None:
     store = Store(run_dir / FOLDER)
-    process = _start(path, overrides, layout, run_dir)
-    while process.poll() is None:
-        if any(checkpoint.step == at for checkpoint in store.checkpoints()):
-            for pid in family(process.pid):
-                os.kill(pid, signal.SIGKILL)
-            process.wait()
-            return
-        time.sleep(_POLL_SECONDS)
-    if process.returncode:
-        raise _failure(process, run_dir)
+    with _started(path, overrides, layout, run_dir) as process:
+        while process.poll() is None:
+            if any(checkpoint.step == at for checkpoint in store.checkpoints()):
+                break
+            time.sleep(_POLL_SECONDS)
+        if process.poll():
+            raise _failure(process, run_dir)
+    if not (run_dir / SUMMARY_FILE).exists():
+        return
     raise TrainingFailed("the run ended before it could be killed; nothing was verified")
 
 
-def _start(
+@contextmanager
+def _started(
     path: Path, overrides: list[str], layout: Arrangement, run_dir: Path
-) -> subprocess.Popen[bytes]:
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A run in processes of its own; those that are left at the end are killed, all at once."""
     run_dir.mkdir(parents=True, exist_ok=True)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(layout.ranks), "-m", "nlscale", "train", str(path)),
         *(*overrides, *layout.overrides, f"run.dir={run_dir}"),
     ]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    # torchrun would leave an empty folder for logs behind
+    environment = {"OMP_NUM_THREADS": "1", "PET_LOG_DIR": os.devnull, **without_place(os.environ)}
     with open(_log(run_dir), "ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            for pid in family(process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
 
 
 def _log(run_dir: Path) -> Path:
@@ -223,7 +236,7 @@ def family(pid: int) -> list[int]:
     found = [pid]
     for parent in found:
         children = Path(f"/proc/{parent}/task/{parent}/children")
-        if children.exists():
+        with suppress(OSError):  # it may end meanwhile
             found += map(int, children.read_text().split())
     return found
 

@@ -83,7 +83,59 @@ def test_null_and_quotes_on_the_command_line() -> None:
     assert config_of("wandb.name='null'").wandb.name == "null"
     assert config_of('wandb.name="a # b"').wandb.name == "a # b"
     assert config_of("wandb.name='a' b'").wandb.name == "'a' b'"  # not quotes around the whole
-    assert "null is not a text" in message_of("run.dir=")
+    assert message_of("run.dir=").startswith("run.dir is empty")
+    assert "null is not a text" in message_of("run.dir=null")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("resume.start=", "resume.start is empty; give a text, or null"),
+        ("run.dir = runs/x", "begins or ends with a space"),
+        ("run.dir=" + "a" * 300, "255 bytes"),
+        ("run.dir=???", "is not set"),
+        ("run.dir=null", "null is not a text"),
+        ("levels.spectrum.\u00b2=4", "is not an index"),
+    ],
+    ids=range(6),
+)
+def test_an_unset_variable_and_its_like_do_not_become_something_else(
+    override: str, says: str
+) -> None:
+    assert says in message_of("levels=[1]", override)
+
+
+def test_an_entry_of_levels_is_a_period_or_keys() -> None:
+    spectrum = config_of("levels=[1,4]", "levels.spectrum.1={learning_rate: 0.5}").levels.spectrum
+    assert (spectrum[1].period, spectrum[1].learning_rate) == ("4", 0.5)
+    assert config_of("levels=[1,4]", "levels.spectrum.1=8").levels.spectrum[1].period == "8"
+
+
+def test_anchors_of_anchors_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    lines = ["a0: &a0 [x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    file.write_text("\n".join(lines))
+    assert "more than 100,000 values" in message_of(file=file)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "slurm: {account: $TEAM}",
+        "slurm: {container: ~/image.sqsh}",
+        "slurm: {mounts: '/a:/a,$HOME/d:/d'}",
+        "environment: {HF_HOME: ~/hf}",
+        "environment: {A: '${HOME}/x'}",
+        "interface: $IF",
+        "hosts: [a, $B]",
+    ],
+)
+def test_what_nothing_expands_is_refused_in_cluster_files(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{CLUSTER}launch:\n  {line}\n")
+    with pytest.raises(UserError, match="which nothing expands there"):
+        load_cluster(file)
 
 
 def test_texts_of_a_cluster_file_are_as_typed(tmp_path: Path) -> None:

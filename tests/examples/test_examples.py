@@ -222,7 +222,7 @@ def lion_against_formula() -> float:
 
     config = OptimizerConfig(learning_rate=0.1, beta1=0.9, beta2=0.99, weight_decay=0.5)
     parameter: Any = torch.nn.Parameter(torch.randn(4, 5))
-    parameter.width_multiplier = 1.0
+    parameter.width_multiplier, parameter.decays = 1.0, True
     p, m = parameter.detach().clone().double(), torch.zeros(4, 5).double()
     optimizer: Any = lion(config, 1.0, [parameter])
     for step in range(6):

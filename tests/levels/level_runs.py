@@ -135,7 +135,7 @@ def run_oracle(overrides: list[str], skip: frozenset[int] = frozenset()) -> dict
             group_of[name] = sync_group(
                 levels[level], depth, config.model.layers, config.levels.stagger
             )
-        adam = {name: _adam(config, p) for name, p in named.items()}
+        adam = {name: _adam(config, name, p) for name, p in named.items()}
         sums = {name: torch.zeros_like(p) for name, p in named.items()}
         tokens = dict.fromkeys(set(group_of.values()), 0)
         losses = []
@@ -182,9 +182,9 @@ def _step(config, levels, due, group_of, named, sums, tokens, adam, step) -> Non
         tokens[group] = 0
 
 
-def _adam(config: Config, p: torch.nn.Parameter) -> torch.optim.AdamW:
+def _adam(config: Config, name: str, p: torch.nn.Parameter) -> torch.optim.AdamW:
     o = config.optimizer
-    decay = o.weight_decay if p.dim() > 1 else 0.0
+    decay = o.weight_decay if p.dim() > 1 and "norm" not in name else 0.0
     return torch.optim.AdamW(
         [p], lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=decay, foreach=False
     )

@@ -45,6 +45,23 @@ def test_an_empty_folder_none_at_all_and_the_same_run_are_free(tmp_path: Path) -
     assert not list(tmp_path.glob(".partial*"))
 
 
+def test_checkpoints_that_say_nothing_stop_a_run_before_anything_is_replaced(
+    tmp_path: Path,
+) -> None:
+    begun(tmp_path)
+    broken = tmp_path / "checkpoints" / "step-00000004"
+    broken.mkdir(parents=True)
+    (broken / "manifest.json").write_text("{")
+    before = bytes_in(tmp_path)
+    for summary in (None, '{"final_val_loss": 2.0}'):
+        if summary is not None:
+            (tmp_path / "summary.json").write_text(summary)
+            before = bytes_in(tmp_path)
+        with pytest.raises(UserError, match=r"none of the 1 checkpoints in .* is whole"):
+            found(tmp_path, "optimizer.learning_rate=0.5")
+        assert bytes_in(tmp_path) == before
+
+
 def test_another_run_without_a_checkpoint_is_refused_by_its_keys(tmp_path: Path) -> None:
     begun(tmp_path)
     before = bytes_in(tmp_path)

@@ -32,6 +32,8 @@ _OVERRULES = {
     "SBATCH_OUTPUT": "output",
 }
 """Variables that sbatch heeds more than its script, and the option that they overrule."""
+_OTHERS = ("SBATCH_WAIT", "SBATCH_TEST_ONLY")
+"""Variables that would keep a job from being submitted and left to itself."""
 _OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 """Slurm's variables that do not speak of the job in which the launch itself may run."""
 
@@ -168,7 +170,12 @@ def _new_file(folder: Path, text: str) -> Path:
 
 def _environment(script: str) -> dict[str, str]:
     """This process' variables, but for those that would overrule the script, which is said."""
-    kept = dict(os.environ)
+    kept = {name: value for name, value in os.environ.items() if name not in _OTHERS}
+    for name in [name for name in kept if name.startswith("SBATCH_") and name not in _OVERRULES]:
+        option = name.removeprefix("SBATCH_").lower().replace("_", "-")
+        if re.search(rf"^#SBATCH .*--{option}(=|\b)", script, re.MULTILINE):
+            print(f"{name} is not heeded: the script says --{option}", file=sys.stderr)
+            del kept[name]
     for name, option in _OVERRULES.items():
         if name in kept and re.search(rf'^#SBATCH "?--{option}(=|$)', script, re.MULTILINE):
             value = kept.pop(name)

@@ -8,6 +8,7 @@ the wall time, from the first start on, in which steps were taken that the finis
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -131,13 +132,14 @@ class Attempts:
 
     def _write(self, **event: Any) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab+") as file:
+        with open(self._path, "ab+", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))
             torn = file.read(1) not in (b"", b"\n")  # by a kill: this is a line of its own
+            line = b"\n" * torn + json.dumps(event).encode() + b"\n"
             try:
-                file.write(b"\n" * torn + json.dumps(event).encode() + b"\n")
-                file.flush()
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
                 with contextlib.suppress(OSError):
                     os.ftruncate(file.fileno(), size)

@@ -23,6 +23,8 @@ from typing import Any
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _MOST_BYTES = 1 << 16
+_FAR = 1e11
+"""Unix time that no owner has begun at."""
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -235,4 +237,4 @@ def _parse(data: bytes) -> Owner | None:
         return None
     fields = Owner.__dataclass_fields__.values()
     right = all(isinstance(getattr(owner, f.name), _KINDS[str(f.type)]) for f in fields)
-    return owner if right and owner.pid > 0 else None
+    return owner if right and owner.pid > 0 and 0 <= owner.since < _FAR else None

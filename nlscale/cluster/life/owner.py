@@ -81,6 +81,8 @@ class Owned:
         """How many blocks hold it."""
         self._chain, self._owner, self._made, self._tidy = chain, owner, made, tidy
         self._lost: str | None = None
+        self._missed: float | None = None
+        """Since when its file is not there."""
         self._confirmed = _clock()
         self._over = threading.Event()
         self._looking = threading.Lock()
@@ -136,14 +138,16 @@ class Owned:
                 return  # the file system fails, and has not said that the folder is another's
             mine = owner is None or replace(owner, inode=0) == self._owner
             if last == self.number and mine:
-                self._confirmed = began
+                self._confirmed, self._missed = began, None
             elif last >= self.number:
                 heir = owner.who if owner else "another process"
                 self._lost = (
                     f"{self._chain.folder} was taken over by {heir}: {self._owner.who} was stopped "
                     f"or cut off for {SILENT_SECONDS:g} s or more, and writes nothing more there"
                 )
-            else:
+            elif self._missed is None:  # a listing may have lacked it for a moment
+                self._missed = began
+            elif began - self._missed >= BEAT_SECONDS:
                 self._lost = (
                     f"{self._chain.path(self.number)}, which says who writes in that folder, was "
                     f"removed; nothing more is written there, and the same command goes on"
@@ -172,7 +176,7 @@ def hold(
         name: of one thing in the folder, where not all of the folder is to be owned. Its chain ends
             with it: an heir that sleeps for as long as another takes, uses and leaves the thing,
             and a third takes it, learns so from its thread alone.
-        waits: for an owner that lives until it lets go, instead of refusing.
+        waits: until an owner that calls itself the same lets go, instead of refusing.
         say: takes a line on waiting; None: standard error.
 
     Raises:
@@ -239,13 +243,15 @@ def _take(
             try:
                 _make(folder, made)
                 last, alive = _last(chain, once)
-                if alive is not None and not waits:
+                if alive is not None and not (waits and alive.what == what):
                     raise Held(_held(folder, alive, instead))
                 if alive is not None:
                     once(f"waiting until {folder} is free: {alive.who} holds it")
                     time.sleep(_POLL_SECONDS)
                 elif (owner := _succeed(chain, last, what)) is not None:
                     return Owned(chain, last + 1, owner, made, bool(name))
+                else:
+                    time.sleep(_POLL_SECONDS / 10)  # a listing may be behind
             except FileNotFoundError:  # one that lets go removes what it has made for nothing
                 vanished += 1
                 if vanished > _MOST_VANISHINGS:

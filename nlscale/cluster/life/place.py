@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nlscale.errors import UserError
@@ -34,6 +35,18 @@ _TASKS = (
 SLURM_NTASKS is not among them: the script of a job has it too, which is one process.
 """
 _START = "start with `sbatch launch/slurm/train.sbatch` or torchrun, which set all of them"
+_OF_ITS_NODE = (
+    "which of the ranks of its node is this? Where a node has one, LOCAL_RANK=0 LOCAL_WORLD_SIZE=1."
+)
+_QUESTIONS = {
+    "RANK": "which rank is this?",
+    "WORLD_SIZE": "how many ranks are there?",
+    "LOCAL_RANK": _OF_ITS_NODE,
+    "LOCAL_WORLD_SIZE": _OF_ITS_NODE,
+    "MASTER_ADDR": "where do the ranks meet?",
+    "MASTER_PORT": "where do the ranks meet?",
+}
+"""What nobody knows where a variable is not set."""
 _MOST_DIGITS = 9
 _PORTS = range(1, 65536)
 
@@ -107,6 +120,11 @@ def place() -> Place:
     theirs = said.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     restart = said.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Place(rank, world, local_rank, local_world, address, port, theirs, restart)
+
+
+def without_place(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what launchers say, for a process that has a place of its own."""
+    return {name: value for name, value in environment.items() if name not in VARIABLES}
 
 
 def alone(verb: str) -> None:
@@ -191,8 +209,8 @@ def _half_set(said: dict[str, str], missing: str) -> UserError:
     if missing == "RANK" and "WORLD_SIZE" in said:
         why = " (often exported in the header of an sbatch script, where it says nothing of ranks)"
     error = UserError(
-        f"{given} is set{why} and {missing} is not: which rank is this? Unset it for a run of one "
-        f"process, or {_START}"
+        f"{given} is set{why} and {missing} is not: {_QUESTIONS[missing]} Unset them for a run of "
+        f"one process, or {_START}"
     )
     error.told = "LOCAL_RANK" in said or "RANK" in said
     return error

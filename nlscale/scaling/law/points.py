@@ -180,7 +180,7 @@ def _read_csv(path: Path, parameters: str, period: bool) -> Points:
             rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    if twice := [name for name in names if names.count(name) > 1]:
+    if twice := [name for name in names if name and names.count(name) > 1]:
         raise UserError(f"{path}: the column {twice[0]!r} is there twice; take one out")
     wanted = [_size_column(parameters), "D", "loss"] + ["C"] * period
     missing = [name for name in wanted if name not in names]
@@ -294,8 +294,11 @@ def _points(rows: list[tuple[str, Row]], source: str, parameters: str, period: b
                 )
             try:
                 value = number(text)
-            except Unreadable:
-                raise UserError(f"{where}: {name} is {text!r}, which is not a number") from None
+            except Unreadable as error:
+                fix = f"; {error}" if str(error) else ""
+                raise UserError(
+                    f"{where}: {name} is {text!r}, which is not a number{fix}"
+                ) from None
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"{where}: {name} is {text}; it must be finite and above 0")
             if name == "C" and value < 1:

@@ -23,8 +23,10 @@ from typing import Any
 
 from nlscale.cluster.life.exits import exit_with
 from nlscale.cluster.life.owner import Owned, hold
+from nlscale.cluster.life.place import VARIABLES
+from nlscale.cluster.life.signals import handled, with_hangup
 from nlscale.config import recipe
-from nlscale.errors import Stopped
+from nlscale.errors import Stopped, UserError
 from nlscale.scaling.sweep.board import Board
 from nlscale.scaling.sweep.runs import Run
 from nlscale.scaling.sweep.status import Status, checkpoint_at, status
@@ -195,12 +197,18 @@ class _Executor:
         code = job.process.exitcode
         self._free.append(job.place)
         seconds = time.monotonic() - job.started
-        if code == 0:
-            self._board.finished(job.run, status(job.run), seconds)
-            return
         if told and code in (Stopped.exit_code, -signal.SIGTERM):
             return
-        reason = _reason(job.run.folder / LOG_FILE, job.log_start, code)
+        try:
+            state = status(job.run) if code == 0 else None
+            reason = "it ended well, and has no summary"
+        except UserError as error:
+            state, reason = None, str(error)
+        if state is not None and state.finished:
+            self._board.finished(job.run, state, seconds)
+            return
+        if code:
+            reason = _reason(job.run.folder / LOG_FILE, job.log_start, code)
         self._failed[job.run.name] = reason
         self._board.failed(job.run, reason)
 
@@ -215,13 +223,8 @@ def _stop_signals() -> Iterator[list[str]]:
         if number == signal.SIGINT and len(came) > 1:
             raise KeyboardInterrupt
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [(number, signal.signal(number, note)) for number in numbers]
-    try:
+    with handled(with_hangup((signal.SIGINT, signal.SIGTERM)), note):
         yield came
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
 
 
 def _reason(log: Path, start: int, code: int) -> str:
@@ -249,6 +252,8 @@ def _train(recipe_file: Path, log: Path, environment: dict[str, str]) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     threading.Thread(target=_stop_with_the_sweep, daemon=True).start()
+    for name in VARIABLES:  # the sweep is one process, and so is each of its runs
+        os.environ.pop(name, None)
     os.environ.update(environment)
     import torch
 

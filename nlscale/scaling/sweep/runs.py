@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from nlscale.model.sizes import level_parameters, non_embedding_parameters
 from nlscale.plan.checks import check_sizes
 from nlscale.scaling.sweep.spec import Budget, Sweep, Value
 from nlscale.train.prepare import prepare
+
+_MOST_STEPS = 10**15
 
 
 @dataclass
@@ -161,7 +164,10 @@ def _steps(budget: Budget, parameters: int, config: Config) -> int:
             f"{tokens:,} tokens are less than one step of {per_step:,} (train.global_batch "
             f"{config.train.global_batch} x data.sequence_length {config.data.sequence_length})"
         )
-    return round(tokens / per_step)
+    steps = round(tokens / per_step)
+    if steps > _MOST_STEPS:
+        raise UserError(f"{tokens:,} tokens are {steps:,} steps; at most {_MOST_STEPS:,} can be")
+    return steps
 
 
 def _vocabulary(sweep: Sweep, config: Config, known: dict[str, int], assumed: int | None) -> int:
@@ -173,8 +179,18 @@ def _vocabulary(sweep: Sweep, config: Config, known: dict[str, int], assumed: in
         except UserError:
             if assumed is None:
                 raise
-            return assumed
+            return _seen_vocabulary(sweep, folder) or assumed
     return known[folder]
+
+
+def _seen_vocabulary(sweep: Sweep, data: str) -> int | None:
+    """That of those data, as a run of the sweep that has begun says; None: none has."""
+    for written in sorted(sweep.folder.glob("*/config.yaml")):
+        with suppress(UserError):
+            config = recipe.load(written).config
+            if config.data.dir == data and config.model.vocabulary:
+                return config.model.vocabulary
+    return None
 
 
 def _require_data(sweep: Sweep, config: Config) -> None:

@@ -17,6 +17,7 @@ from nlscale.config.units import Period
 from nlscale.errors import UserError
 from nlscale.scaling.sweep.ladder import Ladder
 
+_MOST = 1_000_000
 _SIZE, _TOKENS, _PER_PARAMETER = "size", "tokens", "per_parameter"
 _OURS = ("run.dir", "resume.start", "checkpoint.steps", "checkpoint.keep_every")
 """Keys that a sweep sets itself."""
@@ -69,7 +70,7 @@ class _File:
     dir: str = path_field()
     set: Any = None
     axes: Any = MISSING
-    workers: int | None = within(None, above=0)
+    workers: int | None = within(None, above=0, most=4096)
     build_data: str = ""
 
 
@@ -124,7 +125,9 @@ def _axes(tree: Any, path: Path) -> tuple[dict[str, list[Value]], Ladder | None]
         elif isinstance(value, list):
             axes[name] = [_of_key(str(name), item, where) for item in value]
         else:
-            raise UserError(f"{where} is {value!r}; it must be a list of values, or named bundles")
+            raise UserError(
+                f"{where} is {scalars.shown(value)}; it must be a list of values, or named bundles"
+            )
         names = [one.name for one in axes[name]]
         for twice in names:
             if names.count(twice) > 1:
@@ -141,8 +144,10 @@ def _of_key(key: str, value: Any, where: str) -> Value:
 
 def _bundle(name: Any, tree: Any, where: str) -> Value:
     if not isinstance(tree, dict) or not tree:
-        raise UserError(f"{where} is {tree!r}; it must be keys such as {{model.d_model: 64}}")
-    return Value(_name(name), _keys(tree, where))
+        raise UserError(
+            f"{where} is {scalars.shown(tree)}; it must be keys such as {{model.d_model: 64}}"
+        )
+    return Value(_name(scalars.guess(name)), _keys(tree, where))
 
 
 def _budgets(tree: Any, where: str) -> list[Value]:
@@ -155,7 +160,7 @@ def _budgets(tree: Any, where: str) -> list[Value]:
         _known(tree, (_PER_PARAMETER,), where)
         values = tree[_PER_PARAMETER]
         if isinstance(values, list) and values:
-            counts = [_positive(each, where) for each in values]
+            counts = [_number(each, where, float) for each in values]
             return [Value(f"{n:g}x", budget=Budget(per_parameter=n)) for n in counts]
     raise UserError(f"{where}: write {{{_PER_PARAMETER}: [5, 10, 20]}}, or token budgets: [1M, 2M]")
 
@@ -163,17 +168,20 @@ def _budgets(tree: Any, where: str) -> list[Value]:
 def _sizes(tree: dict[str, Any], where: str) -> tuple[list[Value], Ladder]:
     _known(tree, ("parameters", "width_per_layer", "head_dim"), where)
     ladder = Ladder(
-        _positive(tree.get("width_per_layer"), f"{where}.width_per_layer"),
-        round(_positive(tree.get("head_dim"), f"{where}.head_dim")),
+        _number(tree.get("width_per_layer"), f"{where}.width_per_layer", float),
+        round(_number(tree.get("head_dim"), f"{where}.head_dim", int)),
     )
     targets = tree["parameters"]
     if isinstance(targets, list):
-        targets = {str(scalars.guess(target)): None for target in targets}
+        targets = dict.fromkeys(map(_scalar, targets))
     if not isinstance(targets, dict) or not targets:
         raise UserError(f"{where}.parameters: write a list such as [100M, 340M]")
     values = [
         Value(
-            _name(name), _keys(keys or {}, f"{where}.parameters.{name}"), None, _count(name, where)
+            _name(scalars.guess(name)),
+            _keys(keys or {}, f"{where}.parameters.{name}"),
+            None,
+            _count(name, where),
         )
         for name, keys in targets.items()
     ]
@@ -183,7 +191,9 @@ def _sizes(tree: dict[str, Any], where: str) -> tuple[list[Value], Ladder]:
 def _keys(tree: Any, where: str) -> dict[str, Any]:
     """Configuration keys, dotted; nested mappings are flattened."""
     if not isinstance(tree, dict):
-        raise UserError(f"{where} is {tree!r}; it must be keys such as {{model.d_model: 64}}")
+        raise UserError(
+            f"{where} is {scalars.shown(tree)}; it must be keys such as {{model.d_model: 64}}"
+        )
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
@@ -233,16 +243,27 @@ def _name(value: Any) -> str:
 
 def _count(value: Any, where: str) -> int:
     try:
-        return Period.parse(f"{value} tokens").count
+        return Period.parse(f"{scalars.guess(value)} tokens").count
     except UserError:
-        raise UserError(f"{where}: {value!r} is not a count such as 340M or 1.3B") from None
+        raise UserError(
+            f"{where}: {scalars.shown(value)} is not a count such as 340M or 1.3B"
+        ) from None
 
 
-def _positive(value: Any, where: str) -> float:
+def _scalar(value: Any) -> Any:
+    """What an entry of a list is called; what is none is refused by who reads it."""
+    return value if isinstance(value, str) else str(value)
+
+
+def _number(value: Any, where: str, kind: type) -> float:
+    """A number of a grid, above 0 and at most `_MOST`."""
     try:
-        found = scalars.read(value, float)
+        found = float(scalars.read(value, kind))
     except scalars.Unreadable:
         found = math.nan
-    if not 0 < found < math.inf:
-        raise UserError(f"{where} is {scalars.shown(value)}; it must be a number above 0")
+    if not 0 < found <= _MOST:
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(
+            f"{where} is {scalars.shown(value)}; it must be {what} above 0 and at most {_MOST:,}"
+        )
     return found

@@ -21,6 +21,7 @@ from nlscale.checkpoint.diff import compare
 from nlscale.checkpoint.store.store import Store
 from nlscale.cli import main
 from nlscale.cluster.life.owner import newest
+from nlscale.scaling.sweep.local import _stop_signals
 from nlscale.verify.resume import family
 
 STEPS = [16, 32, 96]
@@ -169,6 +170,19 @@ def test_ctrl_c_saves_what_is_under_way_and_the_same_command_goes_on(
     assert any("with a checkpoint" in log for log in logs)
     assert sweep_ends(sweep) == 0
     assert_same(sweep, undisturbed)
+
+
+def test_a_lost_terminal_stops_a_sweep_as_sigterm_does() -> None:
+    with _stop_signals() as came:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert came == ["SIGHUP"]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:  # as under nohup
+        with _stop_signals() as came:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert came == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("killed", ["the sweep and its runs", "the sweep alone"])

@@ -14,9 +14,11 @@ from scaling.sweeps import WSD, write_sweep
 
 from nlscale.cli import main
 from nlscale.config import recipe
+from nlscale.errors import UserError
 from nlscale.model.flops import flops_per_token
 from nlscale.model.sizes import level_parameters
 from nlscale.scaling.sweep.ladder import Ladder
+from nlscale.scaling.sweep.spec import read_sweep
 
 ROOT = Path(__file__).parents[3]
 VOCABULARY = {"model.vocabulary": 64}
@@ -185,7 +187,7 @@ def test_a_cluster_prices_it_in_gpu_hours(room: Room) -> None:
          "seed1-x and seed1-y are the same run of 5 steps"),
         ({"size": {"parameters": ["1k"], "width_per_layer": 64, "head_dim": 64}}, {},
          "run 1k: size 1k: with width_per_layer 64"),
-        ({"size": {"parameters": ["1M"], "width_per_layer": 64}}, {}, "axes.size.head_dim is None"),
+        ({"size": {"parameters": ["1M"], "width_per_layer": 64}}, {}, "axes.size.head_dim is null"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_before_anything_starts(
@@ -234,3 +236,43 @@ def test_the_sweeps_of_the_repository_are_listed_without_data(
     assert len(plain["runs"]) == runs
     assert sum(run["begins_from"] is None for run in plain["runs"]) == chains
     assert plain["price"]["gpu_hours"] > 0
+
+
+def test_folders_of_runs_are_called_as_ever(tmp_path: Path) -> None:
+    """Another name would be another run: one that has finished would be trained again."""
+    path = tmp_path / "s.yaml"
+    path.write_text(
+        "recipe: quickstart\ndir: x\naxes:\n"
+        "  lr: {1e-3: {optimizer.learning_rate: 1e-3}, on: {optimizer.learning_rate: 1}}\n"
+        "  model.memory: [{anchored: true, eta_bias: 1e-3}]\n"
+        "  optimizer.clip: [1e-3, 2, .5]\n"
+        "  levels.stagger: [yes, false]\n"
+        "  wandb.name: [nan, a b]\n"
+        "  tokens: [1e6, 2M, 1_000]\n"
+    )
+    names = {axis: [v.name for v in values] for axis, values in read_sweep(path).axes.items()}
+    assert names == {
+        "lr": ["0.001", "True"],
+        "model.memory": ["memory.anchored.True.eta_bias.0.001"],
+        "optimizer.clip": ["clip0.001", "clip2", "clip0.5"],
+        "levels.stagger": ["staggerTrue", "staggerFalse"],
+        "wandb.name": ["nan", "a.b"],
+        "tokens": ["1000000.0", "2M", "1000"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("axes", "says"),
+    [
+        ("{size: {parameters: [1M], width_per_layer: 8, head_dim: 0.3}}", "head_dim is 0.3"),
+        ("{size: {parameters: [1M], width_per_layer: 8, head_dim: 16.6}}", "head_dim is 16.6"),
+        ("{size: {parameters: [1M], width_per_layer: 1e300, head_dim: 8}}", "width_per_layer"),
+        ("{size: {parameters: [1M], width_per_layer: .inf, head_dim: 8}}", "width_per_layer"),
+        ("{tokens: {per_parameter: [1e300]}}", "at most 1,000,000"),
+    ],
+)
+def test_numbers_of_a_grid_have_ranges(tmp_path: Path, axes: str, says: str) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(f"recipe: quickstart\ndir: x\naxes: {axes}\n")
+    with pytest.raises(UserError, match=says):
+        read_sweep(path)
