@@ -7,6 +7,7 @@ import select
 import signal
 import sys
 import threading
+import time
 
 
 def hears_hangups() -> None:
@@ -30,6 +31,13 @@ class Terminal:
         self._close = threading.Event()
         self._watching = threading.Thread(target=self._watch, daemon=True)
         self._watching.start()
+
+    def wait_for(self, text: bytes, seconds: float = 60.0) -> None:
+        """Until it shows that: a display is drawn a few times a second."""
+        until = time.monotonic() + seconds
+        while text not in self.shown:
+            assert time.monotonic() < until, self.shown
+            time.sleep(0.02)
 
     def close(self) -> None:
         """As when its window is closed, or the connection to it is lost; twice does no harm."""

@@ -44,7 +44,7 @@ def test_stages_can_be_given() -> None:
     [
         (["parallel.pipeline=4"], "model.layers 3 are fewer than the 4 stages"),
         (["parallel.pipeline=2", "parallel.stages=[2,2]"], "2 numbers .*with sum 3"),
-        (["parallel.pipeline=2", "parallel.stages=[3,0]"], "each at least 1"),
+        (["parallel.pipeline=2", "parallel.stages=[3,0]"], "stages is 0; it must be above 0"),
         (["parallel.pipeline=2", "parallel.stages=[3]"], "must be 2 numbers"),
         (["parallel.stages=[]"], "must be 1 numbers"),
     ],

@@ -37,6 +37,7 @@ def test_a_terminal_that_goes_stops_the_run_with_a_checkpoint(data: Path, tmp_pa
 
     def close(pids: list[int]) -> None:
         at_step(tmp_path / "run", 3)
+        terminal.wait_for(b"loss")
         terminal.close()
 
     argv, begin = train(data, tmp_path, *LONG), partial(in_terminal, terminal.path, False)
