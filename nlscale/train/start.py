@@ -27,7 +27,8 @@ def start(path: str | Path, overrides: list[str]) -> int:
     Deadline().refuse_past()
     with StopSignals() as signals:
         config = recipe.load(path, overrides, trusted=True).config
-        if here.world == 1:  # several ranks are told together, when they have met
+        # Of several nodes not all can see it: their ranks are told together, when they have met.
+        if here.world == here.local_world:
             refuse_if_alive(Path(config.run.dir))
         prepared = prepare(config)
         # What follows imports torch: only what has been checked waits for it.

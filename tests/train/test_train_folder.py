@@ -85,8 +85,8 @@ def test_a_run_under_way_has_a_configuration_and_no_summary(run: Run) -> None:
     for name in ("step-00000020", "step-00000003", "step-00000040.partial"):
         (run.folder / "checkpoints" / name).mkdir(parents=True)
     assert [path.name for path in run.checkpoints] == ["step-00000003", "step-00000020"]
-    (run.folder / "summary.json").write_text('{"steps": 2}')
-    assert run.finished and run.summary == {"steps": 2}
+    (run.folder / "summary.json").write_text('{"final_val_loss": 2.5, "steps": 2}')
+    assert run.finished and run.summary == {"final_val_loss": 2.5, "steps": 2}
 
 
 def test_metrics_can_be_read_where_the_mixer_is_unknown(run: Run) -> None:
