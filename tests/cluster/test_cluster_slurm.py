@@ -123,7 +123,7 @@ def test_a_job_that_is_requeued_killed_and_warned_is_the_run_that_never_was(
     until(slurm, job, lambda: last_step(run) >= 5)
     slurm.run("scontrol", "requeue", job)
     until(slurm, second, lambda: last_step(other) >= 4)
-    slurm.run("scancel", "--signal=USR1", second)
+    slurm.run("scancel", "--signal=HUP", second)  # as where a terminal goes
 
     until(slurm, job, lambda: begun(run) == 2 and last_step(run) >= 25)
     killed_at = time.monotonic()
