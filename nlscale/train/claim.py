@@ -75,7 +75,8 @@ class Claim:
         if isinstance(told[0], UserError):
             raise told[0]
         self._number, self.found = told[0]
-        if self.found.summary is None and saves(self._config.checkpoint):
+        # the first rank has seen to it in `_take`
+        if not layout.is_writer and self.found.summary is None and saves(self._config.checkpoint):
             check_writable(self._store)
 
     def is_ours(self) -> bool:
