@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 
+from nlscale.cluster.life.exits import leave
 from nlscale.errors import SaidElsewhere, UserError
 from nlscale.train.processes import MOST_REASON_BYTES
 
@@ -24,14 +25,14 @@ def main() -> None:
     os.set_inheritable(reason, False)
     threading.Thread(target=_stop_when_alone, daemon=True).start()
     try:
-        runpy.run_module("nlscale", run_name="__main__", alter_sys=True)
+        runpy.run_module("nlscale")["main"]()
     except SystemExit as end:
         # `nlscale.cluster.life.exits` exits while it handles what was raised
         why = end.__context__
         if isinstance(why, UserError) and not isinstance(why, SaidElsewhere):
             with contextlib.suppress(OSError):  # nobody reads any more
                 os.write(reason, str(why).encode()[:MOST_REASON_BYTES])
-        raise
+        leave(end)
 
 
 def _stop_when_alone() -> None:
