@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from nlscale.ops import moments
+
 _WARM_UP = 3
 
 
@@ -43,28 +45,14 @@ def median_seconds(
     On a GPU by its own clock, while the host is ahead of it, so that launches are hidden as they
     are in training: nothing waits between one time and the next.
     """
-    marks: list[tuple[Any, Any]] = []
+    marks: list[tuple[moments.Moment, moments.Moment]] = []
     for _ in range(_WARM_UP + repeats):
         given = prepare()
-        began = _mark(device)
+        began = moments.now(device)
         run(given)
-        marks.append((began, _mark(device)))
+        marks.append((began, moments.now(device)))
         del given
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        seconds = [began.elapsed_time(ended) / 1e3 for began, ended in marks]
-    else:
-        seconds = [ended - began for began, ended in marks]
-    return statistics.median(seconds[_WARM_UP:])
-
-
-def _mark(device: torch.device) -> Any:
-    """Now: on a GPU, when it comes to it."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+    return statistics.median(moments.seconds_between(*mark) for mark in marks[_WARM_UP:])
 
 
 @dataclass(frozen=True)

@@ -22,19 +22,31 @@ _FEWEST_STEPS = 16
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to reduce the levels; `reference` names the one that makes the same updates."""
+    """A way to reduce the levels."""
 
     name: str
     reduction: Reduction
-    stagger: bool
-    reference: str
+    stagger: bool = False
+    overlap: bool = False
+
+    @property
+    def reference(self) -> str:
+        """The mode that makes the same updates, reduces at every step and overlaps nothing."""
+        return "every-step-staggered" if self.stagger else "every-step"
+
+    @property
+    def twin(self) -> str:
+        """The mode that sends the same and overlaps nothing."""
+        return self.name.removesuffix("-overlapped")
 
 
 MODES = (
-    Mode("every-step", Reduction.every_step, False, "every-step"),
-    Mode("deferred", Reduction.deferred, False, "every-step"),
-    Mode("every-step-staggered", Reduction.every_step, True, "every-step-staggered"),
-    Mode("deferred-staggered", Reduction.deferred, True, "every-step-staggered"),
+    Mode("every-step", Reduction.every_step),
+    Mode("deferred", Reduction.deferred),
+    Mode("every-step-staggered", Reduction.every_step, stagger=True),
+    Mode("deferred-staggered", Reduction.deferred, stagger=True),
+    Mode("every-step-overlapped", Reduction.every_step, overlap=True),
+    Mode("deferred-overlapped", Reduction.deferred, overlap=True),
 )
 
 
@@ -43,7 +55,7 @@ class Bench:
     """A run to be measured in every mode."""
 
     config: Config
-    """Its length and vocabulary are set; where its levels reduce is each mode's own."""
+    """Its length and vocabulary are set; when its levels reduce is each mode's own."""
     nodes: EmulatedNodes
     ranks_per_node: int
     levels: list[Level]
@@ -60,6 +72,7 @@ class Bench:
         for mode in MODES:
             config = copy.deepcopy(self.config)
             config.levels.reduction, config.levels.stagger = mode.reduction, mode.stagger
+            config.parallel.overlap = mode.overlap
             yield mode, config
 
 

@@ -1,13 +1,15 @@
-"""Bytes that really leave a node, against the plan, with and without deferral and staggering.
+"""Bytes that really leave a node, and how long a step waits for them, with and without deferral.
 
 Each mode trains the project's own model by the project's own windows and optimizers on emulated
-nodes, on the same random tokens. A rank of each node reads the counter of its link right after
-the ranks have agreed on a step: by then all that the step before sent has arrived. The first step
-is left out, and so is the last, which applies unfinished windows; between them lie whole cycles of
-the periods, so that the mean is exact.
+nodes, on the same random tokens. The modes take turns, step by step, so that whatever else the
+machine does meets all of them alike. A rank of each node reads the counter of its link right after
+the ranks have agreed on a step: by then all that the step sent has arrived. The first step is left
+out, and so is the last, which applies unfinished windows; between them lie whole cycles of the
+periods, so that the mean is exact.
 
-Every mode is run once more with links that nothing limits: what the limit adds to a step is the
-time that the step spends on the link, and only that can shrink with the bytes.
+Exposed is the time that a rank waits for reductions across nodes when its backward pass is over;
+ranks of other nodes that come later are in it. Where nothing overlaps, that is all of the link's
+time.
 """
 
 from __future__ import annotations
@@ -27,25 +29,27 @@ from rich.console import Console
 from rich.table import Table
 
 from nlscale.bench.modes import WARMUP, Bench, Mode
-from nlscale.bench.netns import EmulatedNodes, sent_bytes
+from nlscale.bench.netns import sent_bytes
 from nlscale.bench.ranks import run_ranks, scratch
 from nlscale.bench.tokens import random_tokens
-from nlscale.config.vocabulary import Config
 from nlscale.errors import TrainingFailed
-from nlscale.parallel.layout import process_groups
+from nlscale.parallel.layout import Layout, process_groups
 from nlscale.plan import traffic
 from nlscale.step.trainer import Trainer
+from nlscale.telemetry.terminal import duration
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one rank saw."""
+    """What one rank saw of one mode."""
 
     node: int
     sent: list[int]
-    """The link's counter after the warm-up and after each measured step, bytes."""
-    seconds: float
-    """A measured step, mean."""
+    """Bytes that its link sent in each measured step."""
+    seconds: list[float]
+    """That each took."""
+    exposed: list[float]
+    """Of them waiting for the link."""
 
 
 def measure(bench: Bench) -> dict[str, Any]:
@@ -53,94 +57,114 @@ def measure(bench: Bench) -> dict[str, Any]:
 
     Returns:
         `nodes`, `ranks_per_node`, `rate`, `steps`, and `modes`, a list of
-        - `mode`: every-step, deferred, every-step-staggered or deferred-staggered
+        - `mode`: every-step, deferred, each also -staggered and -overlapped
         - `measured_bytes_per_step`: leaving a node, mean over steps and nodes
         - `planned_bytes_per_step`: the same by the plan
         - `ratio`: measured to planned
         - `peak_bytes`: of the largest step of any node; `planned_peak_bytes`: by the plan
         - `bytes_per_step_by_node`: the mean of each node
-        - `step_seconds`; `step_time_ratio`: to `every-step`
-        - `link_seconds`: what the limited link adds to a step; `link_time_ratio`: to `every-step`
+        - `step_seconds`: mean; `step_time_ratio`: to `every-step`
+        - `exposed_link_seconds`: that a step waits for the link, mean over steps and ranks;
+          `exposed_to_every_step` and `exposed_to_twin`: over those of `every-step`, and of the mode
+          that sends the same and overlaps nothing
         - `max_relative_difference`: after the last step, max over parameters of |a - b| / |b|,
           where b are those of the every-step mode with the same phases
+        and `overlapped_step_time_ratio`: deferred-overlapped over every-step-overlapped.
 
     Raises:
         UserError: nodes cannot be emulated here.
         TrainingFailed: a step was not finite.
     """
-    results: list[dict[str, Any]] = []
+    results: dict[str, dict[str, Any]] = {}
     with scratch() as folder:
-        unlimited = _run_modes(bench, EmulatedNodes(bench.nodes.count, rate=None), folder)
-        limited = _run_modes(bench, bench.nodes, folder)
-        for (mode, config), measured, free in zip(
-            bench.configurations(), limited, unlimited, strict=True
-        ):
+        with bench.nodes:
+            work = partial(_train_and_measure, bench, folder)
+            by_rank = run_ranks(bench.nodes, bench.ranks_per_node, work)
+        for mode, config in bench.configurations():
             planned = traffic(config, bench.levels, bench.vocabulary, bench.nodes.count)
+            measured = [of_rank[mode.name] for of_rank in by_rank]
             result = _result(mode, measured, planned.mean, planned.peak)
-            result["link_seconds"] = result["step_seconds"] - free[0].seconds
-            results.append(result)
-            for key in ("step", "link"):
-                to = results[0][f"{key}_seconds"]
-                result[f"{key}_time_ratio"] = result[f"{key}_seconds"] / to
+            results[mode.name] = result
+            first, twin = results["every-step"], results[mode.twin]
+            result["step_time_ratio"] = result["step_seconds"] / first["step_seconds"]
+            for name, other in (("every_step", first), ("twin", twin)):
+                share = result["exposed_link_seconds"] / other["exposed_link_seconds"]
+                result[f"exposed_to_{name}"] = share
             result["max_relative_difference"] = _difference(folder, mode, bench.ranks)
+    deferred, every_step = results["deferred-overlapped"], results["every-step-overlapped"]
     return {
         "nodes": bench.nodes.count,
         "ranks_per_node": bench.ranks_per_node,
         "rate": bench.nodes.rate,
         "steps": bench.steps,
-        "modes": results,
+        "modes": list(results.values()),
+        "overlapped_step_time_ratio": deferred["step_seconds"] / every_step["step_seconds"],
     }
 
 
-def _run_modes(bench: Bench, nodes: EmulatedNodes, folder: Path) -> list[list[Measured]]:
-    """What every rank saw, mode by mode; the parameters are left in `folder`."""
-    measured = []
-    with nodes:
-        for mode, config in bench.configurations():
-            started = time.monotonic()
-            name = f"{mode.name}, {nodes.rate or 'no limit'}"
-            work = partial(_train_and_measure, config, bench, mode.name, name, folder)
-            measured.append(run_ranks(nodes, bench.ranks_per_node, work))
-            _note(f"{name}: done in {time.monotonic() - started:.0f} s")
-    return measured
-
-
-def _train_and_measure(
-    config: Config, bench: Bench, mode: str, name: str, folder: Path
-) -> Measured:
-    """On every rank: train, read the counter, leave the parameters in `folder`."""
+def _train_and_measure(bench: Bench, folder: Path) -> dict[str, Measured]:
+    """On every rank: train in every mode, read the counters, leave the parameters in `folder`."""
     torch.set_num_threads(1)
-    sent: list[int] = []
-    times: list[float] = []
-    with process_groups(config) as layout:
-        trainer = Trainer.build(config, layout, bench.levels, bench.vocabulary)
-
-        def read_counter() -> None:
-            if trainer.counters.step > WARMUP:
-                sent.append(sent_bytes())
-                times.append(time.monotonic())
-                # The ranks of a node wait for the reading, so that nothing of this step is in it;
-                # they do so on `lo`, which no link counts.
-                dist.barrier(group=layout.replica)
-
-        for step in range(1, config.train.steps + 1):
-            batches = random_tokens(config, step, layout.data_rank, layout.data_size)
-            verdict, _ = trainer.take_step(batches, before_update=read_counter)
-            if not verdict.admitted:
-                raise TrainingFailed(f"{name}: step {step} was not finite; nothing was measured")
-            if layout.is_writer and step % max(1, config.train.steps // 4) == 0:
-                _note(f"{name}: step {step}/{config.train.steps}")
-        parameters = {n: p.detach().clone() for n, p in trainer.named_parameters().items()}
-        torch.save(parameters, folder / f"{mode}-{layout.rank}.pt")
+    modes = list(bench.configurations())
+    steps = bench.config.train.steps
+    progress = Steps(steps * len(modes))
+    with process_groups(modes[0][1]) as layout:
         node = layout.rank // bench.ranks_per_node
-    return Measured(node, sent, (times[-1] - times[0]) / (len(times) - 1))
+        found = {mode.name: Measured(node, [], [], []) for mode, _ in modes}
+        trainers = {
+            mode.name: Trainer.build(config, layout, bench.levels, bench.vocabulary)
+            for mode, config in modes
+        }
+        for step in range(1, steps + 1):
+            for name, trainer in trainers.items():
+                batches = random_tokens(bench.config, step, layout.data_rank, layout.data_size)
+                dist.barrier(group=layout.host)
+                began, before = time.monotonic(), sent_bytes()
+                after: list[int] = []
+
+                def read_counter(layout: Layout = layout, after: list[int] = after) -> None:
+                    after.append(sent_bytes())
+                    # The ranks of a node wait for the reading, so that nothing of what comes after
+                    # is in it; they do so on `lo`, which no link counts.
+                    dist.barrier(group=layout.replica)
+
+                verdict, _ = trainer.take_step(batches, before_update=read_counter)
+                if not verdict.admitted:
+                    raise TrainingFailed(
+                        f"{name}: step {step} was not finite; nothing was measured"
+                    )
+                if WARMUP < step < steps:
+                    found[name].sent.append(after[0] - before)
+                    found[name].seconds.append(time.monotonic() - began)
+                    found[name].exposed.append(trainer.waits.link)
+                if layout.is_writer and (text := progress.done()):
+                    _note(text)
+        for name, trainer in trainers.items():
+            parameters = {n: p.detach().clone() for n, p in trainer.named_parameters().items()}
+            torch.save(parameters, folder / f"{name}-{layout.rank}.pt")
+    return found
+
+
+class Steps:
+    """Says how far a bench is, ten times, and what is left."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._done, self._began = count, 0, time.monotonic()
+
+    def done(self) -> str:
+        """A step more; a line where it is time for one."""
+        self._done += 1
+        if self._done * 10 // self._count == (self._done - 1) * 10 // self._count:
+            return ""
+        left = (time.monotonic() - self._began) / self._done * (self._count - self._done)
+        return f"step {self._done}/{self._count} of all modes, {duration(left)} left"
 
 
 def _result(
     mode: Mode, measured: list[Measured], planned_mean: float, planned_peak: float
 ) -> dict[str, Any]:
     # the first rank of each node speaks for its link
-    by_node = {m.node: np.diff(m.sent) for m in reversed(measured)}
+    by_node = {m.node: np.array(m.sent) for m in reversed(measured)}
     means = [float(by_node[node].mean()) for node in sorted(by_node)]
     mean = sum(means) / len(means)
     return {
@@ -151,7 +175,8 @@ def _result(
         "peak_bytes": max(int(sent.max()) for sent in by_node.values()),
         "planned_peak_bytes": planned_peak,
         "bytes_per_step_by_node": means,
-        "step_seconds": measured[0].seconds,
+        "step_seconds": float(np.mean(measured[0].seconds)),
+        "exposed_link_seconds": float(np.mean([m.exposed for m in measured])),
     }
 
 
@@ -178,11 +203,11 @@ def print_result(result: dict[str, Any]) -> None:
     table.add_column("\nmode", no_wrap=True)
     for column in (
         "MB a\nstep", "\nplan", "MB at\nmost", "\nplan", "step,\nms", "step,\nrel.",
-        "link,\nrel.", "weights\ndiffer",
+        "exposed,\nms", "of\ntwin", "weights\ndiffer",
     ):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
     for mode in result["modes"]:
-        own = mode["mode"].startswith("every-step")
+        own = mode["mode"] in ("every-step", "every-step-staggered")
         table.add_row(
             mode["mode"],
             *(
@@ -196,18 +221,21 @@ def print_result(result: dict[str, Any]) -> None:
             ),
             f"{1e3 * mode['step_seconds']:.0f}",
             f"{mode['step_time_ratio']:.2f}",
-            f"{mode['link_time_ratio']:.2f}",
+            f"{1e3 * mode['exposed_link_seconds']:.0f}",
+            f"{mode['exposed_to_twin']:.2f}",
             "reference" if own else f"{mode['max_relative_difference']:.1e}",
         )
     console.print(table)
     staggered = next(m for m in result["modes"] if m["mode"] == "deferred-staggered")
     console.print(
         "\nBytes are those leaving one node in a step, TCP/IP headers and acknowledgements "
-        "included.\nLink: what its limit adds to a step of the same mode; rel.: relative to "
-        "every-step.\n"
-        "A deferred mode differs from the every-step mode of the same phases.\n"
+        "included.\nExposed: what a step waits for the link; of twin: over that of the same mode "
+        "without overlap.\nStep, rel.: to every-step. Weights differ: from those of every-step "
+        "with the same phases.\n"
         "The largest step of deferred-staggered sends "
-        f"{staggered['peak_bytes'] / staggered['measured_bytes_per_step']:.2f} times its mean."
+        f"{staggered['peak_bytes'] / staggered['measured_bytes_per_step']:.2f} times its mean; "
+        "a step of deferred-overlapped\ntakes "
+        f"{result['overlapped_step_time_ratio']:.3f} times that of every-step-overlapped."
     )
 
 

@@ -163,7 +163,7 @@ def _adopt_weights(trainer: Trainer, held: list[Shard]) -> None:
         for p in parameters.values():
             p.copy_(p.main_grad)
     for window in trainer.optimizer.windows:
-        window.start_step()
+        window.clear()
 
 
 def pieces_of(name: str, parameter: Any, layout: Layout, start: int, flat: Tensor) -> list[Piece]:

@@ -303,7 +303,11 @@ class ParallelConfig:
     ranks_per_node: int | None = within(None, above=0, most=MOST)
     """Ranks on one node; null: what torchrun says (LOCAL_WORLD_SIZE), else all of them."""
     overlap: bool = True
-    """Overlap the reduction inside the node with the backward pass."""
+    """Reduce gradients inside the node and across nodes while the backward pass goes on, bucket by
+    bucket. False: when it is over; to find out what overlapping brings."""
+    bucket_size: int = within(40_000_000, above=0, most=MOST)
+    """Gradients that are reduced in one piece where reductions overlap, fp32: a sync group of more
+    is cut into buckets. Smaller ones begin earlier, larger ones use a fast link better."""
     replica_check_every: int = within(200, least=0)
     """Steps between comparisons of parameters and optimizer state across replicas; 0: never."""
     straggler_check_every: int = within(50, least=0)

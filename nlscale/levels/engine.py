@@ -12,39 +12,30 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
-from nlscale.config.vocabulary import ClipScope, Config, Dtype, Reduction
+from nlscale.config.vocabulary import ClipScope, Config, Reduction
 from nlscale.levels.groups import group_parameters
-from nlscale.levels.spectrum import Level, SyncGroup, reduction_bytes, sync_group
-from nlscale.levels.window import Window, reduce_across_nodes, sum_of_squares
+from nlscale.levels.optimizers import (
+    GroupOptimizer,
+    main_parameters,
+    make_group_optimizer,
+    split_by_group,
+)
+from nlscale.levels.spectrum import Level, SyncGroup, reduction_bytes
+from nlscale.levels.window import Window, all_finite, sum_of_squares, take_step
+from nlscale.levels.wire import Waited, Wire
 from nlscale.model.decoder import Decoder, named_parameters
-from nlscale.model.width import width_multiplier
 from nlscale.ops.transfer import HostCopy
 from nlscale.optim.schedule import learning_rate, update_warmup
-from nlscale.optim.table import rule
 from nlscale.parallel import cpu
 from nlscale.parallel.consensus import Consensus, Verdict
 from nlscale.parallel.layout import Layout
 from nlscale.parallel.replicas import data_parallel_group, first_difference
 
 _RATIO_EVERY = 10
-"""Updates between two measurements of the update-to-weight ratio of a level of period 1."""
-
-
-@dataclass
-class GroupOptimizer:
-    """A sync group's window and the optimizer that applies it."""
-
-    window: Window
-    optimizer: DistributedOptimizer
-
-    @property
-    def group(self) -> SyncGroup:
-        return self.window.group
+"""Updates of a sync group between two measurements of its update-to-weight ratio."""
 
 
 @dataclass
@@ -62,6 +53,7 @@ class Progress:
 class Update:
     """An update that is under way on the device."""
 
+    step: int
     rates: dict[SyncGroup, float]
     """Learning rates of the groups that are due."""
     norms: HostCopy
@@ -83,71 +75,120 @@ class LevelOptimizer:
         layout: Layout,
     ) -> None:
         self.config, self.levels, self.layout = config, levels, layout
+        self.wire = Wire(layout)
         self.groups = [
-            _group_optimizer(group, parameters, config, megatron, layout)
+            make_group_optimizer(group, parameters, config, megatron, layout, self.wire)
             for group, parameters in split_by_group(config, levels, stages).items()
         ]
         self._sizes = group_parameters(config, levels, vocabulary, config.levels.stagger)
         self.progress = {group: Progress() for group in self._sizes}
         parameters: dict[str, Any] = named_parameters(stages)
         self._partial = [p for p in parameters.values() if p.partial_gradient]
+        self._crossed_again = 0
+        """Parameters whose window crossed a second time after the last step."""
 
     @property
     def windows(self) -> list[Window]:
         return [g.window for g in self.groups]
 
-    def start_step(self) -> None:
-        """Before the first backward pass of a step."""
+    def start_step(self, step: int) -> None:
+        """Before the first backward pass of a step, counted from 1."""
+        closing = self._closing(step)
         for window in self.windows:
-            window.start_step()
+            window.start_step(closes=window.group in closing)
 
-    def finish_backward(self) -> Tensor:
-        """Sum the step's gradient inside the node; whether it is finite here, a bool tensor."""
+    def finish_backward(self) -> None:
+        """Sum the step's gradient inside the node; what crosses at this step is under way."""
         for window in self.windows:
             window.finish_step()
         self._sum_partial_gradients()
-        return torch.isfinite(torch.stack([w.square() for w in self.windows])).all()
+        for window in self.windows:
+            window.send_rest()
+
+    def finish_crossing(self) -> tuple[Tensor, Waited]:
+        """What crosses at this step has crossed; whether all gradients are finite, a bool tensor.
+
+        Of what has crossed every node sees the sum, which is not finite where a part of it is not.
+        """
+        waited = self.wire.finish()
+        return all_finite(self.windows), waited
 
     def update(self, step: int, consensus: Consensus) -> Update:
         """Add the step to the windows and step the groups that are due; at the end, all of them.
 
         The host asks for all of this before it knows whether the step is admitted: a step that is
-        not enters no window, and a group whose window holds no tokens is left as it is. `conclude`
-        is to follow.
+        not enters no window, and closes none. `conclude` is to follow.
 
         Args:
             step: counted from 1.
             consensus: of all ranks on that step.
         """
-        if self.config.levels.reduction == Reduction.every_step:
-            reduce_across_nodes(self.layout, [s for w in self.windows for s in w.shards])
+        take_step(self.windows, consensus.admitted)
+        tokens = {
+            group: torch.where(consensus.admitted, consensus.tokens + progress.tokens, 0.0)
+            for group, progress in self._closing(step).items()
+        }
+        return self._apply(step, tokens)
+
+    def conclude(self, update: Update, verdict: Verdict) -> dict[int, dict[str, float | None]]:
+        """Note where the groups stand after an update, once the verdict on its step is known.
+
+        A window that was to close with a step that was not admitted is closed now, with the steps
+        before it: what has crossed was in vain, and its sums cross again. The host waits for the
+        norms, and for the whole update where a ratio is measured.
+
+        Returns:
+            For each level that updated: its learning rate, the norm of its window gradient before
+            clipping, and the norm of its update over that of its weights (None at the updates at
+            which that is not measured: all but every tenth).
+        """
+        every_step = self.config.levels.reduction == Reduction.every_step
+        self._crossed_again = 0
+        for group, progress in self.progress.items():
+            progress.reductions += every_step or group in update.rates
+            progress.tokens += verdict.tokens if verdict.admitted else 0
+        if not verdict.admitted:
+            return self._close_without(update)
+        return self._count(update)
+
+    def _close_without(self, update: Update) -> dict[int, dict[str, float | None]]:
+        """Close the windows that are due after a step that was not admitted."""
+        deferred = self.config.levels.reduction == Reduction.deferred
+        held = {group: self.progress[group] for group in update.rates}
+        held = {group: progress for group, progress in held.items() if progress.tokens}
+        if not held:
+            return {}
         for window in self.windows:
-            window.add_step(consensus.admitted)
-        last = step == self.config.train.steps
-        closing = {g: progress for g, progress in self.progress.items() if g.due(step) or last}
-        due = [g for g in self.groups if g.group in closing]
-        if self.config.levels.reduction == Reduction.deferred:
-            reduce_across_nodes(self.layout, [s for g in due for s in g.window.sums])
-        tokens = {group: consensus.tokens + progress.tokens for group, progress in closing.items()}
+            if window.group in held:
+                window.close()
+        self.wire.finish()
+        for group, progress in held.items():
+            progress.reductions += deferred
+            self._crossed_again += deferred * self._sizes[group]
+        device = self.layout.device
+        tokens = {g: torch.tensor(float(p.tokens), device=device) for g, p in held.items()}
+        return self._count(self._apply(update.step, tokens))
+
+    def _apply(self, step: int, tokens: dict[SyncGroup, Tensor]) -> Update:
+        """Step groups by what is in their gradient buffers, the sum over that many tokens.
+
+        A group with none of them is left as it is.
+        """
+        due = [g for g in self.groups if g.group in tokens]
         for g in due:
-            g.window.close()
             with cpu.cuda_by_name():
                 g.optimizer.prepare_grads()
         norms = self._norms(due, tokens)
         norms_for_host = HostCopy(norms)
-        compared = {
-            group
-            for group, progress in closing.items()
-            if group.period > 1 or progress.updates % _RATIO_EVERY == 0
-        }
+        compared = {g for g in tokens if self.progress[g].updates % _RATIO_EVERY == 0}
         measured = [g for g in due if g.group in compared]
-        before = [[p.detach().clone() for p in _main_parameters(g)] for g in measured]
+        before = [[p.detach().clone() for p in main_parameters(g)] for g in measured]
         rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
         rates = {
             group: rate
             * self.levels[group.level].learning_rate_scale
-            * update_warmup(self.config.optimizer, progress.updates)
-            for group, progress in closing.items()
+            * update_warmup(self.config.optimizer, self.progress[group].updates)
+            for group in tokens
         }
         for g in due:
             count = tokens[g.group]
@@ -160,27 +201,16 @@ class LevelOptimizer:
             with cpu.cuda_by_name():
                 g.optimizer.step_with_ready_grads()
         moved = HostCopy(self._moved(measured, before)) if compared else None
-        return Update(rates, norms_for_host, moved)
+        return Update(step, rates, norms_for_host, moved)
 
-    def conclude(self, update: Update, verdict: Verdict) -> dict[int, dict[str, float | None]]:
-        """Note where the groups stand after an update, once the verdict on its step is known.
-
-        The host waits for the norms, and for the whole update where a ratio is measured.
-
-        Returns:
-            For each level that updated: its learning rate, the norm of its window gradient before
-            clipping, and the norm of its update over that of its weights (None at the steps at
-            which that is not measured: for a level of period 1, all but every tenth).
-        """
-        every_step = self.config.levels.reduction == Reduction.every_step
+    def _count(self, update: Update) -> dict[int, dict[str, float | None]]:
+        """Note that the groups of an update have made it, and read what is told of it."""
         done: dict[int, float] = {}
-        for group, progress in self.progress.items():
-            due = group in update.rates
-            progress.reductions += every_step or due
-            progress.tokens += verdict.tokens if verdict.admitted else 0
-            if due and progress.tokens:
+        for group, rate in update.rates.items():
+            progress = self.progress[group]
+            if progress.tokens:
                 progress.tokens, progress.updates = 0, progress.updates + 1
-                done[group.level] = update.rates[group]
+                done[group.level] = rate
         norms = update.norms.read()
         none = [0.0] * len(self.levels)
         moved, weights = update.moved.read() if update.moved is not None else (none, none)
@@ -193,6 +223,11 @@ class LevelOptimizer:
             for level, rate in done.items()
         }
 
+    def _closing(self, step: int) -> dict[SyncGroup, Progress]:
+        """The groups whose windows close with a step: those due; with the last, all."""
+        last = step == self.config.train.steps
+        return {g: progress for g, progress in self.progress.items() if last or g.due(step)}
+
     def settle_windows(self) -> None:
         """Bring pending windows into canonical form: the first node holds the sum of all of them.
 
@@ -203,7 +238,7 @@ class LevelOptimizer:
             return
         pending = [w for w in self.windows if self.progress[w.group].tokens]
         sums = [s for window in pending for s in window.sums]
-        reduce_across_nodes(self.layout, sums)
+        self.wire.sum(sums)
         if self.layout.node_rank > 0:
             for tensor in sums:
                 tensor.zero_()
@@ -214,7 +249,7 @@ class LevelOptimizer:
         return max(p.updates for p in mine), max(p.reductions for p in mine)
 
     def traffic(self, step: int) -> tuple[float, float]:
-        """Inter-node bytes that a node sends at this step, and that it does not have to send.
+        """Inter-node bytes that a node sent at the last step, and that it did not have to send.
 
         Gradients only, mean over the nodes, as `nlscale plan` counts them; the second because
         groups are not due.
@@ -222,7 +257,7 @@ class LevelOptimizer:
         waiting = 0
         if self.config.levels.reduction == Reduction.deferred:
             waiting = sum(n for group, n in self._sizes.items() if not group.due(step))
-        crossing = sum(self._sizes.values()) - waiting
+        crossing = sum(self._sizes.values()) - waiting + self._crossed_again
         nodes = self.layout.nodes
         share = nodes / self.layout.all_nodes
         return share * reduction_bytes(crossing, nodes), share * reduction_bytes(waiting, nodes)
@@ -250,7 +285,7 @@ class LevelOptimizer:
             state = {
                 f"{key} of the optimizer, level {g.group.level} phase {g.group.phase}, shard {i}": v
                 for g in self.groups
-                for i, p in enumerate(_main_parameters(g))
+                for i, p in enumerate(main_parameters(g))
                 for key, v in {"weights": p, **g.optimizer.optimizer.state[p]}.items()
                 if v.dim() > 0  # the step count of a shard is a scalar, equal by construction
             }
@@ -283,7 +318,7 @@ class LevelOptimizer:
             square = g.window.square()
             if self.layout.tensor_rank > 0:
                 # what every tensor-parallel rank holds counts once, on the first of them
-                shared = [p.grad for p in _main_parameters(g) if not p.tensor_model_parallel]
+                shared = [p.grad for p in main_parameters(g) if not p.tensor_model_parallel]
                 square -= sum(sum_of_squares(grad) for grad in shared)
             count = tokens[g.group]
             squares[g.group.level] += torch.where(count > 0, square / count.square(), 0.0)
@@ -299,7 +334,7 @@ class LevelOptimizer:
         squares = torch.zeros(2, len(self.levels), dtype=torch.float64, device=self.layout.device)
         for g, old in zip(due, before, strict=True):
             squares[1, g.group.level] += self._square(old, g)
-            torch._foreach_sub_(old, _main_parameters(g))
+            torch._foreach_sub_(old, main_parameters(g))
             squares[0, g.group.level] += self._square(old, g)
         dist.all_reduce(squares, group=self.layout.replica)
         return squares.sqrt()
@@ -308,7 +343,7 @@ class LevelOptimizer:
         """Sum of squares of one tensor a parameter shard, those on every tensor rank once."""
         counted = [
             tensor
-            for tensor, p in zip(tensors, _main_parameters(g), strict=True)
+            for tensor, p in zip(tensors, main_parameters(g), strict=True)
             if p.tensor_model_parallel or self.layout.tensor_rank == 0
         ]
         return torch.stack(torch._foreach_norm(counted)).square().sum() if counted else 0.0
@@ -320,55 +355,3 @@ class LevelOptimizer:
         joint = self.config.optimizer.clip_scope == ClipScope.joint
         norm = norms.square().sum().sqrt() if joint else norms[level]
         return (clip / (norm + 1e-6)).clamp(max=1.0)
-
-
-def _main_parameters(g: GroupOptimizer) -> list[Any]:
-    """This rank's fp32 parameter shards of a group, as the inner optimizer holds them."""
-    return [p for group in g.optimizer.optimizer.param_groups for p in group["params"]]
-
-
-def split_by_group(
-    config: Config, levels: list[Level], stages: list[Decoder]
-) -> dict[SyncGroup, dict[str, nn.Parameter]]:
-    """The parameters of some stages by sync group, in the order of levels and phases."""
-    split: dict[SyncGroup, dict[str, nn.Parameter]] = {}
-    for stage in stages:
-        for name, parameter in stage.named_parameters():
-            level, depth = stage.level_and_depth(name)
-            group = sync_group(levels[level], depth, config.model.layers, config.levels.stagger)
-            split.setdefault(group, {})[name] = parameter
-    return dict(sorted(split.items()))
-
-
-def _group_optimizer(
-    group: SyncGroup,
-    parameters: dict[str, nn.Parameter],
-    config: Config,
-    megatron: TransformerConfig,
-    layout: Layout,
-) -> GroupOptimizer:
-    window = Window(group, parameters, megatron, layout, config.parallel.overlap)
-    inner = rule(config.optimizer.rule).make(
-        config.optimizer, width_multiplier(config.model), [*parameters.values()]
-    )
-    with cpu.cuda_by_name():
-        optimizer = DistributedOptimizer(
-            inner,
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=config.optimizer.learning_rate,
-                bf16=config.train.dtype == Dtype.bf16,
-                params_dtype=megatron.params_dtype,
-                use_distributed_optimizer=True,
-                clip_grad=0.0,
-            ),
-            None,  # no loss scale: bf16 and fp32 need none
-            None,
-            [window.ddp],
-            {0: window.ddp.buffers},
-            data_parallel_group=layout.within_node.dp,
-            data_parallel_group_gloo=None,
-            data_parallel_group_idx=0,
-            distributed_optimizer_instance_id=0,
-        )
-    return GroupOptimizer(window, optimizer)

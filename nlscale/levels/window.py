@@ -2,23 +2,30 @@
 
 One megatron-core `DistributedDataParallel` a sync group, over the data-parallel ranks of a node.
 At every step its buffer is reduce-scattered inside the node, and this rank's shard is added to the
-window sum; across nodes the sum goes once a period. Because the sums over steps and over replicas
-commute (docs/concepts/levels.md) that is the same update as reducing at every step. Sums live
-outside `.grad` and outside every norm, and a step is added to them whole or not at all.
+window sum; across nodes the sum goes once a period, with the step that closes the window, bucket by
+bucket behind the reduction inside the node. Because the sums over steps and over replicas commute
+(docs/concepts/levels.md) that is the same update as reducing at every step. Sums live outside
+`.grad` and outside every norm, and a step is added to them whole or not at all: until the verdict
+on the closing step is known they are kept beside what has crossed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from nlscale.config.vocabulary import Config, Reduction
 from nlscale.levels.spectrum import SyncGroup
+from nlscale.levels.wire import Wire
 from nlscale.parallel import cpu
 from nlscale.parallel.layout import Layout
 
@@ -50,24 +57,17 @@ class Window:
         parameters: dict[str, nn.Parameter],
         megatron: TransformerConfig,
         layout: Layout,
-        overlap: bool,
+        wire: Wire,
+        config: Config,
     ) -> None:
-        self.group = group
-        with cpu.cuda_by_name():
-            self.ddp = DistributedDataParallel(
-                megatron,
-                DistributedDataParallelConfig(
-                    grad_reduce_in_fp32=True,
-                    use_distributed_optimizer=True,
-                    overlap_grad_reduce=overlap,
-                ),
-                ParameterView(parameters),
-                pg_collection=layout.within_node,
-            )
+        self.group, self._wire = group, wire
+        self._every_step = config.levels.reduction == Reduction.every_step
+        self.ddps = [_ddp(part, megatron, layout, config) for part in _parts(parameters)]
         inside = layout.within_node.dp
+        buffers = [buffer for ddp in self.ddps for buffer in ddp.buffers]
         buckets = {
             (i, bucket.bucket_id): bucket
-            for i, buffer in enumerate(self.ddp.buffers)
+            for i, buffer in enumerate(buffers)
             for bucket in buffer.buckets
         }
         self.places = list(buckets)
@@ -79,42 +79,200 @@ class Window:
         """This rank's part of each gradient bucket, fp32."""
         # With a period of one step the gradient of the step is the window.
         self.sums = self.shards if group.period == 1 else [torch.zeros_like(s) for s in self.shards]
+        self._closes = self._crosses = False
+        self._sent: set[int] = set()
+        if config.parallel.overlap:
+            groups = {
+                p: group for ddp in self.ddps for p, group in ddp.param_to_bucket_group.items()
+            }
+            for i, bucket in enumerate(buckets.values()):
+                if not any(map(_is_partial, bucket.params_list)):
+                    self._send_behind(groups[bucket.params_list[0]], i)
 
-    def start_step(self) -> None:
-        """Before the first backward pass of a step."""
-        self.ddp.zero_grad_buffer()
+    def start_step(self, closes: bool) -> None:
+        """Before the first backward pass of a step, at the end of which the window may close."""
+        self._closes = closes
+        self._crosses = self._wire.joins_nodes and (closes or self._every_step)
+        self._sent.clear()
+        self.clear()
+
+    def clear(self) -> None:
+        """Set the gradient buffers to zero."""
+        for ddp in self.ddps:
+            ddp.zero_grad_buffer()
 
     def finish_step(self) -> None:
         """After the last backward pass: the step's gradient is summed inside the node."""
-        self.ddp.finish_grad_sync()
+        for ddp in self.ddps:
+            ddp.finish_grad_sync()
+
+    def send_rest(self) -> None:
+        """Start the sums over nodes that did not start during the backward pass."""
+        if self._crosses:
+            for i in range(len(self.shards)):
+                if i not in self._sent:
+                    self._send(i)
 
     def square(self) -> Tensor:
-        """Sum of squares of this rank's gradient shard, float64; not finite where it is not."""
+        """Sum of squares of this rank's gradient shard, float64."""
         return torch.stack([sum_of_squares(shard) for shard in self.shards]).sum()
 
-    def add_step(self, admitted: Tensor) -> None:
-        """Add the step to the window where it is admitted (bool []), on the device.
-
-        With a period of one step it stays in the gradient buffer all the same: then the window
-        holds no tokens, and is not applied.
-        """
-        if self.sums is not self.shards:
-            for shard in self.shards:
-                shard.masked_fill_(~admitted, 0.0)  # 0 * NaN is NaN
-            torch._foreach_add_(self.sums, self.shards)
-
     def close(self) -> None:
-        """Leave the sum of the window's gradients in the gradient buffer.
+        """Leave in the gradient buffer what the window holds, summed over the nodes, and empty it.
 
-        The sums must be those of all nodes by now.
+        For a window that was to close with a step that was not admitted. The sum over nodes is
+        there when the wire has finished.
         """
-        if self.sums is not self.shards:
-            torch._foreach_copy_(self.shards, self.sums)
-            torch._foreach_zero_(self.sums)
+        torch._foreach_copy_(self.shards, self.sums)
+        torch._foreach_zero_(self.sums)
+        if self._wire.joins_nodes and not self._every_step:
+            for shard in self.shards:
+                self._wire.start(shard)
 
     def scale(self, factor: Tensor) -> None:
         """Multiply the closed window's gradient: the mean over its tokens, clipped."""
         torch._foreach_mul_(self.shards, factor.to(torch.float32))
+
+    @property
+    def _waits(self) -> bool:
+        """Whether steps are added up apart from the gradient buffer, until the window closes."""
+        return self.sums is not self.shards
+
+    @property
+    def _joins_before_crossing(self) -> bool:
+        """Whether this node's earlier steps cross with the one at which the window closes."""
+        return self._closes and self._crosses and not self._every_step and self._waits
+
+    def _send_behind(self, bucket_group: Any, i: int) -> None:
+        """Let the sum of a shard over the nodes follow that of its bucket inside the node.
+
+        megatron-core starts the latter in the last backward pass, as soon as all gradients of the
+        bucket are there; in the first step, where it does not know how many there will be, after
+        it.
+        """
+        start = bucket_group.start_grad_sync
+
+        def start_both(*args: Any, **kwargs: Any) -> None:
+            start(*args, **kwargs)
+            if self._crosses:
+                if not self.shards[i].is_cuda:
+                    bucket_group.grad_reduce_handle = _Once(bucket_group.grad_reduce_handle)
+                self._send(i, bucket_group.grad_reduce_handle.wait)
+
+        bucket_group.start_grad_sync = start_both
+
+    def _send(self, i: int, reduced: Callable[[], object] | None = None) -> None:
+        """Sum a shard over the nodes once it is reduced inside this one."""
+        self._sent.add(i)
+        shard, held = self.shards[i], self.sums[i] if self._joins_before_crossing else None
+
+        def before() -> None:
+            if reduced is not None:
+                reduced()
+            if held is not None:
+                shard.add_(held)
+
+        self._wire.start(shard, before)
+
+
+def _ddp(
+    parameters: dict[str, nn.Parameter],
+    megatron: TransformerConfig,
+    layout: Layout,
+    config: Config,
+) -> DistributedDataParallel:
+    with cpu.cuda_by_name():
+        return DistributedDataParallel(
+            megatron,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                overlap_grad_reduce=config.parallel.overlap,
+                bucket_size=config.parallel.bucket_size,
+            ),
+            ParameterView(parameters),
+            pg_collection=_as_first_stage(layout.within_node),
+        )
+
+
+def _parts(parameters: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
+    """Parameters whose gradients cross as they are, and those that tensor ranks add up before.
+
+    In a buffer of their own the latter, gains of norms for the most part, hold up no others.
+    """
+    partial = {name: p for name, p in parameters.items() if _is_partial(p)}
+    whole = {name: p for name, p in parameters.items() if name not in partial}
+    return [part for part in (whole, partial) if part]
+
+
+class _Once:
+    """A reduction by gloo for which two threads wait: it copies its result at each call of wait."""
+
+    def __init__(self, reduction: Any) -> None:
+        self._reduction, self._lock = reduction, threading.Lock()
+
+    def wait(self) -> None:
+        with self._lock:
+            if self._reduction is not None:
+                self._reduction.wait()
+                self._reduction = None
+
+
+class _FirstStage:
+    """In place of the group of pipeline ranks: of all stages the first."""
+
+    @staticmethod
+    def rank() -> int:
+        return 0
+
+
+def _as_first_stage(groups: ProcessGroupCollection) -> ProcessGroupCollection:
+    """The groups for a DDP that is to have buckets on every pipeline stage.
+
+    megatron-core has them on the first alone, as its reductions end last; those between nodes can
+    end last on any.
+    """
+    groups = copy.copy(groups)
+    groups.pp = _FirstStage()
+    return groups
+
+
+def _is_partial(parameter: Any) -> bool:
+    return parameter.partial_gradient
+
+
+def take_step(windows: list[Window], admitted: Tensor) -> None:
+    """Take a step into the windows where it is admitted (bool []), and close those due with it.
+
+    All on the device, when what crosses at this step has crossed. A window that closes leaves its
+    gradient in the buffer. Of a step that is not admitted nothing remains but what is in the
+    buffers, and the windows stay as they were.
+    """
+    waiting = [w for w in windows if w._waits]
+    growing = [w for w in waiting if not w._closes]
+    dropped = ~admitted
+    for shard in _all(w.shards for w in growing):
+        shard.masked_fill_(dropped, 0.0)  # 0 * NaN is NaN
+    _add(_all(w.sums for w in growing), _all(w.shards for w in growing))
+    closing = [w for w in waiting if w._closes]
+    alone = [w for w in closing if not w._joins_before_crossing]
+    _add(_all(w.shards for w in alone), _all(w.sums for w in alone))
+    for held in _all(w.sums for w in closing):
+        held.masked_fill_(admitted, 0.0)
+
+
+def all_finite(windows: list[Window]) -> Tensor:
+    """Whether every element of the gradient shards is finite, bool []."""
+    return torch.isfinite(torch.stack(torch._foreach_norm(_all(w.shards for w in windows)))).all()
+
+
+def _all(lists: Iterable[list[Tensor]]) -> list[Tensor]:
+    return [tensor for tensors in lists for tensor in tensors]
+
+
+def _add(to: list[Tensor], tensors: list[Tensor]) -> None:
+    if to:
+        torch._foreach_add_(to, tensors)
 
 
 def sum_of_squares(flat: Tensor) -> Tensor:
@@ -128,13 +286,3 @@ def sum_of_squares(flat: Tensor) -> Tensor:
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1).double()
     rest = torch.linalg.vector_norm(flat[whole:]).double()
     return rows.square().sum() + rest.square()
-
-
-def reduce_across_nodes(layout: Layout, shards: list[Tensor]) -> None:
-    """Sum shards over the nodes, in place; all of them are under way at once."""
-    if layout.across_nodes is None:
-        return
-    group = layout.across_nodes
-    works = [dist.all_reduce(shard, group=group, async_op=True) for shard in shards]
-    for work in works:
-        work.wait()

@@ -70,6 +70,9 @@ def megatron_config(config: Config, fuse_accumulation: bool = False) -> Transfor
         # would mix up activations and gradients.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        # True: the host waits for the whole device after each exchange, as old versions of torch
+        # needed.
+        batch_p2p_sync=False,
         sequence_parallel=parallel.sequence,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from nlscale.parallel.layout import Layout
 
+_WORDS_AT_ONCE = 1 << 24
+CHECKED_AT_ONCE = 8 * _WORDS_AT_ONCE
+"""Bytes that a comparison takes in passing."""
+
 
 def first_difference(
     layout: Layout, state: dict[str, Tensor], group: dist.ProcessGroup
@@ -32,12 +36,19 @@ def first_difference(
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """An int64 that changes with any bit and with the order of the elements."""
+    """An int64 that changes with any bit and with the order of the elements.
+
+    In pieces: what it takes in passing is `CHECKED_AT_ONCE`, however large the tensor is.
+    """
     size = tensor.element_size()
     words = tensor.detach().contiguous().view(-1).view({2: torch.int16, 4: torch.int32}[size])
-    # odd weights: a change of any one word changes the sum modulo 2^64
-    weights = torch.arange(1, 2 * words.numel(), 2, device=words.device)
-    return (words * weights).sum()
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for start in range(0, words.numel(), _WORDS_AT_ONCE):
+        piece = words[start : start + _WORDS_AT_ONCE]
+        # odd weights: a change of any one word changes the sum modulo 2^64
+        first, last = 2 * start + 1, 2 * (start + piece.numel())
+        total += torch.arange(first, last, 2, device=words.device).mul_(piece).sum()
+    return total
 
 
 def data_parallel_group() -> dist.ProcessGroup:

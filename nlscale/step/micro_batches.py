@@ -62,15 +62,17 @@ def run_micro_batches(
 
     size, length = batches[0].tokens.shape
     stages[0].config.no_sync_func = None if windows is None else lambda: _no_sync(windows)
-    get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=[iter(batches) for _ in stages],
-        model=stages,
-        num_microbatches=len(batches),
-        seq_length=length,
-        micro_batch_size=size,
-        forward_only=windows is None,
-    )
+    # A forward pass only keeps nothing for a backward pass.
+    with torch.set_grad_enabled(windows is not None):
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=[iter(batches) for _ in stages],
+            model=stages,
+            num_microbatches=len(batches),
+            seq_length=length,
+            micro_batch_size=size,
+            forward_only=windows is None,
+        )
     device = batches[0].tokens.device
     total = torch.stack(sums).sum() if sums else torch.zeros((), device=device)
     return total, sum(b.counted * b.tokens.shape[1] for b in batches)
@@ -80,5 +82,6 @@ def _no_sync(windows: list[Window]) -> ExitStack:
     """Micro batches before the last leave their gradients in the buffers."""
     stack = ExitStack()
     for window in windows:
-        stack.enter_context(window.ddp.no_sync())
+        for ddp in window.ddps:
+            stack.enter_context(ddp.no_sync())
     return stack

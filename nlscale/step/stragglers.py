@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections import deque
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from nlscale.ops.moments import Moment, now, seconds_between
 from nlscale.parallel.layout import Layout
 
 _SLOW = 1.2
@@ -26,42 +26,26 @@ class BusyTime:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._began: float | torch.cuda.Event | None = None
+        self._device = device
+        self._began: Moment | None = None
         # Bounded for runs that never compare.
-        self._spans: deque[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = deque(
-            maxlen=_REMEMBERED
-        )
+        self._spans: deque[tuple[Moment, Moment]] = deque(maxlen=_REMEMBERED)
 
     def start(self) -> None:
         """A step begins, with reading its data."""
-        self._began = self._now()
+        self._began = now(self._device)
 
     def stop(self) -> None:
         """Its backward pass is over (on a GPU: under way)."""
         if self._began is not None:
-            self._spans.append((self._began, self._now()))
+            self._spans.append((self._began, now(self._device)))
             self._began = None
 
     def take(self) -> float:
         """Median seconds of the last steps since the last call, all of them over. 0: none."""
-        seconds = [self._between(*span) for span in self._spans]
+        seconds = [seconds_between(*span) for span in self._spans]
         self._spans.clear()
         return statistics.median(seconds) if seconds else 0.0
-
-    def _now(self) -> float | torch.cuda.Event:
-        if not self._cuda:
-            return time.monotonic()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    @staticmethod
-    def _between(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-        if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-            return begin.elapsed_time(end) / 1e3
-        assert isinstance(begin, float) and isinstance(end, float)
-        return end - begin
 
 
 @dataclass(frozen=True)

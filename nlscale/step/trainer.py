@@ -26,6 +26,7 @@ from nlscale.parallel.consensus import Requests, Verdict, agree
 from nlscale.parallel.layout import Layout
 from nlscale.step.micro_batches import Batch, run_micro_batches
 from nlscale.step.stragglers import BusyTime
+from nlscale.step.waits import WaitClock, Waits
 
 _SPIKE_MEMORY = 50
 
@@ -66,7 +67,10 @@ class Trainer:
     """What this rank holds of the model: all of it, or one or several pipeline stages."""
     optimizer: LevelOptimizer
     busy: BusyTime
+    clock: WaitClock
     counters: Counters = field(default_factory=Counters)
+    waits: Waits = field(default_factory=Waits)
+    """Of the last step."""
 
     @classmethod
     def build(cls, config: Config, layout: Layout, levels: list[Level], vocabulary: int) -> Trainer:
@@ -90,7 +94,8 @@ class Trainer:
                 config.data.document_mask,
             )
         optimizer = LevelOptimizer(config, levels, stages, vocabulary, megatron, layout)
-        return cls(config, layout, levels, stages, optimizer, BusyTime(layout.device))
+        busy, clock = BusyTime(layout.device), WaitClock(layout.device)
+        return cls(config, layout, levels, stages, optimizer, busy, clock)
 
     def take_step(
         self,
@@ -107,29 +112,33 @@ class Trainer:
         Args:
             batches: of this rank, from `nlscale.train.batches.StepReader` or the like.
             requests: what this rank asks of all of them.
-            before_update: called once the ranks have agreed, before anything is reduced across
-                nodes or updated.
+            before_update: called once the ranks have agreed: what the step sends between nodes has
+                arrived, and nothing is updated.
         """
         counters = self.counters
+        self.clock.begin()
         counters.step += 1
         counters.samples += self.config.train.global_batch
-        self.optimizer.start_step()
+        self.optimizer.start_step(counters.step)
         with doing("forward and backward pass"):
             loss_sum, seen = run_micro_batches(self.stages, batches, self.optimizer.windows)
         self.busy.stop()
         with doing("reduction inside the node"):
-            finite = self.optimizer.finish_backward()
+            self.optimizer.finish_backward()
+        with doing("reduction across nodes"):
+            finite, waited = self.optimizer.finish_crossing()
         with doing("consensus"):
             consensus = agree(
                 self.layout, loss_sum, seen, finite, requests, limit=self._highest_loss()
             )
         if before_update is not None:
             before_update()
-        with doing("reduction across nodes and update of the levels due"):
+        with doing("update of the levels due"):
             update = self.optimizer.update(counters.step, consensus)
         with doing("waiting for the GPU"):
             verdict = consensus.read()
             updated = self.optimizer.conclude(update, verdict)
+            self.waits = self.clock.end(link=waited.seconds())
         self._count(verdict)
         return verdict, updated
 

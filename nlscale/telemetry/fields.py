@@ -7,7 +7,7 @@ them, in both directions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,30 @@ _LEVEL = {
     ),
 }
 
+_WAITS = {
+    "data": Field("number", "s", "while the next batch was read"),
+    "link": Field(
+        "number",
+        "s",
+        "for reductions across nodes that the backward pass did not hide; ranks of other nodes "
+        "that came later are in it",
+    ),
+    "host": Field(
+        "number",
+        "s",
+        "while the host did anything else between two steps, but for validations and checkpoints",
+    ),
+}
+
+_MEMORY = Field(
+    "integer",
+    "bytes",
+    "most that the first rank has held since this start, on its GPU; where it computes on a CPU, "
+    "of all its memory",
+)
+
+_NO_PEAK = "on a CPU, in fp32, and on GPUs whose peak is not known"
+
 _RANKS = {
     "fastest": Field("number", "s", "that the fastest rank computes"),
     "median": Field("number", "s", "that the median rank computes, the lower of two"),
@@ -79,6 +103,20 @@ METRICS: Mapping[str, Mapping[str, Field]] = {
         "loss": Field("number", "nats a token", "mean over the global batch, before the update"),
         "tokens_per_second": Field("number", "tokens/s", "of this step, over all ranks"),
         "step_seconds": Field("number", "s", "from reading the batch to the end of the update"),
+        "mfu": Field(
+            "number",
+            "share",
+            "model FLOPs utilisation: the model FLOPs of the step a second over what all GPUs can "
+            "do at most in bf16",
+            null=_NO_PEAK,
+        ),
+        "peak_memory_bytes": _MEMORY,
+        "waits": Field(
+            "object",
+            "",
+            "of the step and the first rank, seconds in which its device had nothing to do",
+            fields=_WAITS,
+        ),
         "checkpoint_seconds": Field(
             "number", "s", "that training waited for a checkpoint since the step before"
         ),
@@ -170,6 +208,14 @@ SUMMARY: Mapping[str, Field] = {
         "tokens/s",
         "median over the steps of the last start",
         null="it took no step",
+    ),
+    "mfu": Field("number", "share", "the same of the steps' `mfu`", null=_NO_PEAK),
+    "peak_memory_bytes": _MEMORY,
+    "waits": Field(
+        "object",
+        "",
+        "the same of a step, the mean over those of the last start",
+        fields={kind: replace(wait, null="it took no step") for kind, wait in _WAITS.items()},
     ),
     "parameters": Field("integer", "", "of the model"),
     "parameters_non_embedding": Field("integer", "", "the same without the embedding"),

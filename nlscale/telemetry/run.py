@@ -6,6 +6,8 @@ nothing. A train record (units as written):
     {"kind": "train", "step": 17, "tokens": 557056, "loss": 2.31,   # steps and tokens done so far,
      "tokens_per_second": 21000.0, "step_seconds": 0.4,             # nats per token over the batch
      "time": 1795270000.0, "checkpoint_seconds": 0.0,               # Unix time; waited before it
+     "mfu": 0.41, "peak_memory_bytes": 51539607552,                 # None where no peak is known
+     "waits": {"data": 0.0, "link": 0.01, "host": 0.002},           # seconds of nothing to do
      "dropped_steps": 0, "dropped_because": None,                   # a text where it was dropped
      "bytes_sent": 654321, "bytes_saved": 123456,     # so far, inter-node, by a node; or not sent
      "levels": {"slow": {"period": 16, "learning_rate": 3e-3, "grad_norm": None, "updates": 1,

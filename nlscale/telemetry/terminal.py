@@ -17,6 +17,8 @@ from rich.text import Text
 from nlscale.config.units import human_bytes, human_count
 
 _LINES = 40
+_WORTH_SAYING = 0.05
+"""Share of a step spent waiting from which a line says it."""
 
 
 class Pace:
@@ -131,6 +133,11 @@ def numbers(record: Mapping[str, Any], validation: float | None) -> str:
     if validation is not None:
         parts.append(f"val {loss_text(validation)}")
     parts.append(f"{human_count(record['tokens_per_second']):>5} tok/s")
+    if record.get("mfu"):
+        parts.append(f"MFU {record['mfu']:.0%}")
+    waiting = sum((record.get("waits") or {}).values()) / record["step_seconds"]
+    if waiting > _WORTH_SAYING:
+        parts.append(f"waits {waiting:.0%}")
     if record.get("bytes_saved"):
         parts.append(f"not sent {human_bytes(record['bytes_saved'])}")
     if record.get("dropped_steps"):

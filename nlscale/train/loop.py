@@ -35,6 +35,7 @@ from nlscale.telemetry.run import Telemetry, WandbOptions
 from nlscale.telemetry.terminal import loss_text
 from nlscale.train.batches import StepReader
 from nlscale.train.claim import Claim
+from nlscale.train.costs import Costs
 from nlscale.train.dropped import Drops
 from nlscale.train.found import look
 from nlscale.train.prepare import Prepared
@@ -112,7 +113,7 @@ def _run(
         deadline, drops = Deadline(), Drops(config, prepared.tokens_per_step)
         warned: set[int] = set()
         slow_ranks: set[int] = set()
-        speeds: list[float] = []
+        costs = Costs(config, prepared, layout)
         held_out: dict[str, Any] = {}
         seconds = 0.0
         signals.training()
@@ -122,7 +123,7 @@ def _run(
             started, stalled = time.monotonic(), saver.take_stalled()
             begin_step(counters.step + 1)
             trainer.busy.start()
-            with doing("reading data"):
+            with doing("reading data"), trainer.clock.reading():
                 batches = reader.take()
             ends = layout.is_writer and deadline.is_near(seconds, saver.seconds)
             requests = Requests(
@@ -140,7 +141,7 @@ def _run(
                 warned.add(level)
             _check_replicas(trainer)
             seconds = time.monotonic() - started
-            speeds.append(verdict.tokens / seconds)
+            cost = costs.of_step(verdict.tokens, seconds, trainer.waits)
             claim.check()
             telemetry.train_step(
                 {
@@ -149,8 +150,7 @@ def _run(
                     "time": time.time(),
                     "tokens": counters.tokens,
                     "loss": verdict.loss,
-                    "tokens_per_second": speeds[-1],
-                    "step_seconds": seconds,
+                    **cost,
                     "checkpoint_seconds": stalled,
                     "dropped_steps": counters.dropped,
                     "dropped_because": verdict.dropped_because,
@@ -163,14 +163,16 @@ def _run(
             last = step == config.train.steps
             if step % config.train.validate_every == 0 or last:
                 held_out = _validate(prepared, trainer, telemetry, claim)
+                trainer.clock.free()
             if saves(config.checkpoint) and (verdict.asked.save or verdict.asked.stop or last):
                 saver.save()
+                trainer.clock.free()
             if verdict.asked.stop and not last:
                 saver.finish()
                 raise stopped(config, step, signals.name or ("the job ends" if ends else None))
         saver.finish()
 
-    summary = summarise(trainer, prepared, held_out, speeds)
+    summary = summarise(trainer, prepared, held_out, costs)
     if layout.is_writer:
         claim.check()
         summary["goodput"] = goodput(attempts.events, telemetry.records(), time.time())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from nlscale.cluster.life.deadline import Deadline
@@ -31,6 +32,10 @@ def start(path: str | Path, overrides: list[str]) -> int:
         if here.world == here.local_world:
             refuse_if_alive(Path(config.run.dir))
         prepared = prepare(config)
+        if config.parallel.tensor > 1:
+            # megatron-core asks for what a layer sends first and for the product that is to hide it
+            # second; only a GPU with one queue begins with them in that order.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         # What follows imports torch: only what has been checked waits for it.
         with importing():
             from nlscale.parallel.cpu import import_megatron_core

@@ -14,6 +14,7 @@ from nlscale.model.flops import flops_per_token
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
 from nlscale.parallel.layout import Layout
 from nlscale.step.trainer import Trainer
+from nlscale.train.costs import Costs
 from nlscale.train.prepare import Prepared
 
 _STANDS_STILL = 1e-7
@@ -80,7 +81,7 @@ def stopped(config: Config, step: int, why: str | None) -> Stopped:
 
 
 def summarise(
-    trainer: Trainer, prepared: Prepared, held_out: dict[str, Any], speeds: list[float]
+    trainer: Trainer, prepared: Prepared, held_out: dict[str, Any], costs: Costs
 ) -> dict[str, Any]:
     """What summary.json holds of a finished run, but for its goodput.
 
@@ -88,7 +89,7 @@ def summarise(
         trainer: after the last step.
         prepared: what the run is made of.
         held_out: the last validation's record.
-        speeds: tokens per second of the steps of this start.
+        costs: of the steps of this start.
     """
     config, counters, optimizer = trainer.config, trainer.counters, trainer.optimizer
     parameters = level_parameters(config, prepared.vocabulary)
@@ -102,7 +103,7 @@ def summarise(
         "steps": config.train.steps,
         "dropped_steps": counters.dropped,
         "tokens": counters.tokens,
-        "tokens_per_second": statistics.median(speeds) if speeds else None,
+        **costs.summary(),
         "parameters": sum(parameters),
         "parameters_non_embedding": non_embedding_parameters(config, prepared.vocabulary),
         "flops": flops_per_token(config, prepared.vocabulary) * counters.tokens,

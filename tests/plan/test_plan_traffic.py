@@ -153,7 +153,7 @@ MODELS = [
 
 
 def real_groups() -> list[dict[tuple[int, int], int]]:
-    from nlscale.levels.engine import split_by_group
+    from nlscale.levels.optimizers import split_by_group
     from nlscale.model.decoder import Decoder
     from nlscale.model.layers import megatron_config
     from nlscale.parallel.layout import process_groups

@@ -60,6 +60,8 @@ def waits_of_each_step(overrides: list[str]) -> list[list[str]]:
     LevelOptimizer.update = noted  # type: ignore[method-assign]
     found = []
     with process_groups(config) as layout:
+        # What megatron-core asks for by itself, in place of what `parallel.cpu` has put there.
+        torch.cuda.synchronize = lambda *args: waits.seen.append("synchronize")  # type: ignore
         levels = spectrum(config.levels, tokens_per_step=100)
         trainer = Trainer.build(config, layout, levels, VOCABULARY)
         for step in range(1, config.train.steps + 1):
@@ -85,7 +87,7 @@ def test_the_host_waits_only_when_the_update_is_under_way(ranks: int, overrides:
     read = "transfer.py: return self._values.tolist()"
     for steps in world.run(ranks, waits_of_each_step, overrides, ranks_per_node=max(1, ranks // 2)):
         for step, seen in enumerate(steps, 1):
-            # The verdict and the norms; and with the fast level's first update, and with each of
-            # the slow one, how far they moved, which is known last.
-            reads = 3 if step in (1, 3, 6) else 2
+            # The verdict and the norms; and with the first update of each level, of which every
+            # tenth is measured, how far it moved, which is known last.
+            reads = 3 if step in (1, 3) else 2
             assert seen == ["updated", *[read] * reads], f"step {step}"

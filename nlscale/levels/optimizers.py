@@ -1,0 +1,112 @@
+"""The optimizer of a sync group: a rule over the shards of a node, by megatron-core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nlscale.config.vocabulary import Config, Dtype
+from nlscale.levels.spectrum import Level, SyncGroup, sync_group
+from nlscale.levels.window import Window
+from nlscale.levels.wire import Wire
+from nlscale.model.decoder import Decoder
+from nlscale.model.width import width_multiplier
+from nlscale.optim.table import rule
+from nlscale.parallel import cpu
+from nlscale.parallel.layout import Layout
+
+
+class ShardedOptimizer(DistributedOptimizer):
+    """megatron-core's, with one launch for what it copies parameter by parameter."""
+
+    def _copy_main_params_to_model_params(self) -> None:
+        torch._foreach_copy_(self._places, self._mains)
+
+    @cached_property
+    def _mains(self) -> list[Tensor]:
+        """This rank's fp32 shards."""
+        shards = (self.shard_fp32_from_float16_groups, self.shard_fp32_groups)
+        return [p for groups in shards for group in groups for p in group]
+
+    @cached_property
+    def _places(self) -> list[Tensor]:
+        """Where each belongs in the buffer from which the ranks of the node gather."""
+        models = (self.model_float16_groups, self.model_fp32_groups)
+        return [self._place(p) for groups in models for group in groups for p in group]
+
+    def _place(self, parameter: nn.Parameter) -> Tensor:
+        index, _, bucket = self.model_param_gbuf_map[parameter]
+        where = self._get_model_param_range_map(parameter)["gbuf_world_in_bucket"]
+        return self.buffers[index].buckets[bucket].param_data.view(-1)[where.start : where.end]
+
+
+@dataclass
+class GroupOptimizer:
+    """A sync group's window and the optimizer that applies it."""
+
+    window: Window
+    optimizer: ShardedOptimizer
+
+    @property
+    def group(self) -> SyncGroup:
+        return self.window.group
+
+
+def main_parameters(g: GroupOptimizer) -> list[Any]:
+    """This rank's fp32 parameter shards of a group, as the inner optimizer holds them."""
+    return [p for group in g.optimizer.optimizer.param_groups for p in group["params"]]
+
+
+def split_by_group(
+    config: Config, levels: list[Level], stages: list[Decoder]
+) -> dict[SyncGroup, dict[str, nn.Parameter]]:
+    """The parameters of some stages by sync group, in the order of levels and phases."""
+    split: dict[SyncGroup, dict[str, nn.Parameter]] = {}
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            level, depth = stage.level_and_depth(name)
+            group = sync_group(levels[level], depth, config.model.layers, config.levels.stagger)
+            split.setdefault(group, {})[name] = parameter
+    return dict(sorted(split.items()))
+
+
+def make_group_optimizer(
+    group: SyncGroup,
+    parameters: dict[str, nn.Parameter],
+    config: Config,
+    megatron: TransformerConfig,
+    layout: Layout,
+    wire: Wire,
+) -> GroupOptimizer:
+    window = Window(group, parameters, megatron, layout, wire, config)
+    inner = rule(config.optimizer.rule).make(
+        config.optimizer, width_multiplier(config.model), [*parameters.values()]
+    )
+    with cpu.cuda_by_name():
+        optimizer = ShardedOptimizer(
+            inner,
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.optimizer.learning_rate,
+                bf16=config.train.dtype == Dtype.bf16,
+                params_dtype=megatron.params_dtype,
+                use_distributed_optimizer=True,
+                clip_grad=0.0,
+            ),
+            None,  # no loss scale: bf16 and fp32 need none
+            None,
+            window.ddps,
+            {i: ddp.buffers for i, ddp in enumerate(window.ddps)},
+            data_parallel_group=layout.within_node.dp,
+            data_parallel_group_gloo=None,
+            data_parallel_group_idx=0,
+            distributed_optimizer_instance_id=0,
+        )
+    return GroupOptimizer(window, optimizer)
