@@ -52,6 +52,8 @@ def median_seconds(
         run(given)
         marks.append((began, moments.now(device)))
         del given
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return statistics.median(moments.seconds_between(*mark) for mark in marks[_WARM_UP:])
 
 

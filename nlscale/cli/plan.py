@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from nlscale.cli.arguments import add_cluster, add_recipe, config_of, path
+from nlscale.cli.arguments import add_cluster, add_recipe, config_of, number, path
 from nlscale.errors import UserError
 
 _FILE_WIDTH = 100  # columns, where there is no terminal to ask
@@ -16,6 +16,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `plan` takes; sets `func(args) -> int`."""
     add_recipe(parser)
     add_cluster(parser, "the machines", required=True)
+    parser.add_argument(
+        "--utilisation",
+        type=number(above=0, most=1),
+        default=0.4,
+        metavar="SHARE",
+        help="of the GPUs' peak at which a step computes (MFU), from which follows what of the "
+        "link's time it hides (default: 0.4)",
+    )
+    parser.add_argument(
+        "--step-seconds",
+        type=number(above=0),
+        metavar="S",
+        help="what a step computes for, where it was measured, instead",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--figure", type=path, metavar="PNG", help="draw the bytes of each step of a cycle"
@@ -32,7 +46,7 @@ def _plan(args: argparse.Namespace) -> int:
     from nlscale.plan.tables import print_plan
 
     config, cluster = config_of(args), load_cluster(args.cluster)
-    plan = make_plan(config, cluster)
+    plan = make_plan(config, cluster, args.utilisation, args.step_seconds)
     if args.figure and not plan.plain:
         where = "is one node" if cluster.nodes == 1 else "holds each data-parallel group in a node"
         raise UserError(f"--figure: {cluster.name} {where}, no gradient crosses the network")

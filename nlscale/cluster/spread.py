@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from nlscale.errors import UserError
 
+COMPARED_AT_ONCE = 2**27
+"""Bytes that a comparison of the replicas takes in passing, however large a tensor is."""
+
 
 def nodes_of_a_data_group(ranks: int, per_node: int, tensor: int, pipeline: int) -> int:
     """Nodes that a data-parallel group spans, the same number of its ranks on each.

@@ -68,6 +68,15 @@ class Reduction(str, Enum):
     every_step = "every-step"
 
 
+class WireFormat(str, Enum):
+    """How gradients cross between nodes."""
+
+    fp32 = "fp32"
+    """As they are."""
+    bf16 = "bf16"
+    """Each node's part, and then the sum, rounded to half the bytes."""
+
+
 class Pending(str, Enum):
     """How a checkpoint holds the windows of slow levels that are not full."""
 
@@ -198,6 +207,9 @@ class LevelConfig:
     """Hidden units of this level's MLP in each block; null: an equal share of model.hidden."""
     learning_rate: float = within(1.0, least=0)
     """Factor on optimizer.learning_rate for this level, beside the rule of its period."""
+    wire: WireFormat = WireFormat.fp32
+    """How its gradients cross between nodes. fp32: exactly. bf16: half the bytes, but approximate:
+    each node's sum, and then the sum of all, is rounded to bf16, and the error is not kept."""
 
 
 @dataclass

@@ -77,15 +77,17 @@ class LevelOptimizer:
         self.config, self.levels, self.layout = config, levels, layout
         self.wire = Wire(layout)
         self.groups = [
-            make_group_optimizer(group, parameters, config, megatron, layout, self.wire)
+            make_group_optimizer(
+                group, parameters, config, megatron, layout, self.wire, levels[group.level].wire
+            )
             for group, parameters in split_by_group(config, levels, stages).items()
         ]
         self._sizes = group_parameters(config, levels, vocabulary, config.levels.stagger)
         self.progress = {group: Progress() for group in self._sizes}
         parameters: dict[str, Any] = named_parameters(stages)
         self._partial = [p for p in parameters.values() if p.partial_gradient]
-        self._crossed_again = 0
-        """Parameters whose window crossed a second time after the last step."""
+        self._sent_again = 0.0
+        """Bytes of windows that crossed a second time after the last step."""
 
     @property
     def windows(self) -> list[Window]:
@@ -143,7 +145,7 @@ class LevelOptimizer:
             which that is not measured: all but every tenth).
         """
         every_step = self.config.levels.reduction == Reduction.every_step
-        self._crossed_again = 0
+        self._sent_again = 0.0
         for group, progress in self.progress.items():
             progress.reductions += every_step or group in update.rates
             progress.tokens += verdict.tokens if verdict.admitted else 0
@@ -164,7 +166,7 @@ class LevelOptimizer:
         self.wire.finish()
         for group, progress in held.items():
             progress.reductions += deferred
-            self._crossed_again += deferred * self._sizes[group]
+            self._sent_again += deferred * self._bytes(group, self._sizes[group])
         device = self.layout.device
         tokens = {g: torch.tensor(float(p.tokens), device=device) for g, p in held.items()}
         return self._count(self._apply(update.step, tokens))
@@ -254,13 +256,20 @@ class LevelOptimizer:
         Gradients only, mean over the nodes, as `nlscale plan` counts them; the second because
         groups are not due.
         """
-        waiting = 0
-        if self.config.levels.reduction == Reduction.deferred:
-            waiting = sum(n for group, n in self._sizes.items() if not group.due(step))
-        crossing = sum(self._sizes.values()) - waiting + self._crossed_again
-        nodes = self.layout.nodes
-        share = nodes / self.layout.all_nodes
-        return share * reduction_bytes(crossing, nodes), share * reduction_bytes(waiting, nodes)
+        deferred = self.config.levels.reduction == Reduction.deferred
+        sent = saved = 0.0
+        for group, parameters in self._sizes.items():
+            crossing = self._bytes(group, parameters)
+            if deferred and not group.due(step):
+                saved += crossing
+            else:
+                sent += crossing
+        return sent + self._sent_again, saved
+
+    def _bytes(self, group: SyncGroup, parameters: int) -> float:
+        """That leave a node, the mean over the nodes, when parameters of a group cross."""
+        wire, nodes = self.levels[group.level].wire, self.layout.nodes
+        return reduction_bytes(parameters, nodes, wire) * nodes / self.layout.all_nodes
 
     def window_fill(self, level: int, tokens_per_step: int) -> float:
         """Share of its period that the fullest window of a level holds now, 0 to 1."""

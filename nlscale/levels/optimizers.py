@@ -12,7 +12,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nlscale.config.vocabulary import Config, Dtype
+from nlscale.config.vocabulary import Config, Dtype, WireFormat
 from nlscale.levels.spectrum import Level, SyncGroup, sync_group
 from nlscale.levels.window import Window
 from nlscale.levels.wire import Wire
@@ -84,8 +84,9 @@ def make_group_optimizer(
     megatron: TransformerConfig,
     layout: Layout,
     wire: Wire,
+    wire_format: WireFormat,
 ) -> GroupOptimizer:
-    window = Window(group, parameters, megatron, layout, wire, config)
+    window = Window(group, parameters, megatron, layout, wire, wire_format, config)
     inner = rule(config.optimizer.rule).make(
         config.optimizer, width_multiplier(config.model), [*parameters.values()]
     )

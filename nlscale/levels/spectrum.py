@@ -13,9 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nlscale.config.units import declared_period
-from nlscale.config.vocabulary import LevelsConfig, PeriodRule
+from nlscale.config.vocabulary import LevelsConfig, PeriodRule, WireFormat
 from nlscale.errors import UserError
 
+_BYTES = {WireFormat.fp32: 4, WireFormat.bf16: 2}
+"""Of a value on the wire."""
 FEW_UPDATES = 200
 """A slow level that updates less often than this in a run is warned about."""
 
@@ -31,6 +33,8 @@ class Level:
     """Steps between two updates of a parameter of this level."""
     learning_rate_scale: float
     """Factor on the run's learning rate: the level's own times the rule of its period."""
+    wire: WireFormat = WireFormat.fp32
+    """How its gradients cross between nodes."""
 
 
 @dataclass(frozen=True, order=True)
@@ -73,16 +77,17 @@ def spectrum(config: LevelsConfig, tokens_per_step: int) -> list[Level]:
                 f"{levels[-1].name!r}'s {levels[-1].period}; list the fastest level first"
             )
         scale = entry.learning_rate * _rule(config.learning_rate_rule, period)
-        levels.append(Level(index, entry.name, period, scale))
+        levels.append(Level(index, entry.name, period, scale, entry.wire))
     return levels
 
 
-def reduction_bytes(parameters: float, nodes: int) -> float:
+def reduction_bytes(parameters: float, nodes: int, wire: WireFormat = WireFormat.fp32) -> float:
     """Bytes that leave a node when the gradient of that many parameters crosses the network once.
 
-    A ring all-reduce in fp32: each node sends 2 (n - 1) / n of the 4 bytes a parameter.
+    Each node sends (n - 1) / n of a value's bytes twice: its part of every sum to the node that
+    adds it up, and of its own sums one to each other node. A ring all-reduce sends as much.
     """
-    return 2 * (nodes - 1) / nodes * 4 * parameters
+    return 2 * (nodes - 1) / nodes * _BYTES[wire] * parameters
 
 
 def phase(level: Level, depth: int, layers: int, stagger: bool) -> int:
@@ -117,6 +122,16 @@ def slow_level_warnings(levels: list[Level], layers: int, stagger: bool, steps: 
                 f"{FEW_UPDATES}: it will learn little; train longer or shorten its period"
             )
     return lines
+
+
+def approximate(levels: list[Level], crosses: bool) -> list[str]:
+    """A line for each level whose updates are not those that one node would make."""
+    return [
+        f"level {level.name!r} crosses between nodes in {level.wire.value}: its updates are "
+        f"approximate, and depend on the number of nodes"
+        for level in levels
+        if crosses and level.wire != WireFormat.fp32
+    ]
 
 
 def _rule(rule: PeriodRule, period: int) -> float:

@@ -23,7 +23,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nlscale.config.vocabulary import Config, Reduction
+from nlscale.config.vocabulary import Config, Reduction, WireFormat
 from nlscale.levels.spectrum import SyncGroup
 from nlscale.levels.wire import Wire
 from nlscale.parallel import cpu
@@ -58,9 +58,10 @@ class Window:
         megatron: TransformerConfig,
         layout: Layout,
         wire: Wire,
+        wire_format: WireFormat,
         config: Config,
     ) -> None:
-        self.group, self._wire = group, wire
+        self.group, self._wire, self._format = group, wire, wire_format
         self._every_step = config.levels.reduction == Reduction.every_step
         self.ddps = [_ddp(part, megatron, layout, config) for part in _parts(parameters)]
         inside = layout.within_node.dp
@@ -127,7 +128,7 @@ class Window:
         torch._foreach_zero_(self.sums)
         if self._wire.joins_nodes and not self._every_step:
             for shard in self.shards:
-                self._wire.start(shard)
+                self._wire.start(shard, self._format)
 
     def scale(self, factor: Tensor) -> None:
         """Multiply the closed window's gradient: the mean over its tokens, clipped."""
@@ -172,7 +173,7 @@ class Window:
             if held is not None:
                 shard.add_(held)
 
-        self._wire.start(shard, before)
+        self._wire.start(shard, self._format, before)
 
 
 def _ddp(

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nlscale.config.vocabulary import WireFormat
 from nlscale.levels.spectrum import reduction_bytes
 from nlscale.ops.moments import Moment, now, seconds_between
 from nlscale.parallel.layout import Layout
@@ -39,21 +40,28 @@ class Wire:
         """Whether there are others; if not, a shard is whole as it is."""
         return self._group is not None
 
-    def start(self, shard: Tensor, before: Callable[[], None] | None = None) -> None:
+    def start(
+        self,
+        shard: Tensor,
+        wire: WireFormat = WireFormat.fp32,
+        before: Callable[[], None] | None = None,
+    ) -> None:
         """Begin to sum a shard over the nodes, in place; it is the caller's again after `finish`.
 
         Args:
             shard: fp32, contiguous.
+            wire: how it crosses.
             before: what is to be done first, on the same stream or thread: wait for the shard, or
                 add to it.
         """
-        assert self._beside is not None, "there are no other nodes"
-        self.bytes += reduction_bytes(shard.numel(), self._nodes)
+        group = self._group
+        assert group is not None and self._beside is not None, "there are no other nodes"
+        self.bytes += reduction_bytes(shard.numel(), self._nodes, wire)
 
         def work() -> None:
             if before is not None:
                 before()
-            dist.all_reduce(shard, group=self._group)
+            _SUMS[wire](shard, group)
 
         self._beside.run(work)
 
@@ -74,6 +82,31 @@ class Wire:
             for shard in shards:
                 self.start(shard)
             self.finish()
+
+
+def _sum_as_it_is(shard: Tensor, group: dist.ProcessGroup) -> None:
+    dist.all_reduce(shard, group=group)
+
+
+def _sum_in_bf16(shard: Tensor, group: dist.ProcessGroup) -> None:
+    """To the node that adds it up, in fp32, and from there to all: the same bits on every node."""
+    nodes = group.size()
+    part = -(-shard.numel() // nodes)
+    sent = torch.zeros(nodes * part, dtype=torch.bfloat16, device=shard.device)
+    sent[: shard.numel()].copy_(shard)
+    arrived = torch.empty_like(sent)
+    dist.all_to_all_single(_bytes(arrived), _bytes(sent), group=group)
+    mine = arrived.view(nodes, part).float().sum(dim=0).bfloat16()
+    dist.all_gather_into_tensor(_bytes(sent), _bytes(mine), group=group)
+    shard.copy_(sent[: shard.numel()])
+
+
+def _bytes(values: Tensor) -> Tensor:
+    """The same memory as what every backend can send."""
+    return values.view(torch.uint8)
+
+
+_SUMS = {WireFormat.fp32: _sum_as_it_is, WireFormat.bf16: _sum_in_bf16}
 
 
 class Waited:

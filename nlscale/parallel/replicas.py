@@ -7,11 +7,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from nlscale.cluster.spread import COMPARED_AT_ONCE
 from nlscale.parallel.layout import Layout
 
-_WORDS_AT_ONCE = 1 << 24
-CHECKED_AT_ONCE = 8 * _WORDS_AT_ONCE
-"""Bytes that a comparison takes in passing."""
+_WORDS_AT_ONCE = COMPARED_AT_ONCE // 8
 
 
 def first_difference(
@@ -38,7 +37,7 @@ def first_difference(
 def checksum(tensor: Tensor) -> Tensor:
     """An int64 that changes with any bit and with the order of the elements.
 
-    In pieces: what it takes in passing is `CHECKED_AT_ONCE`, however large the tensor is.
+    In pieces, so that what it takes in passing does not grow with the tensor.
     """
     size = tensor.element_size()
     words = tensor.detach().contiguous().view(-1).view({2: torch.int16, 4: torch.int32}[size])

@@ -41,6 +41,16 @@ class Activations(MicroBatch):
         rows = self.tokens * (_INT64 + FP32)  # target and log-sum-exp of each
         return self._norm() + self.residual + self._logits * self.element + rows
 
+    def forward(self, head: bool) -> float:
+        """The most that a forward pass holds of which nothing is kept, with a head or without.
+
+        At most what a block would keep for its backward pass, and the residual stream; in the head
+        the logits, once more in fp32 while the loss is taken.
+        """
+        block = self.block() + self.transient()
+        logits = self._logits * (self.element + FP32) + self._norm() + self.residual
+        return self.residual + self.gathered() + max(block, logits if head else 0.0)
+
     @property
     def _logits(self) -> float:
         return self.tokens * self.vocabulary / self.config.parallel.tensor

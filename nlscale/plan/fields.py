@@ -19,13 +19,26 @@ _TRAFFIC = {
     "link_seconds_per_step": Field("number", "s", "the mean at the full rate of a node's links"),
 }
 
+_EXPOSED = {
+    "hidden_link_seconds": Field(
+        "number", "s", "of the link's time a step, that passes while the last backward pass goes on"
+    ),
+    "exposed_link_seconds": Field("number", "s", "of it that a step waits for when that is over"),
+}
+
 _RANK = {
     "weights": Field("number", "bytes", "in the dtype of training"),
     "gradients": Field("number", "bytes", "megatron-core's buffer, in fp32"),
     "windows": Field("number", "bytes", "sums of the levels of a period above 1, in fp32"),
     "optimizer": Field("number", "bytes", "what the rule keeps, and fp32 weights beside bf16 ones"),
     "activations": Field("number", "bytes", "of the micro batches in flight"),
-    "total": Field("number", "bytes", "all of these"),
+    "validation": Field(
+        "number", "bytes", "of one micro batch without a backward pass, in place of activations"
+    ),
+    "comparison": Field(
+        "number", "bytes", "that a comparison of the replicas takes, in place of activations"
+    ),
+    "total": Field("number", "bytes", "state, and the largest of what takes the place of others"),
 }
 
 PLAN: Mapping[str, Field] = {
@@ -103,6 +116,35 @@ PLAN: Mapping[str, Field] = {
             ),
         },
     ),
+    "exposure": Field(
+        "object",
+        "",
+        "what of the link's time the last backward pass hides, means of a cycle",
+        null=f"{_ONE_NODE}, or neither the cluster's `gpu_tflops` nor `--step-seconds` is given",
+        fields={
+            "step_seconds": Field("number", "s", "that a step computes"),
+            "utilisation": Field(
+                "number",
+                "share",
+                "of the GPUs' peak that this follows from",
+                null="`--step-seconds` was given",
+            ),
+            "backward_seconds": Field("number", "s", "of the last micro batch's backward pass"),
+            "levels": Field(
+                "list of objects",
+                "",
+                "the levels as configured, fastest first",
+                fields={"name": Field("text", "", "of the level"), **_EXPOSED},
+            ),
+            "run": Field("object", "", "all levels as configured", fields=_EXPOSED),
+            "plain": Field(
+                "object",
+                "",
+                "plain data parallel that overlaps as `parallel.overlap` says",
+                fields=_EXPOSED,
+            ),
+        },
+    ),
     "activation_bytes_per_step": Field(
         "number",
         "bytes",
@@ -117,6 +159,9 @@ PLAN: Mapping[str, Field] = {
             "bytes": Field("integer", "bytes", "on disk"),
             "inter_node_bytes": Field(
                 "number", "bytes", "that a node sends to sum up unfinished windows"
+            ),
+            "host_bytes": Field(
+                "number", "bytes", "of a node's memory, for the copy that is written from"
             ),
         },
     ),

@@ -7,6 +7,11 @@
                   the fp32 weights; sharded over a node
     activations   what `nlscale.plan.activations` counts, for the micro batches in flight
 
+Between steps there are no activations, but for a while something else, and the larger counts:
+
+    validation    one micro batch without a backward pass: a block, or the head
+    comparison    what a comparison of the replicas takes in passing
+
 Sharded over a node: divided by the data-parallel ranks of one node. `USABLE` of the memory counts
 as usable. The rest is for what is not counted: the CUDA context, NCCL's buffers, fragmentation,
 and the gradients that pass between the parts of a block.
@@ -16,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from nlscale.cluster.spread import COMPARED_AT_ONCE
 from nlscale.config.vocabulary import CmsForm, Config, Dtype
 from nlscale.levels.groups import parameters_by_depth
 from nlscale.levels.spectrum import Level
@@ -27,6 +33,7 @@ from nlscale.plan.pipeline import most_kept
 USABLE = 0.9
 """Share of a GPU's memory that a run may fill by this count **[choice]**."""
 GIB = 2**30
+_BETWEEN_STEPS = ("validation", "comparison")
 
 
 @dataclass(frozen=True)
@@ -38,15 +45,20 @@ class RankMemory:
     windows: float
     optimizer: float
     activations: float
+    validation: float
+    """In place of activations, while there are none."""
+    comparison: float
+    """Likewise."""
 
     @property
     def terms(self) -> dict[str, float]:
-        """Bytes of each term by its name."""
-        return asdict(self)
+        """Bytes of each term that a step holds, by its name."""
+        return {name: size for name, size in asdict(self).items() if name not in _BETWEEN_STEPS}
 
     @property
     def total(self) -> float:
-        return sum(self.terms.values())
+        between = max(self.validation, self.comparison) - self.activations
+        return sum(self.terms.values()) + max(0.0, between)
 
 
 @dataclass(frozen=True)
@@ -107,9 +119,19 @@ def memory(
                 windows=waiting * 4 / in_node,
                 optimizer=parameters * (of_rule + (4 if bf16 else 0)) / in_node,
                 activations=kept + batch.transient() + batch.gathered(),
+                validation=batch.forward(head=config.model.layers in [b.stop for b in mine]),
+                comparison=_comparison(config, vocabulary),
             )
         )
     return result
+
+
+def _comparison(config: Config, vocabulary: int) -> float:
+    """8 bytes an element of the largest tensor, which is no more than a level has in a block."""
+    if not config.parallel.replica_check_every:
+        return 0.0
+    largest = max(map(max, parameters_by_depth(config, vocabulary))) / config.parallel.tensor
+    return min(8 * largest, COMPARED_AT_ONCE)
 
 
 def _stage(batch: Activations, blocks: range) -> float:

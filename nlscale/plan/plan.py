@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nlscale.cluster.machines import Cluster
 from nlscale.cluster.spread import check_tensor
-from nlscale.config.vocabulary import Config, Pending, Reduction, TrainConfig
+from nlscale.config.vocabulary import Config, Pending, Reduction, TrainConfig, WireFormat
 from nlscale.data.index import read_index
 from nlscale.errors import UserError
-from nlscale.levels.spectrum import planned_updates, slow_level_warnings, spectrum
+from nlscale.levels.spectrum import (
+    approximate,
+    planned_updates,
+    slow_level_warnings,
+    spectrum,
+)
 from nlscale.model.flops import flops_by_part
 from nlscale.model.sizes import level_parameters
 from nlscale.optim.table import rule
 from nlscale.plan.checks import check_sizes
+from nlscale.plan.link import Links, LinkTime, compute_seconds
 from nlscale.plan.memory import GIB, USABLE, Memory, memory
 from nlscale.plan.pipeline import Pipeline, pipeline
 from nlscale.plan.traffic import Traffic, activation_bytes, cycle_steps, node_bytes, traffic
+
+UTILISATION = 0.4
+"""Share of the GPUs' peak at which a step computes, where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,22 @@ class LevelPlan:
     """Steps."""
     updates: int
     """Over the run, the last partial window included: of the sync group that makes most."""
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """What of the link's time a step hides, and what it waits for; means of a cycle."""
+
+    step_seconds: float
+    """That a step computes."""
+    utilisation: float | None
+    """Share of the GPUs' peak that this follows from; None: it was given."""
+    backward_seconds: float
+    """Of the last micro batch, in which the link can hide."""
+    run: LinkTime
+    """As configured."""
+    plain: LinkTime
+    """Of plain data parallel that overlaps as configured."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +83,8 @@ class Plan:
     activations: float
     """Bytes of activations between pipeline ranks, a step; not in the traffic of the levels."""
     memory: Memory
+    exposure: Exposure | None
+    """None where no gradient crosses, or how long a step computes is not known."""
     state_bytes: int
     """Kept of each parameter: fp32 weights, and what the optimizer rule keeps."""
     pipeline: Pipeline
@@ -73,6 +100,11 @@ class Plan:
     def checkpoint_bytes(self) -> int:
         """A checkpoint on disk, at most: weights, what updates them, and pending windows."""
         return self.state_bytes * self.parameters + 4 * self._slow
+
+    @property
+    def checkpoint_host_bytes(self) -> float:
+        """Of a node's memory, for the copy that is written: its share, and unfinished windows."""
+        return self.state_bytes * self.parameters / self.cluster.nodes + 4 * self._slow
 
     @property
     def checkpoint_traffic(self) -> float:
@@ -109,12 +141,18 @@ class Plan:
         - `plain`: `bytes_per_step`, `link_seconds_per_step` of plain data parallel
         - `ratio`: `plain_to_mean` (times fewer bytes), `peak_aligned_to_plain`,
           `peak_staggered_to_plain`; null on one node
+        - `exposure`: what of the link's time the backward pass hides, null where nothing crosses or
+          the time of a step is not known: `step_seconds` that a step computes, `utilisation` (null:
+          the seconds were given), `backward_seconds` of the last micro batch; `levels`, `run` and
+          `plain`, each with `hidden_link_seconds` and `exposed_link_seconds` a step, means of a
+          cycle: each level of the run, all of them, and plain data parallel
         - `activation_bytes_per_step`: of activations and their gradients between pipeline ranks,
           not part of the above
-        - `checkpoint`: `bytes` on disk and `inter_node_bytes`, the reduction of unfinished
-          windows; of one checkpoint, at most
+        - `checkpoint`: `bytes` on disk; `inter_node_bytes`, the reduction of unfinished windows;
+          `host_bytes`, the copy in a node's memory to write from; of one checkpoint, at most
         - `memory`: `ranks`, a list over the pipeline ranks of the bytes on one GPU, `weights`,
-          `gradients`, `windows`, `optimizer`, `activations` and `total`; `fullest`, the one that
+          `gradients`, `windows`, `optimizer`, `activations` and, in place of the latter between
+          steps, `validation` and `comparison` of the replicas; `total`; `fullest`, the one that
           needs most; `gpu_bytes`, what a GPU has; `usable_share`, how much of it counts
         - `fits`: whether `total` of the fullest is within the usable share
         - `pipeline`: `ranks`, `virtual_stages`, `micro_batches`, `bubble` (share of a step in
@@ -170,13 +208,15 @@ class Plan:
                 "peak_aligned_to_plain": plain and self.aligned.peak / plain,
                 "peak_staggered_to_plain": plain and self.staggered.peak / plain,
             },
+            "exposure": self._exposure(),
             "activation_bytes_per_step": self.activations,
             "checkpoint": {
                 "bytes": self.checkpoint_bytes,
                 "inter_node_bytes": self.checkpoint_traffic,
+                "host_bytes": self.checkpoint_host_bytes,
             },
             "memory": {
-                "ranks": [{**rank.terms, "total": rank.total} for rank in self.memory.ranks],
+                "ranks": [{**asdict(rank), "total": rank.total} for rank in self.memory.ranks],
                 "fullest": self.memory.fullest,
                 "gpu_bytes": self.memory.gpu_gib * GIB,
                 "usable_share": USABLE,
@@ -186,9 +226,43 @@ class Plan:
             "warnings": self.warnings,
         }
 
+    def _exposure(self) -> dict[str, Any] | None:
+        if self.exposure is None:
+            return None
+        run = self.exposure.run
+        return {
+            "step_seconds": self.exposure.step_seconds,
+            "utilisation": self.exposure.utilisation,
+            "backward_seconds": self.exposure.backward_seconds,
+            "levels": [
+                {"name": level.name, **_link_time(run, slice(i, i + 1))}
+                for i, level in enumerate(self.levels)
+            ],
+            "run": _link_time(run),
+            "plain": _link_time(self.exposure.plain),
+        }
 
-def make_plan(config: Config, cluster: Cluster) -> Plan:
+
+def _link_time(time: LinkTime, levels: slice = slice(None)) -> dict[str, float]:
+    return {
+        "hidden_link_seconds": sum(time.hidden[levels]),
+        "exposed_link_seconds": sum(time.exposed[levels]),
+    }
+
+
+def make_plan(
+    config: Config,
+    cluster: Cluster,
+    utilisation: float = UTILISATION,
+    step_seconds: float | None = None,
+) -> Plan:
     """Plan a run, also one that needs more memory than there is; `Plan.fits` says so.
+
+    Args:
+        config: the run.
+        cluster: the machines.
+        utilisation: share of the GPUs' peak at which a step computes (MFU).
+        step_seconds: that a step computes; null: by the utilisation.
 
     Raises:
         UserError: the configuration cannot be spread over the cluster, or its vocabulary is
@@ -216,13 +290,33 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
         reduction = Reduction.deferred
         return traffic(config, levels, vocabulary, nodes, stagger, reduction, group_nodes)
 
+    cycle = cycle_steps(levels)
+    flops = flops_by_part(config, vocabulary)
+    passes = pipeline(config, vocabulary, _micro_batches(config.train, data_parallel))
+    by_peak = compute_seconds(cluster, sum(flops.values()) * tokens_per_step, utilisation)
+    computes = step_seconds or by_peak
+    exposure = None
+    if group_nodes > 1 and computes is not None:
+        plain = [replace(level, wire=WireFormat.fp32) for level in levels]
+        links, plain_links = (
+            Links(config, spectrum, vocabulary, cluster, group_nodes, passes, computes)
+            for spectrum in (levels, plain)
+        )
+        stagger = config.levels.stagger
+        exposure = Exposure(
+            step_seconds=computes,
+            utilisation=None if step_seconds else utilisation,
+            backward_seconds=links.backward_seconds,
+            run=links.time(config.levels.reduction, stagger, cycle),
+            plain=plain_links.time(Reduction.every_step, stagger, cycle),
+        )
     return Plan(
         cluster=cluster,
         levels=level_plans,
         steps=steps,
         tokens_per_step=tokens_per_step,
-        flops=flops_by_part(config, vocabulary),
-        cycle=cycle_steps(levels),
+        flops=flops,
+        cycle=cycle,
         aligned=deferred(stagger=False),
         staggered=deferred(stagger=True),
         plain=node_bytes(sum(parameters), nodes, group_nodes),
@@ -231,9 +325,13 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
         activations=activation_bytes(config, nodes, cluster.gpus_per_node),
         memory=memory_on(config, cluster),
         state_bytes=4 + rule(config.optimizer.rule).state_bytes,
-        pipeline=pipeline(config, vocabulary, _micro_batches(config.train, data_parallel)),
+        pipeline=passes,
+        exposure=exposure,
         settles=config.checkpoint.pending == Pending.canonical,
-        warnings=slow_level_warnings(levels, config.model.layers, config.levels.stagger, steps),
+        warnings=[
+            *slow_level_warnings(levels, config.model.layers, config.levels.stagger, steps),
+            *approximate(levels, crosses=group_nodes > 1),
+        ],
     )
 
 

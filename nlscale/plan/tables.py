@@ -8,7 +8,7 @@ from rich.table import Table
 
 from nlscale.config.units import human_bytes, human_count
 from nlscale.plan.memory import GIB, USABLE
-from nlscale.plan.plan import Plan
+from nlscale.plan.plan import Exposure, Plan
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -30,6 +30,16 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print("Data-parallel groups are within a node: no gradient crosses the network.")
     else:
         console.print("One node: nothing crosses the network.")
+    if plan.exposure is not None:
+        console.print()
+        console.print(_exposure(plan, plan.exposure))
+        console.print()
+        _explain_exposure(plan, plan.exposure, console)
+    elif crosses:
+        console.print(
+            f"{cluster.name} does not say gpu_tflops: what of the link's time a step hides is not "
+            f"known; give --step-seconds."
+        )
     if plan.activations:
         console.print(
             f"Beside gradients, {human_bytes(plan.activations)} of activations a step leave a node "
@@ -59,11 +69,14 @@ def _compute(plan: Plan) -> str:
 
 
 def _checkpoint(plan: Plan) -> str:
-    line = f"A checkpoint takes up to {human_bytes(plan.checkpoint_bytes)} on disk"
+    line = (
+        f"A checkpoint takes up to {human_bytes(plan.checkpoint_bytes)} on disk, and "
+        f"{human_bytes(plan.checkpoint_host_bytes)} of a node's memory while it is written"
+    )
     if not plan.checkpoint_traffic:
         return f"{line}."
     return (
-        f"{line} and sends up to {human_bytes(plan.checkpoint_traffic)} from a node, to sum "
+        f"{line}; it sends up to {human_bytes(plan.checkpoint_traffic)} from a node, to sum "
         f"unfinished windows."
     )
 
@@ -125,6 +138,31 @@ def _summarise(plan: Plan, console: Console) -> None:
             f"This run is {chosen}: at most {human_seconds(plan.cluster.link_seconds(peak))} of "
             f"link time in a step. The last step, which applies unfinished windows, is not counted."
         )
+
+
+def _exposure(plan: Plan, exposure: Exposure) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    table.add_column("link time of a step", no_wrap=True)
+    for name in ("hidden", "exposed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    run, plain = exposure.run, exposure.plain
+    for level, *seconds in zip(plan.levels, run.hidden, run.exposed, strict=True):
+        table.add_row(level.name, *map(human_seconds, seconds))
+    table.add_section()
+    for name, time, style in (("all levels", run, "bold"), ("plain", plain, None)):
+        table.add_row(name, *map(human_seconds, (sum(time.hidden), sum(time.exposed))), style=style)
+    return table
+
+
+def _explain_exposure(plan: Plan, exposure: Exposure, console: Console) -> None:
+    source = "as given"
+    if exposure.utilisation is not None:
+        source = f"at {exposure.utilisation:.0%} of {plan.cluster.gpu_tflops:g} TFLOP/s a GPU"
+    console.print(
+        f"A step computes for {human_seconds(exposure.step_seconds)}, {source}; reductions between "
+        f"nodes can hide in the backward pass of its last micro batch, "
+        f"{human_seconds(exposure.backward_seconds)}. Means of a cycle."
+    )
 
 
 def _memory(plan: Plan) -> Table:

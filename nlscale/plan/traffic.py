@@ -1,8 +1,8 @@
 """Bytes that leave a node for the others, step by step, from the configuration alone.
 
-Gradients cross in fp32. Each data-parallel rank of a node reduces its shard over the ranks that
-hold the same shard on the other nodes, so that together they send what one ring all-reduce over
-the nodes would (`nlscale.levels.spectrum.reduction_bytes`).
+Gradients cross in fp32, or as a level's `wire` says. Each data-parallel rank of a node reduces its
+shard over the ranks that hold the same shard on the other nodes, so that together they send what
+one ring all-reduce over the nodes would (`nlscale.levels.spectrum.reduction_bytes`).
 
 Ranks are numbered tensor first, then data, then pipeline. With a pipeline over several nodes a
 node holds some of its ranks only, and a data-parallel group spans some of the nodes only; the
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nlscale.config.vocabulary import Config, Dtype, Reduction
+from nlscale.config.vocabulary import Config, Dtype, Reduction, WireFormat
 from nlscale.levels.groups import group_parameters
 from nlscale.levels.spectrum import Level, reduction_bytes
 
@@ -86,7 +86,7 @@ def traffic(
     series = np.zeros((len(levels), steps))
     means = np.zeros(len(levels))
     for group, parameters in group_parameters(config, levels, vocabulary, stagger).items():
-        sent = node_bytes(parameters, nodes, group_nodes)
+        sent = node_bytes(parameters, nodes, group_nodes, levels[group.level].wire)
         if reduction == Reduction.every_step:
             first, every = 1, 1
         else:
@@ -97,13 +97,18 @@ def traffic(
     return Traffic(series, means)
 
 
-def node_bytes(parameters: float, nodes: int, group_nodes: int | None = None) -> float:
+def node_bytes(
+    parameters: float,
+    nodes: int,
+    group_nodes: int | None = None,
+    wire: WireFormat = WireFormat.fp32,
+) -> float:
     """Bytes leaving a node, the mean over all, when these parameters of the model cross once.
 
     Each is reduced over the `group_nodes` nodes (null: all) that its data-parallel groups span.
     """
     group_nodes = group_nodes or nodes
-    return reduction_bytes(parameters, group_nodes) * group_nodes / nodes
+    return reduction_bytes(parameters, group_nodes, wire) * group_nodes / nodes
 
 
 def activation_bytes(config: Config, nodes: int, ranks_per_node: int) -> float:

@@ -230,6 +230,7 @@ SUMMARY: Mapping[str, Field] = {
             "parameters": Field("integer", "", "of the level"),
             "updates": Field("integer", "", "made, by that of its sync groups that made most"),
             "reductions": Field("integer", "", "across nodes, of the same"),
+            "wire": Field("text", "", "how its gradients crossed; only `fp32` is exact"),
         },
     ),
     "goodput": Field(

@@ -25,7 +25,7 @@ from nlscale.config import recipe
 from nlscale.config.vocabulary import Config
 from nlscale.errors import SaidElsewhere, TrainingFailed, UserError
 from nlscale.evaluate.table import evaluation
-from nlscale.levels.spectrum import slow_level_warnings
+from nlscale.levels.spectrum import approximate, slow_level_warnings
 from nlscale.parallel.consensus import Requests
 from nlscale.parallel.layout import Layout, process_groups
 from nlscale.step import stragglers
@@ -105,7 +105,10 @@ def _run(
     trainer = Trainer.build(config, layout, prepared.levels, prepared.vocabulary)
     telemetry.note(describe(config, prepared, layout))
     layers, stagger = config.model.layers, config.levels.stagger
-    for warning in slow_level_warnings(prepared.levels, layers, stagger, config.train.steps):
+    for warning in [
+        *slow_level_warnings(prepared.levels, layers, stagger, config.train.steps),
+        *approximate(prepared.levels, crosses=layout.nodes > 1),
+    ]:
         telemetry.warn(warning)
     with _begin(trainer, prepared, telemetry, signals, attempts, claim) as saver:
         counters, optimizer = trainer.counters, trainer.optimizer

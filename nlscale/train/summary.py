@@ -114,6 +114,7 @@ def summarise(
                 "parameters": parameters[level.index],
                 "updates": optimizer.counts(level.index)[0],
                 "reductions": optimizer.counts(level.index)[1],
+                "wire": level.wire.value,
             }
             for level in prepared.levels
         ],

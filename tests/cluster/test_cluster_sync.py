@@ -34,14 +34,16 @@ def test_bytes_are_the_plans_and_parameters_those_of_every_step() -> None:
     assert (result["nodes"], result["ranks_per_node"], result["steps"]) == (2, 2, 8)
     modes = {mode["mode"]: mode for mode in result["modes"]}
     assert list(modes) == [
-        "every-step", "deferred", "every-step-staggered", "deferred-staggered"
+        "every-step", "deferred", "every-step-staggered", "deferred-staggered",
+        "every-step-overlapped", "deferred-overlapped",
     ]  # fmt: skip
     for mode in modes.values():
         assert 0.95 <= mode["ratio"] <= 1.10, mode
         assert mode["peak_bytes"] <= 1.05 * mode["planned_peak_bytes"], mode
-    for name in ("deferred", "deferred-staggered"):
-        assert modes[name]["max_relative_difference"] <= 1e-6
+    for name in ("deferred", "deferred-staggered", "every-step-overlapped", "deferred-overlapped"):
+        assert modes[name]["max_relative_difference"] <= 2.5e-7
         assert modes[name]["ratio"] <= 1.03
+        assert 0 < modes[name]["exposed_link_seconds"] < modes[name]["step_seconds"]
     assert modes["every-step"]["max_relative_difference"] == 0
     assert modes["every-step"]["step_time_ratio"] == 1
     assert (

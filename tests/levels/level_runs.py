@@ -77,13 +77,16 @@ def run_engine(overrides: list[str], spoil: dict[int, int] | None = None) -> dic
 
     Returns:
         losses, the full parameters at the end, a hash of the parameters after each step, the
-        updates and reductions of each level.
+        updates and reductions of each level; `started` at each step, the reductions across nodes
+        that this rank began while its backward pass went on, and all of them; `bytes_by_step`, as
+        the trainer counts them, and `sent`, those that its wire counted on all ranks of a node.
     """
     config = load(overrides)
     with process_groups(config) as layout:
         levels = spectrum(config.levels, tokens_per_step=100)
         trainer = Trainer.build(config, layout, levels, VOCABULARY)
-        losses, hashes, admitted = [], [], []
+        losses, hashes, admitted, started, sent = [], [], [], [], []
+        begun = count_starts(trainer)
         for step in range(1, config.train.steps + 1):
             mine = sequences(config, step)[layout.data_rank :: layout.data_size]
             spoils = spoil is not None and spoil.get(step) == layout.rank
@@ -92,13 +95,47 @@ def run_engine(overrides: list[str], spoil: dict[int, int] | None = None) -> dic
             losses.append(verdict.loss)
             admitted.append(verdict.admitted)
             hashes.append(_hash(trainer))
+            started.append(tuple(begun))
+            sent.append(trainer.counters.bytes_sent)
+        of_ranks: list[Any] = [None] * layout.world
+        torch.distributed.all_gather_object(of_ranks, trainer.optimizer.wire.bytes)
         return {
             "losses": losses,
             "admitted": admitted,
             "hashes": hashes,
             "parameters": whole_parameters(trainer),
+            "started": started,
+            "bytes_by_step": [now - before for now, before in zip(sent, [0, *sent], strict=False)],
+            "sent": sum(of_ranks) / layout.all_nodes,
             "counts": [trainer.optimizer.counts(level.index) for level in levels],
         }
+
+
+def count_starts(trainer: Trainer) -> list[int]:
+    """How many reductions across nodes began in the last backward pass, and in all of the step."""
+    counts = [0, 0]
+    wire, optimizer = trainer.optimizer.wire, trainer.optimizer
+    start, start_step, finish = wire.start, optimizer.start_step, optimizer.finish_backward
+    over = False
+
+    def begin_step(step: int) -> None:
+        nonlocal over
+        counts[:], over = [0, 0], False
+        start_step(step)
+
+    def end_backward() -> None:
+        nonlocal over
+        over = True
+        finish()
+
+    def count(*args: Any, **kwargs: Any) -> None:
+        counts[0] += not over
+        counts[1] += 1
+        start(*args, **kwargs)
+
+    wire.start, optimizer.start_step = count, begin_step  # type: ignore[method-assign]
+    optimizer.finish_backward = end_backward  # type: ignore[method-assign]
+    return counts
 
 
 @contextmanager
