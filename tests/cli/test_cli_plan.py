@@ -238,6 +238,7 @@ def test_a_checkpoint_is_planned(room: Room) -> None:
     assert plan["checkpoint"] == {
         "bytes": 12 * plan["total"]["parameters"] + 4 * slow,
         "inter_node_bytes": pytest.approx(4 * slow),  # a ring over two nodes sends it once
+        "host_bytes": 12 * plan["total"]["parameters"] / 2 + 4 * slow,
     }
     for key in ("checkpoint.pending=exact", "levels.reduction=every-step"):
         assert room.json(key)["checkpoint"]["inter_node_bytes"] == 0
