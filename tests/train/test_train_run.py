@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from nlscale.step.micro_batches import Batch
 from nlscale.step.trainer import Trainer
 from nlscale.train.loop import train
 from nlscale.train.prepare import prepare
+from nlscale.train.start import start
 
 SMALL = [
     "data.sequence_length=32", "model.layers=2", "model.d_model=64", "model.heads=2",
@@ -79,6 +81,24 @@ def test_a_run_leaves_what_it_says(data: Path, tmp_path: Path) -> None:
     assert summary["parameters"] - summary["parameters_non_embedding"] == 64 * 256
     six = 6 * summary["parameters_non_embedding"] * summary["tokens"]
     assert six < summary["flops"] < 2 * six
+
+
+def queues_of_a_gpu(overrides: list[str], given: str | None) -> str | None:
+    """What `nlscale train` says of them to the driver, which reads it when a GPU is first used."""
+    if given is not None:
+        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = given
+    start("quickstart", [*SMALL, *overrides, "train.steps=1", "train.validation_sequences=2"])
+    return os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "given", "then"), [(1, None, None), (2, None, "1"), (2, "8", "8")]
+)
+def test_tensor_parallel_layers_overlap_on_one_queue(
+    tensor: int, given: str | None, then: str | None, data: Path, tmp_path: Path
+) -> None:
+    here = [f"data.dir={data}", f"run.dir={tmp_path}", f"parallel.tensor={tensor}"]
+    assert world.run(tensor, queues_of_a_gpu, here, given) == [then] * tensor
 
 
 def test_a_finished_run_is_not_run_again_nor_overwritten(data: Path, tmp_path: Path) -> None:
