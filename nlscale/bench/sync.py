@@ -7,9 +7,9 @@ the ranks have agreed on a step: by then all that the step sent has arrived. The
 out, and so is the last, which applies unfinished windows; between them lie whole cycles of the
 periods, so that the mean is exact.
 
-Exposed is the time that a rank waits for reductions across nodes when its backward pass is over;
-ranks of other nodes that come later are in it. Where nothing overlaps, that is all of the link's
-time.
+Exposed is the time that reductions across nodes go on when the backward pass of the last rank is
+over: the ranks wait for each other there, so that what one computes longer than another is not
+called the link's. Where nothing overlaps, it is all of the link's time.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from nlscale.bench.netns import sent_bytes
 from nlscale.bench.ranks import run_ranks, scratch
 from nlscale.bench.tokens import random_tokens
 from nlscale.errors import TrainingFailed
+from nlscale.levels.wire import Waited
 from nlscale.parallel.layout import Layout, process_groups
 from nlscale.plan import traffic
 from nlscale.step.trainer import Trainer
@@ -115,6 +116,8 @@ def _train_and_measure(bench: Bench, folder: Path) -> dict[str, Measured]:
             mode.name: Trainer.build(config, layout, bench.levels, bench.vocabulary)
             for mode, config in modes
         }
+        for trainer in trainers.values():
+            _wait_before_crossing(trainer, layout)
         for step in range(1, steps + 1):
             for name, trainer in trainers.items():
                 batches = random_tokens(bench.config, step, layout.data_rank, layout.data_size)
@@ -143,6 +146,17 @@ def _train_and_measure(bench: Bench, folder: Path) -> dict[str, Measured]:
             parameters = {n: p.detach().clone() for n, p in trainer.named_parameters().items()}
             torch.save(parameters, folder / f"{name}-{layout.rank}.pt")
     return found
+
+
+def _wait_before_crossing(trainer: Trainer, layout: Layout) -> None:
+    """Let a rank wait for all backward passes to be over before it waits for the link."""
+    finish = trainer.optimizer.finish_crossing
+
+    def finish_together() -> tuple[torch.Tensor, Waited]:
+        dist.barrier(group=layout.host)
+        return finish()
+
+    trainer.optimizer.finish_crossing = finish_together  # type: ignore[method-assign]
 
 
 class Steps:
