@@ -6,6 +6,8 @@ Both ways: a field that is not described fails, and so does a description of wha
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from nlscale.plan import load_cluster, make_plan
 from nlscale.plan.fields import PLAN
 from nlscale.telemetry.fields import ATTEMPTS, METRICS, SUMMARY, Field
 
+ROOT = Path(__file__).parents[2]
 TYPES: dict[str, tuple[type, ...]] = {
     "integer": (int,),
     "number": (int, float),
@@ -129,3 +132,11 @@ def test_a_field_that_is_not_described_is_found() -> None:
     assert not differences({"o": None, "not_finite": ["o"]}, fields | {
         "not_finite": Field("list of texts", "", "x", only="y")
     })  # fmt: skip
+
+
+def test_the_table_of_exposed_link_time_is_what_the_plan_says() -> None:
+    page = (ROOT / "docs" / "concepts" / "plan.md").read_text()
+    program = ROOT / "tools" / "docs" / "link_table.py"
+    made = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
+    assert len(made.stdout.splitlines()) == 6
+    assert made.stdout in page
