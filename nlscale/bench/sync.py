@@ -7,9 +7,9 @@ the ranks have agreed on a step: by then all that the step sent has arrived. The
 out, and so is the last, which applies unfinished windows; between them lie whole cycles of the
 periods, so that the mean is exact.
 
-Exposed is the time that reductions across nodes go on when the backward pass of the last rank is
-over: the ranks wait for each other there, so that what one computes longer than another is not
-called the link's. Where nothing overlaps, it is all of the link's time.
+Exposed is the time that reductions across nodes go on when the last rank has ended its backward
+pass and the reductions inside its node, so that what one rank computes longer than another is not
+called the link's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from nlscale.bench.netns import sent_bytes
 from nlscale.bench.ranks import run_ranks, scratch
 from nlscale.bench.tokens import random_tokens
 from nlscale.errors import TrainingFailed
-from nlscale.levels.wire import Waited
 from nlscale.parallel.layout import Layout, process_groups
 from nlscale.plan import traffic
 from nlscale.step.trainer import Trainer
@@ -116,8 +115,7 @@ def _train_and_measure(bench: Bench, folder: Path) -> dict[str, Measured]:
             mode.name: Trainer.build(config, layout, bench.levels, bench.vocabulary)
             for mode, config in modes
         }
-        for trainer in trainers.values():
-            _wait_before_crossing(trainer, layout)
+        moments = {name: Moments(trainer) for name, trainer in trainers.items()}
         for step in range(1, steps + 1):
             for name, trainer in trainers.items():
                 batches = random_tokens(bench.config, step, layout.data_rank, layout.data_size)
@@ -136,10 +134,11 @@ def _train_and_measure(bench: Bench, folder: Path) -> dict[str, Measured]:
                     raise TrainingFailed(
                         f"{name}: step {step} was not finite; nothing was measured"
                     )
+                seconds, exposed = time.monotonic() - began, moments[name].exposed(layout)
                 if WARMUP < step < steps:
                     found[name].sent.append(after[0] - before)
-                    found[name].seconds.append(time.monotonic() - began)
-                    found[name].exposed.append(trainer.waits.link)
+                    found[name].seconds.append(seconds)
+                    found[name].exposed.append(exposed)
                 if layout.is_writer and (text := progress.done()):
                     _note(text)
         for name, trainer in trainers.items():
@@ -148,15 +147,27 @@ def _train_and_measure(bench: Bench, folder: Path) -> dict[str, Measured]:
     return found
 
 
-def _wait_before_crossing(trainer: Trainer, layout: Layout) -> None:
-    """Let a rank wait for all backward passes to be over before it waits for the link."""
-    finish = trainer.optimizer.finish_crossing
+class Moments:
+    """When this rank's reductions inside the node, and those across nodes, were over."""
 
-    def finish_together() -> tuple[torch.Tensor, Waited]:
-        dist.barrier(group=layout.host)
-        return finish()
+    def __init__(self, trainer: Trainer) -> None:
+        self.reduced = self.crossed = 0.0
+        optimizer = trainer.optimizer
+        finish = optimizer.finish_crossing
 
-    trainer.optimizer.finish_crossing = finish_together  # type: ignore[method-assign]
+        def note() -> torch.Tensor:
+            self.reduced = time.monotonic()
+            finite = finish()
+            self.crossed = time.monotonic()
+            return finite
+
+        optimizer.finish_crossing = note  # type: ignore[method-assign]
+
+    def exposed(self, layout: Layout) -> float:
+        """Seconds from when the last rank was there; all ranks of this machine have one clock."""
+        last = torch.tensor(self.reduced, dtype=torch.float64)
+        dist.all_reduce(last, op=dist.ReduceOp.MAX, group=layout.host)
+        return max(0.0, self.crossed - last.item())
 
 
 class Steps:

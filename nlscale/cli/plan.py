@@ -7,6 +7,7 @@ import json
 import sys
 
 from nlscale.cli.arguments import add_cluster, add_recipe, config_of, number, path
+from nlscale.cluster.machines import UTILISATION
 from nlscale.errors import UserError
 
 _FILE_WIDTH = 100  # columns, where there is no terminal to ask
@@ -19,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--utilisation",
         type=number(above=0, most=1),
-        default=0.4,
+        default=UTILISATION,
         metavar="SHARE",
         help="of the GPUs' peak at which a step computes (MFU), from which follows what of the "
-        "link's time it hides (default: 0.4)",
+        "link's time it hides (default: %(default)s)",
     )
     parser.add_argument(
         "--step-seconds",

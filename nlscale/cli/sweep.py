@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from nlscale.cli.arguments import add_cluster, number, whole
+from nlscale.cluster.machines import UTILISATION
 from nlscale.errors import TrainingFailed, UserError
 
 if TYPE_CHECKING:
@@ -53,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--utilisation",
         type=number(),
-        default=0.4,
+        default=UTILISATION,
         metavar="SHARE",
-        help="of the GPUs' peak that the price assumes (default: 0.4)",
+        help="of the GPUs' peak that the price assumes (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(func=_sweep)

@@ -21,6 +21,10 @@ _UNEXPANDED = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\})|(?:^|(?<=[:,=]))~(?=/|$)
 _TIME = re.compile(r"(?i)([0-9]{1,9}-)?[0-9]{1,9}(:[0-9]{1,9}){0,2}|unlimited|infinite")
 
 
+UTILISATION = 0.4
+"""Share of the GPUs' peak at which a step is taken to compute, where nothing else is said."""
+
+
 @dataclass
 class Slurm:
     """How jobs are submitted."""
@@ -81,7 +85,8 @@ class Cluster:
     gpu_memory_gib: float = within(above=0)
     """Memory of one GPU, GiB (2^30 bytes)."""
     gpu_tflops: float | None = within(None, above=0)
-    """Dense bf16 peak of one GPU, TFLOP/s (10^12 FLOPs a second); only what prices needs it."""
+    """Dense bf16 peak of one GPU, TFLOP/s (10^12 FLOPs a second), for what a step computes and what
+    runs cost."""
     launch: Launch = field(default_factory=Launch)
     """How runs are started there; what only plans does not need it."""
 

@@ -86,6 +86,7 @@ class LevelOptimizer:
         self.progress = {group: Progress() for group in self._sizes}
         parameters: dict[str, Any] = named_parameters(stages)
         self._partial = [p for p in parameters.values() if p.partial_gradient]
+        self._waited: list[Waited] = []
         self._sent_again = 0.0
         """Bytes of windows that crossed a second time after the last step."""
 
@@ -100,20 +101,24 @@ class LevelOptimizer:
             window.start_step(closes=window.group in closing)
 
     def finish_backward(self) -> None:
-        """Sum the step's gradient inside the node; what crosses at this step is under way."""
+        """Sum the step's gradient inside the node."""
         for window in self.windows:
             window.finish_step()
         self._sum_partial_gradients()
-        for window in self.windows:
-            window.send_rest()
 
-    def finish_crossing(self) -> tuple[Tensor, Waited]:
+    def finish_crossing(self) -> Tensor:
         """What crosses at this step has crossed; whether all gradients are finite, a bool tensor.
 
         Of what has crossed every node sees the sum, which is not finite where a part of it is not.
         """
-        waited = self.wire.finish()
-        return all_finite(self.windows), waited
+        for window in self.windows:
+            window.send_rest()
+        self._waited = [self.wire.finish()]
+        return all_finite(self.windows)
+
+    def link_seconds(self) -> float:
+        """That this rank waited for the link in the last step, once `conclude` has returned."""
+        return sum(waited.seconds() for waited in self._waited)
 
     def update(self, step: int, consensus: Consensus) -> Update:
         """Add the step to the windows and step the groups that are due; at the end, all of them.
@@ -162,8 +167,8 @@ class LevelOptimizer:
             return {}
         for window in self.windows:
             if window.group in held:
-                window.close()
-        self.wire.finish()
+                window.close_without_step()
+        self._waited.append(self.wire.finish())
         for group, progress in held.items():
             progress.reductions += deferred
             self._sent_again += deferred * self._bytes(group, self._sizes[group])
@@ -257,10 +262,10 @@ class LevelOptimizer:
         groups are not due.
         """
         deferred = self.config.levels.reduction == Reduction.deferred
-        sent = saved = 0.0
+        sent, saved, closing = 0.0, 0.0, self._closing(step)
         for group, parameters in self._sizes.items():
             crossing = self._bytes(group, parameters)
-            if deferred and not group.due(step):
+            if deferred and group not in closing:
                 saved += crossing
             else:
                 sent += crossing

@@ -18,6 +18,8 @@ from nlscale.errors import UserError
 
 _BYTES = {WireFormat.fp32: 4, WireFormat.bf16: 2}
 """Of a value on the wire."""
+BF16_AT_ONCE = 2**27
+"""Bytes of memory that crossing in bf16 takes in passing, however large a bucket is."""
 FEW_UPDATES = 200
 """A slow level that updates less often than this in a run is warned about."""
 

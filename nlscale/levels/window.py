@@ -118,11 +118,11 @@ class Window:
         """Sum of squares of this rank's gradient shard, float64."""
         return torch.stack([sum_of_squares(shard) for shard in self.shards]).sum()
 
-    def close(self) -> None:
+    def close_without_step(self) -> None:
         """Leave in the gradient buffer what the window holds, summed over the nodes, and empty it.
 
-        For a window that was to close with a step that was not admitted. The sum over nodes is
-        there when the wire has finished.
+        For a window that was to close with a step that was not admitted (else `take_step` closes
+        it). The sum over nodes is there when the wire has finished.
         """
         torch._foreach_copy_(self.shards, self.sums)
         torch._foreach_zero_(self.sums)
@@ -263,7 +263,7 @@ def take_step(windows: list[Window], admitted: Tensor) -> None:
 
 
 def all_finite(windows: list[Window]) -> Tensor:
-    """Whether every element of the gradient shards is finite, bool []."""
+    """Whether every gradient shard is finite, bool []; not, too, where its norm is beyond fp32."""
     return torch.isfinite(torch.stack(torch._foreach_norm(_all(w.shards for w in windows)))).all()
 
 

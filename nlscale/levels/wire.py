@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nlscale.config.vocabulary import WireFormat
-from nlscale.levels.spectrum import reduction_bytes
+from nlscale.levels.spectrum import BF16_AT_ONCE, reduction_bytes
 from nlscale.ops.moments import Moment, now, seconds_between
 from nlscale.parallel.layout import Layout
 
@@ -90,6 +90,11 @@ def _sum_as_it_is(shard: Tensor, group: dist.ProcessGroup) -> None:
 
 def _sum_in_bf16(shard: Tensor, group: dist.ProcessGroup) -> None:
     """To the node that adds it up, in fp32, and from there to all: the same bits on every node."""
+    for piece in shard.split(_PIECE):
+        _sum_piece_in_bf16(piece, group)
+
+
+def _sum_piece_in_bf16(shard: Tensor, group: dist.ProcessGroup) -> None:
     nodes = group.size()
     part = -(-shard.numel() // nodes)
     sent = torch.zeros(nodes * part, dtype=torch.bfloat16, device=shard.device)
@@ -107,6 +112,10 @@ def _bytes(values: Tensor) -> Tensor:
 
 
 _SUMS = {WireFormat.fp32: _sum_as_it_is, WireFormat.bf16: _sum_in_bf16}
+
+
+_PIECE = BF16_AT_ONCE // 8
+"""Elements, of which each takes 2 bytes to send, 2 that arrive and 4 to add up."""
 
 
 class Waited:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import resource
+import os
+import re
+from pathlib import Path
 
 import torch
 
-from nlscale.config.vocabulary import Dtype
+from nlscale.config.vocabulary import Dtype, ParallelConfig
+from nlscale.parallel.layout import Layout
 
 _DENSE_BF16_TFLOPS = {
     "H100 PCIe": 756.0,
@@ -34,17 +37,34 @@ MI250X those of one of its two devices."""
 def peak_flops(device: torch.device, dtype: Dtype) -> float | None:
     """Most FLOPs a second that a GPU of this kind can do in bf16; None where that is not known.
 
-    Not known: another GPU, a CPU, and fp32, whose products run in one of several ways.
+    Not known: another GPU, a part of one, a CPU, and fp32, whose products run in several ways.
     """
     if device.type != "cuda" or dtype != Dtype.bf16:
         return None
     name = torch.cuda.get_device_name(device)
-    found = [kind for kind in _DENSE_BF16_TFLOPS if kind in name]
-    return 1e12 * _DENSE_BF16_TFLOPS[max(found, key=len)] if found else None
+    found = [kind for kind in _DENSE_BF16_TFLOPS if re.search(rf"\b{kind}\b", name)]
+    if not found or "MIG" in name:
+        return None
+    return 1e12 * _DENSE_BF16_TFLOPS[max(found, key=len)]
+
+
+def queue_warnings(parallel: ParallelConfig, layout: Layout) -> list[str]:
+    """A line where an environment lets reductions across nodes hold up what computes."""
+    one = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
+    if not (one and parallel.overlap and layout.nodes > 1 and layout.device.type == "cuda"):
+        return []
+    return [
+        "CUDA_DEVICE_MAX_CONNECTIONS=1 gives a GPU one queue: a reduction across nodes that waits "
+        "for its turn holds up what computes, and hides nothing; leave the variable unset, or set "
+        "parallel.overlap=false"
+    ]
 
 
 def peak_memory(device: torch.device) -> int:
     """Most bytes that this process has held so far, on its GPU; where it has none, in all."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+    # Not what getrusage says, which begins with what the process that started this one held.
+    status = Path("/proc/self/status").read_text()
+    kilobytes = re.search(r"VmHWM:\s*(\d+) kB", status)
+    return int(kilobytes[1]) * 1024 if kilobytes else 0

@@ -19,8 +19,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from nlscale.cluster.machines import Cluster
-from nlscale.config.vocabulary import Config, Reduction
+from nlscale.config.vocabulary import Config, Dtype, Reduction
 from nlscale.errors import UserError
 from nlscale.levels.groups import parameters_by_depth
 from nlscale.levels.spectrum import Level, SyncGroup, reduction_bytes, sync_group
@@ -29,13 +31,15 @@ from nlscale.plan.pipeline import Pipeline
 
 _BACKWARD = 2 / 3
 """Of a forward and a backward pass."""
-_MOST_STEPS = 4096
-"""Of a cycle, that are looked at."""
+_BITS = 62
 
 
 @dataclass(frozen=True)
 class LinkTime:
-    """Seconds a step, the mean of a cycle, by level."""
+    """Seconds a step, the mean of a cycle, by level.
+
+    Of a pipeline at each step those of the rank that ends last, for which all others wait.
+    """
 
     hidden: list[float]
     exposed: list[float]
@@ -92,29 +96,27 @@ class Links:
             stagger: whether blocks have phases of their own.
             cycle: steps after which it repeats.
         """
-        stages = [
-            list(self._pieces(rank, stagger)) for rank in range(self.config.parallel.pipeline)
-        ]
-        steps = min(cycle, _MOST_STEPS) if reduction == Reduction.deferred else 1
+        ranks = range(self.config.parallel.pipeline)
+        stages = [list(self._pieces(rank, stagger)) for rank in ranks]
+        groups = sorted({piece.group for pieces in stages for piece in pieces})
         hidden, exposed = ([0.0] * len(self.levels) for _ in range(2))
-        for step in range(1, steps + 1):
-            every = reduction == Reduction.every_step
+        for due, share in _together(groups, reduction, cycle):
             seen = [
-                self._crossing([p for p in pieces if every or p.group.due(step)], rank)
+                self._crossing([piece for piece in pieces if piece.group in due], rank)
                 for rank, pieces in enumerate(stages)
             ]
             # All wait for the stage that ends last.
             worst_hidden, worst = max(seen, key=lambda found: sum(found[1]))
             for level in range(len(self.levels)):
-                hidden[level] += worst_hidden[level] / steps
-                exposed[level] += worst[level] / steps
+                hidden[level] += worst_hidden[level] * share
+                exposed[level] += worst[level] * share
         return LinkTime(hidden, exposed)
 
     def _crossing(self, pieces: list[_Piece], rank: int) -> tuple[list[float], list[float]]:
         """Hidden and exposed seconds of one step on one stage, by level."""
         hidden, exposed = ([0.0] * len(self.levels) for _ in range(2))
         # Time runs from the end of this stage's pass; the step's passes end so much later.
-        end = rank * self.backward_seconds
+        end = rank * self.backward_seconds / self.config.parallel.virtual_stages
         free = -float("inf")
         for piece in sorted(pieces, key=lambda piece: -piece.ready):
             begins = max(free, -piece.ready) if self.config.parallel.overlap else max(free, end)
@@ -156,8 +158,29 @@ class Links:
         )
 
 
-def compute_seconds(cluster: Cluster, flops_per_step: float, utilisation: float) -> float | None:
-    """Seconds that a step computes at that share of the GPUs' peak; None: the peak is not given.
+def _together(
+    groups: list[SyncGroup], reduction: Reduction, cycle: int
+) -> Iterator[tuple[set[SyncGroup], float]]:
+    """The sets of groups that cross at one step, and the share of steps at which each does."""
+    if reduction == Reduction.every_step:
+        yield set(groups), 1.0
+        return
+    steps = np.arange(1, cycle + 1)
+    words = np.zeros((cycle, len(groups) // _BITS + 1), dtype=np.int64)
+    for i, group in enumerate(groups):
+        due = (steps - group.phase) % group.period == 0
+        words[:, i // _BITS] |= due.astype(np.int64) << (i % _BITS)
+    for found, count in zip(*np.unique(words, axis=0, return_counts=True), strict=True):
+        bits = [int(found[i // _BITS]) >> (i % _BITS) & 1 for i in range(len(groups))]
+        yield {group for group, bit in zip(groups, bits, strict=True) if bit}, count / cycle
+
+
+def compute_seconds(
+    cluster: Cluster, flops_per_step: float, utilisation: float, dtype: Dtype
+) -> float | None:
+    """Seconds that a step computes at that share of the GPUs' peak in bf16.
+
+    None where that is not known: in fp32, or the cluster file does not give the peak.
 
     Raises:
         UserError: a share that is none.
@@ -166,6 +189,6 @@ def compute_seconds(cluster: Cluster, flops_per_step: float, utilisation: float)
         raise UserError(
             f"--utilisation {utilisation:g}: give a share above 0 and up to 1, such as 0.4"
         )
-    if cluster.gpu_tflops is None:
+    if cluster.gpu_tflops is None or dtype != Dtype.bf16:
         return None
     return flops_per_step / (cluster.ranks * cluster.gpu_tflops * 1e12 * utilisation)

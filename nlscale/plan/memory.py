@@ -2,7 +2,8 @@
 
     weights       2 bytes (bf16) or 4 (fp32) a parameter that the rank holds
     gradients     4 bytes a parameter: megatron-core's buffer, in fp32
-    windows       4 bytes a parameter of a level of period above 1, sharded over a node
+    windows       4 bytes a parameter of a level of period above 1, sharded over a node; and what
+                  a level that crosses in bf16 takes in passing
     optimizer     what the rule keeps (8 bytes a parameter, Adam's moments), and with bf16 4 more,
                   the fp32 weights; sharded over a node
     activations   what `nlscale.plan.activations` counts, for the micro batches in flight
@@ -22,9 +23,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from nlscale.cluster.spread import COMPARED_AT_ONCE
-from nlscale.config.vocabulary import CmsForm, Config, Dtype
+from nlscale.config.vocabulary import CmsForm, Config, Dtype, WireFormat
 from nlscale.levels.groups import parameters_by_depth
-from nlscale.levels.spectrum import Level
+from nlscale.levels.spectrum import BF16_AT_ONCE, Level
 from nlscale.model.stages import stage_blocks
 from nlscale.optim.table import rule
 from nlscale.plan.activations import Activations
@@ -116,7 +117,7 @@ def memory(
             RankMemory(
                 weights=parameters * (2 if bf16 else 4),
                 gradients=parameters * 4,
-                windows=waiting * 4 / in_node,
+                windows=waiting * 4 / in_node + _crossing(levels, held, in_node),
                 optimizer=parameters * (of_rule + (4 if bf16 else 0)) / in_node,
                 activations=kept + batch.transient() + batch.gathered(),
                 validation=batch.forward(head=config.model.layers in [b.stop for b in mine]),
@@ -124,6 +125,14 @@ def memory(
             )
         )
     return result
+
+
+def _crossing(levels: list[Level], held: list[float], in_node: int) -> float:
+    """8 bytes an element of what crosses in bf16 at a time."""
+    shards = [
+        n / in_node for level, n in zip(levels, held, strict=True) if level.wire == WireFormat.bf16
+    ]
+    return min(8 * max(shards, default=0.0), BF16_AT_ONCE)
 
 
 def _comparison(config: Config, vocabulary: int) -> float:

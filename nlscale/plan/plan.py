@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from nlscale.cluster.machines import Cluster
+from nlscale.cluster.machines import UTILISATION, Cluster
 from nlscale.cluster.spread import check_tensor
 from nlscale.config.vocabulary import Config, Pending, Reduction, TrainConfig, WireFormat
 from nlscale.data.index import read_index
@@ -24,9 +24,6 @@ from nlscale.plan.link import Links, LinkTime, compute_seconds
 from nlscale.plan.memory import GIB, USABLE, Memory, memory
 from nlscale.plan.pipeline import Pipeline, pipeline
 from nlscale.plan.traffic import Traffic, activation_bytes, cycle_steps, node_bytes, traffic
-
-UTILISATION = 0.4
-"""Share of the GPUs' peak at which a step computes, where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +77,8 @@ class Plan:
     """Whether the configuration asks for staggered phases."""
     defers: bool
     """Whether it reduces when due; if not, it sends what plain data parallel sends."""
+    group_nodes: int
+    """Nodes that a data-parallel group spans."""
     activations: float
     """Bytes of activations between pipeline ranks, a step; not in the traffic of the levels."""
     memory: Memory
@@ -103,8 +102,10 @@ class Plan:
 
     @property
     def checkpoint_host_bytes(self) -> float:
-        """Of a node's memory, for the copy that is written: its share, and unfinished windows."""
-        return self.state_bytes * self.parameters / self.cluster.nodes + 4 * self._slow
+        """Of a node's memory, for the copy that is written: its share of the state, and those
+        unfinished windows that belong to what its pipeline ranks hold."""
+        state = self.state_bytes * self.parameters / self.cluster.nodes
+        return state + 4 * self._slow * self.group_nodes / self.cluster.nodes
 
     @property
     def checkpoint_traffic(self) -> float:
@@ -293,8 +294,9 @@ def make_plan(
     cycle = cycle_steps(levels)
     flops = flops_by_part(config, vocabulary)
     passes = pipeline(config, vocabulary, _micro_batches(config.train, data_parallel))
-    by_peak = compute_seconds(cluster, sum(flops.values()) * tokens_per_step, utilisation)
-    computes = step_seconds or by_peak
+    computes = step_seconds or compute_seconds(
+        cluster, sum(flops.values()) * tokens_per_step, utilisation, config.train.dtype
+    )
     exposure = None
     if group_nodes > 1 and computes is not None:
         plain = [replace(level, wire=WireFormat.fp32) for level in levels]
@@ -322,6 +324,7 @@ def make_plan(
         plain=node_bytes(sum(parameters), nodes, group_nodes),
         staggers=config.levels.stagger,
         defers=config.levels.reduction == Reduction.deferred,
+        group_nodes=group_nodes,
         activations=activation_bytes(config, nodes, cluster.gpus_per_node),
         memory=memory_on(config, cluster),
         state_bytes=4 + rule(config.optimizer.rule).state_bytes,

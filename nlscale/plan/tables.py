@@ -37,8 +37,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         _explain_exposure(plan, plan.exposure, console)
     elif crosses:
         console.print(
-            f"{cluster.name} does not say gpu_tflops: what of the link's time a step hides is not "
-            f"known; give --step-seconds."
+            "How long a step computes is not known (gpu_tflops of the cluster, for bf16), nor what "
+            "of the link's time it hides; give --step-seconds."
         )
     if plan.activations:
         console.print(
@@ -161,7 +161,8 @@ def _explain_exposure(plan: Plan, exposure: Exposure, console: Console) -> None:
     console.print(
         f"A step computes for {human_seconds(exposure.step_seconds)}, {source}; reductions between "
         f"nodes can hide in the backward pass of its last micro batch, "
-        f"{human_seconds(exposure.backward_seconds)}. Means of a cycle."
+        f"{human_seconds(exposure.backward_seconds)}. Means of a cycle"
+        + (", of the rank that ends last at each step." if plan.pipeline.ranks > 1 else ".")
     )
 
 

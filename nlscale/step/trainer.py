@@ -126,7 +126,7 @@ class Trainer:
         with doing("reduction inside the node"):
             self.optimizer.finish_backward()
         with doing("reduction across nodes"):
-            finite, waited = self.optimizer.finish_crossing()
+            finite = self.optimizer.finish_crossing()
         with doing("consensus"):
             consensus = agree(
                 self.layout, loss_sum, seen, finite, requests, limit=self._highest_loss()
@@ -138,7 +138,7 @@ class Trainer:
         with doing("waiting for the GPU"):
             verdict = consensus.read()
             updated = self.optimizer.conclude(update, verdict)
-            self.waits = self.clock.end(link=waited.seconds())
+            self.waits = self.clock.end(link=self.optimizer.link_seconds())
         self._count(verdict)
         return verdict, updated
 

@@ -135,14 +135,20 @@ def numbers(record: Mapping[str, Any], validation: float | None) -> str:
     parts.append(f"{human_count(record['tokens_per_second']):>5} tok/s")
     if record.get("mfu"):
         parts.append(f"MFU {record['mfu']:.0%}")
-    waiting = sum((record.get("waits") or {}).values()) / record["step_seconds"]
-    if waiting > _WORTH_SAYING:
-        parts.append(f"waits {waiting:.0%}")
+    if (share := _waiting(record)) > _WORTH_SAYING:
+        parts.append(f"waits {share:.0%}")
     if record.get("bytes_saved"):
         parts.append(f"not sent {human_bytes(record['bytes_saved'])}")
     if record.get("dropped_steps"):
         parts.append(f"dropped {record['dropped_steps']}")
     return "  ".join(parts)
+
+
+def _waiting(record: Mapping[str, Any]) -> float:
+    """Share of the time from the end of one step to that of the next; most of `host` is between."""
+    waits = record.get("waits") or {"host": 0.0}
+    whole = record["step_seconds"] + waits["host"]
+    return sum(waits.values()) / whole if whole else 0.0
 
 
 def level_updates(record: Mapping[str, Any]) -> str:

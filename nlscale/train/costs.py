@@ -25,7 +25,9 @@ class Costs:
         self._flops_per_token = flops_per_token(config, prepared.vocabulary)
         most = peak_flops(layout.device, config.train.dtype)
         self._most = most and most * layout.world
-        self._steps: list[dict[str, Any]] = []
+        self._speeds: list[float] = []
+        self._waits = dict.fromkeys(asdict(Waits()), 0.0)
+        """Of all steps together."""
 
     def of_step(self, tokens: int, seconds: float, waits: Waits) -> dict[str, Any]:
         """The part of a train record that tells of it.
@@ -35,30 +37,29 @@ class Costs:
             seconds: that it took.
             waits: of this rank.
         """
-        speed = tokens / seconds
-        cost = {
-            "tokens_per_second": speed,
+        self._speeds.append(tokens / seconds)
+        for kind, waited in asdict(waits).items():
+            self._waits[kind] += waited
+        return {
+            "tokens_per_second": self._speeds[-1],
             "step_seconds": seconds,
-            "mfu": self._most and speed * self._flops_per_token / self._most,
+            "mfu": self._mfu(self._speeds[-1]),
             "peak_memory_bytes": peak_memory(self._device),
             "waits": asdict(waits),
         }
-        self._steps.append(cost)
-        return cost
 
     def summary(self) -> dict[str, Any]:
         """Medians over the steps, most memory, and mean waiting; null where no step was taken."""
-        steps = self._steps
+        steps = len(self._speeds)
+        speed = statistics.median(self._speeds) if steps else None
         return {
-            "tokens_per_second": _median([step["tokens_per_second"] for step in steps]),
-            "mfu": _median([step["mfu"] for step in steps]) if self._most else None,
+            "tokens_per_second": speed,
+            "mfu": None if speed is None else self._mfu(speed),
             "peak_memory_bytes": peak_memory(self._device),
             "waits": {
-                kind: statistics.fmean(step["waits"][kind] for step in steps) if steps else None
-                for kind in asdict(Waits())
+                kind: total / steps if steps else None for kind, total in self._waits.items()
             },
         }
 
-
-def _median(values: list[float]) -> float | None:
-    return statistics.median(values) if values else None
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        return self._most and tokens_per_second * self._flops_per_token / self._most

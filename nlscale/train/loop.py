@@ -1,7 +1,7 @@
 """The training loop, top to bottom.
 
-    sample order -> batch -> micro batches through the model -> consensus -> windows
-    -> due levels: reduce, clip, step -> telemetry
+    sample order -> batch -> micro batches through the model, levels due: cross between nodes
+    -> consensus -> windows, levels due: clip, step -> telemetry
 
 Nothing goes back up, and every rank takes the same decisions because it sees the same verdict.
 """
@@ -27,6 +27,7 @@ from nlscale.errors import SaidElsewhere, TrainingFailed, UserError
 from nlscale.evaluate.table import evaluation
 from nlscale.levels.spectrum import approximate, slow_level_warnings
 from nlscale.parallel.consensus import Requests
+from nlscale.parallel.devices import queue_warnings
 from nlscale.parallel.layout import Layout, process_groups
 from nlscale.step import stragglers
 from nlscale.step.trainer import Trainer
@@ -108,6 +109,7 @@ def _run(
     for warning in [
         *slow_level_warnings(prepared.levels, layers, stagger, config.train.steps),
         *approximate(prepared.levels, crosses=layout.nodes > 1),
+        *queue_warnings(config.parallel, layout),
     ]:
         telemetry.warn(warning)
     with _begin(trainer, prepared, telemetry, signals, attempts, claim) as saver:
@@ -294,6 +296,7 @@ def _check_replicas(trainer: Trainer) -> None:
         return
     with doing("comparison of the replicas"):
         different = trainer.optimizer.replica_difference(trainer.named_parameters())
+    trainer.clock.free()
     if different is not None:
         raise TrainingFailed(
             f"replicas differ after step {step}, first in {different}: a rank computed "

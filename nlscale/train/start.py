@@ -8,9 +8,11 @@ from pathlib import Path
 from nlscale.cluster.life.deadline import Deadline
 from nlscale.cluster.life.imports import importing
 from nlscale.cluster.life.owner import refuse_if_alive
-from nlscale.cluster.life.place import place
+from nlscale.cluster.life.place import Place, place
 from nlscale.cluster.life.signals import StopSignals
+from nlscale.cluster.spread import nodes_of_a_data_group
 from nlscale.config import recipe
+from nlscale.config.vocabulary import ParallelConfig
 from nlscale.train.prepare import prepare
 
 
@@ -32,9 +34,7 @@ def start(path: str | Path, overrides: list[str]) -> int:
         if here.world == here.local_world:
             refuse_if_alive(Path(config.run.dir))
         prepared = prepare(config)
-        if config.parallel.tensor > 1:
-            # megatron-core asks for what a layer sends first and for the product that is to hide it
-            # second; only a GPU with one queue begins with them in that order.
+        if _wants_one_queue(config.parallel, here):
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         # What follows imports torch: only what has been checked waits for it.
         with importing():
@@ -47,3 +47,17 @@ def start(path: str | Path, overrides: list[str]) -> int:
 
         train(config, prepared, signals)
     return 0
+
+
+def _wants_one_queue(parallel: ParallelConfig, here: Place) -> bool:
+    """Whether the GPU is to begin with what it is asked for in the order in which it is.
+
+    megatron-core asks first for what a tensor-parallel layer sends, then for the product that is to
+    hide it. But a reduction across nodes that waits for another one would then hold up all that is
+    asked for behind it, and hide nothing.
+    """
+    if parallel.tensor == 1:
+        return False
+    per_node = parallel.ranks_per_node or here.local_world
+    nodes = nodes_of_a_data_group(here.world, per_node, parallel.tensor, parallel.pipeline)
+    return nodes == 1 or not parallel.overlap

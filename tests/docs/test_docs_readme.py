@@ -188,14 +188,14 @@ def test_flags_are_found() -> None:
     assert sum(len(with_flags(document)) for document in DOCUMENTS) > 40
 
 
-def load_all(pages: list[tuple[list[str], list[str]]]) -> None:
+def load_all(pages: list[tuple[list[str], str, list[str]]]) -> None:
     """On a rank, so that what is imported here adds its names there alone."""
     from nlscale.config.extensions import import_all
     from nlscale.config.recipe import load
 
-    for modules, pairs in pages:
+    for modules, recipe, pairs in pages:
         import_all(modules)
-        load(ROOT / "recipes" / "quickstart.yaml", pairs, trusted=True)
+        load(ROOT / "recipes" / recipe, pairs, trusted=True)
 
 
 def test_the_pages_override_only_keys_that_exist() -> None:
@@ -204,7 +204,8 @@ def test_the_pages_override_only_keys_that_exist() -> None:
         words = re.sub(r"--(?:layout|where) \S+", "", " ".join(command.words)).split()
         pairs = [word for word in words if re.fullmatch(r"[a-z_.0-9]+=\S+", word)]
         if "nlscale" in words and pairs:
-            overrides.append((re.findall(r"--import (\S+)", command.text), pairs))
+            recipe = "bench-sync.yaml" if "bench sync" in command.text else "quickstart.yaml"
+            overrides.append((re.findall(r"--import (\S+)", command.text), recipe, pairs))
     assert len(overrides) > 10
     world.run(1, load_all, overrides)
 

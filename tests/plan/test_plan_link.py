@@ -135,3 +135,27 @@ def test_seconds_follow_from_the_peak_and_the_utilisation() -> None:
     assert make_plan(config, cluster(tflops=None)).exposure is None
     assert make_plan(config, cluster(nodes=1)).exposure is None
     assert math.isclose(plan("levels=[1]", seconds=3.0).exposure.step_seconds, 3.0)  # type: ignore[union-attr]
+
+
+def test_rare_updates_and_long_cycles_count_by_their_share() -> None:
+    """Periods that hardly divide each other, and one that is longer than many runs."""
+    for levels in ("levels=[1,8192]", "levels=[1,3,5,7,64]"):
+        found = plan(levels, "levels.stagger=false", "model.hidden=160", gbit=0.05)
+        assert found.exposure is not None
+        run = found.exposure.run
+        for i, mean in enumerate(found.aligned.mean_per_level):
+            link = found.cluster.link_seconds(mean)
+            assert run.hidden[i] + run.exposed[i] == pytest.approx(link)
+
+
+def test_in_fp32_only_given_seconds_tell_how_long_a_step_computes() -> None:
+    config = make("levels=[1]", "train.dtype=fp32")
+    assert make_plan(config, cluster()).exposure is None
+    assert make_plan(config, cluster(), step_seconds=0.1).exposure is not None
+
+
+def test_a_node_holds_the_unfinished_windows_of_its_pipeline_ranks() -> None:
+    config = make("levels=[1,8]", "parallel.pipeline=2", "train.global_batch=32")
+    found = make_plan(config, cluster(nodes=4))
+    slow = found.levels[1].parameters
+    assert found.checkpoint_host_bytes == 12 * found.parameters / 4 + 4 * slow / 2

@@ -92,13 +92,16 @@ def queues_of_a_gpu(overrides: list[str], given: str | None) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "given", "then"), [(1, None, None), (2, None, "1"), (2, "8", "8")]
+    ("tensor", "nodes", "given", "then"),
+    [(1, 1, None, None), (2, 1, None, "1"), (2, 1, "8", "8"), (2, 2, None, None)],
 )
-def test_tensor_parallel_layers_overlap_on_one_queue(
-    tensor: int, given: str | None, then: str | None, data: Path, tmp_path: Path
+def test_tensor_parallel_layers_overlap_on_one_queue_where_nothing_else_waits_in_it(
+    tensor: int, nodes: int, given: str | None, then: str | None, data: Path, tmp_path: Path
 ) -> None:
     here = [f"data.dir={data}", f"run.dir={tmp_path}", f"parallel.tensor={tensor}"]
-    assert world.run(tensor, queues_of_a_gpu, here, given) == [then] * tensor
+    ranks = tensor * nodes
+    said = world.run(ranks, queues_of_a_gpu, here, given, ranks_per_node=tensor)
+    assert said == [then] * ranks
 
 
 def test_a_finished_run_is_not_run_again_nor_overwritten(data: Path, tmp_path: Path) -> None:

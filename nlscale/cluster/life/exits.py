@@ -9,6 +9,7 @@ printed could not be written).
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import sys
 import threading
@@ -73,11 +74,20 @@ def leave(end: SystemExit) -> NoReturn:
     flushed. Python would then take every module and object apart, one after the other, before the
     system takes the memory as a whole: a second for torch and megatron-core.
     """
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(end.code if isinstance(end.code, int) else 0)
+    code = 0
+    if isinstance(end.code, int):
+        code = end.code
+    elif end.code is not None:  # a text, which Python says as well
+        print(end.code, file=sys.stderr)
+        code = 1
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    finally:  # interrupted, too
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        ctypes.CDLL(None).fflush(None)  # what libraries in C have not written
+        os._exit(code)
 
 
 def _ended_well(work: Callable[[], int]) -> int:

@@ -113,6 +113,36 @@ def test_a_stopped_rank_is_missed_after_the_silence_allowed(
         assert f"lost rank 1: nothing heard for 4 s (rank 1 on {HOST}, last heard in" in reason
 
 
+def die_in_a_reduction() -> None:
+    """Rank 2, in the third step, with a reduction across nodes under way."""
+    from nlscale.config.vocabulary import WireFormat
+    from nlscale.levels import wire
+
+    reduce, start_step = wire._SUMS[WireFormat.fp32], LevelOptimizer.start_step
+    steps: list[int] = []
+
+    def dying(*args: object) -> None:
+        if os.environ["RANK"] == "2" and len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        reduce(*args)  # type: ignore[arg-type]
+
+    def count(self: LevelOptimizer, step: int) -> None:
+        steps.append(step)
+        start_step(self, step)
+
+    wire._SUMS[WireFormat.fp32] = dying
+    LevelOptimizer.start_step = count  # type: ignore[method-assign]
+
+
+def test_a_rank_that_dies_in_a_reduction_across_nodes_ends_all(data: Path, tmp_path: Path) -> None:
+    here = train(data, tmp_path, "parallel.bucket_size=2000")
+    ended = world.command(4, here, tmp_path, before=die_in_a_reduction, ranks_per_node=2)
+    assert [rank.code for rank in ended] == [5, 5, -signal.SIGKILL, 5]
+    (reason,) = reasons(ended)
+    assert "lost rank 2: " in reason and f"rank 2 on {HOST}, last heard in " in reason
+    assert "Traceback" not in "".join(rank.output for rank in ended)
+
+
 def hang_on_rank_1() -> None:
     read = BatchReader.read
 
