@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,20 @@ def made_folder(path: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A new folder in there, which goes whenever the process is interrupted.
+
+    tempfile's stays where that happens between its making and its being known.
+    """
+    scratch = path / f"{PREFIX}{secrets.token_hex(8)}"
+    try:
+        scratch.mkdir(mode=0o700)
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def probe(path: Path) -> Disk:
     """Measure in a folder that is there; leaves nothing behind.
 
@@ -89,12 +104,12 @@ def probe(path: Path) -> Disk:
     write = read = trouble = rename = None
     tested = 0
     try:
-        with tempfile.TemporaryDirectory(dir=path, prefix=PREFIX) as scratch:
-            rename = _try_renames(Path(scratch))
+        with scratch_folder(path) as scratch:
+            rename = _try_renames(scratch)
             if size >= _SMALLEST:
-                tested, write, read = _measure(Path(scratch), size)
+                tested, write, read = _measure(scratch, size)
             else:
-                (Path(scratch) / "small").write_bytes(bytes(4096))
+                (scratch / "small").write_bytes(bytes(4096))
     except OSError as error:
         trouble = error.strerror or str(error)
     return Disk(

@@ -7,12 +7,10 @@ gloo or NCCL is tried only where nothing speaks against it.
 from __future__ import annotations
 
 import secrets
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from nlscale.cluster.doctor import (
@@ -168,10 +166,7 @@ class _Examination:
         path, token = self._asked.path, secrets.token_hex(16)
         try:
             stack.enter_context(disk.made_folder(path))
-            scratch = tempfile.TemporaryDirectory(
-                dir=path, prefix=disk.PREFIX, ignore_cleanup_errors=True
-            )
-            folder = Path(stack.enter_context(scratch))
+            folder = stack.enter_context(disk.scratch_folder(path))
             shared_files.show(folder / "first", token)
         except OSError as error:
             self._findings.append(disk.cannot_write(path, error, self._names[0]))
