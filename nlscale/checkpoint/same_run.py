@@ -111,7 +111,12 @@ def differences(now: Any, before: Any, prefix: str = "") -> dict[str, tuple[Any,
 
 
 def _completed(saved: Any, defaults: Any) -> Any:
-    """A saved configuration with the keys that came after it: their defaults change nothing."""
+    """A saved configuration with the keys that came after it: their defaults change nothing.
+
+    Those of each entry of a list, too, such as a level: the default list has an entry.
+    """
+    if isinstance(saved, list) and isinstance(defaults, list) and defaults:
+        return [_completed(entry, defaults[0]) for entry in saved]
     if not isinstance(saved, dict) or not isinstance(defaults, dict):
         return saved
     return defaults | {key: _completed(value, defaults.get(key)) for key, value in saved.items()}

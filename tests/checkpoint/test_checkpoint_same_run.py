@@ -30,6 +30,17 @@ def test_a_key_that_came_later_is_at_its_default() -> None:
     check_same_run(config(), {}, saved_before_there_was_a_document_mask(), "it")
 
 
+def test_so_is_one_of_a_level() -> None:
+    state = saved("levels=[1,4]")
+    for level in state["config"]["levels"]["spectrum"]:
+        del level["wire"]
+    check_same_run(config("levels=[1,4]"), {}, state, "it")
+    with pytest.raises(UserError, match=r"levels\.spectrum\.1\.wire: 'fp32' -> "):
+        check_same_run(config("levels=[1,4]", "levels.spectrum.1.wire=bf16"), {}, state, "it")
+    with pytest.raises(UserError, match=r"levels\.spectrum"):
+        check_same_run(config("levels=[1,4,8]"), {}, state, "it")
+
+
 def test_and_differs_where_it_is_set() -> None:
     state = saved_before_there_was_a_document_mask()
     with pytest.raises(UserError, match=r"data\.document_mask: False -> True"):
