@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from nlscale.bench.tokens import random_tokens
+from nlscale.checkpoint.restore import restore
 from nlscale.checkpoint.saver import Saver
-from nlscale.checkpoint.state import restore
 from nlscale.checkpoint.store.store import Checkpoint, Store, Written
 from nlscale.config.units import human_bytes, human_count
 from nlscale.config.vocabulary import Config, Pending

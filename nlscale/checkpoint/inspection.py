@@ -142,7 +142,7 @@ def print_listing(found: dict[str, Any]) -> None:
     for entry in found["checkpoints"]:
         if entry["error"]:
             console.print(f"broken: {entry['error']}")
-    if found["latest"] is None or not (Path(found["folder"]) / found["latest"]).is_dir():
+    if not _has_latest(found):
         what = f"names {found['latest']}, which is not there" if found["latest"] else "is missing"
         console.print(f"{LATEST} {what}; a run goes on from the newest that is whole")
     if found["unfinished"]:
@@ -150,6 +150,14 @@ def print_listing(found: dict[str, Any]) -> None:
             f"unfinished: {', '.join(found['unfinished'])} (being written or deleted, or left by a "
             f"run that was killed)"
         )
+
+
+def _has_latest(found: dict[str, Any]) -> bool:
+    """Whether what LATEST names is there; the folder may be the URL of a mirror."""
+    listed = any(entry["latest"] for entry in found["checkpoints"])
+    return listed or (
+        found["latest"] is not None and (Path(found["folder"]) / found["latest"]).is_dir()
+    )
 
 
 def print_inspection(found: dict[str, Any]) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from nlscale.checkpoint.same_run import check_same_run
-from nlscale.checkpoint.state import restore
-from nlscale.checkpoint.store.store import Checkpoint, CheckpointError, Store
+from nlscale.checkpoint.store.store import Checkpoint, CheckpointError, Store, refuse_unseen
+from nlscale.checkpoint.store.together import Ranks
 from nlscale.config.vocabulary import Config, ResumeConfig
 from nlscale.errors import UserError
-from nlscale.step.trainer import Trainer
+from nlscale.parallel.layout import Layout
 
 
 def check_start(config: Config, data: dict[str, Any]) -> None:
@@ -52,46 +49,35 @@ def check_writable(store: Store) -> None:
         ) from None
 
 
-def resume(
-    trainer: Trainer, data: dict[str, Any], store: Store, say: Callable[[str], None]
+def find_checkpoint(
+    config: Config, data: dict[str, Any], layout: Layout, store: Store, say: Callable[[str], None]
 ) -> Checkpoint | None:
-    """Put the trainer where the newest valid checkpoint was; None where there is none.
+    """The run's newest checkpoint that is whole; None where there is none at all.
 
-    Where the run has none at all, that is the checkpoint of another run that `resume.start` names.
-    The first rank verifies and chooses, for all.
+    Where the run has none, that is the checkpoint of another run that `resume.start` names. The
+    same call on every rank; they share the reading.
 
     Args:
-        trainer: freshly built, the same on every rank.
+        config: of the run.
         data: what identifies its data.
+        layout: this rank's place.
         store: the run's.
         say: takes a line on each broken checkpoint that is passed over.
 
     Raises:
-        UserError: the run may not go on from it.
+        UserError: the run may not go on from it, or not every node sees it.
         CheckpointError: none of the checkpoints is whole.
     """
-    choice: list[Any] = [None, None]
-    if trainer.layout.is_writer:
-        try:
-            found = store.newest_valid(say) or _verified(_start(trainer.config.resume))
-            choice[0] = None if found is None else (found.path.parent, found.step)
-        except UserError as error:
-            choice[1] = str(error)
-    dist.broadcast_object_list(choice, src=0, group=trainer.layout.host)
-    chosen, broken = choice
-    if broken is not None:
-        raise CheckpointError(broken)
-    if chosen is None:
-        return None
-    folder, step = chosen
-    checkpoint = next((c for c in Store(folder).checkpoints() if c.step == step), None)
+    ranks = Ranks(layout.host)
+    checkpoint = store.newest_valid(say, ranks)
     if checkpoint is None:
-        raise UserError(
-            f"{folder} on {socket.gethostname()} does not hold the checkpoint of step {step} "
-            f"that the first rank sees: it must be a folder that all nodes share"
-        )
-    check_same_run(trainer.config, data, checkpoint.state, str(checkpoint.path))
-    restore(trainer, checkpoint)
+        checkpoint = ranks.first(lambda: _start(config.resume))
+        if checkpoint is not None:
+            found = checkpoint
+            ranks.each(lambda: refuse_unseen(found.path))
+            checkpoint.verify(ranks)
+    if checkpoint is not None:
+        check_same_run(config, data, checkpoint.state, str(checkpoint.path))
     return checkpoint
 
 
@@ -111,9 +97,3 @@ def _start(resume: ResumeConfig) -> Checkpoint | None:
         f"resume.start: there is no checkpoint {path}; `nlscale checkpoint list RUN` lists those "
         f"of a run, and resume.start=null trains from the beginning"
     )
-
-
-def _verified(checkpoint: Checkpoint | None) -> Checkpoint | None:
-    if checkpoint is not None:
-        checkpoint.verify()
-    return checkpoint

@@ -9,12 +9,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from nlscale.checkpoint import FOLDER
-from nlscale.checkpoint.state import trainer_pieces, trainer_state
+from nlscale.checkpoint.slabs import HostSlabs
+from nlscale.checkpoint.state import copy_of_state, trainer_state
 from nlscale.checkpoint.store.pieces import Piece
 from nlscale.checkpoint.store.store import Store, Written
 from nlscale.cluster.life.owner import LostOwnership
@@ -37,6 +37,7 @@ class Saver:
         store: where to.
         say: takes a line on each finished save; called on the first rank, from the thread.
         check: called before anything is written; raises where this process may not, any more.
+        expected: seconds that a save may take, as far as that is known before the first.
     """
 
     def __init__(
@@ -47,12 +48,15 @@ class Saver:
         store: Store,
         say: Callable[[str], None],
         check: Callable[[], None] = lambda: None,
+        expected: float = 0.0,
     ) -> None:
         self._trainer, self._data, self._wandb_id = trainer, data, wandb_id
         self._store, self._say, self._check = store, say, check
         self._config = trainer.config.checkpoint
         self._every = checkpoint_interval(trainer.config.checkpoint)
         self._saved_at = time.monotonic()
+        self._slabs = HostSlabs(trainer.layout.device)
+        self._seconds, self._began = expected, 0.0
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._stalled = 0.0
@@ -86,8 +90,12 @@ class Saver:
 
     @property
     def seconds(self) -> float:
-        """What writing took last; 0 where nothing has been written yet."""
-        return self.written.seconds if self.written is not None else 0.0
+        """From asking for a save to the end of all that follows from it, the last time.
+
+        Of the one under way, if that has taken longer already.
+        """
+        under_way = self._thread is not None and self._thread.is_alive()
+        return max(self._seconds, time.monotonic() - self._began if under_way else 0.0)
 
     def take_stalled(self) -> float:
         """Seconds that training has waited for saves since the last call."""
@@ -107,9 +115,10 @@ class Saver:
         """
         started = time.monotonic()
         self.finish()
+        self._began = time.monotonic()
         self._check()
         with doing("copying the state for a checkpoint", checkpoint=True):
-            pieces = [_on_host(piece) for piece in trainer_pieces(self._trainer)]
+            pieces = copy_of_state(self._trainer, self._slabs)
             state = trainer_state(self._trainer, self._data, self._wandb_id)
         stall = time.monotonic() - started
         self._stalled += stall
@@ -152,18 +161,19 @@ class Saver:
                 written = self._store.write(step, pieces, state, layout.host)
             self.written = written
             if layout.is_writer:
-                self._prune()
+                self._prune(step)
                 self._say(
                     f"checkpoint at step {step}: {written.bytes / 1e6:.1f} MB in "
                     f"{written.seconds:.1f} s, training waited {1e3 * stall:.0f} ms"
                 )
+            self._seconds = time.monotonic() - self._began
         except Exception as error:  # shown by the training thread, on all ranks at one step
             self._error = error
 
-    def _prune(self) -> None:
+    def _prune(self, step: int) -> None:
         try:
             self._check()
-            self._store.prune(self._config.keep, self._config.keep_every)
+            self._store.prune(self._config.keep, self._config.keep_every, whole=step)
         except LostOwnership:
             return  # training is told by itself, and the log is another's
         except (OSError, UserError) as error:
@@ -180,7 +190,3 @@ def saves(checkpoint: CheckpointConfig) -> bool:
 def store_of(run: RunConfig) -> Store:
     """Where a run's checkpoints are."""
     return Store(Path(run.dir) / FOLDER)
-
-
-def _on_host(piece: Piece) -> Piece:
-    return replace(piece, data=piece.data.detach().to("cpu", copy=True))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Mapping
+
 from nlscale.errors import UserError
 
 COMPARED_AT_ONCE = 2**27
@@ -55,3 +58,24 @@ def check_tensor(per_node: int, tensor: int) -> None:
             f"parallel.tensor {tensor} does not divide the {per_node} GPUs of a node: layers would "
             f"cross the network; use a divisor of {per_node}"
         )
+
+
+def deal(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
+    """Deal things of different sizes so that the parts are as large as each other, nearly.
+
+    The largest first, each to the part that is smallest so far; the same for whoever asks.
+
+    Args:
+        sizes: by name.
+        parts: how many there are, 1 or more.
+
+    Returns:
+        The names of each part; some parts are empty where there are more of them than things.
+    """
+    dealt: list[list[str]] = [[] for _ in range(parts)]
+    least = [(0, part) for part in range(parts)]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        size, part = least[0]
+        dealt[part].append(name)
+        heapq.heapreplace(least, (size + sizes[name], part))
+    return dealt

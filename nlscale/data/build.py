@@ -25,7 +25,7 @@ from nlscale.data.index import (
 )
 from nlscale.data.losses import Losses
 from nlscale.data.progress import phase, say
-from nlscale.data.shards import VERIFIED_NAME, TokenShards
+from nlscale.data.shards import TokenShards
 from nlscale.data.sources import Found, find_files, fingerprint
 from nlscale.data.survey import Survey
 from nlscale.data.tally import shown
@@ -36,6 +36,7 @@ from nlscale.data.tokenizer import (
     bpe_vocabulary,
     train_bpe,
 )
+from nlscale.data.verified import VERIFIED_NAME, remember, state_of
 from nlscale.errors import UserError
 
 _MOST_BLOCK = 1 << 27  # tokens; a block is held in memory
@@ -137,6 +138,15 @@ def build(
             text_field=text_field,
             empty_documents=survey.empty,
             unigram_bits_per_byte=written.unigram_bits_per_byte(),
+        )
+        # Hashed while they were written, so that no start of a run has to read them for it.
+        remember(
+            out,
+            {
+                shard["name"]: state_of(out, shard)
+                for split in index["splits"].values()
+                for shard in split["shards"]
+            },
         )
         write_json(out / INDEX_NAME, index)
         (out / BUILDING_NAME).unlink()

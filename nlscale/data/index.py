@@ -6,7 +6,7 @@ A data folder is
     tokenizer.json          see `nlscale.data.tokenizer`
     train-000000.tar ...    webdataset shards, one block of token ids a member
     validation-000000.tar
-    .verified.json          which shards were already checked (see `nlscale.data.shards`)
+    .verified.json          which shards are known to be whole (see `nlscale.data.verified`)
 """
 
 from __future__ import annotations

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nlscale.data.index import Index, Shard, read_index, write_json
+from nlscale.data.index import Index, read_index
+from nlscale.data.verified import Hashing, State, altered, not_remembered, remember, state_of
 from nlscale.errors import UserError
 
-VERIFIED_NAME = ".verified.json"
 _OPEN_FILES = 64  # a large corpus has more shards than a process may hold open files
 
 
@@ -29,12 +25,14 @@ class TokenShards:
         directory: a folder made by `nlscale data build`
         split: "train" or "validation"
         verify: also compare each shard's sha256, unless `.verified.json` beside the index records
-            that a file of this size and modification time has passed before. The first time reads
-            every byte: with many ranks on one file system, let one of them verify.
+            that a file of this size and modification time has passed before, as it does of a build.
+            The first time reads every byte: of many ranks, those that train share that
+            (`nlscale.train.verify_data`).
 
     Fields: `tokens` (int), `documents` (int), `vocabulary` (int), `separator` (the id that
     follows each document), `bytes_per_token` (UTF-8 bytes of text a token, separators counted
-    as tokens), `index`.
+    as tokens), `index`, `shards` (their entries in it), `states` (what was seen of each shard by
+    name, see `nlscale.data.verified`).
 
     Safe to use after a fork, pickled, and from several processes at once, not from several threads.
 
@@ -49,8 +47,13 @@ class TokenShards:
         if split not in self.index["splits"]:
             raise UserError(f"no split {split!r}; use one of {', '.join(self.index['splits'])}")
         entry = self.index["splits"][split]
-        self._shards = entry["shards"]
-        self._check_shards(verify)
+        self.shards = entry["shards"]
+        # Sizes first: a missing shard is reported at once, not after an hour of hashing.
+        self.states: dict[str, State] = {
+            shard["name"]: state_of(self.directory, shard) for shard in self.shards
+        }
+        if verify:
+            self._verify()
         self.tokens = entry["tokens"]
         self.documents = entry["documents"]
         self.vocabulary = self.index["vocabulary"]
@@ -58,7 +61,7 @@ class TokenShards:
         self.bytes_per_token = entry["bytes"] / entry["tokens"]
         self._dtype = np.dtype(self.index["dtype"]).newbyteorder("<")
         # _starts[i] is the position in the split of the first token of shard i.
-        self._starts = np.cumsum([0] + [shard["tokens"] for shard in self._shards])
+        self._starts = np.cumsum([0] + [shard["tokens"] for shard in self.shards])
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
@@ -75,14 +78,14 @@ class TokenShards:
         while done < count:
             number = int(np.searchsorted(self._starts, start + done, side="right")) - 1
             local = start + done - int(self._starts[number])
-            here = min(count - done, self._shards[number]["tokens"] - local)
+            here = min(count - done, self.shards[number]["tokens"] - local)
             self._read_shard(number, local, result[done : done + here])
             done += here
         return result
 
     def _read_shard(self, number: int, start: int, result: NDArray[np.int64]) -> None:
         """Fill `result` with the tokens of one shard from `start` on, in one read call."""
-        shard, block, width = self._shards[number], self.index["block_tokens"], self._dtype.itemsize
+        shard, block, width = self.shards[number], self.index["block_tokens"], self._dtype.itemsize
 
         def place(token: int) -> int:
             return shard["offset"] + token // block * shard["stride"] + token % block * width
@@ -100,14 +103,15 @@ class TokenShards:
             done += here
         # The checksum is of the index, and the index may come from anywhere.
         if len(result) and int(result.max()) >= self.vocabulary:
-            raise self._altered(
-                shard, f"it holds the id {result.max()}, the vocabulary has {self.vocabulary:,}"
+            raise altered(
+                self.directory / shard["name"],
+                f"it holds the id {result.max()}, the vocabulary has {self.vocabulary:,}",
             )
 
     def _pread(self, number: int, offset: int, size: int) -> bytes:
         # Not a memory map: a shard truncated or a file system lost during training would then
         # kill the process with SIGBUS instead of raising an error that names the shard.
-        path = self.directory / self._shards[number]["name"]
+        path = self.directory / self.shards[number]["name"]
         try:
             descriptor = self._descriptor(number, path)
             data = b""
@@ -142,65 +146,15 @@ class TokenShards:
         if hasattr(self, "_open"):  # absent when the constructor refused the folder
             self.close()
 
-    def _check_shards(self, verify: bool) -> None:
-        # Sizes first: a missing shard is reported at once, not after an hour of hashing.
-        states = {shard["name"]: self._check_size(shard) for shard in self._shards}
-        if not verify:
+    def _verify(self) -> None:
+        unknown = set(not_remembered(self.directory, self.states))
+        if not unknown:
             return
-        cache_path = self.directory / VERIFIED_NAME
-        cache = _read_cache(cache_path)
-        unknown = [s for s in self._shards if cache.get(s["name"]) != states[s["name"]]]
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            for shard, digest in zip(unknown, pool.map(self._sha256, unknown), strict=True):
-                if digest != shard["sha256"]:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise self._altered(shard, "its sha256 differs from the index")
-                cache[shard["name"]] = states[shard["name"]]
-        if unknown:
-            # A read-only data folder is legitimate: it is only checked again next time.
-            with contextlib.suppress(OSError):
-                write_json(cache_path, cache)
-
-    def _check_size(self, shard: Shard) -> list[Any]:
-        """What the cache remembers of a verified shard: size, modification time, sha256."""
-        path = self.directory / shard["name"]
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise UserError(
-                f"shard {path} is missing ({error.strerror}); restore it, or build the data again "
-                "with --overwrite"
-            ) from None
-        if not S_ISREG(stat.st_mode):
-            raise self._altered(shard, "it is not a file")
-        if stat.st_size != shard["size_bytes"]:
-            raise self._altered(
-                shard, f"it has {stat.st_size:,} bytes, the index says {shard['size_bytes']:,}"
-            )
-        return [stat.st_size, stat.st_mtime_ns, shard["sha256"]]
-
-    def _sha256(self, shard: Shard) -> str:
-        digest = hashlib.sha256()
-        path = self.directory / shard["name"]
-        try:
-            with open(path, "rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-        except OSError as error:
-            raise UserError(f"cannot read shard {path}: {error}; restore or rebuild it") from error
-        return digest.hexdigest()
-
-    def _altered(self, shard: Shard, how: str) -> UserError:
-        return UserError(
-            f"shard {self.directory / shard['name']} was altered: {how}; restore it, or build the "
-            "data again with --overwrite"
-        )
-
-
-def _read_cache(path: Path) -> dict[str, Any]:
-    # A cache that cannot be read only costs time: the shards are hashed again.
-    try:
-        cache = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return cache if isinstance(cache, dict) else {}
+        shards = [shard for shard in self.shards if shard["name"] in unknown]
+        with Hashing(self.directory, shards, min(8, os.cpu_count() or 1)) as hashing:
+            hashing.wait()
+            if (error := hashing.so_far().error) is not None:
+                raise error
+        # A read-only data folder is legitimate: it is only checked again next time.
+        with contextlib.suppress(OSError):
+            remember(self.directory, {name: self.states[name] for name in unknown})

@@ -235,20 +235,37 @@ class LevelOptimizer:
         last = step == self.config.train.steps
         return {g: progress for g, progress in self.progress.items() if last or g.due(step)}
 
-    def settle_windows(self) -> None:
-        """Bring pending windows into canonical form: the first node holds the sum of all of them.
+    def sum_windows(self) -> None:
+        """Let every node hold the sum over all nodes of each pending window, to be saved.
 
-        What they add up to stays the same, up to rounding. It costs one reduction across nodes of
-        the pending groups.
+        It costs one reduction across nodes of the pending groups. `keep_sums_once` is to follow.
         """
-        if self.layout.nodes == 1 or self.config.levels.reduction == Reduction.every_step:
-            return
-        pending = [w for w in self.windows if self.progress[w.group].tokens]
-        sums = [s for window in pending for s in window.sums]
-        self.wire.sum(sums)
-        if self.layout.node_rank > 0:
-            for tensor in sums:
-                tensor.zero_()
+        if self._windows_differ:
+            self.wire.sum([s for window in self._pending() for s in window.sums])
+
+    def keep_sums_once(self) -> None:
+        """Of sums that every node holds, leave those of the first: the canonical form of windows.
+
+        What the windows of all nodes add up to stays the same, up to rounding.
+        """
+        if self._windows_differ and self.layout.node_rank > 0:
+            for window in self._pending():
+                for tensor in window.sums:
+                    tensor.zero_()
+
+    @property
+    def _windows_differ(self) -> bool:
+        """Whether each node has windows of its own."""
+        return self.layout.nodes > 1 and self.config.levels.reduction == Reduction.deferred
+
+    def _pending(self) -> list[Window]:
+        return [w for w in self.windows if self.progress[w.group].tokens]
+
+    def gather_parameters(self) -> None:
+        """Set the model's parameters to what updates them, whose shards were set from outside."""
+        with torch.no_grad(), cpu.cuda_by_name():
+            for g in self.groups:
+                g.optimizer.gather_parameters()
 
     def counts(self, level: int) -> tuple[int, int]:
         """Updates and reductions of a level: of that of its sync groups that made most."""

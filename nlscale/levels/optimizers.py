@@ -29,6 +29,12 @@ class ShardedOptimizer(DistributedOptimizer):
     def _copy_main_params_to_model_params(self) -> None:
         torch._foreach_copy_(self._places, self._mains)
 
+    def gather_parameters(self) -> None:
+        """What `step` does after the update: the ranks of the node gather each other's shards."""
+        self._copy_main_params_to_model_params()
+        for ddp in self.model_chunks:
+            ddp.start_param_sync()
+
     @cached_property
     def _mains(self) -> list[Tensor]:
         """This rank's fp32 shards."""

@@ -92,19 +92,27 @@ def process_groups(
     """
     cpu.install()
     started_here = not dist.is_initialized()
+    timeouts = config.timeouts
+    longest = max(timeouts.startup, timeouts.step, timeouts.checkpoint)
+    # of every group: whichever a rank waits in, the watch is to say first what for
+    timeout = datetime.timedelta(seconds=longest + _WATCH_SPEAKS_FIRST_SECONDS)
     with ExitStack() as ends:
         with one_device():
             if started_here:
-                _join(config, on_end, _told(config, told or {}), ends)
+                _join(config, on_end, _told(config, told or {}), timeout, ends)
             ends.callback(parallel_state.destroy_model_parallel)
-            layout = _layout(config.parallel)
+            layout = _layout(config.parallel, timeout)
         yield layout
 
 
-def _join(config: Config, on_end: Callable[[str], None], told: Told, ends: ExitStack) -> None:
+def _join(
+    config: Config,
+    on_end: Callable[[str], None],
+    told: Told,
+    timeout: datetime.timedelta,
+    ends: ExitStack,
+) -> None:
     timeouts, here = config.timeouts, place()
-    longest = max(timeouts.startup, timeouts.step, timeouts.checkpoint)
-    timeout = datetime.timedelta(seconds=longest + _WATCH_SPEAKS_FIRST_SECONDS)
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "nccl"
@@ -165,7 +173,7 @@ def _check_numbering(parallel: ParallelConfig, here: Place) -> None:
     raise error
 
 
-def _layout(parallel: ParallelConfig) -> Layout:
+def _layout(parallel: ParallelConfig, timeout: datetime.timedelta) -> Layout:
     tensor, pipeline = parallel.tensor, parallel.pipeline
     virtual = parallel.virtual_stages
     per_node = parallel.ranks_per_node or _ranks_here()
@@ -176,6 +184,7 @@ def _layout(parallel: ParallelConfig) -> Layout:
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         num_distributed_optimizer_instances=nodes,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout / datetime.timedelta(minutes=1),
     )
     inside = parallel_state.get_data_parallel_group(
         with_context_parallel=True, partial_data_parallel=True
@@ -188,7 +197,7 @@ def _layout(parallel: ParallelConfig) -> Layout:
     groups.pp = parallel_state.get_pipeline_model_parallel_group()
     groups.ep = parallel_state.get_expert_model_parallel_group()
     groups.mp = parallel_state.get_model_parallel_group()
-    host = dist.new_group(backend="gloo")
+    host = dist.new_group(backend="gloo", timeout=timeout)
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname(), group=host)
     return Layout(

@@ -15,6 +15,7 @@ from nlscale.cluster.life.watch import doing
 from nlscale.config.vocabulary import Config, Dtype
 from nlscale.levels.engine import LevelOptimizer
 from nlscale.levels.spectrum import Level
+from nlscale.levels.state import Shard, shards
 from nlscale.model.decoder import Decoder, named_parameters
 from nlscale.model.init import initialize
 from nlscale.model.kernels import check_kernels
@@ -73,8 +74,23 @@ class Trainer:
     """Of the last step."""
 
     @classmethod
-    def build(cls, config: Config, layout: Layout, levels: list[Level], vocabulary: int) -> Trainer:
-        """Make and initialise the model; the same weights on every layout."""
+    def build(
+        cls,
+        config: Config,
+        layout: Layout,
+        levels: list[Level],
+        vocabulary: int,
+        draws: bool = True,
+    ) -> Trainer:
+        """Make and initialise the model; the same weights on every layout.
+
+        Args:
+            config: the run.
+            layout: this rank's place.
+            levels: the spectrum, periods in steps.
+            vocabulary: token ids of the model.
+            draws: false where weights are about to be read: what is there instead is anything.
+        """
         kernels = layout.device.type == "cuda" and config.train.kernels
         bf16 = config.train.dtype == Dtype.bf16
         megatron = megatron_config(config, fuse_accumulation=kernels and bf16)
@@ -82,7 +98,8 @@ class Trainer:
         mine = cut[layout.pipeline_rank :: layout.pipeline_size]
         stages = [Decoder(config, megatron, vocabulary, blocks) for blocks in mine]
         for stage in stages:
-            initialize(stage, config.run.seed, layout.tensor_rank, layout.tensor_size)
+            if draws:
+                initialize(stage, config.run.seed, layout.tensor_rank, layout.tensor_size)
             stage.to(layout.device)
         if kernels:
             columns = vocabulary // layout.tensor_size if stages[-1].is_last else 0
@@ -160,6 +177,10 @@ class Trainer:
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters by their names in the whole model."""
         return named_parameters(self.stages)
+
+    def shards(self) -> list[Shard]:
+        """What this rank holds of its parameters' optimizer state."""
+        return shards(self.optimizer, self.named_parameters())
 
     def _count(self, verdict: Verdict) -> None:
         counters = self.counters

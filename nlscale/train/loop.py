@@ -13,9 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nlscale.checkpoint.resume import resume
+from nlscale.checkpoint.restore import restore, start_from_weights
+from nlscale.checkpoint.resume import find_checkpoint
 from nlscale.checkpoint.saver import Saver, saves, store_of
-from nlscale.checkpoint.state import start_from_weights
+from nlscale.checkpoint.store.store import Checkpoint
 from nlscale.cluster.life.attempts import Attempts, goodput, time_spent
 from nlscale.cluster.life.deadline import Deadline
 from nlscale.cluster.life.place import place
@@ -24,7 +25,6 @@ from nlscale.cluster.life.watch import begin_step, doing
 from nlscale.config import recipe
 from nlscale.config.vocabulary import Config
 from nlscale.errors import SaidElsewhere, TrainingFailed, UserError
-from nlscale.evaluate.table import evaluation
 from nlscale.levels.spectrum import approximate, slow_level_warnings
 from nlscale.parallel.consensus import Requests
 from nlscale.parallel.devices import queue_warnings
@@ -48,6 +48,8 @@ from nlscale.train.summary import (
     stopped,
     summarise,
 )
+from nlscale.train.validation import Validation
+from nlscale.train.verify_data import verify_data
 
 
 def train(config: Config, prepared: Prepared, signals: StopSignals) -> dict[str, Any]:
@@ -77,6 +79,7 @@ def train(config: Config, prepared: Prepared, signals: StopSignals) -> dict[str,
             attempts.check(newest[0].step if newest else 0, config.run.max_restarts)
         try:
             with process_groups(config, attempts.end, {"the data": prepared.data}) as layout:
+                verify_data(config, prepared, layout)
                 claim.take(layout)
                 if claim.found.summary is not None:  # meanwhile
                     return _finished_before(run_dir, claim.found.summary)
@@ -103,7 +106,9 @@ def _run(
         telemetry.note(line)
     for line in [*claim.found.warnings, *attempts.warnings()]:
         telemetry.warn(line)
-    trainer = Trainer.build(config, layout, prepared.levels, prepared.vocabulary)
+    checkpoint, looked = _find(config, prepared, layout, telemetry)
+    draws = checkpoint is None and config.run.weights is None
+    trainer = Trainer.build(config, layout, prepared.levels, prepared.vocabulary, draws)
     telemetry.note(describe(config, prepared, layout))
     layers, stagger = config.model.layers, config.levels.stagger
     for warning in [
@@ -112,25 +117,28 @@ def _run(
         *queue_warnings(config.parallel, layout),
     ]:
         telemetry.warn(warning)
-    with _begin(trainer, prepared, telemetry, signals, attempts, claim) as saver:
+    _begin(trainer, checkpoint, telemetry, signals, attempts, claim)
+    wandb_id, note, store = telemetry.wandb_id, telemetry.note, store_of(config.run)
+    with Saver(trainer, prepared.data, wandb_id, store, note, claim.check, looked) as saver:
         counters, optimizer = trainer.counters, trainer.optimizer
         reader = StepReader(trainer, prepared)
         deadline, drops = Deadline(), Drops(config, prepared.tokens_per_step)
         warned: set[int] = set()
         slow_ranks: set[int] = set()
         costs = Costs(config, prepared, layout)
-        held_out: dict[str, Any] = {}
+        validation = Validation(prepared, trainer, telemetry, claim)
         seconds = 0.0
         signals.training()
         if counters.step in (0, config.train.steps):
-            held_out = _validate(prepared, trainer, telemetry, claim)
+            validation.run()
         while counters.step < config.train.steps:
             started, stalled = time.monotonic(), saver.take_stalled()
             begin_step(counters.step + 1)
             trainer.busy.start()
             with doing("reading data"), trainer.clock.reading():
                 batches = reader.take()
-            ends = layout.is_writer and deadline.is_near(seconds, saver.seconds)
+            between = 2 * seconds + validation.reserve(counters.step)
+            ends = layout.is_writer and deadline.is_near(between, saver.seconds)
             requests = Requests(
                 stop=signals.came or ends,
                 save=saver.wants(counters, prepared.tokens_per_step),
@@ -166,8 +174,8 @@ def _run(
                 }
             )
             last = step == config.train.steps
-            if step % config.train.validate_every == 0 or last:
-                held_out = _validate(prepared, trainer, telemetry, claim)
+            if validation.due(step):
+                validation.run()
                 trainer.clock.free()
             if saves(config.checkpoint) and (verdict.asked.save or verdict.asked.stop or last):
                 saver.save()
@@ -177,7 +185,7 @@ def _run(
                 raise stopped(config, step, signals.name or ("the job ends" if ends else None))
         saver.finish()
 
-    summary = summarise(trainer, prepared, held_out, costs)
+    summary = summarise(trainer, prepared, validation.held_out, costs)
     if layout.is_writer:
         claim.check()
         summary["goodput"] = goodput(attempts.events, telemetry.records(), time.time())
@@ -185,19 +193,28 @@ def _run(
     return summary
 
 
+def _find(
+    config: Config, prepared: Prepared, layout: Layout, telemetry: Telemetry
+) -> tuple[Checkpoint | None, float]:
+    """The checkpoint to go on from, verified, and the seconds which that took."""
+    started, store = time.monotonic(), store_of(config.run)
+    with doing("verifying a checkpoint", checkpoint=True):
+        found = find_checkpoint(config, prepared.data, layout, store, telemetry.warn)
+    return found, time.monotonic() - started
+
+
 def _begin(
     trainer: Trainer,
-    prepared: Prepared,
+    checkpoint: Checkpoint | None,
     telemetry: Telemetry,
     signals: StopSignals,
     attempts: Attempts,
     claim: Claim,
-) -> Saver:
-    """Go on from the run's newest checkpoint, or start from weights that were given or drawn."""
-    store = store_of(trainer.config.run)
-    with doing("reading a checkpoint", checkpoint=True):
-        checkpoint = resume(trainer, prepared.data, store, telemetry.warn)
+) -> None:
+    """Go on from a checkpoint, or start from weights that were given or drawn."""
     if checkpoint is not None:
+        with doing("reading a checkpoint", checkpoint=True):
+            restore(trainer, checkpoint)
         telemetry.note(
             f"resuming from {checkpoint.path}, step {checkpoint.step:,} of "
             f"{trainer.config.train.steps:,}"
@@ -215,8 +232,6 @@ def _begin(
         times = [record.get("time") for record in before]
         seen = [moment for moment in times if isinstance(moment, int | float)]
         attempts.begin(signals.since, max(step, 0), redone, seen[-1] if seen else None)
-    wandb_id, note = telemetry.wandb_id, telemetry.note
-    return Saver(trainer, prepared.data, wandb_id, store, note, claim.check)
 
 
 def _ranks(trainer: Trainer, telemetry: Telemetry, warned: set[int]) -> dict[str, Any]:
@@ -229,39 +244,6 @@ def _ranks(trainer: Trainer, telemetry: Telemetry, warned: set[int]) -> dict[str
         telemetry.warn(f"step {step}: {spread.warning}")
         warned.add(spread.slowest_rank)
     return {"ranks": asdict(spread)}
-
-
-def _validate(
-    prepared: Prepared, trainer: Trainer, telemetry: Telemetry, claim: Claim
-) -> dict[str, Any]:
-    """The validation's record; other evaluations that the configuration names follow it."""
-
-    def ask(name: str, kind: str) -> dict[str, Any]:
-        started = time.monotonic()
-        with doing(kind):
-            found = evaluation(name).run(trainer, prepared.validation)
-        own = {
-            "kind": kind,
-            "step": trainer.counters.step,
-            "time": time.time(),
-            "seconds": time.monotonic() - started,
-            "tokens": trainer.counters.tokens,
-        }
-        if taken := found.keys() & own.keys():
-            raise TrainingFailed(
-                f"the evaluation {name!r} calls a figure {min(taken)!r}, as every record calls "
-                f"something else; give it another name"
-            )
-        return {**own, **found}
-
-    record = ask("loss", "validation")
-    claim.check()
-    telemetry.validation(record)
-    for name in trainer.config.evaluate:
-        found = ask(name, "evaluation")
-        claim.check()
-        telemetry.evaluation(name, found)
-    return record
 
 
 def _finished_before(run_dir: Path, summary: dict[str, Any]) -> dict[str, Any]:

@@ -35,20 +35,19 @@ class Prepared:
 def prepare(config: Config) -> Prepared:
     """Check sizes, open the data and fill in what follows from them.
 
-    Sets `model.vocabulary` where it was null. Rank 0 of the run verifies the checksums of the
-    shards; the other ranks check that they are there.
+    Sets `model.vocabulary` where it was null. Every shard must be there with its size; checksums
+    are compared once the ranks have met (`nlscale.train.verify_data`).
 
     Raises:
         UserError: one line with the numbers and a fix.
     """
-    train, model, here = config.train, config.model, place()
-    data_parallel = check_sizes(config, here.world)
+    train, model = config.train, config.model
+    data_parallel = check_sizes(config, place().world)
     tokens_per_step = train.global_batch * config.data.sequence_length
     levels = spectrum(config.levels, tokens_per_step)
     check_evaluations(config.evaluate)
-    verify = here.rank == 0
-    shards = TokenShards(Path(config.data.dir), "train", verify=verify)
-    held_out = TokenShards(Path(config.data.dir), "validation", verify=verify)
+    shards = TokenShards(Path(config.data.dir), "train", verify=False)
+    held_out = TokenShards(Path(config.data.dir), "validation", verify=False)
     model.vocabulary = model.vocabulary or shards.vocabulary
     if model.vocabulary < shards.vocabulary:
         raise UserError(

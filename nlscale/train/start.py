@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from nlscale.cluster.life import open_files
 from nlscale.cluster.life.deadline import Deadline
 from nlscale.cluster.life.imports import importing
 from nlscale.cluster.life.owner import refuse_if_alive
@@ -23,10 +24,11 @@ def start(path: str | Path, overrides: list[str]) -> int:
         The exit code of a run that has finished.
 
     Raises:
-        UserError: as `nlscale.cluster.life.place.place`, `nlscale.train.prepare.prepare` and
-            `nlscale.train.loop.train`.
+        UserError: as `nlscale.cluster.life.place.place`, `nlscale.cluster.life.open_files.allow`,
+            `nlscale.train.prepare.prepare` and `nlscale.train.loop.train`.
     """
     here = place()  # what the environment says in part, or cannot mean, is refused before all else
+    open_files.allow(here)
     Deadline().refuse_past()
     with StopSignals() as signals:
         config = recipe.load(path, overrides, trusted=True).config

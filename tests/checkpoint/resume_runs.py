@@ -14,7 +14,8 @@ from levels.level_runs import (
     whole_parameters,
 )
 
-from nlscale.checkpoint.resume import resume
+from nlscale.checkpoint.restore import restore
+from nlscale.checkpoint.resume import find_checkpoint
 from nlscale.checkpoint.saver import Saver
 from nlscale.checkpoint.store.store import Checkpoint, Store
 from nlscale.levels.spectrum import spectrum
@@ -46,10 +47,10 @@ def train(
     config = load([*overrides, "checkpoint.keep=100"])
     with process_groups(config) as layout:
         levels = spectrum(config.levels, tokens_per_step=100)
-        trainer = Trainer.build(config, layout, levels, VOCABULARY)
         store = Store(folder)
+        trainer = Trainer.build(config, layout, levels, VOCABULARY, draws=not resumes)
         if resumes:
-            assert resume(trainer, DATA, store, lambda line: None) is not None
+            put_back(trainer, store)
         saver = Saver(trainer, DATA, None, store, lambda line: None)
         losses = {}
         while trainer.counters.step < config.train.steps:
@@ -68,12 +69,23 @@ def load_and_save(overrides: list[str], folder: Path) -> None:
     """On a rank of a world: load the newest checkpoint and write it again, without a step."""
     config = load(overrides)
     with process_groups(config) as layout:
-        trainer = Trainer.build(config, layout, spectrum(config.levels, 100), VOCABULARY)
-        store = Store(folder)
-        assert resume(trainer, DATA, store, lambda line: None) is not None
+        levels, store = spectrum(config.levels, 100), Store(folder)
+        trainer = Trainer.build(config, layout, levels, VOCABULARY, draws=False)
+        put_back(trainer, store)
         saver = Saver(trainer, DATA, None, store, lambda line: None)
         saver.save()
         saver.finish()
+
+
+def put_back(trainer: Trainer, store: Store) -> None:
+    """Put a trainer where the newest checkpoint's was."""
+    for p in trainer.named_parameters().values():
+        p.data.fill_(float("nan"))  # what is not read must not go unseen
+    for shard in trainer.shards():
+        shard.weights.detach().fill_(float("nan"))
+    found = find_checkpoint(trainer.config, DATA, trainer.layout, store, lambda line: None)
+    assert found is not None
+    restore(trainer, found)
 
 
 def checkpoint(folder: Path, step: int) -> Checkpoint:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from nlscale.checkpoint import saver as saver_module
 from nlscale.checkpoint.saver import Saver, saves
@@ -19,7 +20,8 @@ from nlscale.step.trainer import Counters
 
 def saver(*overrides: str, writer: bool = True) -> Saver:
     config = recipe.load(None, ["data.dir=none", *overrides]).config
-    trainer: Any = SimpleNamespace(config=config, layout=SimpleNamespace(is_writer=writer))
+    layout = SimpleNamespace(is_writer=writer, device=torch.device("cpu"))
+    trainer: Any = SimpleNamespace(config=config, layout=layout)
     return Saver(trainer, {}, None, Store(Path("nowhere")), print)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
 import tarfile
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from nlscale.data import BatchReader, Samples, TokenShards, read_index
+from nlscale.data import BatchReader, Samples, TokenShards, read_index, verified
 from nlscale.data import shards as shards_module
 from nlscale.data.build import build
 from nlscale.errors import UserError
@@ -45,6 +48,15 @@ def tokens_of(data: Path) -> np.ndarray:
                 assert file is not None
                 parts.append(np.frombuffer(file.read(), dtype=np.uint8))
     return np.concatenate(parts).astype(np.int64)
+
+
+def flip(path: Path) -> None:
+    """Alter one byte of a shard's tokens."""
+    with open(path, "r+b") as file:
+        file.seek(600)
+        byte = file.read(1)[0]
+        file.seek(600)
+        file.write(bytes([byte ^ 1]))
 
 
 def test_any_range_can_be_read(built: Path) -> None:
@@ -108,11 +120,7 @@ def test_truncated_shard(data: Path) -> None:
 
 def test_flipped_byte(data: Path) -> None:
     TokenShards(data)  # remembered as whole
-    with open(data / "train-000003.tar", "r+b") as file:
-        file.seek(600)
-        byte = file.read(1)[0]
-        file.seek(600)
-        file.write(bytes([byte ^ 1]))
+    flip(data / "train-000003.tar")
     with pytest.raises(UserError, match=r"train-000003\.tar was altered.*sha256"):
         TokenShards(data)
     TokenShards(data, verify=False)
@@ -126,26 +134,62 @@ def test_shard_truncated_while_reading(data: Path) -> None:
         shards.read(0, 256)
 
 
-def test_shards_are_hashed_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed = []
-    original = TokenShards._sha256
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Bytes that were read to be hashed, by name of the shard."""
+    read, seen = verified._read_into, Counter[str]()
 
-    def count(self: TokenShards, shard: dict) -> str:
-        hashed.append(shard["name"])
-        return original(self, shard)
+    def count(file: Any, buffer: memoryview) -> int:
+        size = read(file, buffer)
+        seen[Path(file.name).name] += size
+        return size
 
-    monkeypatch.setattr(TokenShards, "_sha256", count)
+    monkeypatch.setattr(verified, "_read_into", count)
+    return seen
+
+
+def test_shards_are_hashed_once(data: Path, hashed: Counter[str]) -> None:
     TokenShards(data)
-    assert hashed
+    sizes = {path.name: path.stat().st_size for path in data.glob("train-*.tar")}
+    assert hashed == sizes and len(sizes) > 2
     hashed.clear()
     TokenShards(data)
     assert not hashed
     os.utime(data / "train-000000.tar")
     TokenShards(data)
-    assert hashed == ["train-000000.tar"]
+    assert list(hashed) == ["train-000000.tar"]
     (data / ".verified.json").write_text("torn")
+    hashed.clear()
     TokenShards(data)
-    assert len(hashed) > 2
+    assert hashed == sizes
+
+
+def test_a_build_remembers_what_it_wrote(built: Path, tmp_path: Path, hashed: Counter[str]) -> None:
+    data = Path(shutil.copytree(built, tmp_path / "data"))  # which keeps modification times
+    for split in ("train", "validation"):
+        TokenShards(data, split)
+    assert not hashed
+    path = data / "train-000001.tar"
+    before = path.stat()
+    flip(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    TokenShards(data)  # a known limit: it looks the same
+    os.utime(path)
+    with pytest.raises(UserError, match=r"train-000001\.tar was altered.*sha256"):
+        TokenShards(data)
+    assert set(hashed) == {"train-000001.tar"}
+
+
+def test_a_build_over_another_forgets_what_that_one_wrote(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(9):
+        (tmp_path / "in" / f"{number}.txt").write_text(f"{number} " * 300)
+    out = tmp_path / "out"
+    build([str(tmp_path / "in")], "bytes", out, shard_tokens=128, block_tokens=64)
+    many = json.loads((out / ".verified.json").read_text())
+    build([str(tmp_path / "in")], "bytes", out, overwrite=True)
+    few = json.loads((out / ".verified.json").read_text())
+    assert len(many) > 3 and set(few) == {path.name for path in out.glob("*.tar")}
 
 
 def test_a_folder_that_cannot_be_written_is_only_read(
@@ -154,7 +198,7 @@ def test_a_folder_that_cannot_be_written_is_only_read(
     def refuse(*_: object) -> None:
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(shards_module, "write_json", refuse)
+    monkeypatch.setattr(verified, "write_json", refuse)
     assert TokenShards(data).read(0, 3).shape == (3,)
 
 

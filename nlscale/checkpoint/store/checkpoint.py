@@ -21,6 +21,8 @@ from nlscale.checkpoint.store.safe import (
     read_pieces,
     stored_tensors,
 )
+from nlscale.checkpoint.store.together import Ranks
+from nlscale.cluster.spread import deal
 
 METADATA = ".metadata"  # as DCP calls it
 STATE = "state.json"
@@ -65,12 +67,25 @@ class Checkpoint:
             raise CheckpointError(f"{path} holds no object")
         return state
 
-    def verify(self) -> None:
+    def verify(self, ranks: Ranks | None = None) -> None:
         """Read every byte and compare it with what the manifest says.
 
+        Args:
+            ranks: that share the reading, all of which call this; None: this process alone.
+
         Raises:
-            CheckpointError: one line, every file that is missing, truncated, altered or unlisted.
+            CheckpointError: one line, every file that is missing, truncated, altered or unlisted;
+                on every rank.
         """
+        ranks = ranks or Ranks()
+        listed, problems = ranks.first(self._listing)
+        sizes = {name: digest.bytes for name, digest in listed.items()}
+        mine = deal(sizes, ranks.size)[ranks.rank]
+        found = ranks.each(lambda: self._differences({name: listed[name] for name in mine}))
+        ranks.first(lambda: self._refuse([p for part in found for p in part] + problems))
+
+    def _listing(self) -> tuple[dict[str, Digest], list[str]]:
+        """The files that the manifest lists; what is wrong before any of them is read."""
         entries = self.manifest
         if entries["step"] != self.step:
             raise CheckpointError(
@@ -81,11 +96,15 @@ class Checkpoint:
             there = set(os.listdir(self.path))
         except OSError as error:
             raise CheckpointError(_unreadable(self.path, error)) from error
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            found = threads.map(lambda name: _difference(self.path / name, listed[name]), listed)
-            problems = [problem for problem in found if problem]
         unlisted = sorted(there - set(listed) - {manifest.NAME})
-        problems += [f"{name} is not listed in {manifest.NAME}" for name in unlisted]
+        return listed, [f"{name} is not listed in {manifest.NAME}" for name in unlisted]
+
+    def _differences(self, listed: dict[str, Digest]) -> list[str]:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            found = threads.map(lambda name: difference(self.path / name, listed[name]), listed)
+            return [problem for problem in found if problem]
+
+    def _refuse(self, problems: list[str]) -> None:
         if problems:
             raise CheckpointError(f"{self.path} is not whole: {'; '.join(problems)}")
 
@@ -120,30 +139,54 @@ class Checkpoint:
         listed = self.manifest["files"].get(name)
         if listed is None:
             raise CheckpointError(f"{self.path} is not whole: {manifest.NAME} lists no {name}")
-        problem = _difference(self.path / name, Digest(**listed))
-        if problem:
-            raise CheckpointError(f"{self.path} is not whole: {problem}")
-        return (self.path / name).read_bytes()
+        path, wanted = self.path / name, Digest(**listed)
+        problem = _misfit(path, wanted)
+        if problem is None:
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                problem = _no_reading(path, error)
+            else:
+                if files.digest_of(data) == wanted:
+                    return data
+                problem = _altered(path)
+        raise CheckpointError(f"{self.path} is not whole: {problem}")
 
 
-def _difference(path: Path, listed: Digest) -> str | None:
-    """What differs between a file and what the manifest lists of it; None: nothing."""
+def difference(path: Path, listed: Digest) -> str | None:
+    """What differs between a file and what it must be; None: nothing."""
+    problem = _misfit(path, listed)
+    if problem is not None:
+        return problem
+    try:
+        return None if files.digest(path) == listed else _altered(path)
+    except OSError as error:
+        return _no_reading(path, error)
+
+
+def _misfit(path: Path, listed: Digest) -> str | None:
+    """What differs before it is read."""
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            return f"{path.name} is not a file"  # a pipe would be waited for, a device never ends
-        size = status.st_size
-        if size < listed.bytes:
-            return f"{path.name} is truncated: {size} of {listed.bytes} bytes"
-        if size > listed.bytes:
-            return f"{path.name} has {size} bytes instead of {listed.bytes}"
-        if files.digest(path) != listed:
-            return f"{path.name} was altered: its sha256 differs"
-    except FileNotFoundError:
-        return f"{path.name} is missing"
     except OSError as error:
-        return f"{path.name} cannot be read: {error.strerror}"
+        return _no_reading(path, error)
+    if not stat.S_ISREG(status.st_mode):
+        return f"{path.name} is not a file"  # a pipe would be waited for, a device never ends
+    if status.st_size < listed.bytes:
+        return f"{path.name} is truncated: {status.st_size} of {listed.bytes} bytes"
+    if status.st_size > listed.bytes:
+        return f"{path.name} has {status.st_size} bytes instead of {listed.bytes}"
     return None
+
+
+def _altered(path: Path) -> str:
+    return f"{path.name} was altered: its sha256 differs"
+
+
+def _no_reading(path: Path, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{path.name} is missing"
+    return f"{path.name} cannot be read: {error.strerror}"
 
 
 def _unreadable(path: Path, error: OSError) -> str:

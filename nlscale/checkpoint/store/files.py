@@ -151,6 +151,11 @@ def digest(path: Path) -> Digest:
     return Digest(size, sha256.hexdigest())
 
 
+def digest_of(data: bytes) -> Digest:
+    """Of what has been read already."""
+    return Digest(len(data), hashlib.sha256(data).hexdigest())
+
+
 class _Output(io.RawIOBase):
     """The unbuffered end of a `HashedFile`."""
 

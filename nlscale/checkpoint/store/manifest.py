@@ -38,8 +38,8 @@ def render(step: int, files: Mapping[str, Digest]) -> bytes:
     )
 
 
-def parse(path: Path, data: bytes) -> dict[str, Any]:
-    """The manifest in the bytes of `path`, without its own sha256.
+def parse(path: Path | str, data: bytes) -> dict[str, Any]:
+    """The manifest in the bytes of a file or object, without its own sha256.
 
     Raises:
         CheckpointError: a byte of it was altered, or this nlscale does not know its format.

@@ -6,7 +6,6 @@ runs whatever the file says. Here `nlscale.checkpoint.store.unpickle` reads it.
 
 from __future__ import annotations
 
-import io
 import pickle
 import re
 from collections.abc import Collection
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -23,11 +22,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.futures import Future
 
 from nlscale.checkpoint.store import unpickle
+from nlscale.checkpoint.store.boxes import read_box
 from nlscale.checkpoint.store.pieces import Piece
 from nlscale.errors import UserError
 
@@ -79,78 +78,38 @@ def read_pieces(
         CheckpointError: a name is not stored or has another shape, a box is not covered by what
             is stored, a file is missing or broken, or holds anything but tensors.
     """
-    reader = _Reader(path, files)
-    reader.set_up_storage_reader(metadata, is_coordinator=False)
-    plan = LoadPlan(_read_items(path, metadata, pieces))
-    reader.read_data(plan, _Destinations(pieces))
+    places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+    by_file: dict[str, list[ReadItem]] = {}
+    for item in _read_items(path, metadata, pieces):
+        by_file.setdefault(places[item.storage_index].relative_path, []).append(item)
+    for name, items in sorted(by_file.items()):
+        # also keeps a path such as ../../x from being followed
+        if name not in files:
+            raise CheckpointError(f"{path} is not whole: its manifest has no {name}")
+        items.sort(key=lambda item: places[item.storage_index].offset)
+        try:
+            with open(path / name, "rb", buffering=0) as file:
+                for item in items:
+                    info = places[item.storage_index]
+                    part = read_box(
+                        file, info.offset, info.length, item.storage_offsets, item.lengths
+                    )
+                    _place(pieces[_number(item)], item).copy_(part)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            what = found[1] if found else "more than tensors"
+            raise _refusal(path / name, what) from error
+        except Exception as error:  # broken data fail in as many ways
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise CheckpointError(f"{path / name} cannot be read: {reason}") from error
 
 
-class _Reader(FileSystemReader):
-    """DCP's reader of data files; the tensors are read by `torch.load(weights_only=True)`."""
-
-    def __init__(self, path: Path, files: Collection[str]) -> None:
-        super().__init__(path)
-        self._folder = path
-        self._files = files
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        raise NotImplementedError("DCP's own would unpickle anything; see load_metadata")
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read file after file, each from its beginning to its end, so that errors can name it."""
-        by_file: dict[str, list[ReadItem]] = {}
-        for item in plan.items:
-            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
-        for name, items in sorted(by_file.items()):
-            # also keeps a path such as ../../x from being followed
-            if name not in self._files:
-                raise CheckpointError(f"{self._folder} is not whole: its manifest has no {name}")
-            items.sort(key=lambda item: self.storage_data[item.storage_index].offset)
-            try:
-                super().read_data(LoadPlan(items), planner)
-            except pickle.UnpicklingError as error:
-                found = re.search(r"GLOBAL ([\w.]+)", str(error))
-                what = found[1] if found else "more than tensors"
-                raise _refusal(self._folder / name, what) from error
-            except Exception as error:  # broken data fail in as many ways
-                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-                raise CheckpointError(f"{self._folder / name} cannot be read: {reason}") from error
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-
-class _Destinations(LoadPlanner):
-    """Where what is read goes; the plan is made by `_read_items`, so the rest is not needed."""
-
-    def __init__(self, pieces: list[Piece]) -> None:
-        self._pieces = pieces
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        target = self._pieces[_number(read_item)].data.detach()
-        for dim, (start, length) in enumerate(
-            zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        ):
-            target = target.narrow(dim, start, length)
-        return target
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        pass  # it was written in place
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError
-
-    def create_local_plan(self) -> LoadPlan:
-        raise NotImplementedError
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise NotImplementedError
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        raise NotImplementedError
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise NotImplementedError
+def _place(piece: Piece, item: ReadItem) -> torch.Tensor:
+    """Where in a piece what is read belongs."""
+    target = piece.data.detach()
+    for dim, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
+        target = target.narrow(dim, start, length)
+    return target
 
 
 def _read_items(path: Path, metadata: Metadata, pieces: list[Piece]) -> list[ReadItem]:

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,13 +31,14 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from nlscale.checkpoint.store import dcp, files, manifest
-from nlscale.checkpoint.store.checkpoint import STATE, Checkpoint
+from nlscale.checkpoint.store.checkpoint import STATE, Checkpoint, difference
+from nlscale.checkpoint.store.files import Digest
 from nlscale.checkpoint.store.pieces import Piece
 from nlscale.checkpoint.store.safe import CheckpointError
 from nlscale.checkpoint.store.together import Failure, Ranks
 from nlscale.config.units import human_bytes
 
-__all__ = ["Checkpoint", "CheckpointError", "Store", "Written"]
+__all__ = ["Checkpoint", "CheckpointError", "Store", "Written", "refuse_unseen"]
 
 LATEST = "LATEST"
 _NAME = re.compile(r"step-(\d{8,})(\.partial|\.replaced|\.deleted)?")
@@ -73,32 +75,41 @@ class Store:
                 found[step] = Checkpoint(path, step)
         return [found[step] for step in sorted(found)]
 
-    def newest_valid(self, say: Callable[[str], None]) -> Checkpoint | None:
+    def newest_valid(
+        self, say: Callable[[str], None], ranks: Ranks | None = None
+    ) -> Checkpoint | None:
         """The newest checkpoint that is whole; None where there is none at all, broken or not.
 
         Args:
-            say: takes a line for each broken one that is passed over.
+            say: takes a line for each broken one that is passed over; on the first rank.
+            ranks: that share the reading, all of which call this; None: this process alone.
 
         Raises:
-            CheckpointError: there are checkpoints, and none is whole; lists why.
+            CheckpointError: there are checkpoints, and none is whole; lists why. Or a rank does not
+                see what the first one sees.
         """
-        candidates = self.checkpoints()[::-1]
-        latest = self._latest()
+        ranks = ranks or Ranks()
+        first = ranks.rank == 0
+        found, latest = ranks.first(lambda: (self.checkpoints()[::-1], self._latest()))
+        candidates: list[Checkpoint] = found
         newest = candidates[0].step if candidates else -1
         # LATEST is older than the newest where the process ended just before it wrote it
-        if latest is not None and latest > newest:
+        if latest is not None and latest > newest and first:
             left = f"trying step {newest}" if candidates else "no other is left"
             say(f"checkpoint of step {latest}, the last one written, is gone; {left}")
+        if candidates:
+            ranks.each(lambda: refuse_unseen(candidates[0].path))
         broken = []
         for number, checkpoint in enumerate(candidates):
             try:
-                checkpoint.verify()
+                checkpoint.verify(ranks)
                 return checkpoint
             except CheckpointError as error:
                 broken.append(str(error))
                 older = candidates[number + 1 :]
                 left = f"trying step {older[0].step}" if older else "no other is left"
-                say(f"checkpoint of step {checkpoint.step} is broken, {left}: {error}")
+                if first:
+                    say(f"checkpoint of step {checkpoint.step} is broken, {left}: {error}")
         if broken:
             raise CheckpointError(
                 f"none of the {len(broken)} checkpoints in {self.folder} is whole: "
@@ -113,7 +124,7 @@ class Store:
         state: dict[str, Any],
         group: dist.ProcessGroup | None,
     ) -> Written:
-        """Save the pieces of all ranks together; on return they are on the disk.
+        """Save the pieces of all ranks together; on return they are on the disk, and read back.
 
         Collective over the group; may be called from a background thread, if nothing else uses the
         group meanwhile. A checkpoint of that step that is there is replaced.
@@ -131,7 +142,7 @@ class Store:
         """
         return _Save(self, step, pieces, state, group).run()
 
-    def prune(self, keep: int, keep_every: int | None) -> list[int]:
+    def prune(self, keep: int, keep_every: int | None, whole: int | None = None) -> list[int]:
         """Delete what is older than the newest `keep`, and what dead writers left behind.
 
         Called by one process, while none writes. The checkpoint written last is verified first.
@@ -139,6 +150,8 @@ class Store:
         Args:
             keep: how many to keep, at least 1, counted from the one written last.
             keep_every: also keep every step that this divides.
+            whole: the step of the checkpoint that `write` has just returned, which has been
+                verified.
 
         Returns:
             The steps deleted, oldest first.
@@ -159,7 +172,8 @@ class Store:
             # Newer than LATEST are those that a resume passed over as broken. They neither count
             # nor go: they are written again when the run gets there.
             last = steps.index(latest) if latest in steps else len(steps) - 1
-            checkpoints[last].verify()
+            if steps[last] != whole:
+                checkpoints[last].verify()
             removed = []
             for checkpoint in checkpoints[: max(0, last + 1 - keep)]:
                 if keep_every is None or checkpoint.step % keep_every:
@@ -240,6 +254,8 @@ class _Save:
         plans = self._ranks.each(lambda: dcp.plan(self._pieces))
         self._ranks.first(lambda: self._open(plans))
         data = self._ranks.each(self._write_data)
+        written = self._ranks.first(lambda: [one.digests for one in data])
+        self._ranks.each(lambda: self._read_back(written))
         return self._ranks.first(lambda: self._finish(data))
 
     def _open(self, plans: list[dcp.SavePlan]) -> None:
@@ -265,10 +281,28 @@ class _Save:
             )
         return dcp.write_data(self._partial, self._ranks.rank, self._pieces)
 
+    def _read_back(self, written: list[dict[str, Digest]]) -> None:
+        """Verify what the rank half of all ranks away wrote: on another node, if there is one.
+
+        What a node reads of its own writing may come from its memory.
+        """
+        writer = (self._ranks.rank + self._ranks.size // 2) % self._ranks.size
+        self._verify(written[writer])
+
+    def _verify(self, written: dict[str, Digest]) -> None:
+        problems = [difference(self._partial / name, digest) for name, digest in written.items()]
+        if any(problems):
+            raise CheckpointError(
+                f"{self._partial.parent} does not hold what was written there: "
+                f"{'; '.join(filter(None, problems))}"
+            )
+
     def _finish(self, data: list[dcp.DataFiles]) -> Written:
-        digests = {name: digest for one in data for name, digest in one.digests.items()}
-        digests |= dcp.write_metadata(self._partial, self._metadata, [one.results for one in data])
+        digests = dcp.write_metadata(self._partial, self._metadata, [one.results for one in data])
         digests[STATE] = files.write(self._partial / STATE, self._text)
+        self._verify(digests)
+        for one in data:
+            digests |= one.digests
         text = manifest.render(self._step, digests)
         digests[manifest.NAME] = files.write(self._partial / manifest.NAME, text)
         files.sync_folder(self._partial)
@@ -308,6 +342,15 @@ class _Save:
                 free = shutil.disk_usage(self._store.folder).free
                 said.append(f"{human_bytes(free)} free, about {human_bytes(self._needed)} needed")
         return ": ".join(said)
+
+
+def refuse_unseen(path: Path) -> None:
+    """Refuse a checkpoint that the first rank sees and this one does not."""
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path.parent} on {socket.gethostname()} does not hold the checkpoint {path.name} "
+            f"that the first rank sees: it must be a folder that all nodes share"
+        )
 
 
 def _name(step: int) -> str:

@@ -27,6 +27,14 @@ class Failure:
     disk_full: bool
 
 
+def _reason_of_the_first(failures: list[Failure]) -> str:
+    return failures[0].reason
+
+
+def _nothing() -> None:
+    pass
+
+
 class Ranks:
     """The ranks of a gloo group, or this process alone.
 
@@ -42,15 +50,15 @@ class Ranks:
 
     def __init__(
         self,
-        group: dist.ProcessGroup | None,
-        describe: Callable[[list[Failure]], str],
-        undo: Callable[[], None],
+        group: dist.ProcessGroup | None = None,
+        describe: Callable[[list[Failure]], str] = _reason_of_the_first,
+        undo: Callable[[], None] = _nothing,
     ) -> None:
         self._group = group
         self._describe = describe
         self._undo = undo
         self.rank = 0 if group is None else dist.get_rank(group)
-        self._size = 1 if group is None else dist.get_world_size(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
         self._who = "" if group is None else f"rank {dist.get_rank()} on {socket.gethostname()}"
 
     def each(self, work: Callable[[], T]) -> list[T]:
@@ -82,7 +90,7 @@ class Ranks:
     def _gather(self, outcome: tuple[Any, Failure | None]) -> list[tuple[Any, Failure | None]]:
         if self._group is None:
             return [outcome]
-        outcomes = [outcome] * self._size if self.rank == 0 else None
+        outcomes = [outcome] * self.size if self.rank == 0 else None
         with self._in_touch():
             dist.gather_object(outcome, outcomes, group=self._group, group_dst=0)
         return outcomes or []

@@ -41,17 +41,18 @@ class Deadline:
                 f"{time.time() - self.end:.0f} s ago: it is of another job; unset it"
             )
 
-    def is_near(self, step_seconds: float, save_seconds: float) -> bool:
+    def is_near(self, seconds: float, save_seconds: float) -> bool:
         """Whether to stop after the step that begins now.
 
         Args:
-            step_seconds: what a step takes.
-            save_seconds: what writing a checkpoint took last, 0 where none has been written; it is
-                counted twice, as a file system that others use may be slower next time.
+            seconds: what this step and the next take, with all that is between.
+            save_seconds: what it took last from asking for a checkpoint to the end of all that
+                follows from it, 0 where that is not known; it is counted twice, as a file system
+                that others use may be slower next time.
         """
         if self.end is None:
             return False
-        return time.time() + 2 * step_seconds + 2 * save_seconds + _RESERVE_SECONDS > self.end
+        return time.time() + seconds + 2 * save_seconds + _RESERVE_SECONDS > self.end
 
 
 def _seconds(text: str) -> float:

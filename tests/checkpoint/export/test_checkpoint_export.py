@@ -25,7 +25,7 @@ from torch import Tensor
 from nlscale import cli
 from nlscale.checkpoint.export import weights as room
 from nlscale.checkpoint.export.weights import export, load_model, read_weights
-from nlscale.checkpoint.state import start_from_weights
+from nlscale.checkpoint.restore import start_from_weights
 from nlscale.checkpoint.store.pieces import Piece
 from nlscale.checkpoint.store.store import Checkpoint, Store
 from nlscale.config.vocabulary import Dtype

@@ -87,11 +87,11 @@ def test_goodput_accounts_for_all_the_time() -> None:
 
 def test_a_run_stops_in_time_for_its_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert not Deadline().is_near(step_seconds=1e9, save_seconds=1e9)
+    assert not Deadline().is_near(seconds=1e9, save_seconds=1e9)
     monkeypatch.setenv(VARIABLE, str(time.time() + 300))
-    assert not Deadline().is_near(step_seconds=1.0, save_seconds=100.0)
-    assert Deadline().is_near(step_seconds=1.0, save_seconds=150.0), "a slower save: stop earlier"
-    assert Deadline().is_near(step_seconds=150.0, save_seconds=1.0)
+    assert not Deadline().is_near(seconds=2.0, save_seconds=100.0)
+    assert Deadline().is_near(seconds=2.0, save_seconds=150.0), "a slower save: stop earlier"
+    assert Deadline().is_near(seconds=300.0, save_seconds=1.0)
     Deadline().refuse_past()
     for text in ("tomorrow", "nan", "inf"):
         monkeypatch.setenv(VARIABLE, text)

@@ -1,0 +1,117 @@
+"""Putting a freshly built trainer where a checkpoint's was, or giving it a model's weights.
+
+A rank reads what updates its parameters and nothing twice: of what every node holds each reads an
+equal part, and gets the others' from them. Where the files come over the network they cross it once
+instead of once a node. The parameters themselves follow from what updates them, by the same
+gathering inside the node as after an update.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from nlscale.checkpoint.export.weights import read_weights
+from nlscale.checkpoint.flat import Flat, cut
+from nlscale.checkpoint.state import (
+    Held,
+    flat,
+    is_canonical,
+    is_pending,
+    layout_of,
+    window_name,
+)
+from nlscale.checkpoint.store.store import Checkpoint
+from nlscale.config.vocabulary import Pending, Reduction
+from nlscale.errors import UserError
+from nlscale.levels.engine import Progress
+from nlscale.levels.spectrum import SyncGroup
+from nlscale.model.init import full_shape
+from nlscale.parallel.layout import Layout
+from nlscale.step.trainer import Counters, Trainer
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Put a freshly built trainer where the checkpoint's was, on whatever layout.
+
+    Raises:
+        UserError: the sync groups are others, or the windows are another layout's own.
+        CheckpointError: the checkpoint does not hold what is asked of it.
+    """
+    state, layout, canonical = checkpoint.state, trainer.layout, is_canonical(trainer)
+    _restore_progress(trainer, state)
+    if state["pending"] == Pending.exact.value and state["layout"] != layout_of(layout):
+        raise UserError(
+            f"{checkpoint.path} holds the windows of its own layout ({_say(state['layout'])}) and "
+            f"this is {_say(layout_of(layout))}: checkpoint.pending=exact resumes on the same "
+            f"layout only"
+        )
+    if state["pending"] != trainer.config.checkpoint.pending.value:
+        canonical = state["pending"] == Pending.canonical.value
+    held = Held([], [])
+    for shard in trainer.shards():
+        progress = trainer.optimizer.progress[shard.group]
+        kept = shard.begin_state(progress.updates) if progress.updates else {}
+        for kind, tensor in {"weights": shard.weights, **kept}.items():
+            held.everywhere.append(flat(f"{kind}/{shard.name}", shard, tensor))
+        if is_pending(trainer, shard.group):
+            windows = held.everywhere if canonical else held.here
+            windows.append(flat(window_name(shard, layout, canonical), shard, shard.window))
+    checkpoint.read(held.pieces(layout))
+    _spread(held.everywhere, layout)
+    if canonical and trainer.config.levels.reduction == Reduction.deferred:
+        trainer.optimizer.keep_sums_once()
+    trainer.optimizer.gather_parameters()
+    names = Counters.__dataclass_fields__
+    trainer.counters = Counters(**{name: state[name] for name in names})
+
+
+def start_from_weights(trainer: Trainer, folder: Path) -> None:
+    """Give a freshly built trainer the weights of an exported model, on whatever layout.
+
+    Raises:
+        UserError: names or shapes are not this model's.
+    """
+    layout = trainer.layout
+    shapes = {
+        name: tuple(full_shape(p, layout.tensor_size))
+        for name, p in trainer.named_parameters().items()
+    }
+    everyones: list[Any] = [None] * layout.world
+    dist.all_gather_object(everyones, shapes, group=layout.host)
+    weights = [flat(f"weights/{shard.name}", shard, shard.weights) for shard in trainer.shards()]
+    held = Held(weights, [])
+    read_weights(folder, held.pieces(layout), {k: v for part in everyones for k, v in part.items()})
+    _spread(held.everywhere, layout)
+    trainer.optimizer.gather_parameters()
+
+
+def _spread(flats: list[Flat], layout: Layout) -> None:
+    """Give every node the parts that the others have read (`Held.dealt`)."""
+    if layout.across_nodes is None:
+        return
+    for node in range(layout.nodes):
+        for part in cut(flats, layout.nodes, node):
+            dist.broadcast(part.data, group=layout.across_nodes, group_src=node)
+
+
+def _restore_progress(trainer: Trainer, state: dict[str, Any]) -> None:
+    saved = {
+        SyncGroup(entry["level"], entry["phase"], entry["period"]): entry
+        for entry in state["levels"]
+    }
+    progress = trainer.optimizer.progress
+    if saved.keys() != progress.keys():
+        raise UserError(
+            "the checkpoint's levels, periods or phases are others than this configuration's, and "
+            "its windows belong to them: keep levels, model.layers and the tokens of a step"
+        )
+    for group, entry in saved.items():
+        names = Progress.__dataclass_fields__
+        progress[group] = Progress(**{name: entry[name] for name in names})
+
+
+def _say(layout: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in layout.items())
