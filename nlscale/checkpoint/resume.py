@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nlscale.checkpoint.mirror.fetch import fetch_newest
 from nlscale.checkpoint.same_run import check_same_run
 from nlscale.checkpoint.store.store import Checkpoint, CheckpointError, Store, refuse_unseen
 from nlscale.checkpoint.store.together import Ranks
@@ -50,7 +51,12 @@ def check_writable(store: Store) -> None:
 
 
 def find_checkpoint(
-    config: Config, data: dict[str, Any], layout: Layout, store: Store, say: Callable[[str], None]
+    config: Config,
+    data: dict[str, Any],
+    layout: Layout,
+    store: Store,
+    say: Callable[[str], None],
+    note: Callable[[str], None] = lambda line: None,
 ) -> Checkpoint | None:
     """The run's newest checkpoint that is whole; None where there is none at all.
 
@@ -63,6 +69,7 @@ def find_checkpoint(
         layout: this rank's place.
         store: the run's.
         say: takes a line on each broken checkpoint that is passed over.
+        note: takes lines on what is fetched from checkpoint.mirror.
 
     Raises:
         UserError: the run may not go on from it, or not every node sees it.
@@ -70,6 +77,8 @@ def find_checkpoint(
     """
     ranks = Ranks(layout.host)
     checkpoint = store.newest_valid(say, ranks)
+    if checkpoint is None and config.checkpoint.mirror is not None:
+        checkpoint = fetch_newest(config.checkpoint.mirror, store, layout.host, note)
     if checkpoint is None:
         checkpoint = ranks.first(lambda: _start(config.resume))
         if checkpoint is not None:

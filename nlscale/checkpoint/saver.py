@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nlscale.checkpoint import FOLDER
+from nlscale.checkpoint.mirror.copier import Copier
 from nlscale.checkpoint.slabs import HostSlabs
 from nlscale.checkpoint.state import copy_of_state, trainer_state
 from nlscale.checkpoint.store.pieces import Piece
-from nlscale.checkpoint.store.store import Store, Written
+from nlscale.checkpoint.store.store import Checkpoint, Store, Written
 from nlscale.cluster.life.owner import LostOwnership
 from nlscale.cluster.life.watch import doing
 from nlscale.config.vocabulary import CheckpointConfig, RunConfig
@@ -37,6 +38,7 @@ class Saver:
         store: where to.
         say: takes a line on each finished save; called on the first rank, from the thread.
         check: called before anything is written; raises where this process may not, any more.
+        copier: takes what is written, on the first rank; None: nothing is copied.
         expected: seconds that a save may take, as far as that is known before the first.
     """
 
@@ -49,9 +51,11 @@ class Saver:
         say: Callable[[str], None],
         check: Callable[[], None] = lambda: None,
         expected: float = 0.0,
+        copier: Copier | None = None,
     ) -> None:
         self._trainer, self._data, self._wandb_id = trainer, data, wandb_id
         self._store, self._say, self._check = store, say, check
+        self._copier = copier
         self._config = trainer.config.checkpoint
         self._every = checkpoint_interval(trainer.config.checkpoint)
         self._saved_at = time.monotonic()
@@ -161,6 +165,8 @@ class Saver:
                 written = self._store.write(step, pieces, state, layout.host)
             self.written = written
             if layout.is_writer:
+                if self._copier is not None:
+                    self._copier.offer(Checkpoint(written.path, step))
                 self._prune(step)
                 self._say(
                     f"checkpoint at step {step}: {written.bytes / 1e6:.1f} MB in "
@@ -173,7 +179,8 @@ class Saver:
     def _prune(self, step: int) -> None:
         try:
             self._check()
-            self._store.prune(self._config.keep, self._config.keep_every, whole=step)
+            spare = self._copier.copying if self._copier is not None else None
+            self._store.prune(self._config.keep, self._config.keep_every, step, spare)
         except LostOwnership:
             return  # training is told by itself, and the log is another's
         except (OSError, UserError) as error:

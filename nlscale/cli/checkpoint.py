@@ -31,10 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "list",
         "the checkpoints of a run",
         "List the checkpoints of a run: step, tokens, when they were written, size, and which one "
-        "LATEST names.",
+        "LATEST names. Of a URL: those of the mirror there.",
         _list,
     )
-    _add_folder(listed)
+    listed.add_argument(
+        "folder", type=_path_or_url, metavar="DIR", help=f"{_ANY}; or the URL of a mirror"
+    )
 
     inspect = _verb(
         verbs,
@@ -138,9 +140,20 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=path, metavar="DIR", help=_ANY)
 
 
+def _path_or_url(text: str) -> Path | str:
+    """A `type` of argparse: a text with :// is the URL of a mirror."""
+    return text if "://" in text else path(text)
+
+
 def _list(args: argparse.Namespace) -> int:
     from nlscale.checkpoint.inspection import listing, print_listing
 
+    if isinstance(args.folder, str):
+        from nlscale.checkpoint.mirror.listing import mirror_listing
+        from nlscale.checkpoint.mirror.remote import Remote
+
+        _show(args, mirror_listing(Remote(args.folder)), print_listing)
+        return 0
     _show(args, listing(*find(args.folder)), print_listing)
     return 0
 

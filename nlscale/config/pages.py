@@ -80,6 +80,7 @@ PAGES = {
     "checkpoint": "concepts/checkpoints.md",
     "checkpoint.keep": "concepts/checkpoints.md#the-store",
     "checkpoint.keep_every": "concepts/checkpoints.md#the-store",
+    "checkpoint.mirror": "how-to/resume.md#a-copy-elsewhere",
     "checkpoint.pending": "concepts/checkpoints.md#pending-windows",
     "resume": "concepts/checkpoints.md#what-may-change",
     "resume.start": "concepts/scaling.md#runs-that-share-their-stable-phase",

@@ -332,7 +332,8 @@ class TimeoutsConfig:
     and one message that names it."""
 
     startup: float = within(1800.0, above=0, most=_YEAR)
-    """Until all ranks have come together, and again for each part of the first step of a start."""
+    """Until all ranks have come together, and again for each part of the first step of a start, and
+    for the next byte of a shard that is hashed before it."""
     step: float = within(600.0, above=0, most=_YEAR)
     """For each part of a later step, such as its consensus, and for a validation."""
     checkpoint: float = within(1800.0, above=0, most=_YEAR)
@@ -354,6 +355,10 @@ class CheckpointConfig:
     """The newest checkpoints that are kept."""
     keep_every: int | None = within(None, above=0)
     """Beside them, those of every so many steps are kept for good; null: none."""
+    mirror: str | None = None
+    """URL of a folder of this run's own in object storage, such as s3://bucket/runs/a, to which
+    finished checkpoints are copied beside the training, and from which a run goes on whose folder
+    holds none; null: nowhere. The client of the service finds the credentials."""
     pending: Pending = Pending.canonical
     """How unfinished windows are stored: canonical (any layout) or exact (same layout only)."""
 

@@ -60,11 +60,25 @@ def initialize(model: nn.Module, seed: int, tensor_rank: int, tensor_size: int) 
     with torch.no_grad():
         parameter: Any
         for name, parameter in model.named_parameters():
-            generator = torch.Generator().manual_seed(_seed(seed, name))
-            full = torch.empty(full_shape(parameter, tensor_size))
-            parameter.initializer(full, generator)
-            full *= parameter.width_multiplier**-0.5
+            full = draw(parameter, name, seed, tensor_size)
             parameter.copy_(split(full, parameter, tensor_size)[tensor_rank])
+
+
+def draw(parameter: Any, name: str, seed: int, tensor_size: int) -> Tensor:
+    """The initial values of a whole parameter of which this is one rank's part, fp32, on the CPU.
+
+    Args:
+        parameter: tagged with how it is initialised.
+        name: in the whole model.
+        seed: of the run.
+        tensor_size: tensor-parallel ranks.
+    """
+    generator = torch.Generator().manual_seed(_seed(seed, name))
+    full = torch.empty(full_shape(parameter, tensor_size), device="cpu")
+    with torch.no_grad():
+        parameter.initializer(full, generator)
+        full *= parameter.width_multiplier**-0.5
+    return full
 
 
 def full_shape(parameter: Any, tensor_size: int) -> list[int]:

@@ -17,7 +17,6 @@ from nlscale.levels.engine import LevelOptimizer
 from nlscale.levels.spectrum import Level
 from nlscale.levels.state import Shard, shards
 from nlscale.model.decoder import Decoder, named_parameters
-from nlscale.model.init import initialize
 from nlscale.model.kernels import check_kernels
 from nlscale.model.layers import megatron_config
 from nlscale.model.stages import stage_blocks
@@ -25,6 +24,7 @@ from nlscale.ops.documents import Documents
 from nlscale.ops.transfer import to_device
 from nlscale.parallel.consensus import Requests, Verdict, agree
 from nlscale.parallel.layout import Layout
+from nlscale.step.draw import draw_together
 from nlscale.step.micro_batches import Batch, run_micro_batches
 from nlscale.step.stragglers import BusyTime
 from nlscale.step.waits import WaitClock, Waits
@@ -98,9 +98,9 @@ class Trainer:
         mine = cut[layout.pipeline_rank :: layout.pipeline_size]
         stages = [Decoder(config, megatron, vocabulary, blocks) for blocks in mine]
         for stage in stages:
-            if draws:
-                initialize(stage, config.run.seed, layout.tensor_rank, layout.tensor_size)
             stage.to(layout.device)
+        if draws:
+            draw_together(named_parameters(stages), config.run.seed, layout)
         if kernels:
             columns = vocabulary // layout.tensor_size if stages[-1].is_last else 0
             check_kernels(

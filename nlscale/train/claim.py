@@ -14,6 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from nlscale.checkpoint.mirror.label import Label
+from nlscale.checkpoint.mirror.label import take as take_mirror
 from nlscale.checkpoint.resume import check_writable
 from nlscale.checkpoint.saver import saves, store_of
 from nlscale.cluster.life import owner
@@ -40,6 +42,8 @@ class Claim:
         self._ends = ExitStack()
         self._owned: owner.Owned | None = None
         self._number = 0
+        self.label: Label | None = None
+        """Of the mirror, on the first rank, where there is one."""
         self.found = Found()
         """What lay there when it was taken."""
 
@@ -100,5 +104,6 @@ class Claim:
             return
         if saves(self._config.checkpoint):
             check_writable(self._store)
+        self.label = take_mirror(self._config, self._data, self._run_dir, self._store)
         make_room(self.found, self._run_dir)
         recipe.write(self._config, self._run_dir / CONFIG_FILE)

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nlscale.checkpoint.mirror.copier import Copier
 from nlscale.checkpoint.restore import restore, start_from_weights
 from nlscale.checkpoint.resume import find_checkpoint
 from nlscale.checkpoint.saver import Saver, saves, store_of
@@ -119,7 +120,12 @@ def _run(
         telemetry.warn(warning)
     _begin(trainer, checkpoint, telemetry, signals, attempts, claim)
     wandb_id, note, store = telemetry.wandb_id, telemetry.note, store_of(config.run)
-    with Saver(trainer, prepared.data, wandb_id, store, note, claim.check, looked) as saver:
+    with (
+        Copier(claim.label, config.checkpoint, note, telemetry.warn, claim.check) as copier,
+        Saver(trainer, prepared.data, wandb_id, store, note, claim.check, looked, copier) as saver,
+    ):
+        if checkpoint is not None and checkpoint.path.parent == store.folder:
+            copier.offer(checkpoint)
         counters, optimizer = trainer.counters, trainer.optimizer
         reader = StepReader(trainer, prepared)
         deadline, drops = Deadline(), Drops(config, prepared.tokens_per_step)
@@ -184,8 +190,10 @@ def _run(
                 saver.finish()
                 raise stopped(config, step, signals.name or ("the job ends" if ends else None))
         saver.finish()
+        summary = summarise(trainer, prepared, validation.held_out, costs)
+        # the first rank's alone, for which no other waits any more
+        copier.close(wait=True, stop=lambda: signals.came or deadline.is_near(0.0, 0.0))
 
-    summary = summarise(trainer, prepared, validation.held_out, costs)
     if layout.is_writer:
         claim.check()
         summary["goodput"] = goodput(attempts.events, telemetry.records(), time.time())
@@ -199,7 +207,9 @@ def _find(
     """The checkpoint to go on from, verified, and the seconds which that took."""
     started, store = time.monotonic(), store_of(config.run)
     with doing("verifying a checkpoint", checkpoint=True):
-        found = find_checkpoint(config, prepared.data, layout, store, telemetry.warn)
+        found = find_checkpoint(
+            config, prepared.data, layout, store, telemetry.warn, telemetry.note
+        )
     return found, time.monotonic() - started
 
 

@@ -112,6 +112,7 @@ def verify_resume(
         "checkpoint.every=null",
         f"checkpoint.steps=[{at},{at + 1}]",
         "checkpoint.keep=3",
+        "checkpoint.mirror=null",
         "wandb.enabled=false",
     ]
     parallel = config.parallel

@@ -18,7 +18,9 @@ from torch import Tensor
 from nlscale import cli
 from nlscale.checkpoint import diff
 from nlscale.checkpoint.diff import compare
-from nlscale.checkpoint.store.store import Checkpoint
+from nlscale.checkpoint.mirror.copy import Progress, copy
+from nlscale.checkpoint.mirror.remote import Remote
+from nlscale.checkpoint.store.store import Checkpoint, Store
 from nlscale.parallel.layout import process_groups
 
 Ended = tuple[int, str, str]
@@ -95,6 +97,24 @@ def test_list_shows_each_checkpoint_and_which_is_the_latest(nlscale: Nlscale, ru
     assert "768" in rows[1] and "LATEST" in rows[1]
     assert "step-00000009.partial" in out
     assert max(map(len, rows)) <= 80
+
+
+def test_list_of_a_mirror_shows_what_is_there(nlscale: Nlscale, run: Path, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/mirror"
+    code, _, said = nlscale("list", url)
+    assert code == 2 and f"no finished checkpoint in {url}" in said
+    remote = Remote(url)
+    for checkpoint in Store(run / "checkpoints").checkpoints():
+        copy(checkpoint, remote, Progress(checkpoint.step), lambda: None)
+    there = read(nlscale("list", url, "--json"))
+    assert there == {**read(nlscale("list", run, "--json")), "folder": url}
+    code, shown, _ = nlscale("list", url)
+    assert code == 0 and url in shown and "is missing" not in shown and "not there" not in shown
+    (tmp_path / "mirror/step-00000002/state.json").unlink()
+    (tmp_path / "mirror/step-00000006/manifest.json").unlink()
+    damaged = read(nlscale("list", url, "--json"))
+    assert damaged["unfinished"] == ["step-00000006"]
+    assert "state.json: it is not there" in damaged["checkpoints"][0]["error"]
 
 
 def test_list_of_one_checkpoint_shows_that_one(nlscale: Nlscale, run: Path) -> None:

@@ -142,7 +142,13 @@ class Store:
         """
         return _Save(self, step, pieces, state, group).run()
 
-    def prune(self, keep: int, keep_every: int | None, whole: int | None = None) -> list[int]:
+    def prune(
+        self,
+        keep: int,
+        keep_every: int | None,
+        whole: int | None = None,
+        spare: int | None = None,
+    ) -> list[int]:
         """Delete what is older than the newest `keep`, and what dead writers left behind.
 
         Called by one process, while none writes. The checkpoint written last is verified first.
@@ -152,6 +158,7 @@ class Store:
             keep_every: also keep every step that this divides.
             whole: the step of the checkpoint that `write` has just returned, which has been
                 verified.
+            spare: a step that stays this time, because it is being copied.
 
         Returns:
             The steps deleted, oldest first.
@@ -176,7 +183,8 @@ class Store:
                 checkpoints[last].verify()
             removed = []
             for checkpoint in checkpoints[: max(0, last + 1 - keep)]:
-                if keep_every is None or checkpoint.step % keep_every:
+                kept = keep_every is not None and checkpoint.step % keep_every == 0
+                if not kept and checkpoint.step != spare:
                     self._delete(checkpoint.path)
                     removed.append(checkpoint.step)
             for path, step, kind in self._entries():

@@ -131,6 +131,8 @@ def _run(
         keys |= value.keys
     keys["run.dir"] = str(sweep.folder / name)
     config = _load(sweep, keys)
+    if config.checkpoint.mirror is not None:  # a mirror is of one run
+        keys["checkpoint.mirror"] = f"{config.checkpoint.mirror.rstrip('/')}/{name}"
     vocabulary = config.model.vocabulary or _vocabulary(sweep, config, known, assumed)
     for value in values:
         if sweep.ladder and value.target:
