@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from nlscale.checkpoint.mirror.check import check_mirror
 from nlscale.cluster.life import open_files
 from nlscale.cluster.life.deadline import Deadline
 from nlscale.cluster.life.imports import importing
@@ -36,6 +37,7 @@ def start(path: str | Path, overrides: list[str]) -> int:
         if here.world == here.local_world:
             refuse_if_alive(Path(config.run.dir))
         prepared = prepare(config)
+        check_mirror(config)
         if _wants_one_queue(config.parallel, here):
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         # What follows imports torch: only what has been checked waits for it.

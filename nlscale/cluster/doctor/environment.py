@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nlscale.cluster.doctor.findings import Finding, Grade, merged, plural
+from nlscale.cluster.life import open_files
 from nlscale.config.units import human_bytes
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
-_OPEN_FILES = 1024  # shards, sockets and libraries of a small run
-_SOCKETS_A_RANK = 4  # gloo keeps one open to each other rank, in each group
 _SHARED_MEMORY = 512_000_000  # bytes; a container has 64 MB unless told otherwise
 _GLOO = "gloo address"
 _VIRTUAL = ("lo", "docker", "veth", "br-", "virbr", "cni", "flannel", "cali", "tunl")
@@ -126,21 +125,17 @@ def judge_addresses(seen: dict[str, Environment]) -> list[Finding]:
 
 
 def _open_files(host: str, around: Environment, ranks: int) -> Finding:
-    wanted = max(_OPEN_FILES, _OPEN_FILES // 2 + _SOCKETS_A_RANK * ranks)
-    if around.open_files == resource.RLIM_INFINITY or around.open_files >= wanted:
-        limit = "no limit" if around.open_files < 0 else f"up to {around.open_files:,}"
+    hard, wanted = around.most_open_files, open_files.needed(ranks, store=True)
+    if hard == resource.RLIM_INFINITY or hard >= wanted:
+        limit = "no limit" if hard == resource.RLIM_INFINITY else f"up to {hard:,}"
+        if around.open_files != hard:
+            limit += f" (a shell has {around.open_files:,}; a run raises it by itself)"
         return Finding("open files", Grade.ok, limit, hosts=(host,))
-    advice = f"`ulimit -n {wanted}` in the script that starts the ranks"
-    if 0 <= around.most_open_files < wanted:
-        advice = (
-            f"root must raise the hard limit ({around.most_open_files:,}) to {wanted:,} in "
-            f"/etc/security/limits.conf or the service that starts the ranks"
-        )
     return Finding(
         "open files",
-        Grade.warning,
-        f"up to {around.open_files:,}; {plural(ranks, 'rank')} may want {wanted:,}",
-        advice,
+        Grade.error,
+        f"at most {hard:,}; the first of {plural(ranks, 'rank')} needs {wanted:,}",
+        f"raise the hard limit: {open_files.how_to_raise(wanted)}",
         (host,),
     )
 

@@ -2,8 +2,9 @@
 
 The store is torchrun's where it has one, else the first rank's. Each rank leaves there its host and
 what it was told: how many ranks, which version, which configuration. The first rank waits for all,
-compares, and gives one verdict that all others wait for, so that what the ranks ask of the store
-grows with their number and not with its square. Ranks that were told different things would train
+compares, and gives one verdict that all others wait for. The store counts who has come, and a rank
+that waits asks for one key, so that what is asked of it grows with the number of ranks and not with
+its square. Ranks that were told different things would train
 something that nobody asked for; the run ends instead, on all of them, with one line.
 """
 
@@ -36,6 +37,12 @@ _OTHERS_SECONDS = 5.0
 """For which the rank that gives up, and may hold the store, waits for the others to hear why."""
 _VERDICT = "verdict"
 """Who sets it first decides for all: the first rank, or one that objects."""
+_ARRIVED = "arrived"
+"""How many ranks have come."""
+_ALL_ARRIVED = "all arrived"
+"""Set by the last that comes, and by one that objects: what the first rank waits for."""
+_FIRST = "first"
+"""The sign of the first rank, or nothing where one objects: what the others wait for."""
 ENDING = "ending"
 """Where, once the ranks have met, one says why the run ends: see `nlscale.cluster.life.watch`."""
 _SHOWN_KEYS = 3
@@ -75,14 +82,27 @@ def meet(seconds: float, told: Told | None = None) -> Rendezvous:
         LostRank: the first rank cannot be reached, or some rank has not come in time.
         SaidElsewhere: the first rank says which of these it is.
     """
-    here, until = place(), time.monotonic() + seconds
+    return meet_from(place(), next(_meetings), seconds, told or {})
+
+
+def meet_from(here: Place, number: int, seconds: float, told: Told) -> Rendezvous:
+    """As `meet`, from a place that the environment need not name.
+
+    Args:
+        here: the place.
+        number: how many meetings its ranks have had in the store before.
+        seconds: as for `meet`.
+        told: likewise.
+    """
+    until = time.monotonic() + seconds
     client = _reach(here, seconds)
-    prefix = f"restart{here.restart}/meeting{next(_meetings)}"
+    prefix = f"restart{here.restart}/meeting{number}"
     store = dist.PrefixStore(prefix, client)
     try:
-        _sign(here, store, told or {})
+        _sign(here, store, told)
         verdict = (_judge if here.rank == 0 else _wait)(here, store, until, seconds)
-        store.set(_heard_by(here.rank), "")
+        if "why" in verdict:
+            store.set(_heard_by(here.rank), "")
     except dist.DistError:
         raise SaidElsewhere("the first rank has gone", LostRank.exit_code) from None
     if here.rank == 0 and "why" in verdict:
@@ -96,6 +116,24 @@ def connect(host: str, port: int, serves: bool, seconds: float) -> dist.TCPStore
     """A client of the store there, in that time; opens the store first if it `serves`."""
     timeout = datetime.timedelta(seconds=seconds)
     return dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, timeout=timeout)
+
+
+def arrive(store: dist.Store, what: str, ranks: int, everyone: str) -> None:
+    """Count this rank among those that have come so far, and set a key when all of them have."""
+    if store.add(what, 1) >= ranks:
+        store.set(everyone, "")
+
+
+def wait_for(store: dist.Store, key: str, ranks: int, until: float) -> bool:
+    """Whether the key is set by that time on the monotonic clock; all ranks may wait for it.
+
+    It asks again and again: a signal is not heard while the store itself is waited in.
+    """
+    while not store.check([key]):
+        if time.monotonic() > until:
+            return False
+        time.sleep(_POLL_SECONDS * (1 + ranks / _RANKS_A_POLL))
+    return True
 
 
 def name_ranks(ranks: list[int], most: int = 8) -> str:
@@ -125,9 +163,6 @@ def _sign(here: Place, store: dist.Store, told: Told) -> None:
     """Say that this rank is here, and what it was told."""
     plain = {"WORLD_SIZE": here.world, "nlscale": nlscale.__version__, **told}
     text = json.dumps(plain, sort_keys=True)
-    host = socket.gethostname()
-    # Only the first rank's of these is read again, and that of the first that differs from it.
-    store.set(_told_to(here.rank), text)
     checksum = hashlib.sha256(text.encode()).hexdigest()
     # torchrun counts the ranks itself, and its store may remember those of a start before
     if not here.torchrun_has_store and store.add(f"claims/{here.rank}", 1) > 1:
@@ -137,53 +172,64 @@ def _sign(here: Place, store: dist.Store, told: Told) -> None:
             f"{here.who} has come before: another process was told the same RANK={here.rank} of "
             f"WORLD_SIZE={here.world}; see who starts the ranks",
         )
-    store.set(
-        _sign_of(here.rank), json.dumps({"host": host, "told": checksum, "world": here.world})
-    )
+    sign = json.dumps({"host": socket.gethostname(), "told": checksum, "world": here.world})
+    # Only the first rank's of what was told is read again, and that of the first that differs.
+    both = [_told_to(here.rank), _sign_of(here.rank)]
+    store.multi_set(both, [text, sign])  # type: ignore[attr-defined]  # which torch's stubs lack
+    if here.rank == 0:
+        store.compare_set(_FIRST, "", sign)
+    arrive(store, _ARRIVED, here.world, _ALL_ARRIVED)
 
 
 def _judge(here: Place, store: dist.Store, until: float, seconds: float) -> dict[str, Any]:
     """On the first rank: wait for the others, compare what they were told, and say the verdict."""
-    absent = list(range(here.world))
-    while absent := [r for r in absent if not store.check([_sign_of(r)])]:
+    signs = [_sign_of(r) for r in range(here.world)]
+    wait_for(store, _ALL_ARRIVED, here.world, until)
+    # The count is right but where ranks that were told other numbers, or a start before, are in it.
+    while not (complete := store.check(signs)):
         if store.check([_VERDICT]) or time.monotonic() > until:
             break
         time.sleep(_POLL_SECONDS)
-    if absent:
-        verdict = _why(_not_all_came(here, absent, store, seconds), LostRank.exit_code, 0)
-    else:
-        said = store.multi_get([_sign_of(r) for r in range(here.world)])
-        signs = [json.loads(sign) for sign in said]
-        odd = [r for r, sign in enumerate(signs) if sign["told"] != signs[0]["told"]]
-        hosts = [sign["host"] for sign in signs]
-        verdict = {"hosts": hosts}
-        if odd:
-            verdict = _why(_difference(store, odd, hosts), UserError.exit_code, 0)
-    found: dict[str, Any] = json.loads(store.compare_set(_VERDICT, "", json.dumps(verdict)))
-    return found
+    if complete:
+        return _decide(store, _compare(store, [json.loads(s) for s in store.multi_get(signs)]))
+    message = _not_all_came(here, store, seconds)
+    return _decide(store, _why(message, LostRank.exit_code, 0))
+
+
+def _compare(store: dist.Store, signs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The verdict on ranks that have all come."""
+    hosts = [sign["host"] for sign in signs]
+    odd = [r for r, sign in enumerate(signs) if sign["told"] != signs[0]["told"]]
+    if odd:
+        return _why(_difference(store, odd, hosts), UserError.exit_code, 0)
+    return {"hosts": hosts}
 
 
 def _wait(here: Place, store: dist.Store, until: float, seconds: float) -> dict[str, Any]:
     """On the other ranks: the verdict of the first, which has as long again when it comes late."""
-    compared, first_came = False, False
-    while not store.check([_VERDICT]):
-        first_came = store.check([_sign_of(0)])
-        if first_came and not compared:
-            compared = True
-            _object_to_world(here, store)
-        if time.monotonic() > until + (seconds + _OTHERS_SECONDS if first_came else 0.0):
-            return _without_the_first(here, store, seconds, first_came)
-        time.sleep(_POLL_SECONDS * (1 + here.world / _RANKS_A_POLL))
-    verdict: dict[str, Any] = json.loads(store.get(_VERDICT))
-    if "hosts" in verdict and len(verdict["hosts"]) != here.world:
-        _object_to_world(here, store)
-    return verdict
+    if not wait_for(store, _FIRST, here.world, until):
+        return _without_the_first(here, store, seconds)
+    _object_to_world(here, store)
+    if not wait_for(store, _VERDICT, here.world, until + seconds + _OTHERS_SECONDS):
+        message = f"rank 0 came and was lost before all ranks had met ({here.who} waited for it)"
+        return _decide(store, _why(message, LostRank.exit_code, here.rank))
+    return _read(store.get(_VERDICT))
+
+
+def _decide(store: dist.Store, verdict: dict[str, Any]) -> dict[str, Any]:
+    """The verdict that counts: this one, unless there is one."""
+    return _read(store.compare_set(_VERDICT, "", json.dumps(verdict)))
+
+
+def _read(verdict: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(verdict)
+    return found
 
 
 def _object_to_world(here: Place, store: dist.Store) -> None:
     """Refuse to meet a first rank that counts other ranks: it may not wait for this one at all."""
-    first = json.loads(store.get(_sign_of(0)))
-    if first["world"] == here.world:
+    first = json.loads(store.get(_FIRST))
+    if first is None or first["world"] == here.world:
         return
     message = (
         f"{here.who} was told WORLD_SIZE={here.world}, and rank 0 on {first['host']} "
@@ -197,7 +243,9 @@ def _object_to_world(here: Place, store: dist.Store) -> None:
 def _object(here: Place, store: dist.Store, message: str) -> UserError:
     """End the run on all ranks, also on those that have met already; what to raise here."""
     mine = _why(message, UserError.exit_code, _me())
-    verdict = json.loads(store.compare_set(_VERDICT, "", json.dumps(mine)))
+    verdict = _decide(store, mine)
+    store.compare_set(_FIRST, "", json.dumps(None))
+    store.set(_ALL_ARRIVED, "")
     if "why" in verdict:  # this, or what another has found before
         return _reason(here, verdict)
     ending = {"rank": here.rank, "message": message, "exit_code": mine["code"], "lost": [here.rank]}
@@ -205,17 +253,15 @@ def _object(here: Place, store: dist.Store, message: str) -> UserError:
     return _reason(here, mine)
 
 
-def _without_the_first(
-    here: Place, store: dist.Store, seconds: float, first_came: bool
-) -> dict[str, Any]:
-    """The verdict where the first rank gives none in its time; the first that is there says it."""
-    if first_came:
-        message = f"rank 0 came and was lost before all ranks had met ({here.who} waited for it)"
-        return _why(message, LostRank.exit_code, here.rank)
-    absent = [r for r in range(here.world) if not store.check([_sign_of(r)])]
-    first = min(set(range(here.world)) - set(absent))
-    message = _not_all_came(here, absent, store, seconds)
-    return _why(message, LostRank.exit_code, first)
+def _without_the_first(here: Place, store: dist.Store, seconds: float) -> dict[str, Any]:
+    """The verdict where the first rank does not come; one rank, which gives up first, finds it."""
+    if store.add("gave up", 1) == 1:
+        message = _not_all_came(here, store, seconds)
+        return _decide(store, _why(message, LostRank.exit_code, here.rank))
+    if wait_for(store, _VERDICT, here.world, time.monotonic() + 2 * _OTHERS_SECONDS):
+        return _read(store.get(_VERDICT))
+    message = f"rank 0 did not come within {seconds:g} s ({here.who} waited for it)"
+    return _decide(store, _why(message, LostRank.exit_code, here.rank))
 
 
 def _reason(here: Place, verdict: dict[str, Any]) -> UserError:
@@ -275,11 +321,14 @@ def _short(value: Any) -> str:
 def _until_heard(here: Place, store: dist.Store) -> None:
     """Keep the store alive until those that are there have the verdict, or for a while."""
     until = time.monotonic() + _OTHERS_SECONDS
-    present = [r for r in range(here.world) if store.check([_sign_of(r)])]
-    while time.monotonic() < until:
-        if all(store.check([_heard_by(r)]) for r in present):
-            return
+    heard = [_heard_by(r) for r in _present(here, store)]
+    while not store.check(heard) and time.monotonic() < until:
         time.sleep(_POLL_SECONDS)
+
+
+def _present(here: Place, store: dist.Store) -> list[int]:
+    """The ranks that have come. It asks for one after the other: where a run ends, on one rank."""
+    return [r for r in range(here.world) if store.check([_sign_of(r)])]
 
 
 def _sign_of(rank: int) -> str:
@@ -294,10 +343,12 @@ def _heard_by(rank: int) -> str:
     return f"verdict heard/{rank}"
 
 
-def _not_all_came(here: Place, absent: list[int], store: dist.Store, seconds: float) -> str:
+def _not_all_came(here: Place, store: dist.Store, seconds: float) -> str:
     """What to say where ranks are missing."""
-    present = [r for r in range(here.world) if r not in set(absent)]
-    hosts = sorted({json.loads(store.get(_sign_of(r)))["host"] for r in present})
+    present = _present(here, store)
+    absent = sorted(set(range(here.world)) - set(present))
+    signs = store.multi_get([_sign_of(r) for r in present])
+    hosts = sorted({json.loads(sign)["host"] for sign in signs})
     return (
         f"{len(absent)} of {here.world} ranks did not come within {seconds:g} s: "
         f"{name_ranks(absent)}; those that came are on {', '.join(hosts)}. Look at the output of "

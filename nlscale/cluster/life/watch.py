@@ -26,7 +26,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nlscale.cluster.life.rendezvous import ENDING, Rendezvous, name_ranks
+from nlscale.cluster.life.rendezvous import ENDING, Rendezvous, arrive, name_ranks, wait_for
 from nlscale.config.vocabulary import TimeoutsConfig
 from nlscale.errors import LostRank, SaidElsewhere, UserError
 
@@ -123,7 +123,7 @@ class Watch:
         self._said_at = 0.0
         _now.step, _now.steps_begun, _now.timeouts = 0, 0, timeouts
         self._speak(self._store)
-        self._store.wait([_word_of(rank) for rank in range(len(self._hosts))])
+        self._wait_for_words(timeouts.startup)
 
     def __enter__(self) -> Watch:
         for work in (self._talk, self._look_at_the_clock):
@@ -158,6 +158,17 @@ class Watch:
             if isinstance(error, UserError):
                 error.told = True
             raise
+
+    def _wait_for_words(self, seconds: float) -> None:
+        """Until every rank has spoken: from here on all their words can be asked for together."""
+        ranks = len(self._hosts)
+        arrive(self._store, "speaking", ranks, "all speak")
+        if not wait_for(self._store, "all speak", ranks, time.monotonic() + seconds):
+            mute = [r for r in range(ranks) if not self._store.check([_word_of(r)])]
+            raise LostRank(
+                f"lost {name_ranks(mute)}: nothing heard for {seconds:g} s since all ranks had "
+                f"met; the same command goes on from the last checkpoint"
+            )
 
     def _explain(self) -> UserError | None:
         """What really made a collective of this rank fail; None: the failure is its own."""

@@ -13,6 +13,7 @@ from nlscale.cluster.doctor.disk import Disk
 from nlscale.cluster.doctor.environment import Environment
 from nlscale.cluster.doctor.findings import Grade
 from nlscale.cluster.doctor.hardware import Hardware
+from nlscale.cluster.life import open_files
 
 PAIR = ("node-a", "node-b")
 
@@ -35,8 +36,6 @@ def test_nothing_is_said_of_sound_nodes_but_that_they_are() -> None:
 @pytest.mark.parametrize(
     ("change", "check", "advice"),
     [
-        ({"open_files": 256}, "open files", "ulimit -n 1024"),
-        ({"open_files": 256, "most_open_files": 512}, "open files", "root must raise"),
         ({"shared_memory": 67_108_864}, "shared memory", "--shm-size"),
         ({"shared_memory": None}, "shared memory", "--shm-size"),
         ({"threads": 32}, "threads", "OMP_NUM_THREADS=4"),
@@ -53,10 +52,18 @@ def test_limits_that_are_too_low_name_host_and_fix(
     assert advice in low.advice
 
 
-def test_many_ranks_want_many_open_files() -> None:
-    limited = {"node-a": replace(SOUND, open_files=1024)}
-    assert environment.judge_limits(limited, ranks=8)[0].grade == Grade.ok
-    assert "ulimit -n 2560" in environment.judge_limits(limited, ranks=512)[0].advice
+def test_only_the_hard_limit_of_open_files_can_be_too_low() -> None:
+    soft = {"node-a": replace(SOUND, open_files=1024)}
+    (finding, *_) = environment.judge_limits(soft, ranks=4096)
+    assert finding.grade == Grade.ok
+    assert "up to 65,536 (a shell has 1,024; a run raises it by itself)" in finding.measured
+    few = pair(replace(OTHER, open_files=1024, most_open_files=4096))
+    assert environment.judge_limits(few, ranks=512)[0].grade == Grade.ok
+    low = one(environment.judge_limits(few, ranks=1024), Grade.error)
+    wanted = open_files.needed(1024, store=True)
+    assert (low.check, low.hosts) == ("open files", ("node-b",))
+    assert f"the first of 1,024 ranks needs {wanted:,}" in low.measured
+    assert f"ulimit -n {wanted}" in low.advice and "LimitNOFILE" in low.advice
 
 
 @pytest.mark.parametrize(

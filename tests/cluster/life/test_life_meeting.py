@@ -6,18 +6,21 @@ import contextlib
 import io
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import world
 from cluster.life.test_life_watch import train
 from train.test_train_run import small_data
 
 import nlscale
 from nlscale import cli
-from nlscale.cluster.life.rendezvous import meet
-from nlscale.errors import SaidElsewhere, UserError
+from nlscale.cluster.life.place import Place
+from nlscale.cluster.life.rendezvous import meet, meet_from
+from nlscale.errors import LostRank, SaidElsewhere, UserError
 
 HOST = socket.gethostname()
 
@@ -88,6 +91,39 @@ def test_two_processes_of_one_rank() -> None:
     kinds = sorted(kind for kind, _, _ in ended)
     assert kinds == ["says", "silent", "silent"], ended
     assert "another process was told the same RANK=1" in speaker(ended)
+
+
+def meet_in_threads(ranks: list[int], world_size: int, seconds: float, before: int) -> list[Any]:
+    """Meet in a store as torchrun has it, in which some have arrived before: hosts, or errors."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    server.add("restart0/meeting0/arrived", before)
+
+    def come_as(rank: int) -> Any:
+        here = Place(
+            rank, world_size, address="127.0.0.1", port=server.port, torchrun_has_store=True
+        )
+        try:
+            return meet_from(here, 0, seconds, {}).hosts
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(come_as, ranks))
+
+
+def test_a_count_from_a_start_before_misleads_nobody() -> None:
+    assert meet_in_threads([0, 1, 2], 3, 20, before=2) == [(HOST,) * 3] * 3
+
+
+def test_where_torchrun_has_the_store_one_rank_says_that_the_first_did_not_come() -> None:
+    ended = meet_in_threads([1, 2, 3], 5, 1, before=0)
+    (lost,) = [error for error in ended if isinstance(error, LostRank)]
+    assert (
+        f"2 of 5 ranks did not come within 1 s: ranks 0, 4; those that came are on {HOST}"
+        in str(lost)
+    )
+    others = [error for error in ended if isinstance(error, SaidElsewhere)]
+    assert [error.exit_code for error in others] == [LostRank.exit_code] * 2
 
 
 def run_train(argv: list[str], changes: dict[int, list[str]]) -> tuple[int, str]:
