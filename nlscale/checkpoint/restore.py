@@ -15,16 +15,9 @@ import torch.distributed as dist
 
 from nlscale.checkpoint.export.weights import read_weights
 from nlscale.checkpoint.flat import Flat, cut
-from nlscale.checkpoint.state import (
-    Held,
-    flat,
-    is_canonical,
-    is_pending,
-    layout_of,
-    window_name,
-)
+from nlscale.checkpoint.state import Held, flat, held_of, is_canonical, layout_of
 from nlscale.checkpoint.store.store import Checkpoint
-from nlscale.config.vocabulary import Pending, Reduction
+from nlscale.config.vocabulary import Pending
 from nlscale.errors import UserError
 from nlscale.levels.engine import Progress
 from nlscale.levels.spectrum import SyncGroup
@@ -50,18 +43,10 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         )
     if state["pending"] != trainer.config.checkpoint.pending.value:
         canonical = state["pending"] == Pending.canonical.value
-    held = Held([], [])
-    for shard in trainer.shards():
-        progress = trainer.optimizer.progress[shard.group]
-        kept = shard.begin_state(progress.updates) if progress.updates else {}
-        for kind, tensor in {"weights": shard.weights, **kept}.items():
-            held.everywhere.append(flat(f"{kind}/{shard.name}", shard, tensor))
-        if is_pending(trainer, shard.group):
-            windows = held.everywhere if canonical else held.here
-            windows.append(flat(window_name(shard, layout, canonical), shard, shard.window))
+    held = held_of(trainer, canonical, lambda shard, n: shard.begin_state(n) if n else {})
     checkpoint.read(held.pieces(layout))
     _spread(held.everywhere, layout)
-    if canonical and trainer.config.levels.reduction == Reduction.deferred:
+    if canonical:
         trainer.optimizer.keep_sums_once()
     trainer.optimizer.gather_parameters()
     names = Counters.__dataclass_fields__
@@ -82,7 +67,7 @@ def start_from_weights(trainer: Trainer, folder: Path) -> None:
     everyones: list[Any] = [None] * layout.world
     dist.all_gather_object(everyones, shapes, group=layout.host)
     weights = [flat(f"weights/{shard.name}", shard, shard.weights) for shard in trainer.shards()]
-    held = Held(weights, [])
+    held = Held(weights, []) if trainer.optimizer.alike_on_nodes else Held([], weights)
     read_weights(folder, held.pieces(layout), {k: v for part in everyones for k, v in part.items()})
     _spread(held.everywhere, layout)
     trainer.optimizer.gather_parameters()

@@ -16,17 +16,19 @@ the seed and their names, samples from the seed and their numbers), so no genera
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
+
+from torch import Tensor
 
 from nlscale.checkpoint.flat import Flat, boxes, cut
 from nlscale.checkpoint.slabs import HostSlabs
 from nlscale.checkpoint.store.pieces import Piece
 from nlscale.config import recipe
 from nlscale.config.vocabulary import Pending
-from nlscale.levels.spectrum import SyncGroup
-from nlscale.levels.state import Shard
+from nlscale.levels.state import Shard, WindowShard
 from nlscale.parallel.layout import Layout
 from nlscale.step.trainer import Trainer
 
@@ -64,22 +66,42 @@ def copy_of_state(trainer: Trainer, slabs: HostSlabs) -> list[Piece]:
     layout, canonical = trainer.layout, is_canonical(trainer)
     if canonical:
         trainer.optimizer.sum_windows()
-    held = Held([], [])
-    for shard in trainer.shards():
-        # what all tensor ranks hold whole is written by the first
-        if layout.tensor_rank > 0 and not shard.parameter.tensor_model_parallel:
-            continue
-        # An update that found its window empty has left zeros.
-        kept = shard.state() if trainer.optimizer.progress[shard.group].updates else {}
-        for kind, tensor in {"weights": shard.weights, **kept}.items():
-            held.everywhere.append(flat(f"{kind}/{shard.name}", shard, tensor))
-        if is_pending(trainer, shard.group):
-            windows = held.everywhere if canonical else held.here
-            windows.append(flat(window_name(shard, layout, canonical), shard, shard.window))
+    held = held_of(trainer, canonical, lambda shard, updates: shard.state() if updates else {})
+    if layout.tensor_rank > 0:  # what all tensor ranks hold whole is written by the first
+        held = Held(_split(held.everywhere), _split(held.here))
     copied = slabs.copy(held.dealt(layout))
     if canonical:
         trainer.optimizer.keep_sums_once()
     return [piece for part in copied for piece in boxes(part, layout)]
+
+
+def held_of(
+    trainer: Trainer, canonical: bool, kept: Callable[[Shard, int], dict[str, Tensor]]
+) -> Held:
+    """What this rank holds of the state.
+
+    Args:
+        trainer: with the progress of its sync groups.
+        canonical: whether windows are sums over the nodes.
+        kept: makes of a shard and its group's updates what the rule keeps; nothing where there was
+            none, as an update that found its window empty has left zeros.
+    """
+    layout, progress = trainer.layout, trainer.optimizer.progress
+    held = Held([], [])
+    alike = held.everywhere if trainer.optimizer.alike_on_nodes else held.here
+    for shard in trainer.shards():
+        found = {"weights": shard.weights, **kept(shard, progress[shard.group].updates)}
+        alike += [flat(f"{kind}/{shard.name}", shard, tensor) for kind, tensor in found.items()]
+    windows = held.everywhere if canonical else held.here
+    node = "" if canonical else f"@{layout.node_rank}"
+    for own in trainer.windows():
+        if progress[own.group].tokens:
+            windows.append(flat(f"window/{own.name}{node}", own, own.window))
+    return held
+
+
+def _split(flats: list[Flat]) -> list[Flat]:
+    return [flat for flat in flats if flat.parameter.tensor_model_parallel]
 
 
 def trainer_state(trainer: Trainer, data: dict[str, Any], wandb_id: str | None) -> dict[str, Any]:
@@ -106,19 +128,9 @@ def trainer_state(trainer: Trainer, data: dict[str, Any], wandb_id: str | None) 
     }
 
 
-def flat(name: str, shard: Shard, tensor: Any) -> Flat:
+def flat(name: str, shard: Shard | WindowShard, tensor: Tensor) -> Flat:
     """A tensor of a shard's range."""
     return Flat(name, shard.parameter, shard.start, tensor.detach())
-
-
-def window_name(shard: Shard, layout: Layout, canonical: bool) -> str:
-    """Of the window as it is stored: the sum over all nodes, or what this node has."""
-    return f"window/{shard.name}" + ("" if canonical else f"@{layout.node_rank}")
-
-
-def is_pending(trainer: Trainer, group: SyncGroup) -> bool:
-    """Whether the group's window holds steps."""
-    return trainer.optimizer.progress[group].tokens > 0
 
 
 def is_canonical(trainer: Trainer) -> bool:

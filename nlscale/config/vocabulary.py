@@ -77,6 +77,15 @@ class WireFormat(str, Enum):
     """Each node's part, and then the sum, rounded to half the bytes."""
 
 
+class Sharding(str, Enum):
+    """Over which of the ranks that hold the same parameters their optimizer state is spread."""
+
+    node = "node"
+    """Those of a node; every node has all of it."""
+    all = "all"
+    """Those of all nodes."""
+
+
 class Pending(str, Enum):
     """How a checkpoint holds the windows of slow levels that are not full."""
 
@@ -320,6 +329,11 @@ class ParallelConfig:
     bucket_size: int = within(40_000_000, above=0, most=MOST)
     """Gradients that are reduced in one piece where reductions overlap, fp32: a sync group of more
     is cut into buckets. Smaller ones begin earlier, larger ones use a fast link better."""
+    shard_optimizer: Sharding = Sharding.node
+    """Ranks over which what updates a parameter is spread: the data-parallel ranks of a node, or of
+    all nodes. With all, the memory for it falls with the nodes, and each node gets only its part of
+    the summed gradients and sends out updated parameters, which in bf16 is less than the sums; what
+    it sends after an update no backward pass hides. The updates are the same."""
     replica_check_every: int = within(200, least=0)
     """Steps between comparisons of parameters and optimizer state across replicas; 0: never."""
     straggler_check_every: int = within(50, least=0)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nlscale.config.vocabulary import ClipScope, Config, Reduction
+from nlscale.config.vocabulary import ClipScope, Config, Reduction, Sharding
 from nlscale.levels.groups import group_parameters
 from nlscale.levels.optimizers import (
     GroupOptimizer,
@@ -23,7 +23,7 @@ from nlscale.levels.optimizers import (
     make_group_optimizer,
     split_by_group,
 )
-from nlscale.levels.spectrum import Level, SyncGroup, reduction_bytes
+from nlscale.levels.spectrum import Level, SyncGroup, gathered_bytes, reduction_bytes
 from nlscale.levels.window import Window, all_finite, sum_of_squares, take_step
 from nlscale.levels.wire import Waited, Wire
 from nlscale.model.decoder import Decoder, named_parameters
@@ -75,7 +75,7 @@ class LevelOptimizer:
         layout: Layout,
     ) -> None:
         self.config, self.levels, self.layout = config, levels, layout
-        self.wire = Wire(layout)
+        self.wire = Wire(layout, gathered_bytes(config))
         self.groups = [
             make_group_optimizer(
                 group, parameters, config, megatron, layout, self.wire, levels[group.level].wire
@@ -93,6 +93,11 @@ class LevelOptimizer:
     @property
     def windows(self) -> list[Window]:
         return [g.window for g in self.groups]
+
+    @property
+    def alike_on_nodes(self) -> bool:
+        """Whether each node has all that updates the parameters, and not a part of it."""
+        return self.config.parallel.shard_optimizer == Sharding.node
 
     def start_step(self, step: int) -> None:
         """Before the first backward pass of a step, counted from 1."""
@@ -291,7 +296,8 @@ class LevelOptimizer:
     def _bytes(self, group: SyncGroup, parameters: int) -> float:
         """That leave a node, the mean over the nodes, when parameters of a group cross."""
         wire, nodes = self.levels[group.level].wire, self.layout.nodes
-        return reduction_bytes(parameters, nodes, wire) * nodes / self.layout.all_nodes
+        sent = reduction_bytes(parameters, nodes, wire, gathered_bytes(self.config))
+        return sent * nodes / self.layout.all_nodes
 
     def window_fill(self, level: int, tokens_per_step: int) -> float:
         """Share of its period that the fullest window of a level holds now, 0 to 1."""
@@ -312,7 +318,7 @@ class LevelOptimizer:
         different = first_difference(self.layout, named, data_parallel_group())
         if different is None and whole:
             different = first_difference(self.layout, whole, self.layout.tensor_group)
-        if different is None and self.layout.across_nodes is not None:
+        if different is None and self.layout.across_nodes is not None and self.alike_on_nodes:
             state = {
                 f"{key} of the optimizer, level {g.group.level} phase {g.group.phase}, shard {i}": v
                 for g in self.groups

@@ -7,15 +7,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer, Range
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nlscale.config.vocabulary import Config, Dtype, WireFormat
 from nlscale.levels.spectrum import Level, SyncGroup, sync_group
 from nlscale.levels.window import Window
-from nlscale.levels.wire import Wire
+from nlscale.levels.wire import Wire, part_range
 from nlscale.model.decoder import Decoder
 from nlscale.model.width import width_multiplier
 from nlscale.optim.table import rule
@@ -24,16 +25,56 @@ from nlscale.parallel.layout import Layout
 
 
 class ShardedOptimizer(DistributedOptimizer):
-    """megatron-core's, with one launch for what it copies parameter by parameter."""
+    """megatron-core's, with one launch for what it copies parameter by parameter.
+
+    It has a range of each bucket for each data-parallel rank of a node; here that can be a part of
+    that range, where the other nodes have the others (`nlscale.levels.wire.Wire.part`).
+    """
+
+    def __init__(self, wire: Wire, *args: Any, **kwargs: Any) -> None:
+        self._wire = wire
+        super().__init__(*args, **kwargs)
+
+    def _build_gbuf_range_map(self, param_and_grad_buffer: Any) -> dict[Any, list[Any]]:
+        buffer = param_and_grad_buffer
+        ranges = [self._range_map(buffer, bucket, *self._wire.part) for bucket in buffer.buckets]
+        return {(buffer.param_dtype, buffer.grad_dtype): ranges}
+
+    def held_in_node(self, buffer: int, bucket: int) -> dict[nn.Parameter, Any]:
+        """The ranges of parameters in this rank's part of a bucket, whatever other nodes have."""
+        found = self._range_map(self.buffers[buffer], self.buffers[buffer].buckets[bucket], 0, 1)
+        return found["param_map"]  # type: ignore[no-any-return]
+
+    def _range_map(self, buffer: Any, bucket: Any, part: int, parts: int) -> dict[str, Any]:
+        """As megatron-core's `_build_model_gbuf_range`, of a part of the rank's range."""
+        inside = buffer.data_parallel_group
+        size = bucket.grad_data.numel() // inside.size()
+        begin = bucket.offset + inside.rank() * size
+        low, high = part_range(size, part, parts)
+        own = self._build_model_gbuf_param_range_map(
+            buffer.param_index_map, Range(begin + low, begin + high), bucket.offset
+        )
+        return {"param_map": own}
 
     def _copy_main_params_to_model_params(self) -> None:
         torch._foreach_copy_(self._places, self._mains)
+        self._wire.gather(self._parameter_shards)
 
     def gather_parameters(self) -> None:
         """What `step` does after the update: the ranks of the node gather each other's shards."""
         self._copy_main_params_to_model_params()
         for ddp in self.model_chunks:
             ddp.start_param_sync()
+
+    @cached_property
+    def _parameter_shards(self) -> list[Tensor]:
+        """What this rank holds of the buffers from which the ranks of the node gather."""
+        inside = self.data_parallel_group
+        return [
+            shard_buffer(bucket.param_data, inside.size())[inside.rank()].view(-1)
+            for buffer in self.buffers
+            for bucket in buffer.buckets
+        ]
 
     @cached_property
     def _mains(self) -> list[Tensor]:
@@ -98,6 +139,7 @@ def make_group_optimizer(
     )
     with cpu.cuda_by_name():
         optimizer = ShardedOptimizer(
+            wire,
             inner,
             MegatronOptimizerConfig(
                 optimizer="adam",

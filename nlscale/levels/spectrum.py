@@ -13,7 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nlscale.config.units import declared_period
-from nlscale.config.vocabulary import LevelsConfig, PeriodRule, WireFormat
+from nlscale.config.vocabulary import (
+    Config,
+    Dtype,
+    LevelsConfig,
+    PeriodRule,
+    Sharding,
+    WireFormat,
+)
 from nlscale.errors import UserError
 
 _BYTES = {WireFormat.fp32: 4, WireFormat.bf16: 2}
@@ -83,13 +90,33 @@ def spectrum(config: LevelsConfig, tokens_per_step: int) -> list[Level]:
     return levels
 
 
-def reduction_bytes(parameters: float, nodes: int, wire: WireFormat = WireFormat.fp32) -> float:
+def reduction_bytes(
+    parameters: float,
+    nodes: int,
+    wire: WireFormat = WireFormat.fp32,
+    gathered: int | None = None,
+) -> float:
     """Bytes that leave a node when the gradient of that many parameters crosses the network once.
 
     Each node sends (n - 1) / n of a value's bytes twice: its part of every sum to the node that
-    adds it up, and of its own sums one to each other node. A ring all-reduce sends as much.
+    adds it up, and of its own sums one to each other node. A ring all-reduce sends as much. Where
+    the node that adds up updates the parameter too, it sends that in place of the sum.
+
+    Args:
+        parameters: whose gradient crosses.
+        nodes: over which it is summed.
+        wire: how.
+        gathered: bytes of an updated parameter, see `gathered_bytes`; None: sums come back.
     """
-    return 2 * (nodes - 1) / nodes * _BYTES[wire] * parameters
+    back = _BYTES[wire] if gathered is None else gathered
+    return (nodes - 1) / nodes * (_BYTES[wire] + back) * parameters
+
+
+def gathered_bytes(config: Config) -> int | None:
+    """Bytes of an updated parameter as the nodes send it to each other; None: they need not."""
+    if config.parallel.shard_optimizer == Sharding.node:
+        return None
+    return 2 if config.train.dtype == Dtype.bf16 else 4
 
 
 def phase(level: Level, depth: int, layers: int, stagger: bool) -> int:

@@ -2,7 +2,7 @@
 
 megatron-core's DistributedOptimizer gives each data-parallel rank of a node a range of every
 gradient bucket, whatever parameters lie in it: of a parameter a rank holds nothing, all, or a range
-of its flattened local part.
+of its flattened local part. With `parallel.shard_optimizer=all` what is updated is a part of that.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ class Shard:
     """Where the range begins in the local part."""
     weights: Tensor
     """fp32 [length]: what the optimizer updates."""
-    window: Tensor
-    """fp32 [length]: sum of the gradients of the window, on this node."""
     inner: torch.optim.Optimizer
     kept: tuple[str, ...]
     """What the rule keeps of each parameter (`nlscale.optim.table.Rule.state`)."""
@@ -59,6 +57,19 @@ class Shard:
         return self.state()
 
 
+@dataclass(frozen=True)
+class WindowShard:
+    """A range of a parameter's flattened local part, with the sum of its gradients."""
+
+    name: str
+    parameter: Any
+    group: SyncGroup
+    start: int
+    """Where the range begins in the local part."""
+    window: Tensor
+    """fp32 [length]: sum of the gradients of the window, on this node."""
+
+
 def shards(optimizer: LevelOptimizer, parameters: dict[str, Any]) -> list[Shard]:
     """What this rank holds of its parameters' optimizer state.
 
@@ -71,11 +82,9 @@ def shards(optimizer: LevelOptimizer, parameters: dict[str, Any]) -> list[Shard]
     found = []
     for g in optimizer.groups:
         distributed: Any = g.optimizer
-        sums = dict(zip(g.window.places, g.window.sums, strict=True))
         for parameter, (index, order) in distributed.model_param_group_index_map.items():
             buffer, dtype, bucket = distributed.model_param_gbuf_map[parameter]
             ranges = distributed.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]
-            local = ranges["gbuf_local"]
             found.append(
                 Shard(
                     name=names[parameter],
@@ -83,9 +92,33 @@ def shards(optimizer: LevelOptimizer, parameters: dict[str, Any]) -> list[Shard]
                     group=g.group,
                     start=ranges["param"].start,
                     weights=distributed.optimizer.param_groups[index]["params"][order],
-                    window=sums[buffer, bucket][local.start : local.end],
                     inner=distributed.optimizer,
                     kept=kept,
                 )
             )
+    return found
+
+
+def window_shards(optimizer: LevelOptimizer, parameters: dict[str, Any]) -> list[WindowShard]:
+    """What this rank holds of its parameters' windows: on each node there are windows of all.
+
+    Args:
+        optimizer: of this rank's part of the model.
+        parameters: that part, by name.
+    """
+    names = {parameter: name for name, parameter in parameters.items()}
+    found = []
+    for g in optimizer.groups:
+        for place, window in zip(g.window.places, g.window.sums, strict=True):
+            for parameter, ranges in g.optimizer.held_in_node(*place).items():
+                local = ranges["gbuf_local"]
+                found.append(
+                    WindowShard(
+                        name=names[parameter],
+                        parameter=parameter,
+                        group=g.group,
+                        start=ranges["param"].start,
+                        window=window[local.start : local.end],
+                    )
+                )
     return found

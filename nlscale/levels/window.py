@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nlscale.config.vocabulary import Config, Reduction, WireFormat
 from nlscale.levels.spectrum import SyncGroup
-from nlscale.levels.wire import Wire
+from nlscale.levels.wire import Wire, part_of
 from nlscale.parallel import cpu
 from nlscale.parallel.layout import Layout
 
@@ -78,6 +78,8 @@ class Window:
             for bucket in buckets.values()
         ]
         """This rank's part of each gradient bucket, fp32."""
+        self._owned = [part_of(shard, *wire.part) for shard in self.shards]
+        """What of these this rank updates parameters by."""
         # With a period of one step the gradient of the step is the window.
         self.sums = self.shards if group.period == 1 else [torch.zeros_like(s) for s in self.shards]
         self._closes = self._crosses = False
@@ -115,8 +117,8 @@ class Window:
                     self._send(i)
 
     def square(self) -> Tensor:
-        """Sum of squares of this rank's gradient shard, float64."""
-        return torch.stack([sum_of_squares(shard) for shard in self.shards]).sum()
+        """Sum of squares of the closed window's gradient, as far as this rank has it, float64."""
+        return torch.stack([sum_of_squares(owned) for owned in self._owned]).sum()
 
     def close_without_step(self) -> None:
         """Leave in the gradient buffer what the window holds, summed over the nodes, and empty it.
@@ -132,7 +134,7 @@ class Window:
 
     def scale(self, factor: Tensor) -> None:
         """Multiply the closed window's gradient: the mean over its tokens, clipped."""
-        torch._foreach_mul_(self.shards, factor.to(torch.float32))
+        torch._foreach_mul_(self._owned, factor.to(torch.float32))
 
     @property
     def _waits(self) -> bool:

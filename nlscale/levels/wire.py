@@ -1,6 +1,8 @@
 """What crosses between the nodes: gradients do here, and nowhere else.
 
-A shard is summed over the ranks that hold the same one on each node. Any number of such sums are
+A shard is summed over the ranks that hold the same one on each node. Where the state that it
+updates is spread over the nodes (`parallel.shard_optimizer=all`) each of them gets its part of the
+sums, and later the others' parts of the updated parameters. Any number of such sums are
 started, one after the other, and run beside what the caller does next: on a GPU on a stream of
 their own, on a CPU in a thread, as gloo has no order of its own between what waits and what
 follows. All ranks of a group start the same ones in the same order.
@@ -24,10 +26,17 @@ from nlscale.parallel.layout import Layout
 
 
 class Wire:
-    """The sums over nodes that a rank takes part in."""
+    """The sums over nodes that a rank takes part in.
 
-    def __init__(self, layout: Layout) -> None:
+    Args:
+        layout: this rank's place.
+        gathered: bytes of a parameter that the nodes gather after they have updated their parts
+            (`nlscale.levels.spectrum.gathered_bytes`); None: every node gets all sums.
+    """
+
+    def __init__(self, layout: Layout, gathered: int | None = None) -> None:
         self._group, self._nodes = layout.across_nodes, layout.nodes
+        self._node, self._gathered = layout.node_rank, gathered
         self._device = layout.device
         self._beside: _Stream | _Thread | None = None
         if self._group is not None:
@@ -48,6 +57,8 @@ class Wire:
     ) -> None:
         """Begin to sum a shard over the nodes, in place; it is the caller's again after `finish`.
 
+        What is not `part` of it is then anything finite, if the shards were.
+
         Args:
             shard: fp32, contiguous.
             wire: how it crosses.
@@ -56,12 +67,13 @@ class Wire:
         """
         group = self._group
         assert group is not None and self._beside is not None, "there are no other nodes"
-        self.bytes += reduction_bytes(shard.numel(), self._nodes, wire)
+        scatters = self._gathered is not None
+        self.bytes += reduction_bytes(shard.numel(), self._nodes, wire, 0 if scatters else None)
 
         def work() -> None:
             if before is not None:
                 before()
-            _SUMS[wire](shard, group)
+            _SUMS[wire, scatters](shard, group)
 
         self._beside.run(work)
 
@@ -77,33 +89,88 @@ class Wire:
         return Waited(began, now(self._device))
 
     def sum(self, shards: list[Tensor]) -> None:
-        """Sum these now."""
-        if self._beside is not None:
+        """Sum these now, whole, on every node."""
+        if self._group is not None:
             for shard in shards:
-                self.start(shard)
-            self.finish()
+                self.bytes += reduction_bytes(shard.numel(), self._nodes)
+                _sum_as_it_is(shard, self._group)
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which part of how many this node has of each shard (`part_of`)."""
+        return (0, 1) if self._gathered is None else (self._node, self._nodes)
+
+    def gather(self, shards: list[Tensor]) -> None:
+        """Fill in the parts of these that the other nodes have, in place, now."""
+        if self._gathered is None or self._group is None:
+            return
+        for shard in shards:
+            self.bytes += (self._nodes - 1) / self._nodes * shard.nbytes
+            even = shard.numel() // self._nodes * self._nodes
+            if even:
+                mine = part_of(shard[:even], *self.part)
+                dist.all_gather_into_tensor(_bytes(shard[:even]), _bytes(mine), group=self._group)
+            if even < shard.numel():
+                dist.broadcast(_bytes(shard[even:]), group=self._group, group_src=self._nodes - 1)
+
+
+def part_range(length: int, part: int, parts: int) -> tuple[int, int]:
+    """Where one of equal parts of so many elements begins and ends; the last has what is over."""
+    size = length // parts
+    return part * size, (part + 1) * size if part < parts - 1 else length
+
+
+def part_of(shard: Tensor, part: int, parts: int) -> Tensor:
+    """That part of a flat tensor, a view."""
+    return shard[slice(*part_range(shard.numel(), part, parts))]
 
 
 def _sum_as_it_is(shard: Tensor, group: dist.ProcessGroup) -> None:
     dist.all_reduce(shard, group=group)
 
 
+def _scatter_as_it_is(shard: Tensor, group: dist.ProcessGroup) -> None:
+    nodes = group.size()
+    even = shard.numel() // nodes * nodes
+    if even:
+        mine = part_of(shard[:even], group.rank(), nodes)
+        dist.reduce_scatter_tensor(mine, shard[:even], group=group)
+    if even < shard.numel():
+        dist.all_reduce(shard[even:], group=group)
+
+
 def _sum_in_bf16(shard: Tensor, group: dist.ProcessGroup) -> None:
     """To the node that adds it up, in fp32, and from there to all: the same bits on every node."""
     for piece in shard.split(_PIECE):
-        _sum_piece_in_bf16(piece, group)
+        nodes = group.size()
+        part = -(-piece.numel() // nodes)
+        sent = torch.zeros(nodes * part, dtype=torch.bfloat16, device=piece.device)
+        sent[: piece.numel()].copy_(piece)
+        mine = _added_up(sent, group).bfloat16()
+        dist.all_gather_into_tensor(_bytes(sent), _bytes(mine), group=group)
+        piece.copy_(sent[: piece.numel()])
 
 
-def _sum_piece_in_bf16(shard: Tensor, group: dist.ProcessGroup) -> None:
+def _scatter_in_bf16(shard: Tensor, group: dist.ProcessGroup) -> None:
+    """To the node that adds it up, in fp32, and that keeps the sum."""
     nodes = group.size()
-    part = -(-shard.numel() // nodes)
-    sent = torch.zeros(nodes * part, dtype=torch.bfloat16, device=shard.device)
-    sent[: shard.numel()].copy_(shard)
+    parts = [part_of(shard, part, nodes) for part in range(nodes)]
+    longest, most = parts[-1].numel(), max(1, _PIECE // nodes)
+    for first in range(0, longest, most):
+        size = min(most, longest - first)
+        sent = torch.zeros(nodes, size, dtype=torch.bfloat16, device=shard.device)
+        for row, part in zip(sent, parts, strict=True):
+            piece = part[first : first + size]
+            row[: piece.numel()].copy_(piece)
+        mine = parts[group.rank()][first : first + size]
+        mine.copy_(_added_up(sent.view(-1), group)[: mine.numel()])
+
+
+def _added_up(sent: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over the nodes of the part of this one, fp32; of each node's parts in order, bf16."""
     arrived = torch.empty_like(sent)
     dist.all_to_all_single(_bytes(arrived), _bytes(sent), group=group)
-    mine = arrived.view(nodes, part).float().sum(dim=0).bfloat16()
-    dist.all_gather_into_tensor(_bytes(sent), _bytes(mine), group=group)
-    shard.copy_(sent[: shard.numel()])
+    return arrived.view(group.size(), -1).float().sum(dim=0)
 
 
 def _bytes(values: Tensor) -> Tensor:
@@ -111,8 +178,13 @@ def _bytes(values: Tensor) -> Tensor:
     return values.view(torch.uint8)
 
 
-_SUMS = {WireFormat.fp32: _sum_as_it_is, WireFormat.bf16: _sum_in_bf16}
-
+_SUMS = {
+    (WireFormat.fp32, False): _sum_as_it_is,
+    (WireFormat.bf16, False): _sum_in_bf16,
+    (WireFormat.fp32, True): _scatter_as_it_is,
+    (WireFormat.bf16, True): _scatter_in_bf16,
+}
+"""By format, and whether each node is to have its part alone."""
 
 _PIECE = BF16_AT_ONCE // 8
 """Elements, of which each takes 2 bytes to send, 2 that arrive and 4 to add up."""

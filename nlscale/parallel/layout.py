@@ -18,7 +18,7 @@ from nlscale.cluster.life.rendezvous import Told, meet
 from nlscale.cluster.life.watch import Watch, doing
 from nlscale.cluster.spread import nodes_of_a_data_group
 from nlscale.config.keys import to_plain
-from nlscale.config.vocabulary import Config, ParallelConfig
+from nlscale.config.vocabulary import Config, ParallelConfig, Sharding
 from nlscale.errors import UserError
 from nlscale.parallel import cpu
 from nlscale.parallel.gloo import one_device
@@ -54,7 +54,8 @@ class Layout:
     host: dist.ProcessGroup
     """All ranks over gloo, for what goes on beside the training: writing checkpoints."""
     replica: dist.ProcessGroup
-    """All ranks of one copy of the optimizer state: its tensor, pipeline and within-node ranks."""
+    """All ranks of one copy of the optimizer state: its tensor, pipeline and within-node ranks;
+    with `parallel.shard_optimizer=all` the run's."""
     hosts: tuple[str, ...]
     """Name of the host of each rank."""
 
@@ -219,9 +220,17 @@ def _layout(parallel: ParallelConfig, timeout: datetime.timedelta) -> Layout:
         tensor_group=groups.tp,
         across_nodes=across,
         host=host,
-        replica=parallel_state.get_intra_distributed_optimizer_instance_group(),
+        replica=_replica(parallel.shard_optimizer),
         hosts=tuple(hosts),
     )
+
+
+def _replica(sharding: Sharding) -> dist.ProcessGroup:
+    whole: dist.ProcessGroup | None = dist.group.WORLD
+    if sharding == Sharding.node:
+        whole = parallel_state.get_intra_distributed_optimizer_instance_group()
+    assert whole is not None
+    return whole
 
 
 def _ranks_here() -> int:

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from nlscale.config.units import Interval
-from nlscale.config.vocabulary import CheckpointConfig, Config, ModelConfig, head_dim
+from nlscale.config.vocabulary import (
+    CheckpointConfig,
+    Config,
+    ModelConfig,
+    Reduction,
+    Sharding,
+    head_dim,
+)
 from nlscale.errors import UserError
 from nlscale.model.mixers.table import mixer
 from nlscale.model.sizes import level_hidden
@@ -87,6 +94,7 @@ def _divides(config: Config) -> None:
             raise UserError(not_divisible(f"levels.spectrum.{index}.hidden", hidden, tensor))
     _sequence_parallel(config)
     _pipeline(config)
+    _sharding(config)
 
 
 def _base_width(model: ModelConfig) -> None:
@@ -123,6 +131,16 @@ def _pipeline(config: Config) -> None:
             "use parallel.pipeline=2 or more, or leave it at 1"
         )
     stage_blocks(config, config.model.vocabulary or 0)
+
+
+def _sharding(config: Config) -> None:
+    every_step = config.levels.reduction == Reduction.every_step
+    if config.parallel.shard_optimizer == Sharding.all and every_step:
+        raise UserError(
+            "parallel.shard_optimizer=all sums a window where it is updated, once it is due, and "
+            "levels.reduction=every-step sums before; use levels.reduction=deferred, or "
+            "parallel.shard_optimizer=node"
+        )
 
 
 def not_divisible(what: str, number: int, by: int, by_what: str = "parallel.tensor") -> str:

@@ -15,7 +15,7 @@ from nlscale.cluster.life.watch import doing
 from nlscale.config.vocabulary import Config, Dtype
 from nlscale.levels.engine import LevelOptimizer
 from nlscale.levels.spectrum import Level
-from nlscale.levels.state import Shard, shards
+from nlscale.levels.state import Shard, WindowShard, shards, window_shards
 from nlscale.model.decoder import Decoder, named_parameters
 from nlscale.model.kernels import check_kernels
 from nlscale.model.layers import megatron_config
@@ -181,6 +181,10 @@ class Trainer:
     def shards(self) -> list[Shard]:
         """What this rank holds of its parameters' optimizer state."""
         return shards(self.optimizer, self.named_parameters())
+
+    def windows(self) -> list[WindowShard]:
+        """What this rank holds of its parameters' windows."""
+        return window_shards(self.optimizer, self.named_parameters())
 
     def _count(self, verdict: Verdict) -> None:
         counters = self.counters

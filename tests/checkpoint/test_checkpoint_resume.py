@@ -23,6 +23,8 @@ LAYOUTS = {
     "4": (4, 4, []),
     "4-two-nodes": (4, 2, []),
     "8-four-nodes": (8, 2, []),
+    "4-two-nodes-all": (4, 2, ["parallel.shard_optimizer=all"]),
+    "8-four-nodes-all": (8, 2, ["parallel.shard_optimizer=all"]),
     "tp2": (2, 2, ["parallel.tensor=2"]),
     "tp2-pp2": (4, 4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "tp2-sp-pp2x2": (
@@ -83,7 +85,8 @@ def saved_only_at(folder: Path, step: int, copy: Path) -> Path:
         ("1", 10, "fp32"),
         ("4-two-nodes", 4, "fp32"),
         ("4-two-nodes", 7, "bf16"),
-        ("4-two-nodes", 12, "fp32"),
+        ("4-two-nodes-all", 12, "fp32"),
+        ("4-two-nodes-all", 7, "bf16"),
         ("tp2-pp2", 7, "fp32"),
         ("tp2-sp-pp2x2", 4, "bf16"),
     ],
@@ -123,8 +126,9 @@ def test_a_run_whose_first_steps_were_dropped_resumes_too(tmp_path: Path, layout
         ("4", "2"),
         ("2", "4"),
         ("4-two-nodes", "tp2-sp-pp2x2"),
-        ("8-four-nodes", "4"),
+        ("8-four-nodes-all", "4"),
         ("4", "8-four-nodes"),
+        ("4-two-nodes", "8-four-nodes-all"),
         ("tp2-sp-pp2x2", "1"),
     ],
 )
@@ -133,7 +137,7 @@ def test_resuming_on_another_layout_is_within_rounding(
 ) -> None:
     step = 7  # in the middle of windows of both slow levels
     keys = ["train.dtype=fp32"]
-    if "8-four-nodes" in (one, other):
+    if "8-four-nodes" in f"{one} {other}":
         keys.append("train.global_batch=8")
     folder, never_stopped = whole(one, step, *keys)
     rest = saved_only_at(folder, step, tmp_path / "rest")
@@ -148,7 +152,7 @@ def test_resuming_on_another_layout_is_within_rounding(
     assert result["classes"]["samples"]["bitwise"]
 
 
-@pytest.mark.parametrize(("one", "other"), [("tp2-pp2", "4"), ("4-two-nodes", "tp2-sp-pp2x2")])
+@pytest.mark.parametrize(("one", "other"), [("tp2-pp2", "4"), ("4-two-nodes-all", "tp2-sp-pp2x2")])
 def test_another_layout_loads_the_very_same_state(
     tmp_path: Path, whole: Whole, one: str, other: str
 ) -> None:
@@ -164,9 +168,9 @@ def test_another_layout_loads_the_very_same_state(
     assert result["bitwise"], result
 
 
-def test_windows_kept_exactly_do_not_touch_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["4-two-nodes", "4-two-nodes-all"])
+def test_windows_kept_exactly_do_not_touch_the_run(tmp_path: Path, layout: str) -> None:
     keys = ["checkpoint.pending=exact"]
-    layout = "4-two-nodes"
     never_saved = run(layout, keys, tmp_path / "never", (), False)[0]
     run(layout, keys, tmp_path / "whole", (7,), False)
     rest = saved_only_at(tmp_path / "whole", 7, tmp_path / "rest")

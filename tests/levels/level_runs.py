@@ -258,7 +258,7 @@ def whole_parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
 def _hash(trainer: Trainer) -> str:
     digest = hashlib.sha256()
     for p in trainer.named_parameters().values():
-        digest.update(p.detach().numpy().tobytes())
+        digest.update(p.detach().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
+from typing import IO, cast
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def _read_part(file: _Within, starts: Sequence[int], sizes: Sequence[int]) -> Te
     """From the first element of the box to its last: whole rows that lie next to each other are
     read and nothing else; of a box that is narrower, what lies between its rows as well."""
     with FakeTensorMode():  # finds out what the tensor is like, and where its elements are
-        stored = torch.load(file, weights_only=True)
+        stored = torch.load(cast(IO[bytes], file), weights_only=True)
     _check(stored, starts, sizes)
     strides, width = stored.stride(), stored.element_size()
     first = stored.storage_offset() + sum(s * at for s, at in zip(strides, starts, strict=True))
