@@ -41,6 +41,12 @@ _RANK = {
     "total": Field("number", "bytes", "state, and the largest of what takes the place of others"),
 }
 
+_SHARDED = {
+    "optimizer_bytes": Field("number", "bytes", "of optimizer state on the fullest GPU"),
+    "total_bytes": Field("number", "bytes", "of everything on that GPU"),
+    "mean_bytes_per_step": Field("number", "bytes", "that a node sends a step, deferred"),
+}
+
 PLAN: Mapping[str, Field] = {
     "cluster": Field(
         "object",
@@ -161,8 +167,23 @@ PLAN: Mapping[str, Field] = {
                 "number", "bytes", "that a node sends to sum up unfinished windows"
             ),
             "host_bytes": Field(
-                "number", "bytes", "of a node's memory, for the copy that is written from"
+                "number", "bytes", "of a node's memory, the mean, for the copy that is written from"
             ),
+            "largest_file_bytes": Field("number", "bytes", "of the rank that writes most"),
+            "files": Field("integer", "", "with tensors, one a rank"),
+            "resume_bytes": Field(
+                "number", "bytes", "that all ranks read to go on from it, verifying not counted"
+            ),
+        },
+    ),
+    "shard_optimizer": Field("text", "", "`parallel.shard_optimizer`: `node` or `all`"),
+    "sharding": Field(
+        "object",
+        "",
+        "what each of the two comes to",
+        fields={
+            "node": Field("object", "", "sharded over the ranks of a node", fields=_SHARDED),
+            "all": Field("object", "", "sharded over those of all nodes", fields=_SHARDED),
         },
     ),
     "memory": Field(

@@ -3,7 +3,8 @@
 A sync group's gradient is cut into buckets of `parallel.bucket_size` elements, from the last block
 to the first, as the backward pass of the last micro batch makes it. A bucket whose blocks are done
 queues for the link; what crosses when the last pipeline stage has ended its backward pass is
-exposed, and so is all of it where `parallel.overlap` is false.
+exposed, and so is all of it where `parallel.overlap` is false. Updated parameters, which cross too
+with `parallel.shard_optimizer=all`, do so when nothing else goes on.
 
     compute       seconds of a step: model FLOPs over the GPUs' peak at a utilisation, or as given
     a pass        (1 - bubble) / micro batches of it, the backward pass 2/3 of a pass
@@ -25,7 +26,13 @@ from nlscale.cluster.machines import Cluster
 from nlscale.config.vocabulary import Config, Dtype, Reduction
 from nlscale.errors import UserError
 from nlscale.levels.groups import parameters_by_depth
-from nlscale.levels.spectrum import Level, SyncGroup, reduction_bytes, sync_group
+from nlscale.levels.spectrum import (
+    Level,
+    SyncGroup,
+    gathered_bytes,
+    reduction_bytes,
+    sync_group,
+)
 from nlscale.model.stages import stage_blocks
 from nlscale.plan.pipeline import Pipeline
 
@@ -54,6 +61,8 @@ class _Piece:
     """Seconds before the stage ends its last backward pass."""
     seconds: float
     """That it occupies the link."""
+    after: float
+    """Seconds that updated parameters occupy it, when the step is over."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,7 @@ class Links:
             free = begins + piece.seconds
             late = min(piece.seconds, max(0.0, free - end))
             hidden[piece.group.level] += piece.seconds - late
-            exposed[piece.group.level] += late
+            exposed[piece.group.level] += late + piece.after
         return hidden, exposed
 
     def _pieces(self, rank: int, stagger: bool) -> Iterator[_Piece]:
@@ -134,10 +143,13 @@ class Links:
         waiting: dict[SyncGroup, int] = {}
 
         def piece(group: SyncGroup, done: int) -> _Piece:
-            wire = self.levels[group.level].wire
-            sent = reduction_bytes(waiting.pop(group), self.group_nodes, wire)
+            wire, parameters = self.levels[group.level].wire, waiting.pop(group)
+            gathered, nodes = gathered_bytes(self.config), self.group_nodes
+            sent = reduction_bytes(parameters, nodes, wire, None if gathered is None else 0)
+            after = reduction_bytes(parameters, nodes, wire, gathered) - sent
             ready = self.backward_seconds * (1 - done / len(depths))
-            return _Piece(group, ready, self.cluster.link_seconds(sent))
+            seconds = self.cluster.link_seconds
+            return _Piece(group, ready, seconds(sent), seconds(after))
 
         for done, depth in enumerate(depths, 1):
             for level, counts in zip(self.levels, self._by_depth, strict=True):

@@ -5,7 +5,8 @@
     windows       4 bytes a parameter of a level of period above 1, sharded over a node; and what
                   a level that crosses in bf16 takes in passing
     optimizer     what the rule keeps (8 bytes a parameter, Adam's moments), and with bf16 4 more,
-                  the fp32 weights; sharded over a node
+                  the fp32 weights; sharded over a node, or with
+                  `parallel.shard_optimizer=all` over all nodes
     activations   what `nlscale.plan.activations` counts, for the micro batches in flight
 
 Between steps there are no activations, but for a while something else, and the larger counts:
@@ -23,7 +24,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from nlscale.cluster.spread import COMPARED_AT_ONCE
-from nlscale.config.vocabulary import CmsForm, Config, Dtype, WireFormat
+from nlscale.config.vocabulary import CmsForm, Config, Dtype, Sharding, WireFormat
 from nlscale.levels.groups import parameters_by_depth
 from nlscale.levels.spectrum import BF16_AT_ONCE, Level
 from nlscale.model.stages import stage_blocks
@@ -88,7 +89,12 @@ class Memory:
 
 
 def memory(
-    config: Config, levels: list[Level], vocabulary: int, in_node: int, micro_batches: int
+    config: Config,
+    levels: list[Level],
+    vocabulary: int,
+    in_node: int,
+    micro_batches: int,
+    group_nodes: int = 1,
 ) -> list[RankMemory]:
     """The memory of a configuration on a GPU of each pipeline rank.
 
@@ -96,8 +102,9 @@ def memory(
         config: the run.
         levels: its spectrum, periods in steps.
         vocabulary: token ids of the model.
-        in_node: data-parallel ranks of one node, over which state is sharded.
+        in_node: data-parallel ranks of one node.
         micro_batches: of a rank in a step.
+        group_nodes: nodes that a data-parallel group spans.
 
     Raises:
         UserError: fewer blocks than stages, or `parallel.stages` that do not fit.
@@ -106,10 +113,11 @@ def memory(
     ranks, batch = config.parallel.pipeline, Activations(config, vocabulary)
     stages = stage_blocks(config, vocabulary)
     of_rule = rule(config.optimizer.rule).state_bytes
+    spread = in_node * (group_nodes if config.parallel.shard_optimizer == Sharding.all else 1)
     result = []
     for rank in range(ranks):
         mine = stages[rank::ranks]
-        held = _held(config, vocabulary, mine)
+        held = [sum(counts) for counts in held_by_stage(config, vocabulary, mine)]
         parameters = sum(held)
         waiting = sum(n for level, n in zip(levels, held, strict=True) if level.period > 1)
         kept = most_kept([_stage(batch, blocks) for blocks in mine], ranks, rank, micro_batches)
@@ -118,7 +126,7 @@ def memory(
                 weights=parameters * (2 if bf16 else 4),
                 gradients=parameters * 4,
                 windows=waiting * 4 / in_node + _crossing(levels, held, in_node),
-                optimizer=parameters * (of_rule + (4 if bf16 else 0)) / in_node,
+                optimizer=parameters * (of_rule + (4 if bf16 else 0)) / spread,
                 activations=kept + batch.transient() + batch.gathered(),
                 validation=batch.forward(head=config.model.layers in [b.stop for b in mine]),
                 comparison=_comparison(config, vocabulary),
@@ -152,10 +160,13 @@ def _stage(batch: Activations, blocks: range) -> float:
     return kept + (batch.head() if blocks.stop == batch.config.model.layers else batch.residual)
 
 
-def _held(config: Config, vocabulary: int, stages: list[range]) -> list[float]:
+def held_by_stage(
+    config: Config, vocabulary: int, stages: list[range]
+) -> list[tuple[float, float]]:
     """Parameters of each level that a rank holds of these model stages, fastest level first.
 
-    Norms and the weights of a mixture are whole on every tensor-parallel rank.
+    Of each its part of those that are split over the tensor-parallel ranks, and those that each of
+    these holds whole: norms, and the weights of a mixture.
     """
     model, tensor, count = config.model, config.parallel.tensor, len(config.levels.spectrum)
     independent = model.cms == CmsForm.independent
@@ -169,5 +180,6 @@ def _held(config: Config, vocabulary: int, stages: list[range]) -> list[float]:
         on_every = whole[level] * len(depths)
         if level == 0 and model.layers - 1 in depths:
             on_every += model.d_model  # the last norm
-        held.append((sum(by_depth[depth] for depth in depths) - on_every) / tensor + on_every)
+        split = (sum(by_depth[depth] for depth in depths) - on_every) / tensor
+        held.append((split, float(on_every)))
     return held

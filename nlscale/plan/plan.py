@@ -7,7 +7,7 @@ from typing import Any
 
 from nlscale.cluster.machines import UTILISATION, Cluster
 from nlscale.cluster.spread import check_tensor
-from nlscale.config.vocabulary import Config, Pending, Reduction, TrainConfig, WireFormat
+from nlscale.config.vocabulary import Config, Reduction, Sharding, TrainConfig, WireFormat
 from nlscale.data.index import read_index
 from nlscale.errors import UserError
 from nlscale.levels.spectrum import (
@@ -18,7 +18,7 @@ from nlscale.levels.spectrum import (
 )
 from nlscale.model.flops import flops_by_part
 from nlscale.model.sizes import level_parameters
-from nlscale.optim.table import rule
+from nlscale.plan.checkpoint import CheckpointPlan, checkpoint_plan
 from nlscale.plan.checks import check_sizes
 from nlscale.plan.link import Links, LinkTime, compute_seconds
 from nlscale.plan.memory import GIB, USABLE, Memory, memory
@@ -55,6 +55,18 @@ class Exposure:
 
 
 @dataclass(frozen=True)
+class Sharded:
+    """What a way of sharding the optimizer state comes to."""
+
+    optimizer_bytes: float
+    """On the fullest GPU."""
+    total_bytes: float
+    """On that GPU, of all."""
+    mean_bytes_per_step: float
+    """Leaving a node, deferred."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will do on a cluster. Traffic is in bytes leaving a node, the mean over nodes."""
 
@@ -84,38 +96,17 @@ class Plan:
     memory: Memory
     exposure: Exposure | None
     """None where no gradient crosses, or how long a step computes is not known."""
-    state_bytes: int
-    """Kept of each parameter: fp32 weights, and what the optimizer rule keeps."""
+    sharding: dict[Sharding, Sharded]
+    """What each way of sharding the optimizer state comes to."""
+    shards: Sharding
+    """As configured."""
     pipeline: Pipeline
-    settles: bool
-    """Whether a checkpoint sums pending windows over the nodes (checkpoint.pending=canonical)."""
+    checkpoint: CheckpointPlan
     warnings: list[str]
 
     @property
     def parameters(self) -> int:
         return sum(level.parameters for level in self.levels)
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """A checkpoint on disk, at most: weights, what updates them, and pending windows."""
-        return self.state_bytes * self.parameters + 4 * self._slow
-
-    @property
-    def checkpoint_host_bytes(self) -> float:
-        """Of a node's memory, for the copy that is written: its share of the state, and those
-        unfinished windows that belong to what its pipeline ranks hold."""
-        state = self.state_bytes * self.parameters / self.cluster.nodes
-        return state + 4 * self._slow * self.group_nodes / self.cluster.nodes
-
-    @property
-    def checkpoint_traffic(self) -> float:
-        """Bytes leaving one node for a checkpoint, at most: one reduction of pending windows."""
-        share = self._slow / self.parameters
-        return share * self.plain if self.defers and self.settles else 0.0
-
-    @property
-    def _slow(self) -> int:
-        return sum(level.parameters for level in self.levels if level.period > 1)
 
     @property
     def fewer(self) -> float | None:
@@ -150,7 +141,10 @@ class Plan:
         - `activation_bytes_per_step`: of activations and their gradients between pipeline ranks,
           not part of the above
         - `checkpoint`: `bytes` on disk; `inter_node_bytes`, the reduction of unfinished windows;
-          `host_bytes`, the copy in a node's memory to write from; of one checkpoint, at most
+          `host_bytes`, the copy in a node's memory to write from; `largest_file_bytes` of `files`;
+          `resume_bytes` that all ranks read; of one checkpoint, at most
+        - `shard_optimizer`: as configured; `sharding`: of `node` and `all`, each with
+          `optimizer_bytes` and `total_bytes` on the fullest GPU and `mean_bytes_per_step`
         - `memory`: `ranks`, a list over the pipeline ranks of the bytes on one GPU, `weights`,
           `gradients`, `windows`, `optimizer`, `activations` and, in place of the latter between
           steps, `validation` and `comparison` of the replicas; `total`; `fullest`, the one that
@@ -211,11 +205,9 @@ class Plan:
             },
             "exposure": self._exposure(),
             "activation_bytes_per_step": self.activations,
-            "checkpoint": {
-                "bytes": self.checkpoint_bytes,
-                "inter_node_bytes": self.checkpoint_traffic,
-                "host_bytes": self.checkpoint_host_bytes,
-            },
+            "checkpoint": asdict(self.checkpoint),
+            "shard_optimizer": self.shards.value,
+            "sharding": {way.value: asdict(found) for way, found in self.sharding.items()},
             "memory": {
                 "ranks": [{**asdict(rank), "total": rank.total} for rank in self.memory.ranks],
                 "fullest": self.memory.fullest,
@@ -327,10 +319,11 @@ def make_plan(
         group_nodes=group_nodes,
         activations=activation_bytes(config, nodes, cluster.gpus_per_node),
         memory=memory_on(config, cluster),
-        state_bytes=4 + rule(config.optimizer.rule).state_bytes,
+        sharding={way: _sharded(config, cluster, way) for way in Sharding},
+        shards=config.parallel.shard_optimizer,
         pipeline=passes,
         exposure=exposure,
-        settles=config.checkpoint.pending == Pending.canonical,
+        checkpoint=checkpoint_plan(config, levels, vocabulary, cluster, group_nodes),
         warnings=[
             *slow_level_warnings(levels, config.model.layers, config.levels.stagger, steps),
             *approximate(levels, crosses=group_nodes > 1),
@@ -352,9 +345,21 @@ def memory_on(config: Config, cluster: Cluster) -> Memory:
         _micro_batches(config.train, data_parallel),
         data_parallel // group_nodes,
     )
-    return Memory(
-        memory(config, levels, vocabulary, in_node, micro_batches), cluster.gpu_memory_gib
+    ranks = memory(config, levels, vocabulary, in_node, micro_batches, group_nodes)
+    return Memory(ranks, cluster.gpu_memory_gib)
+
+
+def _sharded(config: Config, cluster: Cluster, way: Sharding) -> Sharded:
+    """What a way of sharding the optimizer state comes to, whatever is configured."""
+    config = replace(config, parallel=replace(config.parallel, shard_optimizer=way))
+    parallel, vocabulary = config.parallel, vocabulary_of(config)
+    group_nodes = cluster.nodes_of_a_data_group(parallel.tensor, parallel.pipeline)
+    levels = spectrum(config.levels, config.train.global_batch * config.data.sequence_length)
+    rank = memory_on(config, cluster).largest
+    sent = traffic(
+        config, levels, vocabulary, cluster.nodes, False, Reduction.deferred, group_nodes
     )
+    return Sharded(rank.optimizer, rank.total, sent.mean)
 
 
 def _micro_batches(train: TrainConfig, data_parallel: int) -> int:

@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from nlscale.config.units import human_bytes, human_count
+from nlscale.config.vocabulary import Sharding
 from nlscale.plan.memory import GIB, USABLE
-from nlscale.plan.plan import Exposure, Plan
+from nlscale.plan.plan import Exposure, Plan, Sharded
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -49,6 +50,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(_memory(plan))
     console.print()
     _explain_memory(plan, console)
+    if crosses:
+        console.print(_sharding(plan))
     if plan.pipeline.ranks > 1:
         _explain_pipeline(plan, console)
     console.print(_compute(plan))
@@ -69,15 +72,37 @@ def _compute(plan: Plan) -> str:
 
 
 def _checkpoint(plan: Plan) -> str:
+    found = plan.checkpoint
     line = (
-        f"A checkpoint takes up to {human_bytes(plan.checkpoint_bytes)} on disk, and "
-        f"{human_bytes(plan.checkpoint_host_bytes)} of a node's memory while it is written"
+        f"A checkpoint takes up to {human_bytes(found.bytes)} on disk, and "
+        f"{human_bytes(found.host_bytes)} of a node's memory while it is written"
     )
-    if not plan.checkpoint_traffic:
+    if found.inter_node_bytes:
+        line += (
+            f"; it sends up to {human_bytes(found.inter_node_bytes)} from a node, to sum "
+            f"unfinished windows"
+        )
+    if found.files == 1:
         return f"{line}."
     return (
-        f"{line}; it sends up to {human_bytes(plan.checkpoint_traffic)} from a node, to sum "
-        f"unfinished windows."
+        f"{line}. The largest of its {found.files:,} files has {found.skew:.2f} times the mean; to "
+        f"go on from it the ranks read {found.reread:.2f} times its bytes."
+    )
+
+
+def _sharding(plan: Plan) -> str:
+    node, spread = plan.sharding[Sharding.node], plan.sharding[Sharding.all]
+
+    def said(found: Sharded) -> str:
+        return (
+            f"{human_bytes(found.optimizer_bytes)} a GPU and "
+            f"{human_bytes(found.mean_bytes_per_step)} a step from a node"
+        )
+
+    chosen = "this run's" if plan.shards == Sharding.all else "parallel.shard_optimizer=all"
+    return (
+        f"Optimizer state over the GPUs of a node: {said(node)}; over those of all nodes "
+        f"({chosen}): {said(spread)}."
     )
 
 

@@ -2,7 +2,8 @@
 
 Gradients cross in fp32, or as a level's `wire` says. Each data-parallel rank of a node reduces its
 shard over the ranks that hold the same shard on the other nodes, so that together they send what
-one ring all-reduce over the nodes would (`nlscale.levels.spectrum.reduction_bytes`).
+one ring all-reduce over the nodes would (`nlscale.levels.spectrum.reduction_bytes`). With
+`parallel.shard_optimizer=all` they send sums once, and the parameters that they have updated.
 
 Ranks are numbered tensor first, then data, then pipeline. With a pipeline over several nodes a
 node holds some of its ranks only, and a data-parallel group spans some of the nodes only; the
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from nlscale.config.vocabulary import Config, Dtype, Reduction, WireFormat
 from nlscale.levels.groups import group_parameters
-from nlscale.levels.spectrum import Level, reduction_bytes
+from nlscale.levels.spectrum import Level, gathered_bytes, reduction_bytes
 
 _LONGEST_SERIES = 1_000_000
 
@@ -83,10 +84,11 @@ def traffic(
     stagger = config.levels.stagger if stagger is None else stagger
     reduction = config.levels.reduction if reduction is None else reduction
     steps = cycle_steps(levels)
+    gathered = gathered_bytes(config)
     series = np.zeros((len(levels), steps))
     means = np.zeros(len(levels))
     for group, parameters in group_parameters(config, levels, vocabulary, stagger).items():
-        sent = node_bytes(parameters, nodes, group_nodes, levels[group.level].wire)
+        sent = node_bytes(parameters, nodes, group_nodes, levels[group.level].wire, gathered)
         if reduction == Reduction.every_step:
             first, every = 1, 1
         else:
@@ -102,13 +104,15 @@ def node_bytes(
     nodes: int,
     group_nodes: int | None = None,
     wire: WireFormat = WireFormat.fp32,
+    gathered: int | None = None,
 ) -> float:
     """Bytes leaving a node, the mean over all, when these parameters of the model cross once.
 
-    Each is reduced over the `group_nodes` nodes (null: all) that its data-parallel groups span.
+    Each is reduced over the `group_nodes` nodes (null: all) that its data-parallel groups span; see
+    `nlscale.levels.spectrum.reduction_bytes`.
     """
     group_nodes = group_nodes or nodes
-    return reduction_bytes(parameters, group_nodes, wire) * group_nodes / nodes
+    return reduction_bytes(parameters, group_nodes, wire, gathered) * group_nodes / nodes
 
 
 def activation_bytes(config: Config, nodes: int, ranks_per_node: int) -> float:

@@ -152,10 +152,3 @@ def test_in_fp32_only_given_seconds_tell_how_long_a_step_computes() -> None:
     config = make("levels=[1]", "train.dtype=fp32")
     assert make_plan(config, cluster()).exposure is None
     assert make_plan(config, cluster(), step_seconds=0.1).exposure is not None
-
-
-def test_a_node_holds_the_unfinished_windows_of_its_pipeline_ranks() -> None:
-    config = make("levels=[1,8]", "parallel.pipeline=2", "train.global_batch=32")
-    found = make_plan(config, cluster(nodes=4))
-    slow = found.levels[1].parameters
-    assert found.checkpoint_host_bytes == 12 * found.parameters / 4 + 4 * slow / 2

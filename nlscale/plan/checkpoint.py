@@ -1,0 +1,92 @@
+"""A checkpoint's bytes: on disk, in memory, over the network, and read to go on from it.
+
+What every node holds alike is dealt by bytes over the nodes of a data-parallel group
+(`nlscale.checkpoint.state`), so that the ranks of a pipeline rank write files of one size, and read
+what they have written once; norms and biases, which each tensor-parallel rank holds whole, are
+written by the first and read by all. Not counted: what files hold beside numbers (names and places
+of boxes, below a thousandth), and the verification, which reads all once more, spread over all
+ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nlscale.cluster.machines import Cluster
+from nlscale.config.vocabulary import Config, Pending, Reduction
+from nlscale.levels.spectrum import Level, reduction_bytes
+from nlscale.model.stages import stage_blocks
+from nlscale.optim.table import rule
+from nlscale.plan.memory import held_by_stage
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """Of one checkpoint, at most: where the windows of all slow levels are unfinished."""
+
+    bytes: float
+    """On disk: weights, what updates them, and windows."""
+    inter_node_bytes: float
+    """That a node sends, for one reduction of unfinished windows."""
+    host_bytes: float
+    """Of a node's memory, the mean, for the copy that is written."""
+    largest_file_bytes: float
+    """Of the rank that writes most."""
+    files: int
+    """One a rank."""
+    resume_bytes: float
+    """That all ranks together read to go on from it."""
+
+    @property
+    def skew(self) -> float:
+        """The largest file over the mean."""
+        return self.largest_file_bytes * self.files / self.bytes
+
+    @property
+    def reread(self) -> float:
+        """Bytes read on resuming over those of the checkpoint."""
+        return self.resume_bytes / self.bytes
+
+
+def checkpoint_plan(
+    config: Config, levels: list[Level], vocabulary: int, cluster: Cluster, group_nodes: int
+) -> CheckpointPlan:
+    """A checkpoint of a configuration on a cluster.
+
+    Args:
+        config: the run.
+        levels: its spectrum, periods in steps.
+        vocabulary: token ids of the model.
+        cluster: the machines.
+        group_nodes: nodes that a data-parallel group spans.
+    """
+    tensor, ranks = config.parallel.tensor, config.parallel.pipeline
+    exact = config.checkpoint.pending == Pending.exact
+    of_a_parameter = 4 + rule(config.optimizer.rule).state_bytes
+    # with pending=exact each node stores windows of its own
+    of_a_window = 4 * (group_nodes if exact else 1)
+    writers = cluster.ranks // ranks  # of a pipeline rank
+    cut = stage_blocks(config, vocabulary)
+    total = largest = read = slow = 0.0
+    for rank in range(ranks):
+        once = twice = 0.0
+        held = held_by_stage(config, vocabulary, cut[rank::ranks])
+        for level, (split, whole) in zip(levels, held, strict=True):
+            waits = level.period > 1
+            once += (split * tensor + whole) * (of_a_parameter + of_a_window * waits)
+            twice += whole * (tensor - 1) * (of_a_parameter + of_a_window * waits)
+            slow += (split * tensor + whole) * waits
+        total += once
+        read += once + twice
+        # the first tensor rank writes what all of them hold whole
+        largest = max(largest, (once + twice) / writers)
+    settles = not exact and config.levels.reduction == Reduction.deferred
+    crossing = reduction_bytes(slow, group_nodes) * group_nodes / cluster.nodes
+    return CheckpointPlan(
+        bytes=total,
+        inter_node_bytes=crossing if settles else 0.0,
+        host_bytes=total / cluster.nodes,
+        largest_file_bytes=largest,
+        files=cluster.ranks,
+        resume_bytes=read,
+    )
