@@ -351,7 +351,7 @@ class TimeoutsConfig:
     step: float = within(600.0, above=0, most=_YEAR)
     """For each part of a later step, such as its consensus, and for a validation."""
     checkpoint: float = within(1800.0, above=0, most=_YEAR)
-    """For writing a checkpoint, and for reading one."""
+    """For writing a checkpoint and reading it back, for verifying one, and for going on from it."""
     silence: float = within(60.0, above=0, most=_YEAR)
     """A rank of which nothing is heard for so long was killed, stopped or cut off."""
 

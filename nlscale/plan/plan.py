@@ -292,9 +292,10 @@ def make_plan(
     exposure = None
     if group_nodes > 1 and computes is not None:
         plain = [replace(level, wire=WireFormat.fp32) for level in levels]
+        sums = replace(config, parallel=replace(parallel, shard_optimizer=Sharding.node))
         links, plain_links = (
-            Links(config, spectrum, vocabulary, cluster, group_nodes, passes, computes)
-            for spectrum in (levels, plain)
+            Links(what, spectrum, vocabulary, cluster, group_nodes, passes, computes)
+            for what, spectrum in ((config, levels), (sums, plain))
         )
         stagger = config.levels.stagger
         exposure = Exposure(

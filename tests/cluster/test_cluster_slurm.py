@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -59,9 +60,9 @@ def keys(data: Path, folder: Path, pending: str) -> list[str]:
     ]
 
 
-def launch(slurm: Slurm, overrides: list[str]) -> str:
+def launch(slurm: Slurm, overrides: list[str], cluster: str | Path = CLUSTER) -> str:
     """Submit the recipe; the number of the job."""
-    command = [*NLSCALE, "launch", "slurm", RECIPE, "--cluster", CLUSTER, *overrides]
+    command = [*NLSCALE, "launch", "slurm", RECIPE, "--cluster", str(cluster), *overrides]
     out = slurm.run(*command)
     assert "submitted job " in out
     return out.split("submitted job ")[1].split(":")[0]
@@ -164,6 +165,33 @@ def test_a_job_that_is_requeued_killed_and_warned_is_the_run_that_never_was(
     spent = json.loads((run / "summary.json").read_text())["goodput"]
     assert sum(v for k, v in spent.items() if k != "wall_seconds") == pytest.approx(1, abs=0.02)
     assert 0 < spent["training"] < 0.9 and spent["down"] > 0 and spent["redone"] > 0
+
+
+def test_a_run_stops_in_time_for_all_that_a_save_does(
+    slurm: Slurm, data: Path, tmp_path: Path
+) -> None:
+    """Slurm warns too late; the run knows when its job ends, and what is slow here."""
+    run, cluster = tmp_path / "run", tmp_path / "cluster.yaml"
+    text = Path(CLUSTER).read_text().replace("00:10:00", "00:02:00")
+    cluster.write_text(text.replace("warn_seconds: 100", "warn_seconds: 1"))
+    overrides = [*LONG, *keys(data, run, "exact"), "checkpoint.every=4 steps"]
+    overrides += ["run.imports=[tests.cluster.slow_disk]", "evaluate=[nap]"]
+    job = launch(slurm, [*overrides, "train.validate_every=1"], cluster)
+    until(slurm, job, lambda: begun(run) == 1)
+    ends = datetime.fromisoformat(slurm.state(job)["EndTime"]).timestamp()
+    log = run / f"slurm-{job}.log"
+    until(slurm, job, lambda: "is requeued" in log.read_text(), 180)
+    ended = time.time()
+    slurm.run("scancel", job)
+    said = log.read_text()
+    assert "(the job ends)" in said
+    assert "with a checkpoint; the same command goes on from it" in said
+    assert "Traceback" not in said
+    # A save here takes 15 seconds and more, of which writing is not one.
+    assert ends - 90 < ended < ends - 20
+    newest = Store(run / "checkpoints").checkpoints()[-1]
+    newest.verify()
+    assert newest.step == last_step(run)
 
 
 def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(
