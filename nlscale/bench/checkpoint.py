@@ -20,6 +20,7 @@ from nlscale.bench.tokens import random_tokens
 from nlscale.checkpoint.restore import restore
 from nlscale.checkpoint.saver import Saver
 from nlscale.checkpoint.store.store import Checkpoint, Store, Written
+from nlscale.checkpoint.store.together import Ranks
 from nlscale.config.units import human_bytes, human_count
 from nlscale.config.vocabulary import Config, Pending
 from nlscale.errors import TrainingFailed, UserError
@@ -48,8 +49,11 @@ def bench_checkpoint(config: Config, steps: int, out: Path | None) -> dict[str, 
         `write_seconds`, in the background; `bytes_per_second` of the writing.
         Of the last checkpoint: `bytes` and `files` on the disk; `theoretical_bytes`: 4 a parameter
         (fp32 weights), more where it has updated (8 of Adam's moments) and 4 where its window is
-        pending (of each node with checkpoint.pending=exact); `ratio` of these; `verify_seconds`
-        and `load_seconds`, read back at once and so, where they fit, from the system's cache.
+        pending (of each node with checkpoint.pending=exact); `ratio` of these;
+        `largest_file_ratio`, the largest file of tensors over the mean; `verify_seconds` and
+        `load_seconds`, read back at once and so, where they fit, from the system's cache;
+        `read_ratio`, bytes that all ranks read to load it over those on the disk (None where the
+        system does not count them).
         `median_step_seconds` without saves, `parameters`, `pending_parameters`, `saves`, `ranks`,
         `device`, `dtype`, and the `folder`, None where it was temporary.
 
@@ -73,7 +77,8 @@ def bench_checkpoint(config: Config, steps: int, out: Path | None) -> dict[str, 
         checkpoint = Checkpoint(written.path, trainer.counters.step)
         del trainer  # the loaded one takes its place
         gc.collect()
-        verify, load = _read_back(config, layout, checkpoint)
+        verify, load, read = _read_back(config, layout, checkpoint)
+        sizes = [path.stat().st_size for path in checkpoint.path.glob("*.distcp")]
         return {
             "stall_seconds": stall,
             "write_seconds": write,
@@ -82,8 +87,10 @@ def bench_checkpoint(config: Config, steps: int, out: Path | None) -> dict[str, 
             "files": written.files,
             "theoretical_bytes": held["theoretical_bytes"],
             "ratio": written.bytes / held["theoretical_bytes"],
+            "largest_file_ratio": max(sizes) * len(sizes) / sum(sizes),
             "verify_seconds": verify,
             "load_seconds": load,
+            "read_ratio": None if read is None else read / written.bytes,
             "median_step_seconds": float(np.median(seconds[_WARM_UP:])),
             "parameters": held["parameters"],
             "pending_parameters": held["pending_parameters"],
@@ -101,6 +108,8 @@ def print_result(result: dict[str, Any]) -> None:
     pending = human_count(result["pending_parameters"])
     size, planned = human_bytes(result["bytes"]), human_bytes(result["theoretical_bytes"])
     ranks = f"{result['ranks']} rank{'s' * (result['ranks'] > 1)}"
+    read = result["read_ratio"]
+    read = "" if read is None else f", {read:.3f} x what is on the disk was read"
     rows = {
         "training waits": f"{_time(result['stall_seconds'])}, {share:.2g} of a step's "
         f"{_time(result['median_step_seconds'])}",
@@ -108,8 +117,9 @@ def print_result(result: dict[str, Any]) -> None:
         f"{human_bytes(result['bytes_per_second'])}/s",
         "on the disk": f"{size} in {result['files']} files, {result['ratio']:.3f} x the {planned} "
         f"of the state",
+        "largest file": f"{result['largest_file_ratio']:.3f} x the mean",
         "verifying": f"{_time(result['verify_seconds'])}",
-        "loading": f"{_time(result['load_seconds'])}",
+        "loading": f"{_time(result['load_seconds'])}{read}",
     }
     print(
         f"{human_count(result['parameters'])} parameters ({pending} with a pending window), "
@@ -121,10 +131,11 @@ def print_result(result: dict[str, Any]) -> None:
         print(f"\n{result['folder']}")
 
 
-def _build(config: Config, layout: Layout) -> Trainer:
+def _build(config: Config, layout: Layout, draws: bool = True) -> Trainer:
     assert config.model.vocabulary is not None
     tokens = config.train.global_batch * config.data.sequence_length
-    return Trainer.build(config, layout, spectrum(config.levels, tokens), config.model.vocabulary)
+    levels = spectrum(config.levels, tokens)
+    return Trainer.build(config, layout, levels, config.model.vocabulary, draws)
 
 
 def _take_step(trainer: Trainer) -> float:
@@ -152,17 +163,33 @@ def _save(trainer: Trainer, folder: Path) -> tuple[Written, float, float]:
     return saver.written, float(np.median(stalls)), float(np.median(writes))
 
 
-def _read_back(config: Config, layout: Layout, checkpoint: Checkpoint) -> tuple[float, float]:
-    """Seconds of verifying, by one rank as a run does it, and of loading by all."""
+def _read_back(
+    config: Config, layout: Layout, checkpoint: Checkpoint
+) -> tuple[float, float, float | None]:
+    """Seconds of verifying and of loading, by all ranks, and bytes that these read to load it."""
     started = _now(layout)
-    if layout.is_writer:
-        checkpoint.verify()
+    checkpoint.verify(Ranks(layout.host))
     verify = _slowest(layout, _now(layout) - started)
-    trainer = _build(config, layout)
+    trainer = _build(config, layout, draws=False)
     dist.barrier(group=layout.host)
-    started = _now(layout)
+    before, started = _bytes_read(), _now(layout)
     restore(trainer, checkpoint)
-    return verify, _slowest(layout, _now(layout) - started)
+    seconds, after = _now(layout) - started, _bytes_read()
+    read = None
+    if before is not None and after is not None:
+        total = torch.tensor(after - before, dtype=torch.float64)
+        dist.all_reduce(total, group=layout.host)
+        read = float(total)
+    return verify, _slowest(layout, seconds), read
+
+
+def _bytes_read() -> float | None:
+    """By system calls of this process."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return None
+    return float(dict(line.split(": ") for line in lines)["rchar"])
 
 
 def _held(trainer: Trainer) -> dict[str, int]:

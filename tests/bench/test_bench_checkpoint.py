@@ -18,7 +18,8 @@ from nlscale.config import recipe
 
 KEYS = {
     *("stall_seconds", "write_seconds", "bytes_per_second", "bytes", "files", "ratio"),
-    *("theoretical_bytes", "verify_seconds", "load_seconds", "median_step_seconds", "parameters"),
+    *("theoretical_bytes", "verify_seconds", "load_seconds", "largest_file_ratio"),
+    *("read_ratio", "median_step_seconds", "parameters"),
     *("pending_parameters", "saves", "ranks", "device", "dtype", "folder"),
 }
 

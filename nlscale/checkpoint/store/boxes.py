@@ -33,7 +33,11 @@ def read_box(
     # no dtype is wider: at least this much would be read in vain
     if length - 8 * torch.Size(sizes).numel() > _TO_FIND_A_PART:
         return _read_part(_Within(file, offset, length), starts, sizes)
-    found = torch.load(io.BytesIO(_pread(file, offset, length)), weights_only=True)
+    # of a small one torch reads more than all, piece by piece
+    whole: io.IOBase = _Within(file, offset, length)
+    if length < _TO_FIND_A_PART:
+        whole = io.BytesIO(_pread(file, offset, length))
+    found = torch.load(cast(IO[bytes], whole), weights_only=True)
     _check(found, starts, sizes)
     for dim, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         found = found.narrow(dim, start, size)

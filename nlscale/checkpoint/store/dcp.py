@@ -36,6 +36,7 @@ from nlscale.checkpoint.store.files import Digest
 from nlscale.checkpoint.store.pieces import Piece
 from nlscale.checkpoint.store.safe import box
 
+_NUMPY = (torch.float32, torch.float64, torch.int64)
 _ITEM_BYTES = 2048  # about what torch.save adds to a tensor: names, padding, a directory
 
 
@@ -144,7 +145,11 @@ class _Pieces(SavePlanner):
         self._data |= {_index(piece): piece.data for piece in pieces if not math.prod(piece.shape)}
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        return self._data[write_item.index].detach()
+        data = self._data[write_item.index].detach()
+        if data.device.type == "cpu" and data.dtype in _NUMPY and data.is_contiguous():
+            # the same memory as a tensor of its own: of a view torch would save a copy
+            return torch.from_numpy(data.numpy())
+        return data
 
     def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError
