@@ -11,6 +11,7 @@ from nlscale.checkpoint.mirror.fetch import fetch_newest
 from nlscale.checkpoint.same_run import check_same_run
 from nlscale.checkpoint.store.store import Checkpoint, CheckpointError, Store, refuse_unseen
 from nlscale.checkpoint.store.together import Ranks
+from nlscale.cluster.life.watch import doing
 from nlscale.config.vocabulary import Config, ResumeConfig
 from nlscale.errors import UserError
 from nlscale.parallel.layout import Layout
@@ -22,6 +23,8 @@ def check_start(config: Config, data: dict[str, Any]) -> None:
     Raises:
         UserError: it is not there, or see `check_same_run`.
     """
+    if config.checkpoint.mirror is not None:
+        return  # which may have the run's own; what is wrong is said when neither has one
     checkpoint = _start(config.resume)
     if checkpoint is None:
         return
@@ -78,7 +81,8 @@ def find_checkpoint(
     ranks = Ranks(layout.host)
     checkpoint = store.newest_valid(say, ranks)
     if checkpoint is None and config.checkpoint.mirror is not None:
-        checkpoint = fetch_newest(config.checkpoint.mirror, store, layout.host, note)
+        with doing("fetching a checkpoint from checkpoint.mirror", checkpoint=True):
+            checkpoint = fetch_newest(config.checkpoint.mirror, store, layout.host, note)
     if checkpoint is None:
         checkpoint = ranks.first(lambda: _start(config.resume))
         if checkpoint is not None:

@@ -22,8 +22,13 @@ from nlscale.cluster.life.owner import LostOwnership
 from nlscale.cluster.life.watch import doing
 from nlscale.config.vocabulary import CheckpointConfig, RunConfig
 from nlscale.errors import TrainingFailed, UserError
+from nlscale.optim.table import rule
 from nlscale.plan.checks import checkpoint_interval
 from nlscale.step.trainer import Counters, Trainer
+
+_SLOW_DISK = 1e8
+"""Bytes a second that a rank writes at least, of a file system that all use at once **[choice]**;
+what counts until the first save has been measured."""
 
 
 class Saver:
@@ -39,7 +44,6 @@ class Saver:
         say: takes a line on each finished save; called on the first rank, from the thread.
         check: called before anything is written; raises where this process may not, any more.
         copier: takes what is written, on the first rank; None: nothing is copied.
-        expected: seconds that a save may take, as far as that is known before the first.
     """
 
     def __init__(
@@ -50,7 +54,6 @@ class Saver:
         store: Store,
         say: Callable[[str], None],
         check: Callable[[], None] = lambda: None,
-        expected: float = 0.0,
         copier: Copier | None = None,
     ) -> None:
         self._trainer, self._data, self._wandb_id = trainer, data, wandb_id
@@ -60,7 +63,8 @@ class Saver:
         self._every = checkpoint_interval(trainer.config.checkpoint)
         self._saved_at = time.monotonic()
         self._slabs = HostSlabs(trainer.layout.device)
-        self._seconds, self._began = expected, 0.0
+        self._seconds: float | None = None
+        self._began = 0.0
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._stalled = 0.0
@@ -96,10 +100,11 @@ class Saver:
     def seconds(self) -> float:
         """From asking for a save to the end of all that follows from it, the last time.
 
-        Of the one under way, if that has taken longer already.
+        Of the one under way, if that has taken longer already; before the first, what is expected.
         """
+        seconds = self._seconds if self._seconds is not None else _expected(self._trainer)
         under_way = self._thread is not None and self._thread.is_alive()
-        return max(self._seconds, time.monotonic() - self._began if under_way else 0.0)
+        return max(seconds, time.monotonic() - self._began if under_way else 0.0)
 
     def take_stalled(self) -> float:
         """Seconds that training has waited for saves since the last call."""
@@ -187,6 +192,14 @@ class Saver:
             # The new one is written. Too many old ones are no reason to end a run, and if the disk
             # fills up the next save says so.
             self._say(f"warning: older checkpoints were not removed: {error}")
+
+
+def _expected(trainer: Trainer) -> float:
+    """Seconds of a save, by what this rank has to write of the state, windows not counted."""
+    elements = sum(shard.weights.numel() for shard in trainer.shards())
+    if trainer.optimizer.alike_on_nodes:
+        elements //= trainer.layout.nodes
+    return elements * (4 + rule(trainer.config.optimizer.rule).state_bytes) / _SLOW_DISK
 
 
 def saves(checkpoint: CheckpointConfig) -> bool:

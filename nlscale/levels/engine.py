@@ -371,7 +371,8 @@ class LevelOptimizer:
         squares = torch.zeros(2, len(self.levels), dtype=torch.float64, device=self.layout.device)
         for g, old in zip(due, before, strict=True):
             squares[1, g.group.level] += self._square(old, g)
-            torch._foreach_sub_(old, main_parameters(g))
+            if old:
+                torch._foreach_sub_(old, main_parameters(g))
             squares[0, g.group.level] += self._square(old, g)
         dist.all_reduce(squares, group=self.layout.replica)
         return squares.sqrt()

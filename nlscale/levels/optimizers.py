@@ -57,7 +57,8 @@ class ShardedOptimizer(DistributedOptimizer):
         return {"param_map": own}
 
     def _copy_main_params_to_model_params(self) -> None:
-        torch._foreach_copy_(self._places, self._mains)
+        if self._mains:  # of a small group a rank may have nothing
+            torch._foreach_copy_(self._places, self._mains)
         self._wire.gather(self._parameter_shards)
 
     def gather_parameters(self) -> None:

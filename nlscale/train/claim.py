@@ -100,10 +100,10 @@ class Claim:
         self._owned = self._ends.enter_context(owner.hold(self._run_dir, "nlscale train"))
         self._number = self._owned.number
         self.found = look(self._config, self._data, self._run_dir, self._store)
+        self.label = take_mirror(self._config, self._data, self._run_dir, self._store)
         if self.found.summary is not None:
             return
         if saves(self._config.checkpoint):
             check_writable(self._store)
-        self.label = take_mirror(self._config, self._data, self._run_dir, self._store)
         make_room(self.found, self._run_dir)
         recipe.write(self._config, self._run_dir / CONFIG_FILE)

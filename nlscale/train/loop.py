@@ -13,11 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nlscale.checkpoint.mirror.check import probe_mirror
 from nlscale.checkpoint.mirror.copier import Copier
 from nlscale.checkpoint.restore import restore, start_from_weights
 from nlscale.checkpoint.resume import find_checkpoint
 from nlscale.checkpoint.saver import Saver, saves, store_of
 from nlscale.checkpoint.store.store import Checkpoint
+from nlscale.checkpoint.store.together import Ranks
 from nlscale.cluster.life.attempts import Attempts, goodput, time_spent
 from nlscale.cluster.life.deadline import Deadline
 from nlscale.cluster.life.place import place
@@ -71,7 +73,7 @@ def train(config: Config, prepared: Prepared, signals: StopSignals) -> dict[str,
     """
     run_dir, store = Path(config.run.dir), store_of(config.run)
     found = look(config, prepared.data, run_dir, store)
-    if found.summary is not None:
+    if found.summary is not None and config.checkpoint.mirror is None:
         return _finished_before(run_dir, found.summary)
     with Claim(config, prepared.data) as claim:
         attempts = Attempts(run_dir, claim.is_ours)
@@ -80,9 +82,11 @@ def train(config: Config, prepared: Prepared, signals: StopSignals) -> dict[str,
             attempts.check(newest[0].step if newest else 0, config.run.max_restarts)
         try:
             with process_groups(config, attempts.end, {"the data": prepared.data}) as layout:
+                Ranks(layout.host).first(lambda: probe_mirror(config))
                 verify_data(config, prepared, layout)
                 claim.take(layout)
-                if claim.found.summary is not None:  # meanwhile
+                if claim.found.summary is not None:  # meanwhile, or not yet mirrored
+                    _mirror_the_last(config, claim)
                     return _finished_before(run_dir, claim.found.summary)
                 attempts.read()
                 with _telemetry(config, prepared, layout) as telemetry:
@@ -107,7 +111,9 @@ def _run(
         telemetry.note(line)
     for line in [*claim.found.warnings, *attempts.warnings()]:
         telemetry.warn(line)
-    checkpoint, looked = _find(config, prepared, layout, telemetry)
+    with doing("verifying a checkpoint", checkpoint=True):
+        store, warn, note = store_of(config.run), telemetry.warn, telemetry.note
+        checkpoint = find_checkpoint(config, prepared.data, layout, store, warn, note)
     draws = checkpoint is None and config.run.weights is None
     trainer = Trainer.build(config, layout, prepared.levels, prepared.vocabulary, draws)
     telemetry.note(describe(config, prepared, layout))
@@ -119,10 +125,10 @@ def _run(
     ]:
         telemetry.warn(warning)
     _begin(trainer, checkpoint, telemetry, signals, attempts, claim)
-    wandb_id, note, store = telemetry.wandb_id, telemetry.note, store_of(config.run)
+    wandb_id = telemetry.wandb_id
     with (
-        Copier(claim.label, config.checkpoint, note, telemetry.warn, claim.check) as copier,
-        Saver(trainer, prepared.data, wandb_id, store, note, claim.check, looked, copier) as saver,
+        Copier(claim.label, config.checkpoint, note, warn, claim.check) as copier,
+        Saver(trainer, prepared.data, wandb_id, store, note, claim.check, copier) as saver,
     ):
         if checkpoint is not None and checkpoint.path.parent == store.folder:
             copier.offer(checkpoint)
@@ -201,18 +207,6 @@ def _run(
     return summary
 
 
-def _find(
-    config: Config, prepared: Prepared, layout: Layout, telemetry: Telemetry
-) -> tuple[Checkpoint | None, float]:
-    """The checkpoint to go on from, verified, and the seconds which that took."""
-    started, store = time.monotonic(), store_of(config.run)
-    with doing("verifying a checkpoint", checkpoint=True):
-        found = find_checkpoint(
-            config, prepared.data, layout, store, telemetry.warn, telemetry.note
-        )
-    return found, time.monotonic() - started
-
-
 def _begin(
     trainer: Trainer,
     checkpoint: Checkpoint | None,
@@ -265,6 +259,15 @@ def _finished_before(run_dir: Path, summary: dict[str, Any]) -> dict[str, Any]:
             f"run.dir trains anew\nfigure: {run_dir / LOSS_FIGURE}"
         )
     return summary
+
+
+def _mirror_the_last(config: Config, claim: Claim) -> None:
+    """Copy the last checkpoint of a run that has finished, where that could not be done then."""
+    newest = store_of(config.run).checkpoints()[-1:]
+    with Copier(claim.label, config.checkpoint, print, print, claim.check) as copier:
+        for checkpoint in newest:
+            copier.offer(checkpoint)
+        copier.close(wait=True)
 
 
 def _telemetry(config: Config, prepared: Prepared, layout: Layout) -> Telemetry:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import uuid
 
 from nlscale.checkpoint.mirror.remote import MirrorError, Remote
-from nlscale.cluster.life.place import place
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
 
 
 def check_mirror(config: Config) -> None:
+    """See that `checkpoint.mirror` is a URL that this process has the package for.
+
+    Raises:
+        UserError: one line that names checkpoint.mirror, what is wrong and what to do.
+    """
+    if config.checkpoint.mirror is not None:
+        Remote(config.checkpoint.mirror)
+
+
+def probe_mirror(config: Config) -> None:
     """See that objects can be listed, written, read and removed where `checkpoint.mirror` says.
 
-    The first rank tries, with a small object of its own; the others only look at the URL.
+    Called by one process, which tries with a small object of its own.
 
     Raises:
         UserError: one line that names checkpoint.mirror, what is wrong and what to do.
@@ -21,10 +30,7 @@ def check_mirror(config: Config) -> None:
     url = config.checkpoint.mirror
     if url is None:
         return
-    remote = Remote(url)
-    if place().rank != 0:
-        return
-    name = f"probe-{uuid.uuid4().hex}"
+    remote, name = Remote(url), f"probe-{uuid.uuid4().hex}"
     try:
         remote.listing()
         remote.write(name, name.encode())

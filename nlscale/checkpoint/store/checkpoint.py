@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -77,36 +78,73 @@ class Checkpoint:
             CheckpointError: one line, every file that is missing, truncated, altered or unlisted;
                 on every rank.
         """
-        ranks = ranks or Ranks()
+        problem = self.problem(ranks or Ranks())
+        if problem is not None:
+            raise CheckpointError(problem)
+
+    def problem(self, ranks: Ranks) -> str | None:
+        """What is wrong with it, in one line, the same on every rank; None: it is whole.
+
+        Raises:
+            CheckpointError: it could not be found out, as a rank cannot read what the first can.
+        """
         listed, problems = ranks.first(self._listing)
         sizes = {name: digest.bytes for name, digest in listed.items()}
         mine = deal(sizes, ranks.size)[ranks.rank]
         found = ranks.each(lambda: self._differences({name: listed[name] for name in mine}))
-        ranks.first(lambda: self._refuse([p for part in found for p in part] + problems))
+        return ranks.first(lambda: self._judge(listed, found, problems))
 
     def _listing(self) -> tuple[dict[str, Digest], list[str]]:
-        """The files that the manifest lists; what is wrong before any of them is read."""
-        entries = self.manifest
+        """The files that the manifest lists, and what is wrong before any of them is read."""
+        try:
+            entries = self.manifest
+        except CheckpointError as error:
+            return {}, [str(error)]
         if entries["step"] != self.step:
-            raise CheckpointError(
-                f"{self.path} is not whole: {manifest.NAME} is of step {entries['step']}"
-            )
+            return {}, [f"{manifest.NAME} is of step {entries['step']}"]
         listed = {name: Digest(**entry) for name, entry in entries["files"].items()}
         try:
             there = set(os.listdir(self.path))
         except OSError as error:
-            raise CheckpointError(_unreadable(self.path, error)) from error
+            return {}, [_unreadable(self.path, error)]
         unlisted = sorted(there - set(listed) - {manifest.NAME})
         return listed, [f"{name} is not listed in {manifest.NAME}" for name in unlisted]
 
-    def _differences(self, listed: dict[str, Digest]) -> list[str]:
+    def _differences(self, listed: dict[str, Digest]) -> dict[str, tuple[str, str]]:
+        """What is wrong with which files, and for which host."""
+        host = socket.gethostname()
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
             found = threads.map(lambda name: difference(self.path / name, listed[name]), listed)
-            return [problem for problem in found if problem]
+            return {
+                name: (problem, host)
+                for name, problem in zip(listed, found, strict=True)
+                if problem
+            }
 
-    def _refuse(self, problems: list[str]) -> None:
-        if problems:
-            raise CheckpointError(f"{self.path} is not whole: {'; '.join(problems)}")
+    def _judge(
+        self,
+        listed: dict[str, Digest],
+        found: list[dict[str, tuple[str, str]]],
+        problems: list[str],
+    ) -> str | None:
+        """On the first rank: what the others found broken it reads itself, as their node may be."""
+        problems = list(problems)
+        for one in found[:1]:
+            problems = [problem for problem, _ in one.values()] + problems
+        for one in found[1:]:
+            for name, (problem, host) in one.items():
+                own = difference(self.path / name, listed[name])
+                if own is None:
+                    raise CheckpointError(
+                        f"{self.path / name} is whole on {socket.gethostname()}, and on {host} "
+                        f"{problem}: see to the file system and the memory of {host}"
+                    )
+                problems.append(own)
+        if not problems:
+            return None
+        if not listed and len(problems) == 1 and problems[0].startswith(str(self.path)):
+            return problems[0]
+        return f"{self.path} is not whole: {'; '.join(problems)}"
 
     def tensors(self) -> dict[str, TensorInfo]:
         """What is stored by name; no tensor is read. Raises CheckpointError: broken metadata."""

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from nlscale.checkpoint.store import unpickle
 from nlscale.checkpoint.store.boxes import read_box
 from nlscale.checkpoint.store.pieces import Piece
-from nlscale.errors import UserError
+from nlscale.errors import Stopped, UserError
 
 _SHOWN = 100  # characters of a name out of a file
 
@@ -99,6 +99,8 @@ def read_pieces(
             found = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = found[1] if found else "more than tensors"
             raise _refusal(path / name, what) from error
+        except Stopped:
+            raise
         except Exception as error:  # broken data fail in as many ways
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise CheckpointError(f"{path / name} cannot be read: {reason}") from error

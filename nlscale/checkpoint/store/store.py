@@ -86,7 +86,7 @@ class Store:
 
         Raises:
             CheckpointError: there are checkpoints, and none is whole; lists why. Or a rank does not
-                see what the first one sees.
+                see, or cannot read, what the first one can.
         """
         ranks = ranks or Ranks()
         first = ranks.rank == 0
@@ -101,15 +101,14 @@ class Store:
             ranks.each(lambda: refuse_unseen(candidates[0].path))
         broken = []
         for number, checkpoint in enumerate(candidates):
-            try:
-                checkpoint.verify(ranks)
+            problem = checkpoint.problem(ranks)
+            if problem is None:
                 return checkpoint
-            except CheckpointError as error:
-                broken.append(str(error))
-                older = candidates[number + 1 :]
-                left = f"trying step {older[0].step}" if older else "no other is left"
-                if first:
-                    say(f"checkpoint of step {checkpoint.step} is broken, {left}: {error}")
+            broken.append(problem)
+            older = candidates[number + 1 :]
+            left = f"trying step {older[0].step}" if older else "no other is left"
+            if first:
+                say(f"checkpoint of step {checkpoint.step} is broken, {left}: {problem}")
         if broken:
             raise CheckpointError(
                 f"none of the {len(broken)} checkpoints in {self.folder} is whole: "
@@ -248,7 +247,7 @@ class _Save:
         self._step = step
         self._pieces = pieces
         self._state = state
-        self._ranks = Ranks(group, self._describe, self._undo)
+        self._ranks = Ranks(group, self._describe, self._undo, beside=True)
         self._final = store.folder / _name(step)
         self._partial = self._final.with_suffix(".partial")
         self._started = time.monotonic()

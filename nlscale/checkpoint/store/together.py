@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from nlscale.checkpoint.store.safe import CheckpointError
-from nlscale.errors import UserError
+from nlscale.errors import Stopped, UserError
 
 T = TypeVar("T")
 
@@ -42,10 +42,14 @@ class Ranks:
     same call. A rank that is gone is noticed by the group: at once where its process ended, else
     after the group's timeout, which must exceed what the slowest rank takes for a part.
 
+    A signal that stops this process stops it here too; the others learn of it as of a lost rank.
+
     Args:
         group: the ranks; None: this process alone.
         describe: makes an error's one line of the failures, on the first rank.
         undo: called on the first rank after a failure, before it is described and told.
+        beside: whether this goes on beside something else, which will notice a rank that is gone
+            and say so. Else that is a RuntimeError here, for who says it.
     """
 
     def __init__(
@@ -53,10 +57,12 @@ class Ranks:
         group: dist.ProcessGroup | None = None,
         describe: Callable[[list[Failure]], str] = _reason_of_the_first,
         undo: Callable[[], None] = _nothing,
+        beside: bool = False,
     ) -> None:
         self._group = group
         self._describe = describe
         self._undo = undo
+        self._beside = beside
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self._who = "" if group is None else f"rank {dist.get_rank()} on {socket.gethostname()}"
@@ -83,6 +89,8 @@ class Ranks:
     def _try(self, work: Callable[[], T]) -> tuple[T | None, Failure | None, Exception | None]:
         try:
             return work(), None, None
+        except Stopped:
+            raise
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             return None, Failure(self._who, _reason(error), full), error
@@ -117,6 +125,8 @@ class Ranks:
             lost = Failure(self._who, f"lost touch with another rank: {_reason(error)}", False)
             if self.rank == 0:
                 self._undo()
+            if not self._beside:
+                raise
             raise CheckpointError(self._describe([lost])) from error
 
 

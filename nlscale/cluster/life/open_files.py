@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+from contextlib import suppress
 
 from nlscale.cluster.life.place import Place
 from nlscale.errors import UserError
@@ -45,19 +46,19 @@ def allow(here: Place) -> None:
     """Let this rank open as many files as it will need in the run.
 
     Raises:
-        UserError: it may not, or torchrun, which has the store, may not.
+        UserError: it may not, or not as many as the first rank needs, which has the store.
     """
-    holders = [(0, f"{here.who} may open", here.opens_store)]
+    # Whatever this rank needs itself: one that refused alone would leave the others waiting for it.
+    wanted, hard = needed(here.world, store=here.world > 1), raise_soft_limit()
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise UserError(
+            f"{here.who} may open at most {hard:,} files, and with {here.world:,} ranks the first "
+            f"needs {wanted:,}; raise the hard limit: {how_to_raise(wanted)}"
+        )
     if here.torchrun_has_store and here.rank == 0:
-        # It is in the agent that started this rank, and raises nothing itself.
-        holders.append((os.getppid(), f"torchrun, which started {here.who}, may open", True))
-    for process, who, store in holders:
-        hard, wanted = raise_soft_limit(process), needed(here.world, store)
-        if hard != resource.RLIM_INFINITY and hard < wanted:
-            raise UserError(
-                f"{who} at most {hard:,} files, and with {here.world:,} ranks it needs {wanted:,}; "
-                f"raise the hard limit: {how_to_raise(wanted)}"
-            )
+        # It is in the agent that started this rank, has the same hard limit, and raises nothing.
+        with suppress(OSError):  # of another user's, or where that is forbidden: as it was started
+            raise_soft_limit(os.getppid())
 
 
 def how_to_raise(wanted: int) -> str:

@@ -212,8 +212,15 @@ def _wait(here: Place, store: dist.Store, until: float, seconds: float) -> dict[
     _object_to_world(here, store)
     if not wait_for(store, _VERDICT, here.world, until + seconds + _OTHERS_SECONDS):
         message = f"rank 0 came and was lost before all ranks had met ({here.who} waited for it)"
-        return _decide(store, _why(message, LostRank.exit_code, here.rank))
+        return _give_up(store, _why(message, LostRank.exit_code, here.rank))
     return _read(store.get(_VERDICT))
+
+
+def _give_up(store: dist.Store, verdict: dict[str, Any]) -> dict[str, Any]:
+    """The verdict that counts; a first rank that comes late does not wait for others any more."""
+    found = _decide(store, verdict)
+    store.set(_ALL_ARRIVED, "")
+    return found
 
 
 def _decide(store: dist.Store, verdict: dict[str, Any]) -> dict[str, Any]:
@@ -257,11 +264,11 @@ def _without_the_first(here: Place, store: dist.Store, seconds: float) -> dict[s
     """The verdict where the first rank does not come; one rank, which gives up first, finds it."""
     if store.add("gave up", 1) == 1:
         message = _not_all_came(here, store, seconds)
-        return _decide(store, _why(message, LostRank.exit_code, here.rank))
+        return _give_up(store, _why(message, LostRank.exit_code, here.rank))
     if wait_for(store, _VERDICT, here.world, time.monotonic() + 2 * _OTHERS_SECONDS):
         return _read(store.get(_VERDICT))
     message = f"rank 0 did not come within {seconds:g} s ({here.who} waited for it)"
-    return _decide(store, _why(message, LostRank.exit_code, here.rank))
+    return _give_up(store, _why(message, LostRank.exit_code, here.rank))
 
 
 def _reason(here: Place, verdict: dict[str, Any]) -> UserError:

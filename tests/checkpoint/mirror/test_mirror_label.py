@@ -10,7 +10,7 @@ import fsspec
 import pytest
 from checkpoint.mirror.mirrors import DATA, config_of, saved, taken
 
-from nlscale.checkpoint.mirror.check import check_mirror
+from nlscale.checkpoint.mirror.check import check_mirror, probe_mirror
 from nlscale.checkpoint.mirror.copy import Progress, copy
 from nlscale.checkpoint.mirror.label import FILE, RUN, Label, TakenOver, take
 from nlscale.checkpoint.mirror.remote import MirrorError, reason
@@ -114,6 +114,7 @@ def test_damaged_labels_are_not_taken_for_ones_own(url: str, tmp_path: Path) -> 
 def test_no_mirror_is_asked_for_nothing(tmp_path: Path) -> None:
     config = config_of(None)
     check_mirror(config)
+    probe_mirror(config)
     assert take(config, DATA, tmp_path, Store(tmp_path / "checkpoints")) is None
     assert list(tmp_path.iterdir()) == []
 
@@ -176,6 +177,6 @@ def test_what_a_client_says_is_one_line_without_secrets() -> None:
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^checkpoint.mirror: cannot .*; the bucket must exist"):
-        check_mirror(config_of(f"file://{tmp_path}/file/a"))
+        probe_mirror(config_of(f"file://{tmp_path}/file/a"))
     with pytest.raises(MirrorError):
         taken(f"file://{tmp_path}/file/a", tmp_path / "run")

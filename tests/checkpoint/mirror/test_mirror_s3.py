@@ -21,7 +21,7 @@ from checkpoint.mirror.servers import BUCKET, Server
 
 from nlscale.checkpoint.mirror import copier as copiers
 from nlscale.checkpoint.mirror import remote as remotes
-from nlscale.checkpoint.mirror.check import check_mirror
+from nlscale.checkpoint.mirror.check import probe_mirror
 from nlscale.checkpoint.mirror.copier import Copier
 from nlscale.checkpoint.mirror.fetch import fetch_newest
 from nlscale.checkpoint.mirror.label import RUN, Label, finished
@@ -364,11 +364,11 @@ def test_a_bucket_is_tried_before_a_run_begins(
 ) -> None:
     _refused(server, allowed)
     if what is None:
-        check_mirror(config_of(url))
+        probe_mirror(config_of(url))
         assert Remote(url)._files.find(BUCKET) == []
         return
     with pytest.raises(UserError) as error:
-        check_mirror(config_of(url))
+        probe_mirror(config_of(url))
     text = str(error.value)
     assert text.startswith("checkpoint.mirror: cannot ") and what in text
     assert "the bucket must exist, and this user may list, read, write" in text
@@ -379,6 +379,6 @@ def test_a_server_that_is_not_there(server: Server) -> None:
     server.stop()
     try:
         with pytest.raises(UserError, match=r"cannot list s3://runs/runs/a: Could not connect"):
-            check_mirror(config_of(URL))
+            probe_mirror(config_of(URL))
     finally:
         server.start()

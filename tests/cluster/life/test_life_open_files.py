@@ -53,21 +53,21 @@ def test_a_hard_limit_that_is_too_low_is_refused_with_the_number_and_the_fix(ran
     wanted = needed(ranks, store=True)
     (line,) = said(256, wanted - 1, **variables(rank=0, ranks=ranks, per_node=8)).splitlines()
     assert (
-        f"at most {wanted - 1:,} files" in line and f"{ranks:,} ranks it needs {wanted:,}" in line
+        f"at most {wanted - 1:,} files" in line
+        and f"{ranks:,} ranks the first needs {wanted:,}" in line
     )
     for fix in (f"ulimit -n {wanted}", "LimitNOFILE", "PropagateResourceLimits"):
         assert fix in line
     enough = said(256, wanted, **variables(rank=0, ranks=ranks, per_node=8))
     assert enough.splitlines()[0] == f"{wanted} {wanted}"
     other = said(256, wanted - 1, **variables(rank=8, ranks=ranks, per_node=8))
-    assert other.splitlines()[0] == f"{wanted - 1} {wanted - 1}", "it has no store"
+    assert "the first needs" in other, "it would wait for a first rank that does not come"
 
 
 def test_the_limit_of_torchrun_which_has_the_store_is_raised_too() -> None:
     theirs = {"TORCHELASTIC_USE_AGENT_STORE": "True", **variables(rank=0, ranks=512, per_node=8)}
     enough = needed(512, store=True)
     assert said(256, enough, held=True, **theirs).splitlines() == [f"{enough} {enough}"] * 2
-    assert said(256, enough - 1, held=True, **theirs).startswith("torchrun, which started rank 0")
 
 
 def test_a_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
