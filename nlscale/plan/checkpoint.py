@@ -24,7 +24,7 @@ from nlscale.plan.memory import held_by_stage
 class CheckpointPlan:
     """Of one checkpoint, at most: where the windows of all slow levels are unfinished."""
 
-    bytes: float
+    bytes: int
     """On disk: weights, what updates them, and windows."""
     inter_node_bytes: float
     """That a node sends, for one reduction of unfinished windows."""
@@ -83,7 +83,7 @@ def checkpoint_plan(
     settles = not exact and config.levels.reduction == Reduction.deferred
     crossing = reduction_bytes(slow, group_nodes) * group_nodes / cluster.nodes
     return CheckpointPlan(
-        bytes=total,
+        bytes=round(total),
         inter_node_bytes=crossing if settles else 0.0,
         host_bytes=total / cluster.nodes,
         largest_file_bytes=largest,

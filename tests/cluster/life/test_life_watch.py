@@ -118,7 +118,7 @@ def die_in_a_reduction() -> None:
     from nlscale.config.vocabulary import WireFormat
     from nlscale.levels import wire
 
-    reduce, start_step = wire._SUMS[WireFormat.fp32], LevelOptimizer.start_step
+    reduce, start_step = wire._SUMS[WireFormat.fp32, False], LevelOptimizer.start_step
     steps: list[int] = []
 
     def dying(*args: object) -> None:
@@ -130,7 +130,7 @@ def die_in_a_reduction() -> None:
         steps.append(step)
         start_step(self, step)
 
-    wire._SUMS[WireFormat.fp32] = dying
+    wire._SUMS[WireFormat.fp32, False] = dying
     LevelOptimizer.start_step = count  # type: ignore[method-assign]
 
 
