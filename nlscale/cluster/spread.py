@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
 
 from nlscale.errors import UserError
 
+K = TypeVar("K", bound=Hashable)
 COMPARED_AT_ONCE = 2**27
 """Bytes that a comparison of the replicas takes in passing, however large a tensor is."""
 
@@ -60,10 +62,11 @@ def check_tensor(per_node: int, tensor: int) -> None:
         )
 
 
-def deal(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
+def deal(sizes: Mapping[K, int], parts: int) -> list[list[K]]:
     """Deal things of different sizes so that the parts are as large as each other, nearly.
 
-    The largest first, each to the part that is smallest so far; the same for whoever asks.
+    The largest first, each to the first of the parts that are smallest so far; the same for whoever
+    asks with the things in the same order.
 
     Args:
         sizes: by name.
@@ -72,9 +75,9 @@ def deal(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
     Returns:
         The names of each part; some parts are empty where there are more of them than things.
     """
-    dealt: list[list[str]] = [[] for _ in range(parts)]
+    dealt: list[list[K]] = [[] for _ in range(parts)]
     least = [(0, part) for part in range(parts)]
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
         size, part = least[0]
         dealt[part].append(name)
         heapq.heapreplace(least, (size + sizes[name], part))

@@ -8,7 +8,6 @@ waits for a file, the first rank shows how far they are, and all hear of a shard
 
 from __future__ import annotations
 
-import heapq
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from nlscale.cluster import spread
 from nlscale.cluster.life.place import place
 from nlscale.cluster.life.watch import doing
 from nlscale.config.units import human_bytes
@@ -96,13 +96,8 @@ def deal(
     Returns:
         The shards of each rank that has some, largest first; the same wherever it is computed.
     """
-    loads = [(0, turn) for turn in range(len(ranks))]
-    parts: dict[int, list[int]] = {}
-    for number in sorted(numbers, key=lambda number: (-sizes[number], number)):
-        load, turn = loads[0]
-        heapq.heapreplace(loads, (load + sizes[number], turn))
-        parts.setdefault(ranks[turn], []).append(number)
-    return parts
+    parts = spread.deal({number: sizes[number] for number in numbers}, len(ranks))
+    return {rank: part for rank, part in zip(ranks, parts, strict=True) if part}
 
 
 def spread_over_hosts(ranks: Sequence[int], hosts: Sequence[str]) -> list[int]:
