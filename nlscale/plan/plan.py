@@ -351,8 +351,12 @@ def memory_on(config: Config, cluster: Cluster) -> Memory:
 
 
 def _sharded(config: Config, cluster: Cluster, way: Sharding) -> Sharded:
-    """What a way of sharding the optimizer state comes to, whatever is configured."""
-    config = replace(config, parallel=replace(config.parallel, shard_optimizer=way))
+    """What a way of sharding the optimizer state comes to, whatever is configured, deferred."""
+    config = replace(
+        config,
+        parallel=replace(config.parallel, shard_optimizer=way),
+        levels=replace(config.levels, reduction=Reduction.deferred),
+    )
     parallel, vocabulary = config.parallel, vocabulary_of(config)
     group_nodes = cluster.nodes_of_a_data_group(parallel.tensor, parallel.pipeline)
     levels = spectrum(config.levels, config.train.global_batch * config.data.sequence_length)

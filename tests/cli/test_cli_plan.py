@@ -58,7 +58,7 @@ def test_json_keys_and_how_they_hang_together(room: Room) -> None:
         "cluster", "steps", "tokens_per_step", "flops_per_token", "flops_by_part", "cycle_steps",
         "staggered", "reduction", "levels", "total", "plain", "ratio",
         "exposure", "activation_bytes_per_step",
-        "checkpoint", "memory", "fits", "pipeline", "warnings",
+        "checkpoint", "shard_optimizer", "sharding", "memory", "fits", "pipeline", "warnings",
     }  # fmt: skip
     assert set(plan["cluster"]) == {
         "name", "nodes", "gpus_per_node", "inter_node_gbit", "gpu_memory_gib"
@@ -235,10 +235,14 @@ def test_planning_imports_no_torch() -> None:
 def test_a_checkpoint_is_planned(room: Room) -> None:
     plan = room.json()
     slow = plan["levels"][1]["parameters"]
+    size = 12 * plan["total"]["parameters"] + 4 * slow
     assert plan["checkpoint"] == {
-        "bytes": 12 * plan["total"]["parameters"] + 4 * slow,
+        "bytes": size,
         "inter_node_bytes": pytest.approx(4 * slow),  # a ring over two nodes sends it once
-        "host_bytes": 12 * plan["total"]["parameters"] / 2 + 4 * slow,
+        "host_bytes": size / 2,
+        "largest_file_bytes": size / 4,
+        "files": 4,
+        "resume_bytes": size,
     }
     for key in ("checkpoint.pending=exact", "levels.reduction=every-step"):
         assert room.json(key)["checkpoint"]["inter_node_bytes"] == 0

@@ -300,7 +300,7 @@ def mistaken(mistake: str) -> str:
             weights.grad = torch.ones(3)
             inner.step()
             group: Any = None
-            Shard("w", weights, group, 0, weights, weights, inner, ("velocity",)).state()
+            Shard("w", weights, group, 0, weights, inner, ("velocity",)).state()
         with process_groups(config):
             Decoder(config, megatron_config(config), 61)
     except UserError as error:
