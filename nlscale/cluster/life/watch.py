@@ -300,7 +300,7 @@ class Watch:
             step, what = common
             return (
                 f"step {step} hangs: all ranks have been in {what!r} for {limit:g} s; look at the "
-                f"network between {', '.join(sorted(set(self._hosts)))}, or raise timeouts.step"
+                f"network between {', '.join(sorted(set(self._hosts)))}, or raise timeouts"
             )
         rank = max(apart, key=lambda r: words[r].seconds)
         word = words[rank]

@@ -103,7 +103,7 @@ def check_data(sweep: Sweep, runs: list[Run]) -> list[str]:
     """Open the data of every run, as it will itself; a line for each that reads them repeatedly.
 
     Raises:
-        UserError: they are missing, altered or do not fit; which run, and what.
+        UserError: they are missing, of another size or do not fit; which run, and what.
     """
     lines = []
     for run in runs:
