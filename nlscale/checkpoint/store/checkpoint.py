@@ -88,27 +88,28 @@ class Checkpoint:
         Raises:
             CheckpointError: it could not be found out, as a rank cannot read what the first can.
         """
-        listed, problems = ranks.first(self._listing)
+        listed, unlisted, refused = ranks.first(self._listing)
+        if refused is not None:
+            return refused
         sizes = {name: digest.bytes for name, digest in listed.items()}
         mine = deal(sizes, ranks.size)[ranks.rank]
         found = ranks.each(lambda: self._differences({name: listed[name] for name in mine}))
-        return ranks.first(lambda: self._judge(listed, found, problems))
+        return ranks.first(lambda: self._judge(listed, unlisted, found))
 
-    def _listing(self) -> tuple[dict[str, Digest], list[str]]:
-        """The files that the manifest lists, and what is wrong before any of them is read."""
+    def _listing(self) -> tuple[dict[str, Digest], list[str], str | None]:
+        """The files that the manifest lists, others that are there, and why not to go on, if so."""
         try:
             entries = self.manifest
-        except CheckpointError as error:
-            return {}, [str(error)]
-        if entries["step"] != self.step:
-            return {}, [f"{manifest.NAME} is of step {entries['step']}"]
-        listed = {name: Digest(**entry) for name, entry in entries["files"].items()}
-        try:
             there = set(os.listdir(self.path))
+        except CheckpointError as error:
+            return {}, [], str(error)
         except OSError as error:
-            return {}, [_unreadable(self.path, error)]
-        unlisted = sorted(there - set(listed) - {manifest.NAME})
-        return listed, [f"{name} is not listed in {manifest.NAME}" for name in unlisted]
+            return {}, [], _unreadable(self.path, error)
+        if entries["step"] != self.step:
+            of = f"{manifest.NAME} is of step {entries['step']}"
+            return {}, [], f"{self.path} is not whole: {of}"
+        listed = {name: Digest(**entry) for name, entry in entries["files"].items()}
+        return listed, sorted(there - set(listed) - {manifest.NAME}), None
 
     def _differences(self, listed: dict[str, Digest]) -> dict[str, tuple[str, str]]:
         """What is wrong with which files, and for which host."""
@@ -124,27 +125,22 @@ class Checkpoint:
     def _judge(
         self,
         listed: dict[str, Digest],
+        unlisted: list[str],
         found: list[dict[str, tuple[str, str]]],
-        problems: list[str],
     ) -> str | None:
         """On the first rank: what the others found broken it reads itself, as their node may be."""
-        problems = list(problems)
-        for one in found[:1]:
-            problems = [problem for problem, _ in one.values()] + problems
-        for one in found[1:]:
-            for name, (problem, host) in one.items():
-                own = difference(self.path / name, listed[name])
-                if own is None:
-                    raise CheckpointError(
-                        f"{self.path / name} is whole on {socket.gethostname()}, and on {host} "
-                        f"{problem}: see to the file system and the memory of {host}"
-                    )
-                problems.append(own)
-        if not problems:
-            return None
-        if not listed and len(problems) == 1 and problems[0].startswith(str(self.path)):
-            return problems[0]
-        return f"{self.path} is not whole: {'; '.join(problems)}"
+        own, *others = found
+        problems = [problem for problem, _ in own.values()]
+        for name, (problem, host) in (item for one in others for item in one.items()):
+            seen = difference(self.path / name, listed[name])
+            if seen is None:
+                raise CheckpointError(
+                    f"{self.path / name} is whole on {socket.gethostname()}, and on {host} "
+                    f"{problem}: see to the file system and the memory of {host}"
+                )
+            problems.append(seen)
+        problems += [f"{name} is not listed in {manifest.NAME}" for name in unlisted]
+        return f"{self.path} is not whole: {'; '.join(problems)}" if problems else None
 
     def tensors(self) -> dict[str, TensorInfo]:
         """What is stored by name; no tensor is read. Raises CheckpointError: broken metadata."""
