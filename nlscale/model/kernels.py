@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import torch
 
-from nlscale.config.vocabulary import ModelConfig
+from nlscale.config.vocabulary import Config, Dtype
 from nlscale.model.mixers.table import mixer
 from nlscale.ops.check import BOUNDS, accumulation_errors, loss_errors, refuse_beyond
 
 
-def check_kernels(
-    model: ModelConfig,
-    columns: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    documents: bool = False,
-) -> None:
+def check_kernels(config: Config, columns: int, device: torch.device) -> None:
     """Compare the kernels that a run is about to use with float64.
 
+    Triton compiles a kernel anew for other sizes: these are launched with those of a step.
+
     Args:
-        model: of the run.
+        config: the run.
         columns: of the vocabulary that this rank holds; 0 where it holds no head.
-        dtype: of activations.
         device: where it runs.
-        documents: whether they are told apart (data.document_mask).
 
     Raises:
         TrainingFailed: a kernel is wrong.
     """
-    facts = mixer(model.mixer)
+    dtype = torch.bfloat16 if config.train.dtype == Dtype.bf16 else torch.float32
+    facts = mixer(config.model.mixer)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         of_loss = loss_errors(columns, dtype, device) if columns else {}
-        of_mixer = facts.module().kernel_errors(facts, model, dtype, device, documents)
+        of_mixer = facts.module().kernel_errors(facts, config, dtype, device)
         sums = accumulation_errors(dtype, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # a micro batch of one layer was there
     of_libraries = {"Triton": of_loss}
     for library, errors in of_mixer.items():
         of_libraries[library] = of_libraries.get(library, {}) | errors

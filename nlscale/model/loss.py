@@ -5,6 +5,7 @@ What else is split is in docs/concepts/layouts.md.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nlscale.ops.loss.cross_entropy import row_statistics, to_gradient_
+from nlscale.ops.loss.cross_entropy import base, row_statistics, to_gradient_
 
 
 def cross_entropy(
@@ -42,11 +43,7 @@ class _CrossEntropy(torch.autograd.Function):
         local = targets.flatten() - group.rank() * flat.shape[1]
         largest, total, at_target = row_statistics(flat, local, kernels)
         if group.size() > 1:
-            most = largest.clone()
-            dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-            parts = torch.stack([total * torch.exp(largest - most), at_target])
-            dist.all_reduce(parts, group=group)
-            (total, at_target), largest = parts, most
+            largest, total, at_target = _of_all(torch.stack([largest, total, at_target]), group)
         log_sum = largest + total.log()
         ctx.save_for_backward(logits, local, log_sum)
         ctx.kernels = kernels
@@ -59,3 +56,16 @@ class _CrossEntropy(torch.autograd.Function):
         flat = logits.view(-1, logits.shape[-1])
         to_gradient_(flat, local, log_sum, d_loss.flatten(), ctx.kernels)
         return logits, None, None, None
+
+
+def _of_all(own: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """What `row_statistics` says of all columns, from what it says of this rank's, [3, rows].
+
+    Every rank adds up the same numbers in the order of the ranks: all have the same bits.
+    """
+    parts = own.new_empty(group.size() * len(own), own.shape[1])
+    dist.all_gather_into_tensor(parts, own, group=group)
+    largest, totals, at_target = parts.view(-1, *own.shape).unbind(1)
+    most = largest.amax(0)
+    totals = totals * torch.exp(largest - base(most))
+    return most, reduce(torch.add, totals), reduce(torch.add, at_target)

@@ -16,6 +16,7 @@ from torch import Tensor
 from nlscale.errors import TrainingFailed
 from nlscale.ops.accumulate import accumulate_product_
 from nlscale.ops.attention import causal_attention, takes_packed
+from nlscale.ops.compiler import SOUND, compiler_for
 from nlscale.ops.documents import Documents
 from nlscale.ops.loss import cross_entropy
 from nlscale.ops.memory.kernels import sizes as fused_scan
@@ -27,6 +28,8 @@ from nlscale.ops.pointwise import normalize
 BOUNDS = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
 """Norm of the error by norm of the value; bf16 products leave 0.3e-2 to 3e-2."""
 _ROWS = 64
+_FED = ("a", "b", "q", "eta", "alpha")
+"""Leaves of a scan that are of a sequence; the others are of a head."""
 # A number or two may happen to vanish: compared by the norm of all that are named.
 _TOGETHER = {
     "eta": ("eta", "alpha"),
@@ -91,13 +94,23 @@ class ScanInputs:
         }
         return other
 
+    def repeated(self, rows: int, heads: int) -> ScanInputs:
+        """So many sequences and heads, the ones that are here over and over."""
+        other = object.__new__(ScanInputs)
+        other.rules = self.rules
+        other.leaves = {
+            name: _repeated(name, leaf.detach(), rows, heads).requires_grad_()
+            for name, leaf in self.leaves.items()
+        }
+        return other
+
     def arguments(self) -> tuple[Any, ...]:
         """Of `memory_scan` and of the reference."""
         names = ("key", "value", "gates", "lambda_key", "lambda_value", "read")
         weights = None
         if "key" in self.leaves:
             weights = MemoryWeights(*(self.leaves.get(name) for name in names))  # type: ignore[arg-type]
-        fed = (self.leaves[name] for name in ("a", "b", "q", "eta", "alpha"))
+        fed = (self.leaves[name] for name in _FED)
         return *fed, weights, self.rules
 
     @property
@@ -131,6 +144,59 @@ def scan_results(
     return {"reads": read.detach(), **dict(zip(inputs.leaves, gradients, strict=True))}
 
 
+def errors_at_size(
+    inputs: ScanInputs, rows: int, heads: int, carried: Tensor | None = None
+) -> dict[str, float]:
+    """Of a scan that has as many programs as it has in training.
+
+    A few heads of one sequence fill it over and over, so that it is launched with the very sizes of
+    training, by which Triton chooses what it compiles, while float64 has little to do: torch's
+    chunk form, on the CPU. What is equal has to come out equal bit for bit.
+
+    Args:
+        inputs: of one sequence, and of a few heads.
+        rows: sequences to make of it.
+        heads: to make of its heads.
+        carried: as of the scan, on the CPU, [1, chunks].
+
+    Returns:
+        Relative errors by name; infinite where one of the repetitions is not like the first.
+    """
+    weight, device = torch.randn_like(inputs.leaves["a"]), inputs.leaves["a"].device
+    many = None if carried is None else carried.expand(rows, -1).contiguous().to(device)
+    repeated = _repeated("reads", weight, rows, heads)
+    got = scan_results(inputs.repeated(rows, heads), repeated, many)
+    want = scan_results(inputs.to(torch.float64, "cpu"), weight, carried)
+    return _errors_of_repetitions(got, want, rows, heads)
+
+
+def _errors_of_repetitions(
+    got: dict[str, Tensor], want: dict[str, Tensor], rows: int, heads: int
+) -> dict[str, float]:
+    few, first, apart = want["reads"].shape[1], {}, {}
+    for name, x in got.items():
+        of_sequence = _of_sequence(name)
+        first[name] = x[:1, :few] if of_sequence else x[:few] / rows
+        again = _repeated(name, x[:1, :few] if of_sequence else x[:few], rows, heads)
+        if of_sequence and not torch.equal(x, again):
+            apart[f"one of several equal {name}"] = float("inf")
+        elif not of_sequence:  # the sum over sequences is torch's, and may round by its own order
+            apart[f"another head's {name}"] = (x - again).norm().item() / again.norm().item()
+    return relative_errors(first, want) | apart
+
+
+def _of_sequence(name: str) -> bool:
+    return name == "reads" or name in _FED
+
+
+def _repeated(name: str, x: Tensor, rows: int, heads: int) -> Tensor:
+    """x [1, few, ...] -> [rows, heads, ...] of what a sequence has; [few, ...] -> [heads, ...]."""
+    if not _of_sequence(name):
+        return x[torch.arange(heads, device=x.device) % len(x)]
+    head = torch.arange(heads, device=x.device) % x.shape[1]
+    return x[:, head].expand(rows, *[-1] * (x.dim() - 1)).contiguous()
+
+
 def relative_errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
     """Norm of the error by norm of the value; infinite where a value is not finite."""
     norms = {name: value.double().norm().item() for name, value in want.items()}
@@ -151,13 +217,27 @@ def refuse_beyond(
         TrainingFailed: what is off, by how much, and whose kernel it is.
     """
     what, error = max(errors.items(), key=lambda item: item[1], default=("", 0.0))
-    if error > bound:
-        raise TrainingFailed(
-            f"the kernels compute something else than they should on {device}: {what} is off by "
-            f"{error:.1e}, and at most {bound:g} would be rounding. Install another version of "
-            f"{library} (nlscale bench scan --check tells of each kernel), or set "
-            f"train.kernels=false, which is much slower"
+    if error <= bound:
+        return
+    fixes = [
+        f"install another version of {library} (nlscale bench scan --check tells of each kernel)",
+        "set train.kernels=false, which is much slower",
+    ]
+    compiler = compiler_for(device) if library == "Triton" else None
+    if compiler is not None and not compiler.sound:
+        newer = ".".join(map(str, SOUND))
+        fixes.insert(
+            0,
+            f"point {compiler.setting} at a ptxas of CUDA {newer} or later, such as the wheel of "
+            f"Triton 3.9 brings (triton/backends/nvidia/bin/ptxas-blackwell)",
         )
+    fix = ", or ".join(fixes)
+    raise TrainingFailed(
+        f"the kernels compute something else than they should on {device}: {what} is off by "
+        f"{error:.1e}, and at most {bound:g} would be rounding. "
+        + (f"They are compiled by {compiler}. " if compiler is not None else "")
+        + f"{fix[0].upper()}{fix[1:]}"
+    )
 
 
 def loss_errors(columns: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:

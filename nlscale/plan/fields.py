@@ -214,6 +214,14 @@ PLAN: Mapping[str, Field] = {
             "imbalance": Field("number", "", "cost of the costliest stage over the mean"),
         },
     ),
+    "serial_programs": Field(
+        "integer",
+        "",
+        "of a micro batch, that the memory's passes from chunk to chunk run: sequences by heads of "
+        "a rank",
+        null="the mixer has no memory, or no kernels for it",
+    ),
+    "advice": Field("list of texts", "", "what would use the GPUs better"),
     "warnings": Field("list of texts", "", "what to look at, such as levels that hardly update"),
 }
 """Fields of a plan."""

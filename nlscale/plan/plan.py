@@ -23,6 +23,7 @@ from nlscale.plan.checks import check_sizes
 from nlscale.plan.link import Links, LinkTime, compute_seconds
 from nlscale.plan.memory import GIB, USABLE, Memory, memory
 from nlscale.plan.pipeline import Pipeline, pipeline
+from nlscale.plan.programs import advise, serial_programs
 from nlscale.plan.traffic import Traffic, activation_bytes, cycle_steps, node_bytes, traffic
 
 
@@ -102,6 +103,10 @@ class Plan:
     """As configured."""
     pipeline: Pipeline
     checkpoint: CheckpointPlan
+    serial_programs: int | None
+    """Of a micro batch, see `nlscale.plan.programs`."""
+    advice: list[str]
+    """What would use the GPUs better."""
     warnings: list[str]
 
     @property
@@ -152,7 +157,8 @@ class Plan:
         - `fits`: whether `total` of the fullest is within the usable share
         - `pipeline`: `ranks`, `virtual_stages`, `micro_batches`, `bubble` (share of a step in
           which a rank waits), `imbalance` (cost of the costliest stage over the mean)
-        - `warnings`: list of sentences
+        - `serial_programs`: of the memory's serial passes, of a micro batch; null without any
+        - `advice`: what would use the GPUs better; `warnings`; lists of sentences
 
         Bytes of traffic are those leaving one node; link seconds are those bytes at the full rate.
         """
@@ -216,6 +222,8 @@ class Plan:
             },
             "fits": self.fits,
             "pipeline": asdict(self.pipeline),
+            "serial_programs": self.serial_programs,
+            "advice": self.advice,
             "warnings": self.warnings,
         }
 
@@ -325,6 +333,10 @@ def make_plan(
         pipeline=passes,
         exposure=exposure,
         checkpoint=checkpoint_plan(config, levels, vocabulary, cluster, group_nodes),
+        serial_programs=serial_programs(config),
+        advice=advise(
+            config, vocabulary, data_parallel, lambda other: memory_on(other, cluster).fits
+        ),
         warnings=[
             *slow_level_warnings(levels, config.model.layers, config.levels.stagger, steps),
             *approximate(levels, crosses=group_nodes > 1),

@@ -10,6 +10,7 @@ from nlscale.config.units import human_bytes, human_count
 from nlscale.config.vocabulary import Sharding
 from nlscale.plan.memory import GIB, USABLE
 from nlscale.plan.plan import Exposure, Plan, Sharded
+from nlscale.plan.programs import WANTED
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -56,6 +57,13 @@ def print_plan(plan: Plan, console: Console) -> None:
         _explain_pipeline(plan, console)
     console.print(_compute(plan))
     console.print(_checkpoint(plan))
+    if plan.serial_programs is not None:
+        console.print(
+            f"The serial passes of the memory run {plan.serial_programs} programs a micro batch, "
+            f"of about {WANTED} that fill a GPU."
+        )
+    for advice in plan.advice:
+        console.print(f"advice: {advice}")
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow")
 

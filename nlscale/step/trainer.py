@@ -103,13 +103,7 @@ class Trainer:
             draw_together(named_parameters(stages), config.run.seed, layout)
         if kernels:
             columns = vocabulary // layout.tensor_size if stages[-1].is_last else 0
-            check_kernels(
-                config.model,
-                columns,
-                megatron.params_dtype,
-                layout.device,
-                config.data.document_mask,
-            )
+            check_kernels(config, columns, layout.device)
         optimizer = LevelOptimizer(config, levels, stages, vocabulary, megatron, layout)
         busy, clock = BusyTime(layout.device), WaitClock(layout.device)
         return cls(config, layout, levels, stages, optimizer, busy, clock)

@@ -22,16 +22,20 @@ from nlscale.ops.check import (
     ScanInputs,
     accumulation_errors,
     attention_errors,
+    errors_at_size,
     loss_errors,
     relative_errors,
     scan_results,
 )
+from nlscale.ops.compiler import compiler_for
 from nlscale.ops.memory.kernels.sizes import LAUNCHES
 
 _MIXERS = ("hope", "gated-delta", "hope-pure")
 """One of each kind of memory that the kernels know."""
 _ON_CPU = ((16, 16),)
+"""Where there are no kernels, and the torch form takes any size."""
 _COLUMNS = 32000
+_TRAINING = "as in training"
 
 
 @dataclass(frozen=True)
@@ -42,43 +46,56 @@ class _Case:
     dtype: torch.dtype = torch.bfloat16
 
 
-def check_scan() -> dict[str, Any]:
+def check_scan(chunk: int | None = None) -> dict[str, Any]:
     """Reads and all gradients of each mixer, chunk, head size and dtype, against a reference.
 
     The reference is the token-by-token recurrence in float64, on the CPU, for short sequences;
     torch's chunk form, in float64 on the CPU for one of several documents, and in fp32 for some
     that fill a GPU and for long ones. Half of the heads have keys that are alike. Each runs twice:
-    the kernels have no reason to give another result. On a GPU follow the loss with its gradient,
-    attention within documents, and the sum of a weight's gradients.
+    the kernels have no reason to give another result. A micro batch of training, for whose sizes
+    Triton compiles other kernels than for short sequences, is a sequence in float64 many times. On
+    a GPU follow the loss with its gradient, attention within documents, and the sum of a weight's
+    gradients.
+
+    Args:
+        chunk: check the scan in chunks of this size alone; None: in each that kernels take. On a
+                CPU, which has none, it is in chunks of 16.
 
     Returns:
         `ok`, what it ran on, and `rows`: the largest `error` and of `what`, its `bound`, whether
         the second run was the same (`repeats`), and what it was compared with (`against`).
     """
     device = here()
-    parts = [(mixer, case) for case in _cases(device) for mixer in _MIXERS]
+    cases = _cases(device, chunk)
+    parts = [(mixer, case) for case in cases for mixer in _MIXERS]
     rows = [_check(*part, device) for part in each("scan --check", parts, _label)]
     if device.type == "cuda":
         rows += [_check_loss(dtype, device) for dtype in BOUNDS]
         rows += [_check_attention(d, device) for d in (64, 128)]
         rows.append(_check_accumulation(device))
+    compiler = compiler_for(device)
     return {
         "ok": all(row["ok"] for row in rows),
         "device": name_of(device),
         "torch": torch.__version__,
         "triton": triton_version(),
+        "ptxas": None if compiler is None else compiler.ptxas,
         "rows": rows,
     }
 
 
-def _cases(device: torch.device) -> Iterator[_Case]:
+def _cases(device: torch.device, only: int | None) -> Iterator[_Case]:
     on_gpu = device.type == "cuda"
     for chunk, d in LAUNCHES if on_gpu else _ON_CPU:
+        if on_gpu and only not in (None, chunk):
+            continue
         short = Size(1, 2 * chunk + chunk // 2 + 1, 2, d)
         yield _Case("short", chunk, short)
         yield _Case("short", chunk, short, torch.float32)
         yield _Case("one token", chunk, Size(1, 1, 2, d))
         yield _Case("documents", chunk, Size(2, 5 * chunk, 2, d))
+        if on_gpu:
+            yield _Case(_TRAINING, chunk, Size(8, 64 * chunk, 16, d))
         if on_gpu and chunk == 64:
             yield _Case("large", chunk, Size(8, 1024, 16, d))
             yield _Case("long", chunk, Size(1, 32768, 2, d))
@@ -91,10 +108,12 @@ def _label(part: tuple[str, _Case]) -> str:
 
 
 def _inputs(name: str, case: _Case, device: torch.device) -> ScanInputs:
+    """Of a case of training those that are repeated."""
     size, facts = case.size, mixer(name)
     assert isinstance(facts, MemoryFacts)
     model = model_of(name, size, case.chunk)
-    return inputs_of(facts, model, size.batch, size.length, case.dtype, device)
+    rows, heads = (1, 2) if case.name == _TRAINING else (size.batch, size.heads)
+    return inputs_of(facts, model, rows, size.length, case.dtype, device, heads)
 
 
 def _check(name: str, case: _Case, device: torch.device) -> dict[str, Any]:
@@ -102,6 +121,17 @@ def _check(name: str, case: _Case, device: torch.device) -> dict[str, Any]:
     size, chunk, dtype = case.size, case.chunk, case.dtype
     inputs = _inputs(name, case, device)
     inputs.make_keys_alike()
+    about = {
+        "kernel": name,
+        "case": case.name,
+        "size": str(size),
+        "chunk": chunk,
+        "path": inputs.path,
+    }
+    if case.name == _TRAINING:
+        errors = errors_at_size(inputs, size.batch, size.heads)
+        # its programs repeat each other, or are off by infinity
+        return {**about, "against": "torch in float64", **_worst(errors, dtype)}
     carried = None
     if case.name == "documents":
         carried = torch.tensor([[0.0, 1, 0, 1, 1], [0, 1, 1, 1, 0]], device=device)
@@ -117,15 +147,7 @@ def _check(name: str, case: _Case, device: torch.device) -> dict[str, Any]:
         against = "the recurrence in float64"
         want = scan_results(inputs.to(torch.float64, "cpu"), weight, reference=True)
     repeats = all(torch.equal(first[name], second[name]) for name in first)
-    return {
-        "kernel": name,
-        "case": case.name,
-        "size": str(size),
-        "chunk": chunk,
-        "path": inputs.path,
-        "against": against,
-        **_worst(relative_errors(first, want), dtype, repeats),
-    }
+    return {**about, "against": against, **_worst(relative_errors(first, want), dtype, repeats)}
 
 
 def _check_loss(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

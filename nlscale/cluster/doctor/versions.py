@@ -28,6 +28,8 @@ def probe(driver: str | None) -> Versions:
     """
     import torch
 
+    from nlscale.ops.compiler import compiler_for  # imports torch
+
     found = {"nlscale": nlscale.__version__, "Python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -37,6 +39,9 @@ def probe(driver: str | None) -> Versions:
     if torch.version.cuda:
         found["CUDA"] = torch.version.cuda
     if torch.cuda.is_available():
+        compiler = compiler_for(torch.device("cuda"))
+        if compiler is not None:
+            found["ptxas"] = compiler.ptxas
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     if driver:
         found["driver"] = driver

@@ -113,6 +113,13 @@ class MixerFacts(ABC):
         (`nlscale.model.flops` says what is counted).
         """
 
+    def serial_programs(self, batch: MicroBatch) -> int | None:
+        """Programs of a kernel that goes through a sequence from its beginning to its end.
+
+        None where there is no such kernel. A GPU runs one on each of its multiprocessors.
+        """
+        return None
+
     @abstractmethod
     def kept(self, batch: MicroBatch, recompute: bool) -> float:
         """Bytes that one layer keeps for the backward pass, from its normalised input on.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nlscale.config.vocabulary import ModelConfig
+from nlscale.config.vocabulary import Config, ModelConfig
 from nlscale.errors import UserError
 from nlscale.ops.documents import Documents
 
@@ -52,16 +52,15 @@ class Mixer(nn.Module):
 
     @staticmethod
     def kernel_errors(
-        facts: Any, model: ModelConfig, dtype: torch.dtype, device: torch.device, documents: bool
+        facts: Any, config: Config, dtype: torch.dtype, device: torch.device
     ) -> dict[str, dict[str, float]]:
-        """How far its kernels are from float64 on this device, at the sizes of this model.
+        """How far its kernels are from float64 on this device, as this run launches them.
 
         Args:
             facts: of this mixer.
-            model: sizes.
+            config: the run.
             dtype: of activations.
             device: where it runs.
-            documents: whether they are told apart (data.document_mask).
 
         Returns:
             Relative errors by what is off, by the library whose kernels they are; none where it

@@ -39,7 +39,7 @@ def row_statistics(
 
     Returns:
         The largest logit m of each row, sum_j exp(x_j - m), and the target's logit or 0; in at
-        least fp32.
+        least fp32. Where all are -inf, the sum is 0; a NaN or +inf among them makes it NaN.
     """
     if kernels and supports(logits):
         from nlscale.ops.loss.kernel import row_statistics as fused
@@ -53,7 +53,7 @@ def row_statistics(
         largest[rows] = block.amax(-1)
         here, column = _here(targets[rows], block.shape[1])
         at_target[rows] = torch.where(here, block.gather(1, column[:, None])[:, 0], 0)
-        total[rows] = (block - largest[rows, None]).exp_().sum(-1)
+        total[rows] = (block - base(largest[rows, None])).exp_().sum(-1)
     return largest, total, at_target
 
 
@@ -78,6 +78,12 @@ def to_gradient_(
         here, column = _here(targets[rows], share.shape[1])
         share.scatter_add_(1, column[:, None], -here[:, None].to(share.dtype))
         logits[rows] = share.mul_(d_loss[rows, None]).to(logits.dtype)
+
+
+def base(largest: Tensor) -> Tensor:
+    """What to take from logits before exp: their largest, or 0 where all of them are -inf, which
+    is no number to take from -inf."""
+    return largest.masked_fill(largest == float("-inf"), 0.0)
 
 
 def _here(targets: Tensor, columns: int) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,9 @@ def statistics_kernel(
         column = first + tl.arange(0, COLUMNS)
         x = tl.load(start + column, mask=column < columns, other=float("-inf")).to(tl.float32)
         more = tl.maximum(most, tl.max(x, 0))
-        found = found * tl.exp(most - more) + tl.sum(tl.exp(x - more), 0)
+        # while all are -inf, 0 is taken from them: -inf from -inf is NaN. What is NaN stays it.
+        base = tl.where(more == float("-inf"), 0.0, more)
+        found = found * tl.exp(most - base) + tl.sum(tl.exp(x - base), 0)
         most = more
     target = tl.load(targets + row)
     here = (target >= 0) & (target < columns)

@@ -22,7 +22,22 @@ def problem(case: str = "") -> tuple[Tensor, Tensor]:
         logits = logits * 1e3
     elif case == "equal":
         logits = torch.full_like(logits, -40.0)
-    return logits, torch.randint(COLUMNS, (ROWS,))
+    targets = torch.randint(COLUMNS, (ROWS,))
+    return infinite(logits, targets) if case == "infinite" else (logits, targets)
+
+
+def infinite(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Three rows with a finite loss, one of +inf, and three without a meaning: NaN."""
+    minus, ends = -float("inf"), torch.tensor([200, 10, 299, 130])
+    logits[0, :150] = minus  # the first tile, and the first of three parts
+    logits[1, 100:250] = minus  # the second part
+    logits[2, :299] = minus  # all but the target
+    logits[3, 120:140] = minus  # the target among them
+    logits[4] = minus
+    logits[5, :150] = minus
+    logits[5, 3] = float("nan")
+    logits[6, 290] = float("inf")
+    return logits, torch.cat([ends, targets[4:]])
 
 
 def by_parts(
@@ -36,7 +51,8 @@ def by_parts(
         for x, first in zip(parts, firsts, strict=True)
     ]
     most = torch.stack([largest for largest, _, _ in found]).amax(0)
-    total = sum(total * torch.exp(largest - most) for largest, total, _ in found)
+    base = cross_entropy.base(most)
+    total = sum(total * torch.exp(largest - base) for largest, total, _ in found)
     log_sum = most + torch.as_tensor(total).log()
     for x, first in zip(parts, firsts, strict=True):
         cross_entropy.to_gradient_(x, targets - first, log_sum, d_loss.to(log_sum.dtype))
@@ -61,14 +77,18 @@ def compare(seed: int, case: str, split: list[int], dtype: torch.dtype, kernels:
     (d_want,) = torch.autograd.grad((want * d_loss).sum(), exact)
     losses, d_logits = by_parts(low, targets, d_loss, split)
     assert losses.dtype == torch.promote_types(dtype, torch.float32) and d_logits.dtype == dtype
-    scale = float(exact.detach().abs().amax())
+    assert torch.equal(losses.isnan(), want.isnan()) and torch.equal(losses.isinf(), want.isinf())
+    assert torch.equal(d_logits.isnan(), d_want.isnan())
+    finite, known = want.isfinite(), ~d_want.isnan()
+    losses, want, d_logits, d_want = losses[finite], want[finite], d_logits[known], d_want[known]
+    scale = float(exact.detach().nan_to_num(0, 0, 0).abs().amax())
     epsilon, rounded = torch.finfo(losses.dtype).eps, torch.finfo(dtype).eps / 2
     assert (losses.double() - want).abs().max() <= epsilon * (2 * scale + 16)
     of_exp = epsilon * (scale + 16)
     assert (d_logits.double() - d_want).norm() <= rounded * d_want.norm() + of_exp * d_loss.norm()
 
 
-@pytest.mark.parametrize("case", ["", "large", "equal"])
+@pytest.mark.parametrize("case", ["", "large", "equal", "infinite"])
 @pytest.mark.parametrize("split", [[300], [100, 150, 50]], ids=["whole", "split"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_torch_form(
@@ -87,7 +107,7 @@ def with_several_tiles(*given: Any) -> None:
     compare(*given, kernels=True)
 
 
-@pytest.mark.parametrize("case", ["", "large", "equal"])
+@pytest.mark.parametrize("case", ["", "large", "equal", "infinite"])
 @pytest.mark.parametrize("split", [[300], [100, 150, 50]], ids=["whole", "split"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels(

@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nlscale.config.vocabulary import ModelConfig, head_dim
+from nlscale.config.vocabulary import Config, ModelConfig, head_dim
 from nlscale.model.init import normal
 from nlscale.model.layers import column_linear, recomputed, row_linear
 from nlscale.model.mixers.attention.facts import AttentionFacts
@@ -94,10 +94,8 @@ class Attention(Mixer):
 
     @staticmethod
     def kernel_errors(
-        facts: AttentionFacts,
-        model: ModelConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-        documents: bool,
+        facts: AttentionFacts, config: Config, dtype: torch.dtype, device: torch.device
     ) -> dict[str, dict[str, float]]:
-        return {"torch": attention_errors(head_dim(model), dtype, device) if documents else {}}
+        if not config.data.document_mask:
+            return {"torch": {}}
+        return {"torch": attention_errors(head_dim(config.model), dtype, device)}

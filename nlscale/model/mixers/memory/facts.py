@@ -103,6 +103,9 @@ class MemoryFacts(MixerFacts):
         anchored, static = bool(model.memory.anchored), not self.modifies_itself
         return batch.half_kernels and takes(model.memory.chunk, head_dim(model), anchored, static)
 
+    def serial_programs(self, batch: MicroBatch) -> int | None:
+        return batch.rows * batch.heads if self.fused(batch) else None
+
     def kept(self, batch: MicroBatch, recompute: bool) -> float:
         model, memory = batch.config.model, batch.config.model.memory
         gates = 2 * batch.heads if memory.static_gates else 0

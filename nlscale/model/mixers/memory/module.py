@@ -16,7 +16,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nlscale.config.vocabulary import ModelConfig, head_dim
+from nlscale.config.vocabulary import Config, ModelConfig, head_dim
 from nlscale.model.init import constant, normal, orthogonal, spread, tag
 from nlscale.model.layers import column_linear, recomputed, remade, row_linear
 from nlscale.model.mixers.memory.check import inputs_of, scan_errors
@@ -215,13 +215,9 @@ class MemoryMixer(Mixer):
 
     @staticmethod
     def kernel_errors(
-        facts: MemoryFacts,
-        model: ModelConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-        documents: bool,
+        facts: MemoryFacts, config: Config, dtype: torch.dtype, device: torch.device
     ) -> dict[str, dict[str, float]]:
-        return {"Triton": scan_errors(facts, model, dtype, device)}
+        return {"Triton": scan_errors(facts, config, dtype, device)}
 
 
 def scan_inputs(
