@@ -116,6 +116,7 @@ def _have_cuda() -> None:
     cuda.is_available, cuda.device_count = lambda: True, lambda: 1
     cuda.current_device = lambda: 0
     cuda.get_device_name = lambda *args: "stand-in"
+    cuda.get_device_capability = lambda *args: (9, 0)
     cuda.Event, cuda.Stream = _Event, _Stream
     cuda.current_stream = cuda.default_stream = lambda *args: _Stream()
     cuda.stream = cuda.device = lambda *args: contextlib.nullcontext()

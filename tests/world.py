@@ -21,7 +21,7 @@ from ports import free_port
 
 os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the server and so for the ranks
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["nlscale.scaling.sweep.preload"])
+_CONTEXT.set_forkserver_preload(["nlscale.train.preload"])
 
 
 def run(

@@ -41,7 +41,7 @@ def bench_train(configs: list[Config], steps: int, trace_to: Path | None) -> dic
         What was measured on, and for each row `tokens_per_second` at the median step, `ratio` of
         that to attention's, `peak_memory_bytes` (GPU) and `planned_memory_bytes`, `parameters`,
         `flops_per_token`, and `mfu`: model FLOPs a second and GPU over the measured rate of a large
-        matrix product. `largest_costs` are those that `nlscale.bench.trace.trace` returns.
+        matrix product. `largest_costs` are those that `nlscale.bench.trace.largest_costs` returns.
 
     Raises:
         UserError: `model.vocabulary` is not set (no data are read).
@@ -101,7 +101,8 @@ def _row(config: Config, name: str, found: dict[str, Any]) -> dict[str, Any]:
 
 def _trace(costs: list[dict[str, Any]], path: Path, step: Callable[[], Any]) -> None:
     """Every rank takes the steps; the first writes what it saw."""
-    costs += trace(step, path if torch.distributed.get_rank() == 0 else None)
+    seen = trace(step, path if torch.distributed.get_rank() == 0 else None)
+    costs += seen["largest_costs"]
 
 
 def _forget() -> None:

@@ -69,30 +69,45 @@ def add_arguments(verbs: Any) -> None:
 def _add_scan(verbs: Any) -> None:
     scan = verbs.add_parser(
         "scan",
-        help="time the memory scan, or check its kernels on this device",
+        help="time the memory scan, check its kernels on this device, or compile them for another",
         description="Time the memory scan of each mixer, forward and backward, by the fused "
         "kernels (GPU, bf16) and in torch, beside softmax attention (SDPA) of the same shape and "
         "beside floors: FLOPs over the measured rate of a matrix product, bytes over that of a "
         "copy. --check compares reads and gradients with a float64 reference instead: run it once "
-        "on every kind of GPU and version of Triton before training there.",
+        "on every kind of GPU and version of Triton before training there. --compiled says what "
+        "the compiler makes of the kernels, and needs no GPU.",
     )
     scan.add_argument(
         "--sizes",
         nargs="+",
         metavar="BxTxHxD",
         help="sequences, tokens, heads and dimension of a head (default: 8x4096x16x64 "
-        "2x16384x16x64 8x4096x8x128; on a CPU 1x256x2x32)",
+        "2x16384x16x64 8x4096x8x128; on a CPU 1x256x2x32; with --compiled the first and last)",
     )
     scan.add_argument(
         "--chunk", type=whole(), default=64, metavar="N", help="a chunk's tokens (default: 64)"
     )
-    _add_mixers(scan, _SCANNED)
-    _add_repeats(scan)
     scan.add_argument(
+        "--mixers",
+        nargs="+",
+        metavar="MIXER",
+        help=f"values of model.mixer (default: {' '.join(_SCANNED)}; --compiled leaves out "
+        f"attention, which is not a kernel of nlscale)",
+    )
+    _add_repeats(scan)
+    instead = scan.add_mutually_exclusive_group()
+    instead.add_argument(
         "--check",
         action="store_true",
         help="print the errors of all sizes that the kernels take, as JSON, and fail if one is "
         "out of bounds",
+    )
+    instead.add_argument(
+        "--compiled",
+        metavar="TARGET",
+        help="compile the kernels for sm_80, sm_90 or sm_100 as training launches them, print "
+        "registers, spills, shared memory and programs a multiprocessor, and fail if one does not "
+        "fit",
     )
     scan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     scan.set_defaults(func=_scan)
@@ -130,10 +145,29 @@ def _scan(args: argparse.Namespace) -> int:
     alone("bench scan")
     if args.check:
         return _check()
+    if args.compiled is not None:
+        return _compiled(args)
     from nlscale.bench.scan import bench_scan, parse_sizes, print_scan  # imports torch
 
-    sizes = parse_sizes(args.sizes)
-    _print(bench_scan(sizes, args.mixers, args.chunk, args.repeats), print_scan, args)
+    sizes, mixers = parse_sizes(args.sizes), args.mixers or _SCANNED
+    _print(bench_scan(sizes, mixers, args.chunk, args.repeats), print_scan, args)
+    return 0
+
+
+def _compiled(args: argparse.Namespace) -> int:
+    from nlscale.bench.scan import parse_sizes  # imports torch
+    from nlscale.verify.compiled import MIXERS, SIZES, compile_scan, print_compiled
+
+    sizes, mixers = parse_sizes(args.sizes or SIZES), args.mixers or MIXERS
+    result = compile_scan(args.compiled, sizes, mixers, args.chunk)
+    _print(result, print_compiled, args)
+    for row in result["rows"]:
+        if not row["resident"]:
+            raise UserError(
+                f"{row['kernel']} of {row['mixer']} at {row['size']} takes {row['shared_bytes']} "
+                f"bytes of shared memory, more than {args.compiled} has; use a smaller chunk or "
+                f"head size there, or train.kernels=false"
+            )
     return 0
 
 

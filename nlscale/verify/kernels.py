@@ -28,7 +28,7 @@ from nlscale.ops.check import (
     scan_results,
 )
 from nlscale.ops.compiler import compiler_for
-from nlscale.ops.memory.kernels.sizes import LAUNCHES
+from nlscale.ops.memory.kernels.sizes import SIZES
 
 _MIXERS = ("hope", "gated-delta", "hope-pure")
 """One of each kind of memory that the kernels know."""
@@ -86,7 +86,7 @@ def check_scan(chunk: int | None = None) -> dict[str, Any]:
 
 def _cases(device: torch.device, only: int | None) -> Iterator[_Case]:
     on_gpu = device.type == "cuda"
-    for chunk, d in LAUNCHES if on_gpu else _ON_CPU:
+    for chunk, d in SIZES if on_gpu else _ON_CPU:
         if on_gpu and only not in (None, chunk):
             continue
         short = Size(1, 2 * chunk + chunk // 2 + 1, 2, d)

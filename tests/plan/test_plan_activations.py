@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from typing import Any
 
@@ -13,6 +14,9 @@ from nlscale.config.vocabulary import MIXERS, Config, Recompute
 from nlscale.plan.activations import Activations
 
 VOCABULARY = 64
+CLOSE = 0.02
+"""Share by which a plan may be off."""
+GLOO_SECONDS = 2.0
 SHAPES = {
     "one level": [],
     "levels in turn": ["levels=[1,4]", "train.micro_batch=3", "data.sequence_length=48"],
@@ -76,6 +80,7 @@ def live_bytes(configs: list[Config], backward: bool) -> list[tuple[int, int]]:
 
 
 def _live_bytes(config: Config, model: Any, backward: bool) -> tuple[int, int]:
+    wanted = kept_bytes(config)
     import torch
     from megatron.core.parallel_state import get_global_memory_buffer
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -118,6 +123,10 @@ def _live_bytes(config: Config, model: Any, backward: bool) -> tuple[int, int]:
     with Live(others) as live:
         ids = tokens.clone()
         loss = model(ids, ids)
+        # gloo's threads let go of what they have sent some moments after it has arrived
+        until = time.monotonic() + (torch.distributed.get_world_size() - 1) * GLOO_SECONDS
+        while live.now > (1 + CLOSE) * wanted and time.monotonic() < until:
+            time.sleep(0.001)
         kept, live.peak = live.now, live.now
         if backward:
             loss.sum().backward()
@@ -188,7 +197,7 @@ def kernels_as_on_a_gpu() -> None:
         setattr(scan, name, Nowhere())
 
 
-def kept(config: Config) -> float:
+def kept_bytes(config: Config) -> float:
     batch = Activations(config, VOCABULARY)
     blocks = config.model.layers * batch.block()
     return batch.embedding() + blocks + batch.head() + batch.gathered()
@@ -197,7 +206,7 @@ def kept(config: Config) -> float:
 def compare(configs: list[Config], ranks: int) -> None:
     real = world.run(ranks, live_bytes, configs, False)[0]
     for config, (alive, _) in zip(configs, real, strict=True):
-        assert kept(config) == pytest.approx(alive, rel=0.02), config
+        assert kept_bytes(config) == pytest.approx(alive, rel=CLOSE), config
 
 
 @pytest.mark.parametrize("kernels", ["true", "false"])
@@ -226,6 +235,6 @@ def test_the_peak_of_a_micro_batch_is_near_what_is_planned() -> None:
     ]
     real = world.run(1, live_bytes, configs, True)[0]
     for config, (alive, on_top) in zip(configs, real, strict=True):
-        planned = kept(config) + Activations(config, VOCABULARY).transient()
+        planned = kept_bytes(config) + Activations(config, VOCABULARY).transient()
         # gradients on their way are left to the margin; in four layers they count for much
         assert 0.9 < planned / (alive + on_top) < 1.2, config

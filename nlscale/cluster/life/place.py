@@ -123,8 +123,12 @@ def place() -> Place:
 
 
 def without_place(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment without what launchers say, for a process that has a place of its own."""
-    return {name: value for name, value in environment.items() if name not in VARIABLES}
+    """An environment without what launchers say, for a process that has a place of its own.
+
+    It does not count as one of several that know nothing of each other either.
+    """
+    said = {*VARIABLES, *(count for _, count, _, _ in _TASKS)}
+    return {name: value for name, value in environment.items() if name not in said}
 
 
 def alone(verb: str) -> None:

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 from nlscale.cluster.life.exits import exit_with
+from nlscale.cluster.life.last_words import last_words
 from nlscale.cluster.life.owner import Owned, hold
 from nlscale.cluster.life.place import VARIABLES
 from nlscale.cluster.life.signals import handled, with_hangup
@@ -34,7 +35,6 @@ from nlscale.scaling.sweep.status import Status, checkpoint_at, status
 LOG_FILE = "output.log"
 RECIPE_FILE = "recipe.yaml"
 _POLL_SECONDS = 0.2
-_LOG_TAIL_BYTES = 1 << 16
 
 
 @dataclass
@@ -123,7 +123,7 @@ class _Executor:
         self._running: dict[int, _Job] = {}
         self._failed: dict[str, str] = {}
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["nlscale.scaling.sweep.preload"])
+        self._context.set_forkserver_preload(["nlscale.train.preload"])
 
     def run(self) -> dict[str, str]:
         with _stop_signals() as came:
@@ -208,7 +208,7 @@ class _Executor:
             self._board.finished(job.run, state, seconds)
             return
         if code:
-            reason = _reason(job.run.folder / LOG_FILE, job.log_start, code)
+            reason = last_words(job.run.folder / LOG_FILE, code, job.log_start)
         self._failed[job.run.name] = reason
         self._board.failed(job.run, reason)
 
@@ -225,24 +225,6 @@ def _stop_signals() -> Iterator[list[str]]:
 
     with handled(with_hangup((signal.SIGINT, signal.SIGTERM)), note):
         yield came
-
-
-def _reason(log: Path, start: int, code: int) -> str:
-    """Why a run ended, in one line: what it said last, or the signal that ended it."""
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = "; out of memory?" if name == "SIGKILL" else ""
-        return f"killed by {name}{hint}"
-    try:
-        with open(log, "rb") as file:
-            file.seek(max(start, log.stat().st_size - _LOG_TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    ours = [i for i, line in enumerate(lines) if line.startswith("nlscale: ")]
-    said = lines[ours[-1] :] if ours else [line for line in lines if line.strip()][-1:]
-    text = " ".join(" ".join(said).removeprefix("nlscale: ").split())
-    return text or f"exit code {code}, and it said nothing"
 
 
 def _train(recipe_file: Path, log: Path, environment: dict[str, str]) -> None:

@@ -9,6 +9,8 @@ the inputs, and added up in fp32; where `LOW` is fp32 the products are IEEE ones
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -16,6 +18,19 @@ from nlscale.ops.memory.kernels.inverse import unit_lower_inverse
 from nlscale.ops.memory.rules import NORMALIZE_EPS
 
 _EPS = tl.constexpr(NORMALIZE_EPS)
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def chunk_and_sequence(chunks):
+    """Of a program, one a chunk, sequence and head.
+
+    All are counted along the first axis of the grid, which has room for 2^31: the others end at
+    65,535, which batch times heads may exceed. Neighbours are the chunks of one sequence: they run
+    at the same time, read memory that lies together, and share what the head has learned in L2.
+    """
+    program = tl.program_id(0)
+    return program % chunks, program // chunks
 
 
 @triton.jit
@@ -139,23 +154,27 @@ def make_values(
 
 @triton.jit
 def log_decay(alpha_logit, token, length):
-    """log sigmoid of the logit, for each token; 0 beyond the end."""
-    logarithm = tl.minimum(alpha_logit, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(alpha_logit)))
+    """log2 sigmoid of the logit, for each token; 0 beyond the end.
+
+    Decays and their sums g are binary logarithms, because exp2 is what a GPU has.
+    """
+    logit = alpha_logit * _LOG2_E
+    logarithm = tl.minimum(logit, 0.0) - tl.log2(1.0 + tl.exp2(-tl.abs(logit)))
     return tl.where(token < length, logarithm, 0.0)
 
 
 @triton.jit
 def fade(after, until, token, strict: tl.constexpr):
-    """exp(after_i - until_j) where i > j, or i >= j if not strict; else 0."""
+    """2^(after_i - until_j) where i > j, or i >= j if not strict; else 0."""
     i = token[:, None]
     j = token[None, :]
     seen = i > j if strict else i >= j
-    return tl.exp(tl.where(seen, after[:, None] - until[None, :], float("-inf")))
+    return tl.exp2(tl.where(seen, after[:, None] - until[None, :], float("-inf")))
 
 
 @triton.jit
 def solution(k, r, g, before, token, LOW: tl.constexpr, C: tl.constexpr):
-    """T = (I + diag(r) W)^-1; g and before are the log decays up to after and before a token."""
+    """T = (I + diag(r) W)^-1; g and before are the log decays until after and before a token."""
     coupling = dot_nt(k, k, LOW) * fade(before, g, token, True) * r[:, None]
     return unit_lower_inverse(coupling, token, LOW, C)
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nlscale.ops.device import on_device
+from nlscale.ops.device import generation, on_device
 from nlscale.ops.memory.kernels.inputs import inputs_backward_kernel
 from nlscale.ops.memory.kernels.main import main_backward_kernel, main_kernel
 from nlscale.ops.memory.kernels.pi import pi_backward_kernel, pi_kernel
 from nlscale.ops.memory.kernels.reads import reads_backward_kernel, reads_kernel
-from nlscale.ops.memory.kernels.sizes import LAUNCHES
+from nlscale.ops.memory.kernels.sizes import COLUMNS, launches
 from nlscale.ops.memory.kernels.writes import writes_backward_kernel, writes_kernel
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class FusedScan(torch.autograd.Function):
                 pi_states, last_pi = scan.states(a), torch.empty_like(pi)
                 pi_kernel[scan.serial](
                     *fed, *makers, pi, carried, pi_states, last_pi, *scan.sizes, scan.heads,
-                    **scan.tile(scan.launch.pi_stages), **scan.rule, ADDITIVE=additive,
+                    **scan.tile("pi"), **scan.rule, ADDITIVE=additive,
                     DOCUMENTS=carried is not None,
                 )  # fmt: skip
             made = scan.write(fed, makers, pi_states, None, for_backward=False)
@@ -85,13 +85,13 @@ class FusedScan(torch.autograd.Function):
                 main_kernel[scan.by_columns](
                     made.key, made.write, made.from_state, made.alpha_logits,
                     main, carried, main_states, last_main, *scan.sizes, scan.heads,
-                    **scan.tile(2), COLUMNS=scan.launch.columns, DOCUMENTS=carried is not None,
+                    **scan.tile("main"), COLUMNS=scan.columns, DOCUMENTS=carried is not None,
                 )  # fmt: skip
             reads = torch.empty_like(q)
             reads_kernel[scan.parallel](
                 q, made.key, made.write, made.alpha_logits,
                 pi_states if main is None else main_states, reads,
-                *scan.sizes, **scan.tile(), MAIN=scan.main,
+                *scan.sizes, **scan.tile("reads"), MAIN=scan.main,
             )  # fmt: skip
         ctx.save_for_backward(*fed, q, *makers, pi_states, main_states, carried)
         ctx.scan = scan
@@ -113,7 +113,8 @@ class FusedScan(torch.autograd.Function):
             reads_backward_kernel[scan.parallel](
                 q, made.key, made.write, made.solve, made.alpha_logits,
                 pi_states if main_states is None else main_states, d_reads.contiguous(),
-                d_q, d_key, d_write, d_state, d_decay, *scan.sizes, **scan.tile(), MAIN=scan.main,
+                d_q, d_key, d_write, d_state, d_decay,
+                *scan.sizes, **scan.tile("reads_backward"), MAIN=scan.main,
             )  # fmt: skip
             pi_write, d_main, d_value, d_r = made.write, None, None, None
             if d_last_main is not None:
@@ -122,13 +123,15 @@ class FusedScan(torch.autograd.Function):
                 main_backward_kernel[scan.by_columns](
                     made.key, made.from_state, made.alpha_logits, d_write, d_state,
                     d_last_main, carried, d_after, d_main, *scan.sizes, scan.heads,
-                    **scan.tile(2), COLUMNS=scan.launch.columns, DOCUMENTS=carried is not None,
+                    **scan.tile("main_backward"), COLUMNS=scan.columns,
+                    DOCUMENTS=carried is not None,
                 )  # fmt: skip
                 pi_write, d_value, d_r = made.pi_write, torch.empty_like(b), scan.column(a)
                 writes_backward_kernel[scan.parallel](
                     made.key, made.key_scale, made.write, made.solve, main_states,
                     made.eta_logits, made.alpha_logits, d_write, d_after,
-                    d_key, d_decay, d_value, d_r, *scan.sizes, **scan.tile(), PI=scan.pi,
+                    d_key, d_decay, d_value, d_r,
+                    *scan.sizes, **scan.tile("writes_backward"), PI=scan.pi,
                 )  # fmt: skip
             if d_last_pi is None:
                 # x, v and the logits are a, b and the static ones
@@ -142,16 +145,16 @@ class FusedScan(torch.autograd.Function):
                 made.eta_logits, made.alpha_logits,
                 d_key, d_value, d_write, d_r, d_decay, d_state, d_last_pi, carried,
                 d_x, d_v, d_eta, d_alpha, d_pi, *scan.sizes, scan.heads, **scan.rule,
-                **scan.tile(scan.launch.pi_stages), MAIN=scan.main,
+                **scan.tile("pi_backward"), MAIN=scan.main,
                 DOCUMENTS=carried is not None,
             )  # fmt: skip
             each = max(1, scan.chunks * scan.sequences // _PROGRAMS)
             programs = -(-scan.chunks // each)
             sums = [d_pi.new_empty(scan.sequences, programs, x.shape[1], scan.d) for x in makers]
-            inputs_backward_kernel[(programs, scan.sequences)](
+            inputs_backward_kernel[(programs * scan.sequences,)](
                 a, b, *makers, pi_states, d_x, d_v, d_eta, d_alpha, d_a, d_b, *sums,
                 *scan.sizes, scan.heads, each,
-                **scan.tile(), ADDITIVE=scan.additive,
+                **scan.tile("inputs_backward"), ADDITIVE=scan.additive,
             )  # fmt: skip
         d_makers = (x.unflatten(0, (-1, scan.heads)).sum((0, 2)) for x in sums)
         return d_a, d_b, d_q, d_eta, d_alpha, d_pi, d_main, None, *d_makers, None, None
@@ -188,17 +191,23 @@ class _Scan:
         batch, self.heads, self.length, self.d = a.shape
         self.sequences, self.chunks = batch * self.heads, -(-self.length // rules.chunk)
         self.pi, self.main, self.additive, self.chunk = pi, main, additive, rules.chunk
-        self.launch = LAUNCHES[rules.chunk, self.d]
+        self.launches, self.columns = launches(self.d, generation(a)), COLUMNS[self.d]
         self.serial = (self.sequences,)
-        self.by_columns = (self.sequences, self.d // self.launch.columns)
-        self.parallel = (self.chunks, self.sequences)
+        self.by_columns = (self.sequences, self.d // self.columns)
+        self.parallel = (self.chunks * self.sequences,)
         self.sizes = (self.length, self.chunks)
         self.rule = {"UNIT_VALUE": rules.normalize_value, "KEY_SHARE": rules.c}
 
-    def tile(self, stages: int = 1) -> dict[str, int]:
-        """Sizes and options; stages are for loops over chunks."""
-        sizes = {"C": self.chunk, "D": self.d}
-        return sizes | {"num_warps": self.launch.warps, "num_stages": stages}
+    def tile(self, kernel: str) -> dict[str, int | None]:
+        """Sizes and options of a kernel."""
+        launch = self.launches[kernel]
+        return {
+            "C": self.chunk,
+            "D": self.d,
+            "num_warps": launch.warps,
+            "num_stages": launch.stages,
+            "maxnreg": launch.registers,
+        }
 
     def states(self, like: Tensor) -> Tensor:
         """A square for each chunk."""
@@ -231,9 +240,10 @@ class _Scan:
             spread=tile(self.pi and for_backward),
             solve=tile(for_backward, self.chunk),
         )
+        kernel = "writes for backward" if for_backward else "writes"
         writes_kernel[self.parallel](
             *fed, *makers, pi_states, main_states, *written,
-            *self.sizes, self.heads, **self.tile(), **self.rule,
+            *self.sizes, self.heads, **self.tile(kernel), **self.rule,
             PI=self.pi, MAIN=self.main, ADDITIVE=self.additive, FOR_BACKWARD=for_backward,
         )  # fmt: skip
         return written

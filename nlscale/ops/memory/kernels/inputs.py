@@ -19,7 +19,7 @@ from nlscale.ops.memory.kernels.chunk import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks_each"])
 def inputs_backward_kernel(
     a, b, for_key, for_value, for_gates, states, d_x, d_v, d_eta, d_alpha,
     d_a, d_b, d_for_key, d_for_value, d_for_gates,
@@ -32,7 +32,8 @@ def inputs_backward_kernel(
     [sequences, programs a sequence, D or 2, D], still to be added up.
     """
     LOW: tl.constexpr = a.dtype.element_ty
-    part, sequence = tl.program_id(0), tl.program_id(1)
+    program, parts = tl.program_id(0), tl.cdiv(chunks, chunks_each)
+    part, sequence = program % parts, program // parts
     head = sequence % heads
     key, value = load_square(for_key, head, D), load_square(for_value, head, D)
     for_eta = load_vector(for_gates, 2 * head, D)
@@ -60,7 +61,6 @@ def inputs_backward_kernel(
         of_value += dot_tn(d_made_v, from_b, LOW)
         d_input = dot(dot(d_made_v, value, LOW), pi, LOW)
         store_tile(d_b, d_input + d_made_v if ADDITIVE else d_input, sequence, chunk, length, C, D)
-    program = sequence * tl.num_programs(0) + part
     store_square(d_for_key, of_key, program, D)
     store_square(d_for_value, of_value, program, D)
     row = tl.arange(0, D)

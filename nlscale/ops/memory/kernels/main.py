@@ -46,8 +46,8 @@ def main_kernel(
         written = tl.load(write + row, mask=inside, other=0.0).to(tl.float32)
         written -= dot(load_tile(from_state, sequence, chunk, length, C, D), state, LOW)
         tl.store(write + row, written.to(LOW), mask=inside)
-        left = load_tile(key, sequence, chunk, length, C, D) * tl.exp(whole - g)[:, None]
-        state = state * tl.exp(whole) + dot_tn(left, written, LOW)
+        left = load_tile(key, sequence, chunk, length, C, D) * tl.exp2(whole - g)[:, None]
+        state = state * tl.exp2(whole) + dot_tn(left, written, LOW)
     tl.store(last + own + of_value * D + of_key, state)
 
 
@@ -77,13 +77,13 @@ def main_backward_kernel(
         decay = log_decay(alpha_logit, token, length)
         g = tl.cumsum(decay)
         whole = tl.sum(decay)
-        left = load_tile(key, sequence, chunk, length, C, D) * tl.exp(whole - g)[:, None]
+        left = load_tile(key, sequence, chunk, length, C, D) * tl.exp2(whole - g)[:, None]
         row = (sequence.to(tl.int64) * length + token[:, None]) * D + of_value
         inside = token[:, None] < length
         d_written = tl.load(d_write + row, mask=inside, other=0.0).to(tl.float32)
         d_written += dot(left, d_main, LOW)
         tl.store(d_write + row, d_written.to(LOW), mask=inside)
-        d_main = d_main * tl.exp(whole) + tl.load(d_state + place).to(tl.float32)
+        d_main = d_main * tl.exp2(whole) + tl.load(d_state + place).to(tl.float32)
         past = load_tile(from_state, sequence, chunk, length, C, D)
         d_main -= dot_tn(past, d_written, LOW)
         if DOCUMENTS:

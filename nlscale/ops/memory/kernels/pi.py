@@ -60,10 +60,10 @@ def pi_kernel(
         before, whole = g - decay, tl.sum(decay)
         solve = solution(k, r, g, before, token, LOW, C)
         v = make_values(b, pi, for_value, sequence, chunk, length, heads, C, D, True, ADDITIVE)
-        faded = k * tl.exp(before)[:, None]
+        faded = k * tl.exp2(before)[:, None]
         write = write_pi(v, k, faded, r, pi, solve, LOW, UNIT_VALUE, KEY_SHARE)
-        pi = (pi - unit(chunk, D)) * tl.exp(whole) + unit(chunk, D)
-        pi += dot_tn(write, k * tl.exp(whole - g)[:, None], LOW)
+        pi = (pi - unit(chunk, D)) * tl.exp2(whole) + unit(chunk, D)
+        pi += dot_tn(write, k * tl.exp2(whole - g)[:, None], LOW)
     store_square(last, pi, sequence, D)
 
 
@@ -111,13 +111,13 @@ def pi_backward_kernel(
         w *= r[:, None]
         pairs = -dot_nt(w, written, LOW) * fade(before, g, token, True)
         # k as what was written before, and then as what is being written
-        d_k = dot(written, d_pi, LOW) * tl.exp(whole - g)[:, None]
-        d_end = tl.sum(k * d_k) + tl.exp(whole) * tl.sum((pi - unit(chunk, D)) * d_pi)
+        d_k = dot(written, d_pi, LOW) * tl.exp2(whole - g)[:, None]
+        d_end = tl.sum(k * d_k) + tl.exp2(whole) * tl.sum((pi - unit(chunk, D)) * d_pi)
         d_k += dot_tn(pairs, k, LOW)
         by_past = tl.sum(k * d_k, 1)
         d_k += dot(pairs, k, LOW)
         d_target = dot(w, pi, LOW)
-        d_k += (w - d_target) * tl.exp(before)[:, None]
+        d_k += (w - d_target) * tl.exp2(before)[:, None]
         by_now = tl.sum(k * d_k, 1) - by_past
         d_k += load_tile(d_key, sequence, chunk, length, C, D) - w - KEY_SHARE * d_target
         scale = load_column(key_scale, sequence, chunk, length, C)
@@ -130,7 +130,7 @@ def pi_backward_kernel(
         store_column(d_eta, d_eta_logit, sequence, chunk, length, C)
         store_column(d_alpha, d_alpha_logit, sequence, chunk, length, C)
         # Pi, by what it made k and the logits of
-        d_pi *= tl.exp(whole)
+        d_pi *= tl.exp2(whole)
         if not MAIN:
             d_pi += load_square(d_state, sequence * chunks + chunk, D)
         d_from_a = dot(d_made_k, load_square(for_key, head, D), LOW)
@@ -144,7 +144,7 @@ def pi_backward_kernel(
             value_scale = inverse_norm(target)
             target = target * value_scale[:, None]
             d_made_v = normalize_backward(d_target, target, value_scale)
-        d_pi += dot_tn(w, target - (KEY_SHARE + tl.exp(before)[:, None]) * k, LOW)
+        d_pi += dot_tn(w, target - (KEY_SHARE + tl.exp2(before)[:, None]) * k, LOW)
         if MAIN:
             d_made_v += load_tile(d_value, sequence, chunk, length, C, D)
         store_tile(d_v, d_made_v, sequence, chunk, length, C, D)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from nlscale.ops.memory.kernels.chunk import (
+    chunk_and_sequence,
     dot,
     dot_nt,
     dot_tn,
@@ -32,11 +33,11 @@ def reads_kernel(
     states: of S they are transposed, of Pi not.
     """
     LOW: tl.constexpr = key.dtype.element_ty
-    chunk, sequence = tl.program_id(0), tl.program_id(1)
+    chunk, sequence = chunk_and_sequence(chunks)
     token = chunk * C + tl.arange(0, C)
     alpha_logit = load_column(alpha_logits, sequence, chunk, length, C)
     g = tl.cumsum(log_decay(alpha_logit, token, length))
-    since_start = tl.exp(g)[:, None]
+    since_start = tl.exp2(g)[:, None]
     state = load_square(states, sequence * chunks + chunk, D)
     written = load_tile(write, sequence, chunk, length, C, D)
     query = load_tile(q, sequence, chunk, length, C, D)
@@ -62,7 +63,7 @@ def reads_backward_kernel(
     of the chunk; d_decay that of log alpha. See `nlscale.ops.memory.reads` for the formulas.
     """
     LOW: tl.constexpr = key.dtype.element_ty
-    chunk, sequence = tl.program_id(0), tl.program_id(1)
+    chunk, sequence = chunk_and_sequence(chunks)
     token = chunk * C + tl.arange(0, C)
     alpha_logit = load_column(alpha_logits, sequence, chunk, length, C)
     g = tl.cumsum(log_decay(alpha_logit, token, length))
@@ -72,7 +73,7 @@ def reads_backward_kernel(
     query = load_tile(q, sequence, chunk, length, C, D)
     k = load_tile(key, sequence, chunk, length, C, D)
     d_read = load_tile(d_reads, sequence, chunk, length, C, D)
-    d_faded = d_read * tl.exp(g)[:, None]
+    d_faded = d_read * tl.exp2(g)[:, None]
 
     scores = dot_nt(query, k, LOW) * seen
     from_reads = dot_tn(scores, d_read, LOW)

@@ -22,41 +22,79 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launch:
-    """How the kernels of one chunk and head size are launched."""
+    """How a kernel is launched."""
 
-    warps: int
-    pi_stages: int
-    """Of the serial passes of Pi; 2: the tiles of the next chunk are fetched ahead."""
-    columns: int
-    """Of S, of d, that a program of the serial passes of S carries."""
+    warps: int = 4
+    stages: int = 1
+    """Of its loop over chunks; 2: the tiles of the next chunk are fetched ahead."""
+    registers: int | None = None
+    """At most, a thread; None: as many as the compiler likes."""
 
 
-_BY_HEAD = {
-    16: Launch(warps=4, pi_stages=2, columns=16),
-    32: Launch(warps=4, pi_stages=2, columns=32),
-    64: Launch(warps=4, pi_stages=2, columns=64),
-    128: Launch(warps=4, pi_stages=1, columns=64),
+_ONE, _AHEAD = Launch(), Launch(stages=2)
+_THREE_AT_ONCE = Launch(registers=168)
+"""Three programs of four warps share the registers of a multiprocessor."""
+_SMALL = {
+    "pi": _AHEAD,
+    "writes": _ONE,
+    "main": _AHEAD,
+    "reads": _ONE,
+    "writes for backward": _ONE,
+    "reads_backward": _ONE,
+    "main_backward": _AHEAD,
+    "writes_backward": _ONE,
+    "pi_backward": _AHEAD,
+    "inputs_backward": _ONE,
 }
+_LARGE = {**_SMALL, "pi": _ONE, "pi_backward": _ONE}
+_BY_HEAD = {16: _SMALL, 32: _SMALL, 64: _SMALL, 128: _LARGE}
+_ON_HOPPER = {
+    64: {
+        "writes": _THREE_AT_ONCE,
+        "reads_backward": _THREE_AT_ONCE,
+        "inputs_backward": _AHEAD,
+    },
+    128: {"pi_backward": Launch(warps=8), "inputs_backward": Launch(warps=8)},
+}
+_HOPPER = 9
+COLUMNS = {16: 16, 32: 32, 64: 64, 128: 64}
+"""Of S, that a program of its serial passes carries, by dimension of a head."""
 CHUNKS = (16, 32, 64)
-LAUNCHES = {(chunk, d): launch for chunk in CHUNKS for d, launch in _BY_HEAD.items()}
-"""By tokens of a chunk and dimension of a head.
+SIZES = [(chunk, d) for chunk in CHUNKS for d in _BY_HEAD]
+"""Tokens of a chunk and dimension of a head that there are kernels for."""
 
-Chosen by what the compiler says of sm_90 at chunk 64, not by measurements yet. Four warps make one
-Hopper matrix instruction of 64 rows; eight would compute them twice. Shared memory is largest in
-the backward pass of `pi`, 145 KiB with two stages at d = 64, and of `inputs`, 128 KiB at d = 128,
-where two stages of `pi` would need 370; a multiprocessor has 227 (H100, H200) or 163 (A100). The
-passes of `pi` spill 0.2 and 0.5 KB a thread at d = 64, the others next to nothing. At d = 128 most
-spill about 1 KB and `pi` backward 4 KB: heads of 64 suit a GPU better.
-"""
+
+def launches(d: int, generation: int) -> dict[str, Launch]:
+    """How each kernel is launched, by its name.
+
+    Chosen by what `nlscale bench scan --compiled` says at chunk 64, not by measurements yet. Four
+    warps make one Hopper matrix instruction of 64 rows; eight would compute them twice, but at
+    d = 128 the last two kernels of the backward pass then spill half as much, and have a
+    multiprocessor to themselves anyway. With 168 registers `writes` and `reads_backward` spill
+    0.25 KB at d = 64 on Hopper and three of them run at once; the other two that make or take
+    writes would lose more, as ptxas then makes each matrix instruction wait for the one before. An
+    A100, whose matrix instructions keep their operands in registers, would spill thrice as much by
+    any of these. Shared memory is largest in the backward pass of `pi`, 145 KiB with two stages at
+    d = 64, and in `inputs`, 128 KiB at d = 128, where two stages of `pi` would need 209; a program
+    may have 227 (H100, H200) or 163 (A100). The passes of `pi` spill 0.2 and 0.4 KB a thread at
+    d = 64; at d = 128 most kernels spill about 1 KB and `pi` backward 3: heads of 64 suit a GPU
+    better.
+
+    Args:
+        d: dimension of a head.
+        generation: major compute capability of the GPU.
+    """
+    own = _ON_HOPPER.get(d, {}) if generation >= _HOPPER else {}
+    return {**_BY_HEAD[d], **own}
 
 
 def takes(chunk: int, d: int, anchored: bool, static: bool) -> bool:
     """Whether there are kernels for such a memory, for bf16.
 
-    In the sizes of `LAUNCHES`, for every memory but one that decays toward zero (`hope-paper`),
+    In `SIZES`, for every memory but one that decays toward zero (`hope-paper`),
     which needs all of fp32.
     """
-    return (static or anchored) and (chunk, d) in LAUNCHES
+    return (static or anchored) and (chunk, d) in SIZES
 
 
 def supports(a: Tensor, b: Tensor, q: Tensor, rules: MemoryRules, static: bool) -> bool:

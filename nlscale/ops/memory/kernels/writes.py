@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from nlscale.ops.memory.kernels.chunk import (
+    chunk_and_sequence,
     dot,
     dot_nt,
     dot_tn,
@@ -43,7 +44,7 @@ def writes_kernel(
     T, and of Pi its D beside S's, v and T^T n (`spread`).
     """
     LOW: tl.constexpr = a.dtype.element_ty
-    chunk, sequence = tl.program_id(0), tl.program_id(1)
+    chunk, sequence = chunk_and_sequence(chunks)
     pi = load_square(pi_states, sequence * chunks + chunk, D) if PI else None
     k, scale, eta_logit, alpha_logit = make_keys(
         a, eta, alpha, pi, for_key, for_gates, sequence, chunk, length, heads, C, D, PI, ADDITIVE
@@ -56,7 +57,7 @@ def writes_kernel(
     before = g - decay
     inverse = solution(k, r, g, before, token, LOW, C)
     v = make_values(b, pi, for_value, sequence, chunk, length, heads, C, D, PI, ADDITIVE)
-    faded = k * tl.exp(before)[:, None]
+    faded = k * tl.exp2(before)[:, None]
     if MAIN:
         by_state = dot(inverse, faded * r[:, None], LOW)
         store_tile(from_state, by_state, sequence, chunk, length, C, D)
@@ -74,7 +75,7 @@ def writes_kernel(
         store_tile(solve, inverse, sequence, chunk, length, C, C)
         if PI:
             store_tile(value, v, sequence, chunk, length, C, D)
-            left = k * tl.exp(tl.sum(decay) - g)[:, None]
+            left = k * tl.exp2(tl.sum(decay) - g)[:, None]
             store_tile(spread, dot_tn(inverse, left, LOW), sequence, chunk, length, C, D)
 
 
@@ -93,7 +94,7 @@ def writes_backward_kernel(
     alpha's. States and their derivatives are transposed.
     """
     LOW: tl.constexpr = key.dtype.element_ty
-    chunk, sequence = tl.program_id(0), tl.program_id(1)
+    chunk, sequence = chunk_and_sequence(chunks)
     token = chunk * C + tl.arange(0, C)
     eta_logit = load_column(eta_logits, sequence, chunk, length, C)
     alpha_logit = load_column(alpha_logits, sequence, chunk, length, C)
@@ -110,11 +111,11 @@ def writes_backward_kernel(
     d_strength = tl.sum(w * written, 1)
     w *= r[:, None]
     store_tile(d_value, w, sequence, chunk, length, C, D)
-    past = dot_nt(written, after, LOW) * tl.exp(whole - g)[:, None]
-    d_end = tl.exp(whole) * tl.sum(state * after) + tl.sum(k * past)
+    past = dot_nt(written, after, LOW) * tl.exp2(whole - g)[:, None]
+    d_end = tl.exp2(whole) * tl.sum(state * after) + tl.sum(k * past)
     pairs = -dot_nt(w, written, LOW) * fade(before, g, token, True)
     past += dot_tn(pairs, k, LOW)
-    now = dot(pairs, k, LOW) - dot_nt(w, state, LOW) * tl.exp(before)[:, None]
+    now = dot(pairs, k, LOW) - dot_nt(w, state, LOW) * tl.exp2(before)[:, None]
     by_past, by_now = tl.sum(k * past, 1), tl.sum(k * now, 1)
     d_log = tl.cumsum(by_now - by_past, reverse=True) - by_now + d_end
     d_log += load_column(d_decay, sequence, chunk, length, C)

@@ -1,127 +1,244 @@
-"""Every kernel compiles for GPUs as it is launched, and fits their shared memory. Needs no GPU."""
+"""Every kernel compiles for GPUs as training launches it, and fits there. Needs no GPU."""
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import triton
-from ops.problems import Problem
+from ops.problems import MODES
+from triton import knobs
+from triton.backends.nvidia.compiler import get_ptxas
 
-from nlscale.ops.memory.scan import memory_scan
+import nlscale.ops.memory.kernels.sizes
+from nlscale import cli
+from nlscale.bench.scan import Size, model_of
+from nlscale.model.mixers.memory.check import inputs_of
+from nlscale.model.mixers.memory.facts import MemoryFacts
+from nlscale.model.mixers.table import mixer
+from nlscale.ops.check import scan_results
+from nlscale.ops.device import assuming
+from nlscale.verify.compiled import (
+    TARGETS,
+    Launch,
+    compiled,
+    is_serialized,
+    loss_launches,
+    recorded,
+    resident_programs,
+    scan_launches,
+    usage_of,
+)
 
-SHARED_MEMORY = {90: 227 * 1024, 80: 163 * 1024}
-"""Bytes a program may have, by compute capability: H100 and H200, A100."""
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
-
-
-class Launches:
-    """Stands in for the kernels of `fused.py` there, and notes how they are launched."""
-
-    def __init__(self, kernel: Any, noted: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]):
-        self.kernel, self.noted = kernel, noted
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *given, **options: self.noted.append((self.kernel, given, options))
+MIXERS = {"hope": "hope", "pure": "hope-pure", "gated-delta": "gated-delta"}
+BY_BOTH = ("pi", "reads_backward", "inputs_backward")
+"""Kernels that the other ptxas is tried on: a serial one, one that is short of registers by its
+launch, and one that adds up."""
+PTX = ".version 8.7"
+"""Old enough for every ptxas, and new enough for the kernels."""
 
 
 def launches(
-    patch: pytest.MonkeyPatch,
     mode: str,
+    batch: int,
     length: int,
+    heads: int,
+    d: int,
     chunk: int,
     documents: bool = False,
-    **sizes: int,
-) -> list[Any]:
-    """Of a forward and backward pass of bf16 inputs."""
-    import nlscale.ops.memory.kernels.sizes
-    from nlscale.ops.memory.kernels import fused as scan
-
-    noted: list[Any] = []
-    for name, kernel in vars(scan).copy().items():
-        if name.endswith("_kernel"):
-            patch.setattr(scan, name, Launches(kernel, noted))
-    patch.setattr(nlscale.ops.memory.kernels.sizes, "supports", lambda *inputs: True)
-    problem = Problem(mode, length, chunk=chunk, dtype=torch.float32, **sizes)
-    for name in ("a", "b", "q"):
-        problem.leaves[name] = problem.leaves[name].detach().bfloat16().requires_grad_()
-    carried = torch.ones(2, length // chunk) if documents else None
-    scanned, _ = memory_scan(*problem.inputs(), problem.weights(), problem.rules, None, carried)
-    scanned.sum().backward()
-    return noted
+    generation: int = 9,
+) -> list[Launch]:
+    """Of a forward and backward pass."""
+    facts, size = mixer(MIXERS[mode]), Size(batch, length, heads, d)
+    assert isinstance(facts, MemoryFacts)
+    rules = facts.rules(model_of(MIXERS[mode], size, chunk))
+    assert rules.main_memory == MODES[mode].main_memory
+    with assuming(generation):
+        forward, backward = scan_launches(rules, size, facts.modifies_itself, documents)
+    return forward + backward
 
 
-def launches_of_the_loss(patch: pytest.MonkeyPatch) -> list[Any]:
-    from nlscale.ops.loss import kernel as cross_entropy
-
-    noted: list[Any] = []
-    for name, kernel in vars(cross_entropy).copy().items():
-        if name.endswith("_kernel"):
-            patch.setattr(cross_entropy, name, Launches(kernel, noted))
-    logits, targets = torch.zeros(8, 32000, dtype=torch.bfloat16), torch.zeros(8).long()
-    largest, _, _ = cross_entropy.row_statistics(logits, targets)
-    cross_entropy.to_gradient_(logits, targets, largest, largest)
-    return noted
-
-
-def compiled(launch: Any, capability: int) -> Any:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel, given, options = launch
-    values = dict(zip(kernel.arg_names, given, strict=False)) | options
-    signature, constants, attributes = {}, {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        value = values[name]
-        if isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-            attributes[(place,)] = [["tt.divisibility", 16]]
-        elif name.islower() and value not in (None, 1):  # Triton takes those as constants
-            signature[name] = "i32"
-        else:
-            signature[name], constants[name] = "constexpr", value
-    source = ASTSource(kernel, signature, constants, attributes)
-    how = {name: options[name] for name in ("num_warps", "num_stages")}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=how)
+def fits(kernel: Any, target: str) -> bool:
+    made, used = kernel.metadata, usage_of(kernel.asm["cubin"])
+    limits = TARGETS[target]
+    return resident_programs(limits, made.num_warps, used.registers, made.shared) > 0
 
 
 @pytest.mark.parametrize(
-    ("mode", "chunk", "d", "capability", "documents"),
+    ("mode", "chunk", "heads", "d", "target", "documents"),
     [
-        ("hope", 64, 64, 90, True),
-        ("hope", 64, 128, 90, False),
-        ("hope", 16, 64, 90, False),
-        ("hope", 64, 64, 80, False),
-        ("pure", 64, 64, 90, False),
-        ("gated-delta", 64, 64, 90, False),
+        ("hope", 64, 16, 64, "sm_90", True),
+        ("hope", 64, 8, 128, "sm_90", False),
+        ("hope", 64, 16, 64, "sm_80", False),
+        ("pure", 64, 16, 64, "sm_90", False),
+        ("gated-delta", 64, 16, 64, "sm_90", False),
     ],
 )
 def test_every_kernel_compiles_and_fits(
-    mode: str,
-    chunk: int,
-    d: int,
-    capability: int,
-    documents: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    mode: str, chunk: int, heads: int, d: int, target: str, documents: bool, tmp_path: Path
 ) -> None:
-    noted = launches(monkeypatch, mode, 2 * chunk, chunk, documents, d=d)
+    generation = int(target.removeprefix("sm_")) // 10
+    noted = launches(mode, 8, 4096, heads, d, chunk, documents, generation)
     assert len(noted) == {"hope": 10, "pure": 7, "gated-delta": 7}[mode]
     for launch in noted:
-        kernel = compiled(launch, capability)
-        used = kernel.metadata.shared
-        assert kernel.asm["cubin"] and used <= SHARED_MEMORY[capability], (
-            f"{launch[0].__name__} takes {used} bytes of shared memory"
+        kernel = compiled(launch, target)
+        assert fits(kernel, target), f"{launch.name} takes {kernel.metadata.shared} bytes"
+        if documents and launch.name in BY_BOTH:
+            assert not is_serialized(kernel.asm["cubin"]), launch.name
+            assemble(kernel, target, tmp_path)
+
+
+def assemble(kernel: Any, target: str, folder: Path) -> None:
+    """With the other ptxas that Triton brings: which it calls itself depends on its version."""
+    both = {knobs.nvidia.ptxas.path, knobs.nvidia.ptxas_blackwell.path}
+    (other,) = both - {get_ptxas(int(target.removeprefix("sm_"))).path}
+    source, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
+    source.write_text(re.sub(r"^\.version [\d.]+", PTX, kernel.asm["ptx"], count=1, flags=re.M))
+    subprocess.run([other, f"--gpu-name={target}a", source, "-o", cubin], check=True)
+    assert usage_of(cubin.read_bytes()).registers and not is_serialized(cubin.read_bytes())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_loss_compiles(target: str) -> None:
+    forward, backward = loss_launches(8)
+    noted = forward + backward
+    assert [launch.name for launch in noted] == ["statistics", "gradient"]
+    assert all(fits(compiled(launch, target), target) for launch in noted)
+
+
+@pytest.mark.parametrize(
+    ("columns", "known"), [(32000, "divisible by 16"), (32001, "nothing"), (1, "all of it")]
+)
+def test_integers_are_specialised_as_by_a_launch(columns: int, known: str) -> None:
+    (statistics,), _ = loss_launches(4, columns)
+    code = compiled(statistics, "sm_90").asm["ttir"]
+    given = re.search(r"%columns: i32( {tt.divisibility = 16)?", code)
+    if given is None:
+        assert known == "all of it"
+    else:
+        assert known == ("divisible by 16" if given[1] else "nothing")
+
+
+@pytest.mark.parametrize("mode", MIXERS)
+def test_what_is_compiled_is_what_a_scan_launches(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nlscale.ops.memory.kernels.sizes, "supports", lambda *inputs: True)
+    facts, size = mixer(MIXERS[mode]), Size(2, 4096, 3, 32)
+    assert isinstance(facts, MemoryFacts)
+    inputs = inputs_of(
+        facts, model_of(MIXERS[mode], size, 16), 2, 4096, torch.bfloat16, torch.device("meta")
+    )
+    with recorded() as noted, assuming(9):
+        scan_results(inputs, torch.empty_like(inputs.leaves["a"]))
+    want = launches(mode, 2, 4096, 3, 32, 16)
+    assert [described(launch) for launch in noted] == [described(launch) for launch in want]
+
+
+def described(launch: Launch) -> tuple[Any, ...]:
+    def of(x: Any) -> Any:
+        return (x.shape, x.dtype, x.is_contiguous()) if isinstance(x, torch.Tensor) else x
+
+    return launch.name, launch.grid, [of(x) for x in launch.given], launch.options
+
+
+def test_older_gpus_are_asked_for_what_suits_them() -> None:
+    """An A100 spills where Hopper's matrix instructions do not."""
+    registers = {}
+    for generation in (8, 9):
+        noted = launches("hope", 1, 64, 1, 64, 64, generation=generation)
+        registers[generation] = {x.options["maxnreg"] for x in noted}
+    assert registers == {8: {None}, 9: {None, 168}}
+
+
+@pytest.mark.parametrize("mode", MIXERS)
+def test_any_number_of_sequences_fits_a_grid(mode: str) -> None:
+    batch, heads, chunks = 5000, 16, 12
+    for launch in launches(mode, batch, 16 * chunks, heads, 16, 16):
+        across, *others = launch.grid
+        assert across < 2**31 and all(size < 2**16 for size in others)
+        of_chunks = launch.name.startswith(("writes", "reads"))
+        assert launch.programs == batch * heads * (chunks if of_chunks else 1) or (
+            launch.name == "inputs_backward" and launch.programs % (batch * heads) == 0
         )
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_the_loss_compiles(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    noted = launches_of_the_loss(monkeypatch)
-    assert len(noted) == 2
-    assert all(compiled(launch, capability).asm["cubin"] for launch in noted)
+@pytest.mark.parametrize(
+    ("target", "warps", "registers", "kibibytes", "want"),
+    [
+        ("sm_90", 4, 255, 0, 2),
+        ("sm_90", 4, 169, 0, 2),
+        ("sm_90", 4, 168, 0, 3),
+        ("sm_90", 8, 255, 0, 1),
+        ("sm_90", 4, 32, 0, 16),
+        ("sm_90", 4, 128, 113, 2),
+        ("sm_90", 4, 128, 114, 1),
+        ("sm_90", 4, 128, 228, 0),
+        ("sm_80", 4, 128, 163, 1),
+        ("sm_80", 4, 128, 164, 0),
+        ("sm_80", 4, 128, 81, 2),
+    ],
+)
+def test_programs_that_a_multiprocessor_holds(
+    target: str, warps: int, registers: int, kibibytes: int, want: int
+) -> None:
+    """Figures of NVIDIA's occupancy calculator."""
+    assert resident_programs(TARGETS[target], warps, registers, kibibytes * 1024) == want
 
 
-def test_one_token_of_one_head_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    for launch in launches(monkeypatch, "hope", 1, 16, d=16, heads=1, batch=1):
-        assert compiled(launch, 90).asm["cubin"]
+def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[Any, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "scan", "--compiled", *arguments])
+    return ended.value.code, *capsys.readouterr()
+
+
+def test_the_command_says_what_is_made_of_one_token(capsys: pytest.CaptureFixture[str]) -> None:
+    size = ("--sizes", "1x1x1x16", "--chunk", "16", "--mixers", "hope")
+    code, out, _ = bench(capsys, "sm_90", *size, "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert result["target"] == "sm_90" and re.fullmatch(r"\d+\.\d+\.\d+", result["ptxas"])
+    rows = {(row["pass"], row["kernel"]): row for row in result["rows"]}
+    assert [name for way, name in rows if way == "forward"] == [
+        "pi", "writes", "main", "reads", "statistics",
+    ]  # fmt: skip
+    for row in result["rows"]:
+        assert 16 <= row["registers"] <= 255 and row["resident"] >= 2 and row["programs"] <= 8
+    code, out, _ = bench(capsys, "sm_90", *size)
+    line = next(line for line in out.splitlines() if "reads_backward" in line)
+    row = rows["backward", "reads_backward"]
+    numbers = ("programs", "warps", "stages", "registers", "stack_bytes")
+    assert code == 0 and line.split()[-7:-2] == [str(row[name]) for name in numbers]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["sm_75"], "sm_75 is not known; it is one of sm_80, sm_90, sm_100"),
+        (["sm_90", "--mixers", "attention"], "attention scans no memory"),
+        (["sm_90", "--sizes", "1x64x2x96"], "no kernels for hope with heads of 96"),
+        (["sm_90", "--mixers", "hope-paper"], "no kernels for hope-paper"),
+    ],
+)
+def test_what_cannot_be_compiled_is_named(
+    arguments: list[str], cause: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = bench(capsys, *arguments)
+    assert code == 2 and cause in err and err.count("\n") == 1
+
+
+def test_a_compiler_that_is_missing_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton.backends.nvidia.compiler as backend
+
+    def missing(*given: Any) -> str:
+        raise RuntimeError("Cannot find ptxas")
+
+    monkeypatch.setattr(backend, "get_ptxas_version", missing)
+    code, _, err = bench(capsys, "sm_90")
+    assert code == 2 and "finds no ptxas for sm_90" in err and "TRITON_PTXAS_PATH" in err
