@@ -11,6 +11,7 @@ from nlscale import __version__
 from nlscale.cli import (
     bench,
     checkpoint,
+    compare,
     config,
     data,
     doctor,
@@ -128,6 +129,13 @@ _VERBS = (
         "fit a scaling law to runs, and say what a budget buys",
         "Fit L = E + A / N^alpha + B / D^beta to finished runs or a CSV file, with bootstrap "
         "intervals, compute-optimal sizes and a figure.",
+    ),
+    _Verb(
+        "compare",
+        compare,
+        "say whether runs differ by more than their seeds do",
+        "Compare finished runs by a key of their recipes, in pairs of one seed: differences with "
+        "intervals, undecided where they are, and how many more seeds would decide.",
     ),
     _Verb(
         "sweep",

@@ -6,7 +6,10 @@ import argparse
 import contextlib
 import json
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from nlscale.cli.arguments import add_cluster, number, whole
 from nlscale.cluster.machines import UTILISATION
@@ -16,8 +19,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from nlscale.cluster.machines import Cluster
+    from nlscale.scaling.sweep.cost import Price
     from nlscale.scaling.sweep.runs import Run
-    from nlscale.scaling.sweep.spec import Sweep
+    from nlscale.scaling.sweep.search import Choices
+    from nlscale.scaling.sweep.spec import Search, Sweep
     from nlscale.scaling.sweep.status import Status
 
 _FILE_WIDTH = 120  # columns, where there is no terminal to ask
@@ -62,16 +67,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(func=_sweep)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What the command line says of every stage of a sweep."""
+
+    args: argparse.Namespace
+    cluster: Cluster | None
+    price: Price | None
+    scripts: bool
+    """Print the script of an array instead of submitting it."""
+    console: Console
+
+
 def _sweep(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from nlscale.cluster.machines import load_cluster
-    from nlscale.scaling.sweep.branches import share_stable_phases
+    from nlscale.scaling.sweep import search as searching
     from nlscale.scaling.sweep.cost import Price
-    from nlscale.scaling.sweep.listing import print_sweep, to_plain
-    from nlscale.scaling.sweep.runs import check_data, expand
     from nlscale.scaling.sweep.spec import read_sweep
-    from nlscale.scaling.sweep.status import status
 
     if args.executor == "slurm" and args.cluster is None:
         raise UserError("--executor slurm: give the machines as well, --cluster YAML")
@@ -85,42 +99,106 @@ def _sweep(args: argparse.Namespace) -> int:
         if isinstance(known, list):  # else the recipe refuses it
             sweep.common["run.imports"] = [*known, *args.imports]
     scripts = args.dry_run and args.executor == "slurm" and not args.json
-    runs = expand(sweep, assumed=_ASSUMED_VOCABULARY if scripts else None)
-    states = {run.name: status(run) for run in runs}
-    share_stable_phases(sweep, runs, states)
-
     console = Console(
         highlight=False,
         markup=False,
         stderr=args.json or scripts,
         width=None if sys.stdout.isatty() else _FILE_WIDTH,
     )
+    asked = _Asked(args, cluster, price, scripts, console)
+    search = sweep.search
+    if search is None:
+        plain = _stage(asked, sweep).plain
+    else:
+        first = _stage(asked, searching.search_of(sweep, search))
+        found = searching.choices(search, first.runs, first.states)
+        if found is None:
+            console.print(
+                f"The search has not finished: after it come, with the best {search.keep} of its "
+                f"{len(search.values)} values,",
+                soft_wrap=True,
+            )
+        for line in searching.lines(search, found or {}):
+            console.print(line, soft_wrap=True)
+        finals = searching.finals_of(sweep, search)
+        last = _stage(asked, finals, partial(_chosen, search, found), waits=found is None)
+        plain = last.plain | {"search": first.plain, "chosen": found}
+    if args.json:
+        print(json.dumps(plain, indent=1))
+    return 0
+
+
+def _chosen(search: Search, found: Choices | None, runs: list[Run]) -> list[Run]:
+    from nlscale.scaling.sweep.search import chosen
+
+    return chosen(search, runs, found)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What became of the runs of a sweep, or of its search."""
+
+    runs: list[Run]
+    states: dict[str, Status]
+    plain: dict[str, Any]
+    """As JSON holds it."""
+
+
+def _stage(
+    asked: _Asked,
+    sweep: Sweep,
+    pick: Callable[[list[Run]], list[Run]] = lambda runs: runs,
+    waits: bool = False,
+) -> _Stage:
+    """List runs, and do what is still to do.
+
+    Args:
+        asked: by the command line.
+        sweep: without a search.
+        pick: those of its runs that are meant.
+        waits: for something else; they are only listed.
+
+    Raises:
+        TrainingFailed: some have failed.
+    """
+    from nlscale.scaling.sweep.branches import share_stable_phases
+    from nlscale.scaling.sweep.listing import print_sweep, to_plain
+    from nlscale.scaling.sweep.runs import check_data, expand
+    from nlscale.scaling.sweep.status import status
+
+    args, console = asked.args, asked.console
+    runs = pick(expand(sweep, assumed=_ASSUMED_VOCABULARY if asked.scripts else None))
+    states = {run.name: status(run) for run in runs}
+    share_stable_phases(sweep, runs, states)
     workers = args.workers or sweep.workers
-    if not args.dry_run:
+    if not (args.dry_run or waits):
         for line in check_data(sweep, runs):
             console.print(line, soft_wrap=True)
     if not args.json:
-        print_sweep(sweep, runs, states, price, workers, console)
-    if scripts and cluster is not None:
-        _print_script(sweep, runs, states, cluster)
+        print_sweep(sweep, runs, states, asked.price, workers, console)
+    if asked.scripts and asked.cluster is not None and not waits:
+        _print_script(sweep, runs, states, asked.cluster)
     failed: dict[str, str] = {}
-    if not args.dry_run and not all(state.finished for state in states.values()):
+    todo = not all(state.finished for state in states.values())
+    if todo and not (args.dry_run or waits):
         if args.executor == "slurm":
-            assert cluster is not None
+            assert asked.cluster is not None
             with contextlib.redirect_stdout(console.file):
-                _submit(sweep, runs, states, cluster)
+                _submit(sweep, runs, states, asked.cluster)
         else:
             failed = _run_here(sweep, runs, states, workers, console)
-    if args.json:
-        print(json.dumps(to_plain(sweep, runs, states, price) | {"failed": failed}, indent=1))
+            states = {run.name: status(run) for run in runs}
+    plain = to_plain(sweep, runs, states, asked.price) | {"failed": failed}
     if failed:
+        if args.json:
+            print(json.dumps(plain, indent=1))
         for name, reason in failed.items():
             console.print(f"failed: {name}: {reason}", style="bold red", soft_wrap=True)
         raise TrainingFailed(
             f"{len(failed)} of {len(runs)} runs failed; mend that, and the same command runs only "
             f"what is missing"
         )
-    return 0
+    return _Stage(runs, states, plain)
 
 
 def _run_here(

@@ -11,6 +11,7 @@ PAGES = {
     "evaluate": "how-to/add-an-evaluation.md",
     "run": "how-to/launch.md",
     "run.seed": "concepts/layouts.md#initial-weights",
+    "run.purpose": "how-to/compare.md#settings-that-were-chosen",
     "run.weights": "concepts/checkpoints.md#exports",
     "run.imports": "how-to/add-a-mixer.md",
     "data": "concepts/data.md",

@@ -77,6 +77,15 @@ class WireFormat(str, Enum):
     """Each node's part, and then the sum, rounded to half the bytes."""
 
 
+class Purpose(str, Enum):
+    """What a run is for."""
+
+    result = "result"
+    """To be looked at for itself."""
+    search = "search"
+    """To choose a setting among several."""
+
+
 class Sharding(str, Enum):
     """Over which of the ranks that hold the same parameters their optimizer state is spread."""
 
@@ -114,6 +123,9 @@ class RunConfig:
     """Restarts of a Slurm job without a new checkpoint after which it gives up (exit code 4)."""
     seed: int = within(1234, least=0)
     """Seed of initial weights and of the order of the data."""
+    purpose: Purpose = Purpose.result
+    """result, or search: one of several runs that choose a setting, whose best is best by luck as
+    well; `nlscale compare` takes it for no evidence. Sweeps with a `search` set it."""
     weights: str | None = path(None)
     """Folder of exported weights to start from instead of drawing them (continued pretraining);
     see `nlscale checkpoint export`."""

@@ -142,6 +142,7 @@ def _run(
     for value in values:
         if value.budget:
             config.train.steps = _steps(value.budget, parameters, config)
+    config.train.steps = max(1, round(sweep.share * config.train.steps))
     return Run(
         name=name,
         axes=axes,

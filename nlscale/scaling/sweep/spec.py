@@ -19,7 +19,9 @@ from nlscale.scaling.sweep.ladder import Ladder
 
 _MOST = 1_000_000
 _SIZE, _TOKENS, _PER_PARAMETER = "size", "tokens", "per_parameter"
-_OURS = ("run.dir", "resume.start", "checkpoint.steps", "checkpoint.keep_every")
+_SEED = "run.seed"
+_SEARCH = "write {key: optimizer.learning_rate, values: [1e-3, 2e-3], seed: 1, length: 0.25}"
+_OURS = ("run.dir", "run.purpose", "resume.start", "checkpoint.steps", "checkpoint.keep_every")
 """Keys that a sweep sets itself."""
 
 
@@ -46,6 +48,20 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Search:
+    """A setting that is chosen before the runs of a sweep; see `nlscale.scaling.sweep.search`."""
+
+    key: str
+    values: list[Value]
+    keep: int
+    """How many of the best go on."""
+    seed: int
+    """Of the runs that choose."""
+    length: float
+    """Share of a run's length that they have."""
+
+
+@dataclass(frozen=True)
 class Sweep:
     """A sweep file, read."""
 
@@ -60,6 +76,9 @@ class Sweep:
     """How the sizes of the axis `size` follow from their targets."""
     workers: int | None = None
     build_data: str | None = None
+    search: Search | None = None
+    share: float = 1.0
+    """Of its length that each run has."""
 
 
 @dataclass
@@ -70,6 +89,7 @@ class _File:
     dir: str = path_field()
     set: Any = None
     axes: Any = MISSING
+    search: Any = None
     workers: int | None = within(None, above=0, most=4096)
     build_data: str = ""
 
@@ -103,6 +123,7 @@ def read_sweep(given: str | Path) -> Sweep:
         ladder=ladder,
         workers=file.workers,
         build_data=file.build_data,
+        search=_search(file.search, axes, f"{path}: search") if file.search is not None else None,
     )
     _check_overlap(sweep)
     return sweep
@@ -133,6 +154,42 @@ def _axes(tree: Any, path: Path) -> tuple[dict[str, list[Value]], Ladder | None]
             if names.count(twice) > 1:
                 raise UserError(f"{where}: two values are called {twice}; take out or rename one")
     return axes, ladder
+
+
+def _search(tree: Any, axes: dict[str, list[Value]], where: str) -> Search:
+    known = ("key", "values", "keep", "seed", "length")
+    if not isinstance(tree, dict):
+        raise UserError(f"{where} is {scalars.shown(tree)}; {_SEARCH}")
+    _known(tree, known, where)
+    key, values = tree.get("key"), tree.get("values")
+    if not isinstance(key, str) or not isinstance(values, list) or len(values) < 2:
+        raise UserError(f"{where}: a key and two values of it or more are needed; {_SEARCH}")
+    named = [_of_key(key, value, f"{where}.values") for value in values]
+    if len({value.name for value in named}) < len(named):
+        raise UserError(f"{where}.values: one of them is there twice")
+    setters = [axis for axis, of in axes.items() for value in of if key in value.keys]
+    if setters:
+        raise UserError(f"{where}: the axis {setters[0]} sets {key}; what is searched no axis sets")
+    if _SEED not in axes:
+        raise UserError(f"{where}: the runs need seeds of their own: an axis {_SEED}: [2, 3, 4]")
+    seeds = [value.keys[_SEED] for value in axes[_SEED]]
+    found = Search(
+        key,
+        named,
+        round(_number(tree.get("keep", 1), f"{where}.keep", int)),
+        round(_number(tree.get("seed"), f"{where}.seed", int)),
+        _number(tree.get("length", 1), f"{where}.length", float),
+    )
+    if str(found.seed) in map(str, seeds):
+        raise UserError(
+            f"{where}: seed {found.seed} is on the axis {_SEED} as well; a seed that chooses a "
+            f"setting says nothing of what the setting is worth: take another"
+        )
+    if found.keep >= len(named):
+        raise UserError(f"{where}: of {len(named)} values {found.keep} are kept; keep fewer")
+    if found.length > 1:
+        raise UserError(f"{where}.length is {found.length:g}; it is a share of a run, at most 1")
+    return found
 
 
 def _of_key(key: str, value: Any, where: str) -> Value:

@@ -1,0 +1,108 @@
+"""`nlscale compare`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from nlscale.cli.arguments import number, path
+from nlscale.errors import UserError
+
+_FILE_WIDTH = 120  # columns, where there is no terminal to ask
+_FIGURES = (".png", ".svg", ".pdf")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `compare` takes; sets `func(args) -> int`."""
+    parser.add_argument(
+        "runs", nargs="+", type=path, metavar="RUN", help="folders of runs, or of folders of runs"
+    )
+    parser.add_argument(
+        "--by",
+        action="append",
+        required=True,
+        metavar="KEY",
+        help="the key whose values are compared, such as model.mixer; may be repeated: each is "
+        "compared over all values of the others",
+    )
+    parser.add_argument(
+        "--paired-by",
+        action="append",
+        metavar="KEY",
+        help="the key whose values make pairs (default: run.seed); may be repeated",
+    )
+    parser.add_argument(
+        "--metric",
+        default="val_loss",
+        metavar="NAME",
+        help="val_loss: the mean of the last three validations (default); or a number of "
+        "summary.json, such as final_val_loss, or evaluation.NAME.FIGURE",
+    )
+    parser.add_argument(
+        "--baseline",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what the others of a factor are compared with (default: its first value)",
+    )
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="compare only these runs, for example optimizer.learning_rate=0.001",
+    )
+    parser.add_argument(
+        "--effect",
+        type=number(above=0),
+        metavar="X",
+        help="say how many more pairs would show a difference of X with a power of 80%%",
+    )
+    parser.add_argument(
+        "--level",
+        type=number(above=0, below=1),
+        default=0.95,
+        metavar="P",
+        help="that all intervals of the table hold together with (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--figure", type=path, metavar="FILE", help="draw it too: .png, .svg, .pdf")
+    parser.set_defaults(func=_compare)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from nlscale.scaling.compare.comparison import compare
+    from nlscale.scaling.compare.runs import find_runs, grid, where
+    from nlscale.scaling.compare.show import draw_comparison, print_comparison
+
+    if args.figure is not None and args.figure.suffix not in _FIGURES:
+        raise UserError(f"--figure {args.figure} must end in {', '.join(_FIGURES)}")
+    baselines = _pairs(args.baseline, "--baseline")
+    runs, left_out = find_runs(args.runs, args.metric)
+    for key, value in _pairs(args.where, "--where").items():
+        runs = where(runs, key, value)
+    dealt = grid(runs, args.by, args.paired_by or ["run.seed"])
+    found = compare(dealt, args.metric, args.level, baselines, args.effect)
+    for line in left_out:
+        print(f"nlscale compare: {line}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(found.to_plain(), indent=1))
+    else:
+        width = None if sys.stdout.isatty() else _FILE_WIDTH
+        print_comparison(found, Console(highlight=False, markup=False, width=width))
+    if args.figure is not None:
+        print(draw_comparison(found, args.figure), file=sys.stderr if args.json else sys.stdout)
+    return 0
+
+
+def _pairs(given: list[str], option: str) -> dict[str, str]:
+    found = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise UserError(f"{option} {text!r}: write KEY=VALUE, such as model.mixer=attention")
+        found[key] = value
+    return found

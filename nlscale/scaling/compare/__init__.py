@@ -1,0 +1,1 @@
+"""`nlscale compare`: whether runs differ by more than their seeds do."""

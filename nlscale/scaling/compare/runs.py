@@ -1,0 +1,271 @@
+"""The runs that are compared: their metric, their keys, and which of them are pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from nlscale.config import recipe
+from nlscale.config.vocabulary import Purpose
+from nlscale.errors import UserError
+from nlscale.telemetry.figures import SUMMARY_FILE, read_records
+from nlscale.train.folder import CONFIG_FILE, Run, read_summary
+
+VAL_LOSS = "val_loss"
+"""The metric that is a mean over the last validations."""
+LAST = 3
+"""Validations that it averages; a run that validated less often has fewer."""
+_NO_FACTOR = ("run.dir", "checkpoint.", "resume.", "wandb.", "timeouts.", "run.max_restarts")
+"""Keys that say where a run goes, not where to: they may differ from run to run."""
+
+_AS_MIXER = "as its mixer says"
+
+Cell = tuple[str, ...]
+"""The values of the factors, as text."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished run."""
+
+    folder: Path
+    keys: Mapping[str, str]
+    """Its configuration, flat, as text."""
+    chosen: Mapping[str, str]
+    """Those of them that do not follow from its mixer."""
+    value: float
+    """Its metric."""
+    parameters: float
+    tokens: float
+    searched: bool
+    """Whether it was one of a search: what it found has chosen a setting."""
+
+
+def find_runs(paths: Iterable[Path], metric: str) -> tuple[list[Measured], list[str]]:
+    """Finished runs in folders, or folders of them.
+
+    Returns:
+        The runs, and a line for each that is left out.
+
+    Raises:
+        UserError: no finished run there, a file that is damaged, or a run without that metric.
+    """
+    found: list[Measured] = []
+    left_out: list[str] = []
+    given = list(paths)
+    for path in given:
+        if not path.is_dir():
+            raise UserError(f"{path} is no folder; give runs, or a folder of runs")
+        alone = (path / CONFIG_FILE).exists()
+        folders = [path] if alone else sorted(p.parent for p in path.rglob(CONFIG_FILE))
+        for folder in folders:
+            summary = read_summary(folder / SUMMARY_FILE)
+            if summary is None:
+                left_out.append(f"{folder} is left out: it has not finished")
+                continue
+            found.append(_measured(folder, summary, metric))
+    if not found:
+        where = ", ".join(map(str, given))
+        raise UserError(f"no finished run in {where}; {len(left_out)} have not finished")
+    searched = [run for run in found if run.searched]
+    if len(searched) < len(found):
+        left_out += [f"{run.folder} is left out: it was part of a search" for run in searched]
+        found = [run for run in found if not run.searched]
+    else:
+        raise UserError(
+            "all of these runs are of a search, whose best is best by luck as well; compare runs "
+            "of seeds that chose nothing"
+        )
+    return found, left_out
+
+
+def where(runs: Sequence[Measured], key: str, value: str) -> list[Measured]:
+    """Those whose key has that value, numbers compared as such.
+
+    Raises:
+        UserError: no run has that key, or that value of it.
+    """
+    there = dict.fromkeys(run.keys[key] for run in runs if key in run.keys)
+    if not there:
+        raise UserError(f"--where {key}={value}: {recipe.unknown_key(key)}")
+    chosen = [r for r in runs if key in r.keys and _as_number(r.keys[key]) == _as_number(value)]
+    if not chosen:
+        raise UserError(f"--where {key}={value}: no run has it; there are {', '.join(there)}")
+    return chosen
+
+
+def _measured(folder: Path, summary: Mapping[str, Any], metric: str) -> Measured:
+    plain = recipe.to_plain(Run(folder).config)
+    keys = flat(plain)
+    return Measured(
+        folder=folder,
+        keys=keys,
+        chosen={key: value for key, value in keys.items() if value != _implied(keys).get(key)},
+        value=_metric(folder, summary, metric),
+        parameters=float(summary["parameters"]),
+        tokens=float(summary["tokens"]),
+        searched=keys["run.purpose"] == Purpose.search.value,
+    )
+
+
+def _implied(keys: Mapping[str, str]) -> Mapping[str, str]:
+    """What its mixer says where a recipe leaves the memory's keys open."""
+    return _keys_of_mixer(keys["model.mixer"])
+
+
+@cache
+def _keys_of_mixer(mixer: str) -> Mapping[str, str]:
+    config = recipe.load(None, ["data.dir=none", f"model.mixer={mixer}"], trusted=True).config
+    said = flat(recipe.to_plain(config))
+    return {key: value for key, value in said.items() if key.startswith("model.memory.")}
+
+
+def _metric(folder: Path, summary: Mapping[str, Any], metric: str) -> float:
+    if metric == VAL_LOSS:
+        records = read_records(folder)
+        losses = [r["loss"] for r in records if r.get("kind") == "validation" and r.get("step")]
+        if not losses:
+            raise UserError(f"{folder} has no validation after its first step")
+        value: Any = math.fsum(losses[-LAST:]) / len(losses[-LAST:])
+    elif metric.startswith("evaluation."):
+        value = _evaluated(folder, metric)
+    else:
+        value = summary
+        for name in metric.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        numbers = sorted(k for k, v in summary.items() if isinstance(v, int | float))
+        raise UserError(
+            f"{folder} has no number {metric}; there are {VAL_LOSS} (the mean of the last "
+            f"{LAST} validations), {', '.join(numbers)}, and evaluation.NAME.FIGURE"
+        )
+    if not math.isfinite(value):
+        raise UserError(f"{folder}: {metric} is {value}; a run that diverged has no place in it")
+    return float(value)
+
+
+def _evaluated(folder: Path, metric: str) -> Any:
+    """Of the last record of an evaluation, `evaluation.NAME.FIGURE`."""
+    name, _, figure = metric.removeprefix("evaluation.").partition(".")
+    records = [r for r in read_records(folder) if r.get("kind") == "evaluation"]
+    of_it = [record for record in records if record.get("name") == name]
+    return of_it[-1].get(figure) if of_it else None
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Keys by dotted name, values as text."""
+    found: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = str(value)
+    return found
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Runs by cell and pair."""
+
+    factors: tuple[str, ...]
+    paired_by: tuple[str, ...]
+    runs: Mapping[Cell, Mapping[Cell, Measured]]
+    """By the values of the factors, and of what pairs."""
+    pairs: tuple[Cell, ...]
+    """Those that every cell has."""
+    left_out: tuple[str, ...]
+    """A line for each run of a pair that some cell lacks."""
+    also: Mapping[str, Mapping[Cell, tuple[str, ...]]]
+    """Other keys that differ between cells, and their values there."""
+
+    @property
+    def cells(self) -> list[Cell]:
+        return list(self.runs)
+
+    def values(self, cell: Cell) -> list[float]:
+        """The metric of its runs, in the order of `pairs`."""
+        return [self.runs[cell][pair].value for pair in self.pairs]
+
+
+def grid(runs: Sequence[Measured], factors: Sequence[str], paired_by: Sequence[str]) -> Grid:
+    """Deal runs out to cells and pairs.
+
+    Raises:
+        UserError: a key that no run has, a factor that does not vary, two runs in one place, or no
+            pair that every cell has.
+    """
+    names = sorted({key for run in runs for key in run.keys})
+    for key in (*factors, *paired_by):
+        if key not in names:
+            raise UserError(f"{recipe.unknown_key(key)}")
+    for key in factors:
+        values = {run.keys.get(key) for run in runs}
+        if len(values) < 2:
+            raise UserError(
+                f"--by {key}: every run has {values.pop()}; there is nothing to compare"
+            )
+    dealt: dict[Cell, dict[Cell, Measured]] = {}
+    for run in runs:
+        cell = tuple(run.keys.get(key, "null") for key in factors)
+        pair = tuple(run.keys.get(key, "null") for key in paired_by)
+        if pair in dealt.setdefault(cell, {}):
+            raise _two_in_one_place(dealt[cell][pair], run, names, (*factors, *paired_by))
+        dealt[cell][pair] = run
+    pairs = [pair for pair in next(iter(dealt.values())) if all(pair in c for c in dealt.values())]
+    if not pairs:
+        have = "; ".join(
+            f"{_shown(factors, cell)} has {' / '.join(_shown(paired_by, pair) for pair in of)}"
+            for cell, of in dealt.items()
+        )
+        raise UserError(f"no {' and '.join(paired_by)} is in every cell: {have}")
+    left_out = tuple(
+        f"{run.folder} is left out: another cell has no run with {_shown(paired_by, pair)}"
+        for of in dealt.values()
+        for pair, run in of.items()
+        if pair not in pairs
+    )
+    also = {}
+    for key in names:
+        if key in (*factors, *paired_by) or key.startswith(_NO_FACTOR):
+            continue
+        by_cell = {
+            cell: tuple(dict.fromkeys(of[pair].chosen.get(key, _AS_MIXER) for pair in pairs))
+            for cell, of in dealt.items()
+        }
+        if len(set(by_cell.values())) > 1 or any(len(values) > 1 for values in by_cell.values()):
+            also[key] = by_cell
+    order = sorted(pairs, key=lambda pair: tuple(map(_as_number, pair)))
+    return Grid(tuple(factors), tuple(paired_by), dealt, tuple(order), left_out, also)
+
+
+def _two_in_one_place(
+    one: Measured, other: Measured, names: Sequence[str], used: Sequence[str]
+) -> UserError:
+    differ = [
+        key
+        for key in names
+        if key not in used
+        and not key.startswith(_NO_FACTOR)
+        and one.chosen.get(key) != other.chosen.get(key)
+    ]
+    fix = f"they differ in {', '.join(differ)}: name it in --by" if differ else "they are the same"
+    return UserError(
+        f"{one.folder} and {other.folder} have the same {' and '.join(used)}; {fix}, or leave one "
+        f"out"
+    )
+
+
+def _shown(keys: Sequence[str], values: Cell) -> str:
+    return ", ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
+
+
+def _as_number(text: str) -> tuple[float, str]:
+    """Numbers in their order, before all other texts; equal for two spellings of one number."""
+    try:
+        return float(text), ""
+    except ValueError:
+        return math.inf, text

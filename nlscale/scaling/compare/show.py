@@ -1,0 +1,145 @@
+"""A comparison as a person reads it: a table, and a figure."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from nlscale.config.units import human_count
+from nlscale.scaling.compare.comparison import Comparison, Contrast
+from nlscale.scaling.compare.runs import Cell
+from nlscale.telemetry.figures import save_figure
+
+_SHOWN_KEYS = 6
+_STYLES = {"undecided": "yellow"}
+# Okabe-Ito: told apart with every common form of colour blindness.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def print_comparison(one: Comparison, out: Console) -> None:
+    """Print cells, contrasts, and what one should know of them."""
+    grid = one.grid
+    by = " and ".join(grid.paired_by)
+    pairs = len(grid.pairs)
+    out.print(f"{one.metric} of {pairs} {'pair' if pairs == 1 else 'pairs'} by {by}")
+    out.print()
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for factor in grid.factors:
+        table.add_column(factor, no_wrap=True)
+    for pair in grid.pairs:
+        table.add_column(" ".join(pair), justify="right")
+    for name in ("mean", "parameters", "tokens"):
+        table.add_column(name, justify="right")
+    for cell in grid.cells:
+        values = grid.values(cell)
+        run = grid.runs[cell][grid.pairs[0]]
+        numbers = [*values, sum(values) / len(values)]
+        counts = (human_count(run.parameters), human_count(run.tokens))
+        table.add_row(*cell, *(f"{x:.4f}" for x in numbers), *counts)
+    out.print(table)
+    out.print()
+    for contrast in one.contrasts:
+        verdict = contrast.paired.verdict
+        said = sentence(contrast, one.effect)
+        out.print(said, style=_STYLES.get(verdict, "bold"), soft_wrap=True)
+    for line in (*one.unequal, *grid.left_out, *_also(one)):
+        out.print(line, style="yellow", soft_wrap=True)
+
+
+def sentence(contrast: Contrast, effect: float | None = None) -> str:
+    """A contrast in words: difference, interval, verdict, and what more pairs would show."""
+    found = contrast.paired
+    over = f" (mean over {contrast.over})" if contrast.over else ""
+    text = f"{contrast.value} - {contrast.baseline}{over}: {found.mean:+.4f}"
+    if found.interval is None:
+        return f"{text}, undecided: one pair says nothing of how far seeds differ; run more"
+    text += f" [{found.interval[0]:+.4f}, {found.interval[1]:+.4f}]"
+    if found.resampled is not None:
+        text += f", bootstrap [{found.resampled[0]:+.4f}, {found.resampled[1]:+.4f}]"
+    text += f", {found.verdict}"
+    visible = found.visible()
+    if visible is not None:
+        text += f"; {len(found.differences)} pairs show {visible:.2g} or more"
+    if effect is not None:
+        wanted, have = found.pairs_for(effect), len(found.differences)
+        if wanted is None:
+            text += f"; {effect:g} would take more pairs than anyone runs"
+        elif wanted > have:
+            text += f"; {effect:g} would take {wanted - have} more"
+        else:
+            text += f"; enough for {effect:g}"
+    return text
+
+
+def _also(one: Comparison) -> list[str]:
+    """What differs beside the factors: a difference may be of these as well."""
+    lines = []
+    for key, by_cell in list(one.grid.also.items())[:_SHOWN_KEYS]:
+        said = ", ".join(f"{' '.join(cell)} {'/'.join(of)}" for cell, of in by_cell.items())
+        lines.append(f"differs as well: {key}: {said}")
+    more = len(one.grid.also) - _SHOWN_KEYS
+    if more > 0:
+        lines.append(f"and {more} more keys differ (--json names them)")
+    return lines
+
+
+def draw_comparison(one: Comparison, out: Path) -> Path:
+    """Draw every pair as a line through the cells, and every contrast with its interval."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style = {"font.size": 10, "axes.spines.right": False, "axes.spines.top": False}
+    grid = one.grid
+    with rc_context(style):
+        height = 2.6 + 0.34 * max(len(grid.cells), len(one.contrasts))
+        figure = Figure(figsize=(10.0, height), dpi=160, layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _draw_cells(left, one, grid.cells)
+        _draw_contrasts(right, one)
+        pairs = len(grid.pairs)
+        figure.suptitle(
+            f"{one.metric}, {pairs} {'pair' if pairs == 1 else 'pairs'} by "
+            f"{' and '.join(grid.paired_by)}",
+            x=0.02, ha="left", fontsize=11, fontweight="bold",
+        )  # fmt: skip
+        return save_figure(figure, out)
+
+
+def _draw_cells(axes: Any, one: Comparison, cells: list[Cell]) -> None:
+    places = range(len(cells))
+    for pair in zip(*map(one.grid.values, cells), strict=True):
+        axes.plot(pair, places, color="#C8C8C8", linewidth=1.0, zorder=1)
+    for place, cell in enumerate(cells):
+        values = one.grid.values(cell)
+        colour = _COLOURS[place % len(_COLOURS)]
+        axes.scatter(values, [place] * len(values), color=colour, s=22, zorder=2)
+        mean = sum(values) / len(values)
+        axes.plot([mean, mean], [place - 0.25, place + 0.25], color=colour, linewidth=2.2)
+    axes.set_yticks(list(places), [" ".join(cell) for cell in cells])
+    axes.invert_yaxis()
+    axes.margins(y=0.15)
+    axes.set_xlabel(f"{one.metric} (a line joins a pair; bars are means)")
+
+
+def _draw_contrasts(axes: Any, one: Comparison) -> None:
+    axes.axvline(0.0, color="#8C8C8C", linewidth=1.0)
+    for place, contrast in enumerate(one.contrasts):
+        found = contrast.paired
+        decided = found.verdict != "undecided"
+        colour = "#0072B2" if decided else "#8C8C8C"
+        axes.scatter(
+            found.differences, [place] * len(found.differences), color=colour, s=12, alpha=0.5
+        )
+        if found.interval is not None and all(map(math.isfinite, found.interval)):
+            axes.plot(found.interval, [place, place], color=colour, linewidth=2.0)
+        axes.plot([found.mean], [place], "D", color=colour, markersize=6)
+    names = [f"{c.value}\n- {c.baseline}" for c in one.contrasts]
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.margins(y=0.3)
+    axes.set_xlabel(f"difference, {one.level:.0%} intervals of all together; grey: undecided")

@@ -1,0 +1,161 @@
+"""`nlscale compare` over folders of runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scaling.run_folders import finished_run
+
+from nlscale import cli
+
+LOSSES = {
+    "attention": {1: 2.00, 2: 2.10, 3: 1.95},
+    "hope": {1: 1.90, 2: 2.01, 3: 1.84},
+    "gated-delta": {1: 1.99, 2: 2.12, 3: 1.95},
+}
+
+
+def run_folder(
+    folder: Path, mixer: str, seed: int, loss: float, *more: str, steps: int = 20
+) -> None:
+    """With three validations after the first step, whose mean is the loss."""
+    finished_run(folder, steps, loss + 0.3, f"model.mixer={mixer}", f"run.seed={seed}", *more)
+    records = [{"kind": "validation", "step": 0, "loss": 9.0}]
+    records += [
+        {"kind": "validation", "step": i, "loss": loss + d}
+        for i, d in ((1, -0.2), (2, 0.1), (3, 0.1))
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    for mixer, losses in LOSSES.items():
+        for seed, loss in losses.items():
+            run_folder(tmp_path / "runs" / f"{mixer}-{seed}", mixer, seed, loss)
+    return tmp_path / "runs"
+
+
+def compare(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[Any, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["compare", *map(str, arguments)])
+    return ended.value.code, *capsys.readouterr()
+
+
+def plain(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    code, out, err = compare(capsys, *arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_pairs_of_one_seed_decide_what_seeds_alone_hide(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = plain(capsys, runs, "--by", "model.mixer", "--baseline", "model.mixer=attention")
+    assert found["pairs"] == [["1"], ["2"], ["3"]] and found["metric"] == "val_loss"
+    hope, gated = (
+        next(c for c in found["contrasts"] if c["value"] == value)
+        for value in ("hope", "gated-delta")
+    )
+    assert hope["differences"] == pytest.approx([-0.10, -0.09, -0.11])
+    assert hope["verdict"] == "lower" and hope["interval"][1] < 0
+    assert gated["verdict"] == "undecided" and gated["interval"][0] < 0 < gated["interval"][1]
+    cell = next(c for c in found["cells"] if c["factors"] == {"model.mixer": "hope"})
+    assert cell["mean"] == pytest.approx(sum(LOSSES["hope"].values()) / 3)
+    last = plain(capsys, runs, "--by", "model.mixer", "--metric", "final_val_loss")
+    assert last["cells"][0]["mean"] == pytest.approx(cell["mean"] + 0.3, abs=0.2)
+
+
+def test_the_table_says_it_in_words_and_draws_it(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = tmp_path / "mixers.png"
+    code, out, _ = compare(
+        capsys, runs, "--by", "model.mixer", "--baseline", "model.mixer=attention",
+        "--effect", 0.005, "--figure", figure,
+    )  # fmt: skip
+    assert code == 0 and figure.read_bytes().startswith(b"\x89PNG")
+    lines = out.splitlines()
+    (hope,) = (line for line in lines if line.startswith("hope - attention"))
+    (gated,) = (line for line in lines if line.startswith("gated-delta - attention"))
+    assert "-0.1000 [" in hope and ", lower; 3 pairs show" in hope
+    assert ", undecided; 3 pairs show" in gated and "0.005 would take" in gated
+
+
+def test_a_factor_beside_others_is_averaged_over_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for mixer, base in (("attention", 2.0), ("hope", 1.9)):
+        for layers, more in ((4, 0.0), (8, -0.5)):
+            for seed, noise in ((1, 0.0), (2, 0.07), (3, 0.02)):
+                name = f"{mixer}-{layers}-{seed}"
+                loss = base + more + noise
+                run_folder(tmp_path / name, mixer, seed, loss, f"model.layers={layers}")
+    found = plain(capsys, tmp_path, "--by", "model.mixer", "--by", "model.layers")
+    contrasts = {c["factor"]: c for c in found["contrasts"]}
+    assert contrasts["model.mixer"]["mean"] == pytest.approx(-0.1)
+    assert contrasts["model.mixer"]["over"] == "model.layers"
+    assert contrasts["model.layers"]["mean"] == pytest.approx(-0.5)
+    assert found["contrasts"][0]["interval_level"] == pytest.approx(0.975)
+    assert any("parameters are not equal" in line for line in found["unequal"])
+    found = plain(capsys, tmp_path, "--by", "model.mixer", "--where", "model.layers=8")
+    assert len(found["contrasts"]) == 1 and not found["unequal"]
+
+
+def test_what_else_differs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for mixer, rate in (("attention", 0.001), ("hope", 0.002)):
+        for seed in (1, 2):
+            rated = f"optimizer.learning_rate={rate}"
+            run_folder(tmp_path / f"{mixer}-{seed}", mixer, seed, 2.0 + seed, rated)
+    code, out, _ = compare(capsys, tmp_path, "--by", "model.mixer")
+    assert code == 0
+    line = "differs as well: optimizer.learning_rate: attention 0.001, hope 0.002"
+    assert line in out.splitlines()
+
+
+def test_runs_that_make_no_pair_are_left_out_and_named(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (runs / "hope-2" / "summary.json").unlink()
+    code, out, err = compare(capsys, runs, "--by", "model.mixer")
+    assert code == 0 and "val_loss of 2 pairs by run.seed" in out
+    assert "hope-2 is left out: it has not finished" in err
+    assert "attention-2 is left out: another cell has no run with run.seed=2" in out
+
+
+def test_the_runs_of_a_search_are_no_evidence(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for mixer in LOSSES:
+        run_folder(runs / "search" / mixer, mixer, 1, 1.0, "run.purpose=search")
+    code, out, err = compare(capsys, runs, "--by", "model.mixer")
+    assert code == 0 and err.count("it was part of a search") == 3
+    assert "1.0000" not in out
+    code, _, err = compare(capsys, runs / "search", "--by", "model.mixer")
+    assert code == 2 and "of a search" in err
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (["--by", "model.mixr"], "did you mean 'model.mixer'"),
+        (["--by", "model.layers"], "every run has 4"),
+        (["--by", "model.mixer", "--metric", "accuracy"], "has no number accuracy; there are"),
+        (["--by", "model.mixer", "--baseline", "model.mixer=mamba"], "no run has it; there are"),
+        (["--by", "model.mixer", "--baseline", "attention"], "KEY=VALUE"),
+        (["--by", "model.mixer", "--where", "run.seed=9"], "there are 1, 2, 3"),
+        (["--by", "run.seed", "--paired-by", "model.layers"], "they differ in model.mixer"),
+        (["--by", "model.mixer", "--figure", "f.bmp"], ".png"),
+        (["--by", "model.mixer", "--level", "1"], "--level"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_asked_wrongly_is_said_in_one_line(
+    asked: list[str], says: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = compare(capsys, runs, *asked)
+    assert code == 2 and not out
+    assert says in err and err.count("\n") == 1, err
