@@ -32,7 +32,11 @@ class Backwards:
     def __getitem__(self, number: int) -> NDArray[np.int64]:
         return self.samples[number][::-1].copy()
 
+    def mask(self, number: int) -> NDArray[np.bool_] | None:
+        mask = self.samples.mask(number)
+        return None if mask is None else mask[::-1].copy()
 
-def backwards(trainer: Trainer, samples: Samples) -> dict[str, float]:
+
+def backwards(trainer: Trainer, samples: Samples) -> dict[str, float | None]:
     """`loss` and `bits_per_byte`, as of the text itself."""
     return loss(trainer, Backwards(samples))  # type: ignore[arg-type]

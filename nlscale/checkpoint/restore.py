@@ -50,7 +50,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         trainer.optimizer.keep_sums_once()
     trainer.optimizer.gather_parameters()
     names = Counters.__dataclass_fields__
-    trainer.counters = Counters(**{name: state[name] for name in names})
+    trainer.counters = Counters(**{name: _all_counted(state)[name] for name in names})
 
 
 def start_from_weights(trainer: Trainer, folder: Path) -> None:
@@ -95,7 +95,12 @@ def _restore_progress(trainer: Trainer, state: dict[str, Any]) -> None:
         )
     for group, entry in saved.items():
         names = Progress.__dataclass_fields__
-        progress[group] = Progress(**{name: entry[name] for name in names})
+        progress[group] = Progress(**{name: _all_counted(entry)[name] for name in names})
+
+
+def _all_counted(entry: dict[str, Any]) -> dict[str, Any]:
+    """What was saved; of versions without masks, for which every token counted, with that said."""
+    return {"counted_tokens": entry["tokens"], **entry}
 
 
 def _say(layout: dict[str, int]) -> str:

@@ -15,6 +15,7 @@ from nlscale.cli import (
     config,
     data,
     doctor,
+    eval,
     figure,
     fit,
     launch,
@@ -73,6 +74,12 @@ _VERBS = (
         data,
         "build and inspect token shards",
         "Build and inspect the token shards that training reads.",
+    ),
+    _Verb(
+        "eval",
+        eval,
+        "score a run on the task that it was trained on",
+        "Score a trained model on fresh examples of its task, and on longer ones, beside chance.",
     ),
     _Verb(
         "figure",

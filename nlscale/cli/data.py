@@ -18,11 +18,14 @@ from nlscale.data.index import (
     DEFAULT_HELD_OUT,
     DEFAULT_SHARD_TOKENS,
     INDEX_NAME,
+    MASKED_FORMAT,
     Index,
     read_index,
 )
 from nlscale.data.shards import TokenShards
 from nlscale.data.tally import mib, shown
+from nlscale.data.tasks import PREFIX
+from nlscale.errors import UserError
 
 _NAMED_SKIPPED = 5
 
@@ -34,8 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build = verbs.add_parser(
         "build",
         help="tokenize text into shards",
-        description="Tokenize text into webdataset shards and an index. Running it again with "
-        "the same sources and options does nothing; a build that was killed starts over.",
+        description="Tokenize text, or draw the examples of a task, into webdataset shards and an "
+        "index. Running it again with the same sources and options does nothing; a build that was "
+        "killed starts over.",
     )
     build.add_argument(
         "--source",
@@ -46,24 +50,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="files or folders (.txt .rst .md .py: one document a file; .jsonl .ndjson .json and "
         ".parquet: the field or column 'text'; all but .parquet also with .gz .zst .bz2 .xz), or "
-        "stdlib: the Python standard library's own text",
+        "stdlib: the Python standard library's own text, or one task by itself, such as "
+        "'task:mqar(length=64, pairs=8)'; `--source task:` lists the tasks",
     )
     build.add_argument(
         "--tokenizer",
-        required=True,
         metavar="bytes|bpe:N",
-        help="bytes: UTF-8 bytes, vocabulary 256; bpe:N: a byte-level BPE of N ids, trained on "
-        "the source text",
+        help="of text, which needs one. bytes: UTF-8 bytes, vocabulary 256; bpe:N: a byte-level "
+        "BPE of N ids, trained on the source text",
     )
-    build.add_argument(
-        "--out", required=True, type=path, metavar="DIR", help="the data folder to make"
-    )
+    build.add_argument("--out", type=path, metavar="DIR", help="the data folder to make")
     build.add_argument(
         "--held-out",
         type=number(),
         default=DEFAULT_HELD_OUT,
         metavar="F",
-        help="share of the documents kept for validation (default: %(default)s)",
+        help="share of the documents, or examples, kept for validation (default: %(default)s)",
+    )
+    build.add_argument(
+        "--examples",
+        type=whole(least=2),
+        metavar="N",
+        help="of a task, both splits together (default: 10000)",
+    )
+    build.add_argument(
+        "--seed",
+        type=whole(),
+        default=0,
+        metavar="N",
+        help="of a task's examples; of which documents are held out (default: %(default)s)",
     )
     build.add_argument(
         "--shard-tokens",
@@ -109,24 +124,70 @@ def _source(text: str) -> str:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from nlscale.data.build import build  # pyarrow and the tokenizers are slow to import
-
     started = time.monotonic()
+    tasks = [source for source in args.source if source.startswith(PREFIX)]
+    if tasks == [PREFIX]:
+        return _list_tasks()
+    if args.out is None:
+        raise UserError("no --out; name the data folder to make")
     with _owned(args.out, args.overwrite):
-        index = build(
-            args.source,
-            args.tokenizer,
-            args.out,
-            held_out=args.held_out,
-            shard_tokens=args.shard_tokens,
-            text_field=args.text_field,
-            max_lost=args.max_lost,
-            overwrite=args.overwrite,
-            progress=True,
-        )
+        index = _build_task(args) if tasks else _build_text(args)
     console = _console()
     _show(console, args.out, index)
     console.print(f"{time.monotonic() - started:.1f} seconds")
+    return 0
+
+
+def _build_text(args: argparse.Namespace) -> Index:
+    from nlscale.data.build import build  # pyarrow and the tokenizers are slow to import
+
+    if args.tokenizer is None:
+        raise UserError("no --tokenizer; use bytes, or bpe:N such as bpe:32000")
+    if args.examples is not None:
+        raise UserError("--examples is for tasks, and the sources are text; leave it out")
+    return build(
+        args.source,
+        args.tokenizer,
+        args.out,
+        held_out=args.held_out,
+        shard_tokens=args.shard_tokens,
+        seed=args.seed,
+        text_field=args.text_field,
+        max_lost=args.max_lost,
+        overwrite=args.overwrite,
+        progress=True,
+    )
+
+
+def _build_task(args: argparse.Namespace) -> Index:
+    from nlscale.data.tasks.build import DEFAULT_EXAMPLES, build_task
+
+    if len(args.source) > 1:
+        raise UserError("a task is a source by itself; build a folder for each source")
+    of_text = {
+        "--tokenizer": args.tokenizer is not None,
+        "--text-field": args.text_field != DEFAULT_FIELD,
+        "--max-lost": args.max_lost is not None,
+    }
+    if given := [option for option, there in of_text.items() if there]:
+        raise UserError(f"{given[0]} is for text, and the source is a task; leave it out")
+    return build_task(
+        args.source[0],
+        args.out,
+        examples=DEFAULT_EXAMPLES if args.examples is None else args.examples,
+        held_out=args.held_out,
+        shard_tokens=args.shard_tokens,
+        seed=args.seed,
+        overwrite=args.overwrite,
+        progress=True,
+    )
+
+
+def _list_tasks() -> int:
+    from nlscale.data.tasks.table import listing
+
+    for task, about in listing():
+        print(f"{task}\n    {about}")
     return 0
 
 
@@ -163,6 +224,9 @@ def _show(console: Console, directory: Path, index: Index) -> None:
     disk = [sum(shard["size_bytes"] for shard in split["shards"]) / 2**20 for split in splits]
     table.add_row("documents", *(f"{split['documents']:,}" for split in splits))
     table.add_row("tokens", *(f"{split['tokens']:,}" for split in splits))
+    if index["format"] == MASKED_FORMAT:
+        counted = [(split["counted_tokens"], split["tokens"]) for split in splits]
+        table.add_row("tokens that count", *(f"{n:,} ({n / of:.1%})" for n, of in counted))
     table.add_row("bytes of text", *(f"{split['bytes']:,}" for split in splits))
     table.add_row("bytes a token", *(f"{s['bytes'] / s['tokens']:.3f}" for s in splits))
     table.add_row("shards", *(f"{len(split['shards']):,}" for split in splits))
@@ -173,7 +237,14 @@ def _show(console: Console, directory: Path, index: Index) -> None:
         f"{index['separator']}, {index['dtype']}, blocks of {index['block_tokens']:,} tokens"
     )
     console.print(f"sources {shown(' '.join(index['sources']))}")
-    console.print(f"unigram {index['unigram_bits_per_byte']:.4f} bits per byte of validation text")
+    if (task := index.get("task")) is not None:
+        again = ", ".join(f"{name} {count:,}" for name, count in task["repeated"].items())
+        console.print(
+            f"task {shown(task['task'])}: {shown(task['about'])}; examples of {task['length']:,} "
+            f"tokens, of which had come before: {again}"
+        )
+    if (unigram := index["unigram_bits_per_byte"]) is not None:
+        console.print(f"unigram {unigram:.4f} bits per byte of validation text")
     _show_lost(console, index)
 
 

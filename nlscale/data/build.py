@@ -86,7 +86,7 @@ def build(
             a disk that cannot be written.
     """
     out = Path(out)
-    _check_options(held_out, shard_tokens, block_tokens, seed, max_lost, text_field)
+    check_options(held_out, shard_tokens, block_tokens, seed, max_lost, text_field)
     vocabulary = bpe_vocabulary(tokenizer)
     found = find_files(sources, out)
     shard_blocks = shard_tokens // block_tokens
@@ -96,7 +96,7 @@ def build(
     identity = fingerprint(found.files, options)
     if not overwrite and (out / INDEX_NAME).exists():
         return _up_to_date(out, identity, found, max_lost, progress)
-    _refuse_foreign_shards(out)
+    refuse_foreign_shards(out)
     Losses(found, text_field).check_left_out(max_lost)  # before hours of reading
 
     with phase("reading", found.bytes, progress) as advance:
@@ -114,16 +114,17 @@ def build(
     from nlscale.data.writer import DataWriter
 
     try:
-        _clear(out)
+        clear(out)
         encoder.save(out)
         with phase("tokenizing", survey.bytes, progress) as advance:
-            written = DataWriter(out, encoder, shard_blocks, block_tokens)
+            written = DataWriter(out, encoder, shard_blocks, block_tokens, survey.masked)
             for document in survey.again():
-                written.add(document.text, document.data, survey.split(document.data))
+                split = survey.split(document.data)
+                written.add(document.text, document.data, split, document.spans)
                 advance(len(document.data))
             written.close()
         index = Index(
-            format=FORMAT,
+            format=written.format,
             fingerprint=identity,
             sources=list(sources),
             tokenizer=encoder.name,
@@ -139,32 +140,21 @@ def build(
             empty_documents=survey.empty,
             unigram_bits_per_byte=written.unigram_bits_per_byte(),
         )
-        # Hashed while they were written, so that no start of a run has to read them for it.
-        remember(
-            out,
-            {
-                shard["name"]: state_of(out, shard)
-                for split in index["splits"].values()
-                for shard in split["shards"]
-            },
-        )
-        write_json(out / INDEX_NAME, index)
-        (out / BUILDING_NAME).unlink()
+        finish(out, index)
     except OSError as error:
-        raise UserError(
-            f"cannot write {out}: {error}; make room or choose another --out, and build again"
-        ) from error
+        raise unwritable(out, error) from error
     return index
 
 
-def _check_options(
+def check_options(
     held_out: float,
     shard_tokens: int,
     block_tokens: int,
     seed: int,
-    max_lost: float | None,
-    text_field: str,
+    max_lost: float | None = None,
+    text_field: str = DEFAULT_FIELD,
 ) -> None:
+    """Refuse options that cannot be, by a UserError; see `build`."""
     if not 0.0 < held_out < 1.0:
         raise UserError(f"held-out share is {held_out}; it must be above 0 and below 1")
     if max_lost is not None and not 0.0 <= max_lost <= 1.0:
@@ -214,7 +204,8 @@ def _shard_paths(out: Path) -> list[Path]:
     return sorted(path for path in out.iterdir() if _SHARD_NAME.fullmatch(path.name))
 
 
-def _refuse_foreign_shards(out: Path) -> None:
+def refuse_foreign_shards(out: Path) -> None:
+    """A UserError where a folder holds shards that no build has left there."""
     ours = (out / INDEX_NAME).exists() or (out / BUILDING_NAME).exists()
     paths = _shard_paths(out)
     if paths and not ours:
@@ -223,7 +214,7 @@ def _refuse_foreign_shards(out: Path) -> None:
         )
 
 
-def _clear(out: Path) -> None:
+def clear(out: Path) -> None:
     """Mark `out` as being built, then remove what an earlier build left, its index first."""
     out.mkdir(parents=True, exist_ok=True)
     (out / BUILDING_NAME).touch()
@@ -231,3 +222,25 @@ def _clear(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
     for path in (*_shard_paths(out), *out.glob(".*.json.*.tmp")):
         path.unlink()
+
+
+def finish(out: Path, index: Index) -> None:
+    """Write the index of a folder whose shards are written: it is built. Raises OSError."""
+    # Hashed while they were written, so that no start of a run has to read them for it.
+    remember(
+        out,
+        {
+            shard["name"]: state_of(out, shard)
+            for split in index["splits"].values()
+            for shard in split["shards"]
+        },
+    )
+    write_json(out / INDEX_NAME, index)
+    (out / BUILDING_NAME).unlink()
+
+
+def unwritable(out: Path, error: OSError) -> UserError:
+    """What is said where the disk does not take what is built."""
+    return UserError(
+        f"cannot write {out}: {error}; make room or choose another --out, and build again"
+    )

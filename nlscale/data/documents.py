@@ -13,6 +13,7 @@ import pyarrow.parquet
 
 from nlscale.data.compressed import COMPRESSED, DAMAGE, decompressed
 from nlscale.data.index import DEFAULT_FIELD
+from nlscale.data.spans import COMPLETION, MASK, PROMPT, Spans, SpansError, spans_of
 from nlscale.data.tally import shown
 
 LARGEST = 1 << 32  # bytes of a document; a compressed one can be a thousand times its file
@@ -45,7 +46,8 @@ class Document(NamedTuple):
 
     `text` and `data` are the same text as str and as UTF-8. `consumed` is about how many bytes
     of the source file it took; over a file they add up to its size. `kind` is the error in two or
-    three words, the same for all documents that have it.
+    three words, the same for all documents that have it. `spans` are what counts of the text; None:
+    all of it does.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Document(NamedTuple):
     consumed: int
     error: str = ""
     kind: str = ""
+    spans: Spans | None = None
 
 
 class UnreadableError(Exception):
@@ -185,24 +188,34 @@ SUFFIXES = (*_TEXT, PARQUET)
 
 def _read_parquet(file: SourceFile, field: str) -> Iterator[Document]:
     with pyarrow.parquet.ParquetFile(file.path) as table:
-        columns, rows = table.schema_arrow.names, table.metadata.num_rows
-        if columns.count(field) != 1:
-            several = "more than one" if field in columns else "no"
-            raise UnreadableError("no such column", f"{several} column {field!r} {_has(columns)}")
+        names, rows = _columns(table.schema_arrow.names, field), table.metadata.num_rows
         row, each = 0, file.size // max(1, rows)
         for group in range(table.num_row_groups):
-            for batch in table.iter_batches(1024, row_groups=[group], columns=[field]):
-                for value in batch.column(field):
+            for batch in table.iter_batches(1024, row_groups=[group], columns=names):
+                for values in zip(*map(batch.column, names), strict=True):
                     name = f"{file.path}:{row}"
                     row += 1
                     try:
-                        text = value.as_py()
+                        record = {n: v.as_py() for n, v in zip(names, values, strict=True)}
                     except UnicodeDecodeError as error:
                         yield _failed(name, each, *_utf8(error))
                         continue
-                    yield _checked(name, field, text, each)
+                    yield _record(name, field, record, each)
         if row != rows:
             raise UnreadableError("damaged", f"it has {row:,} of the {rows:,} rows that it says")
+
+
+def _columns(there: list[str], field: str) -> list[str]:
+    """Those to be read of a table. Raises UnreadableError: they are not there, each once."""
+    in_parts = field not in there and {PROMPT, COMPLETION} <= set(there)
+    wanted = [PROMPT, COMPLETION] if in_parts else [field]
+    if MASK in there and MASK not in wanted:
+        wanted.append(MASK)
+    for name in wanted:
+        if there.count(name) != 1:
+            several = "more than one" if name in there else "no"
+            raise UnreadableError("no such column", f"{several} column {name!r} {_has(there)}")
+    return wanted
 
 
 def _line(text: _Text, number: int, line: bytes) -> Document:
@@ -236,17 +249,29 @@ def _is_object(line: bytes) -> bool:
 def _record(name: str, field: str, record: Any, consumed: int) -> Document:
     if not isinstance(record, dict):
         return _failed(name, consumed, NO_RECORD, f"it is {_type(record)}, not an object")
-    if field not in record:
-        return _failed(name, consumed, NO_FIELD, f"no {field!r} {_has(list(record))}")
-    return _checked(name, field, record[field], consumed)
+    mask = record.get(MASK) if field != MASK else None
+    if field in record:
+        return _checked(name, consumed, {field: record[field]}, mask)
+    if {PROMPT, COMPLETION} <= record.keys():
+        return _checked(name, consumed, {key: record[key] for key in (PROMPT, COMPLETION)}, mask)
+    return _failed(name, consumed, NO_FIELD, f"no {field!r} {_has(list(record))}")
 
 
-def _checked(name: str, field: str, text: object, consumed: int) -> Document:
-    if not isinstance(text, str):
-        kind = f"{field!r} not a string"
-        return _failed(name, consumed, kind, f"its {field!r} is {_type(text)}, not a string")
+def _checked(name: str, consumed: int, parts: dict[str, Any], mask: Any) -> Document:
+    """The document of a text in one part, or in two of which the second counts."""
+    for key, part in parts.items():
+        if not isinstance(part, str):
+            why = f"its {key!r} is {_type(part)}, not a string"
+            return _failed(name, consumed, f"{key!r} not a string", why)
+    text, in_parts = "".join(parts.values()), len(parts) > 1
+    if in_parts and mask is not None:
+        why = f"{PROMPT!r} and {COMPLETION!r} say what counts, and so does {MASK!r}: leave one out"
+        return _failed(name, consumed, "two masks", why)
     try:
-        return Document(name, text, text.encode("utf-8"), consumed)
+        spans = ((len(parts[PROMPT]), len(text)),) if in_parts else spans_of(mask, len(text))
+        return Document(name, text, text.encode("utf-8"), consumed, spans=spans)
+    except SpansError as error:
+        return _failed(name, consumed, error.kind, str(error))
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
         return _failed(name, consumed, *_utf8(error))
 

@@ -4,7 +4,8 @@ A data folder is
 
     index.json              written last: a folder without it is not a finished build
     tokenizer.json          see `nlscale.data.tokenizer`
-    train-000000.tar ...    webdataset shards, one block of token ids a member
+    train-000000.tar ...    webdataset shards, one block of token ids a member; with masks, one
+                            sample of two members: the mask of the block before its ids
     validation-000000.tar
     .verified.json          which shards are known to be whole (see `nlscale.data.verified`)
 """
@@ -21,6 +22,7 @@ from nlscale.data.index_form import IndexFormError, check
 from nlscale.errors import UserError
 
 FORMAT = 1
+MASKED_FORMAT = 2  # which versions that do not know masks refuse, instead of training on all tokens
 INDEX_NAME = "index.json"
 BUILDING_NAME = ".building"  # present while a build writes; left behind by one that was killed
 SPLITS = ("train", "validation")
@@ -31,13 +33,7 @@ DEFAULT_BLOCK_TOKENS = 8192
 TAR_RECORD = 512  # a tar header is one record, and data is padded to whole records
 
 
-class Shard(TypedDict):
-    """One tar file. The data of its block i begins at byte `offset + i * stride`.
-
-    All blocks hold `Index.block_tokens` ids, except the last of a split, which may be shorter;
-    two numbers therefore locate every block, and the index stays small for any corpus.
-    """
-
+class _Shard(TypedDict):
     name: str
     tokens: int
     blocks: int
@@ -47,13 +43,35 @@ class Shard(TypedDict):
     stride: int
 
 
-class Split(TypedDict):
-    """One split: `bytes` counts UTF-8 bytes of text, `tokens` includes one separator a document."""
+class Shard(_Shard, total=False):
+    """One tar file. The data of its block i begins at byte `offset + i * stride`.
 
+    All blocks hold `Index.block_tokens` ids, except the last of a split, which may be shorter;
+    two numbers therefore locate every block, and the index stays small for any corpus.
+
+    With masks, in format 2, that of block i begins at byte `mask_offset + i * stride`: a bit a
+    token, the first in the lowest bit of a byte; for a whole block, also where its ids are fewer.
+    """
+
+    mask_offset: int
+
+
+class _Split(TypedDict):
     documents: int
     tokens: int
     bytes: int
     shards: list[Shard]
+
+
+class Split(_Split, total=False):
+    """One split: `bytes` counts UTF-8 bytes of text, `tokens` includes one separator a document.
+
+    With masks, in format 2, `counted_tokens` are those of the tokens that count as targets, and
+    `counted_bytes` the bytes of text that these stand for.
+    """
+
+    counted_tokens: int
+    counted_bytes: int
 
 
 class SkippedDocument(TypedDict):
@@ -105,6 +123,21 @@ class LeftOut(TypedDict):
     first: list[str]
 
 
+class TaskIndex(TypedDict):
+    """What a program made (`nlscale.data.tasks`), where the data are no text.
+
+    `task` is its text with every argument, `about` what it asks; each of the documents is an
+    example of `length` tokens, drawn with `seed`. `repeated` counts the examples of each split that
+    had come before in it; none is in both.
+    """
+
+    task: str
+    about: str
+    length: int
+    seed: int
+    repeated: dict[str, int]
+
+
 class _Index(TypedDict):
     format: int
     fingerprint: str
@@ -117,7 +150,7 @@ class _Index(TypedDict):
     splits: dict[str, Split]
     skipped: Skipped
     empty_documents: int
-    unigram_bits_per_byte: float
+    unigram_bits_per_byte: float | None
 
 
 class Index(_Index, total=False):
@@ -126,14 +159,16 @@ class Index(_Index, total=False):
     `dtype` is uint8, uint16 or uint32, little-endian on disk. `unigram_bits_per_byte` is the
     cross-entropy of the validation tokens under the add-one smoothed unigram distribution of
     the train tokens, in bits per UTF-8 byte of validation text: what a model that learns
-    nothing but frequencies would reach. `empty_documents` counts documents without a character,
+    nothing but frequencies would reach; with masks, of the tokens that count; None where those of
+    validation stand for no text. `empty_documents` counts documents without a character,
     which are left out. `text_field` is what the text of a record was called; it, `lost_files` and
-    `left_out` are not in indexes that earlier versions wrote.
+    `left_out` are not in indexes that earlier versions wrote, nor in those of a `task`.
     """
 
     text_field: str
     lost_files: LostFiles
     left_out: list[LeftOut]
+    task: TaskIndex
 
 
 def read_index(directory: str | Path) -> Index:
@@ -162,14 +197,14 @@ def read_index(directory: str | Path) -> Index:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}; build it again with --overwrite") from None
     found = index.get("format") if isinstance(index, dict) else None
-    if type(found) is not int or found != FORMAT:
+    if type(found) is not int or found not in (FORMAT, MASKED_FORMAT):
         said = found if type(found) is int else f"a {type(found).__name__}"
         raise UserError(
-            f"{path} has format {said}, this version reads format {FORMAT}; "
+            f"{path} has format {said}, this version reads formats {FORMAT} and {MASKED_FORMAT}; "
             "build it again with --overwrite"
         )
     try:
-        check(index)
+        check(index, masked=found == MASKED_FORMAT)
     except IndexFormError as error:
         raise UserError(
             f"{path} cannot be used: {error}; restore it, or build the data again with --overwrite"

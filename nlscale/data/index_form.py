@@ -23,8 +23,12 @@ class IndexFormError(ValueError):
     """What is wrong, and at which key."""
 
 
-def check(index: Mapping[str, Any]) -> None:
-    """Check all that readers use of an index of the format that this version knows.
+def check(index: Mapping[str, Any], masked: bool) -> None:
+    """Check all that readers use of an index of a format that this version knows.
+
+    Args:
+        index: as it was read.
+        masked: whether that is the format with masks.
 
     Raises:
         IndexFormError: a key is missing or has a value that cannot be.
@@ -46,9 +50,19 @@ def check(index: Mapping[str, Any]) -> None:
                 raise _wrong(f"{at}.name", shard["name"], "named once")
             names.add(shard["name"])
             _extent(shard, at, index["block_tokens"], bits // 8)
+            if masked:
+                _masks(shard, at, index["block_tokens"], bits // 8)
+            elif "mask_offset" in shard:
+                raise _wrong(f"{at}.mask_offset", shard["mask_offset"], "left to the other format")
         tokens = sum(shard["tokens"] for shard in entry["shards"])
         if tokens != entry["tokens"]:
             raise _wrong(f"{where}.tokens", entry["tokens"], f"{tokens}, the sum of its shards")
+        text = entry["bytes"]
+        if masked:
+            _counted(entry, where)
+            text = entry["counted_bytes"]
+        if split == "validation" and text and index["unigram_bits_per_byte"] is None:
+            raise _wrong("unigram_bits_per_byte", None, "a number, as there is text to validate on")
 
 
 def _extent(shard: Mapping[str, Any], at: str, block_tokens: int, width: int) -> None:
@@ -62,6 +76,24 @@ def _extent(shard: Mapping[str, Any], at: str, block_tokens: int, width: int) ->
     end = shard["offset"] + (blocks - 1) * shard["stride"] + last * width
     if end > shard["size_bytes"]:
         raise _wrong(f"{at}.size_bytes", shard["size_bytes"], f"at least {end}, for its blocks")
+
+
+def _masks(shard: Mapping[str, Any], at: str, block_tokens: int, width: int) -> None:
+    """The mask of each block lies before its ids and after the block before."""
+    _object({"mask_offset": _whole(0)})(shard, at)
+    mask, ids = -(-block_tokens // 8), block_tokens * width
+    before = shard["offset"] - shard["mask_offset"]
+    if before < mask:
+        most = shard["offset"] - mask
+        raise _wrong(f"{at}.mask_offset", shard["mask_offset"], f"at most {most}, for its masks")
+    if shard["blocks"] > 1 and shard["stride"] < before + ids:
+        raise _wrong(f"{at}.stride", shard["stride"], f"at least {before + ids}, a block")
+
+
+def _counted(split: Mapping[str, Any], at: str) -> None:
+    """What counts is a part of what there is."""
+    for name, of in (("counted_tokens", "tokens"), ("counted_bytes", "bytes")):
+        _object({name: _whole(0, split[of])})(split, at)
 
 
 def _whole(low: int, high: int = _MOST) -> _Rule:
@@ -83,6 +115,11 @@ def _text(pattern: str, what: str) -> _Rule:
 def _figure(value: Any, at: str) -> None:
     if type(value) not in (int, float) or not 0 <= value < math.inf:
         raise _wrong(at, value, "a number of at least 0")
+
+
+def _figure_or_null(value: Any, at: str) -> None:
+    if value is not None:
+        _figure(value, at)
 
 
 def _name(value: Any, at: str) -> None:
@@ -172,9 +209,18 @@ _INDEX: dict[str, _Rule] = {
         {"reasons": _COUNTS},
     ),
     "empty_documents": _whole(0),
-    "unigram_bits_per_byte": _figure,
+    "unigram_bits_per_byte": _figure_or_null,
 }
 _SINCE: dict[str, _Rule] = {  # which earlier builds of the same format do not have
+    "task": _object(
+        {
+            "task": _ANY,
+            "about": _ANY,
+            "length": _whole(1),
+            "seed": _whole(-(1 << 63), (1 << 64) - 1),
+            "repeated": _COUNTS,
+        }
+    ),
     "text_field": _ANY,
     "lost_files": _object(
         {

@@ -43,6 +43,15 @@ class Samples:
             raise IndexError(f"sample {i} of {self._count}")
         return self.shards.read(i * self.sequence_length, self.sequence_length + 1)
 
+    def mask(self, i: int) -> NDArray[np.bool_] | None:
+        """Which tokens of sample i count as targets: bool [S + 1]; None: all of all samples.
+
+        The first is no target of this sample, whatever is said of it.
+        """
+        if not 0 <= i < self._count:
+            raise IndexError(f"sample {i} of {self._count}")
+        return self.shards.read_mask(i * self.sequence_length, self.sequence_length + 1)
+
 
 class BatchReader:
     """Reads samples in the shuffled order of `seed`, by global sample number.
@@ -61,3 +70,12 @@ class BatchReader:
         for row, sample in enumerate(self.order.take(first, count)):
             batch[row] = self.samples[int(sample)]
         return batch
+
+    def masks(self, first: int, count: int) -> NDArray[np.bool_] | None:
+        """Which tokens of the same count as targets: bool [count, S + 1]; None: all of all."""
+        if not self.samples.shards.masked:
+            return None
+        masks = np.empty((count, self.samples.sequence_length + 1), dtype=np.bool_)
+        for row, sample in enumerate(self.order.take(first, count)):
+            masks[row] = self.samples.mask(int(sample))
+        return masks

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlscale.data.index import Index, read_index
+from nlscale.data.index import MASKED_FORMAT, Index, read_index
 from nlscale.data.verified import Hashing, State, altered, not_remembered, remember, state_of
 from nlscale.errors import UserError
 
@@ -30,9 +30,11 @@ class TokenShards:
             (`nlscale.train.verify_data`).
 
     Fields: `tokens` (int), `documents` (int), `vocabulary` (int), `separator` (the id that
-    follows each document), `bytes_per_token` (UTF-8 bytes of text a token, separators counted
-    as tokens), `index`, `shards` (their entries in it), `states` (what was seen of each shard by
-    name, see `nlscale.data.verified`).
+    follows each document), `masked` (whether some tokens may not count as targets),
+    `counted_tokens` (those that do), `bytes_per_token` (UTF-8 bytes of text a token that counts,
+    separators among them; 0 where they stand for no text, or none counts), `index`, `shards`
+    (their entries in it), `states` (what was seen of each shard by name, see
+    `nlscale.data.verified`).
 
     Safe to use after a fork, pickled, and from several processes at once, not from several threads.
 
@@ -58,7 +60,10 @@ class TokenShards:
         self.documents = entry["documents"]
         self.vocabulary = self.index["vocabulary"]
         self.separator = self.index["separator"]
-        self.bytes_per_token = entry["bytes"] / entry["tokens"]
+        self.masked = self.index["format"] == MASKED_FORMAT
+        self.counted_tokens = entry["counted_tokens"] if self.masked else entry["tokens"]
+        text = entry["counted_bytes"] if self.masked else entry["bytes"]
+        self.bytes_per_token = text / max(1, self.counted_tokens)
         self._dtype = np.dtype(self.index["dtype"]).newbyteorder("<")
         # _starts[i] is the position in the split of the first token of shard i.
         self._starts = np.cumsum([0] + [shard["tokens"] for shard in self.shards])
@@ -71,17 +76,40 @@ class TokenShards:
             IndexError: outside the split.
             UserError: a shard has become unreadable.
         """
+        parts = self._parts(start, count)
+        result = np.empty(count, dtype=np.int64)
+        for number, local, part in parts:
+            self._read_shard(number, local, result[part])
+        return result
+
+    def read_mask(self, start: int, count: int) -> NDArray[np.bool_] | None:
+        """Which of the tokens start .. start + count - 1 count: bool [count]; None: all of all.
+
+        Raises:
+            IndexError: outside the split.
+            UserError: a shard has become unreadable.
+        """
+        if not self.masked:
+            return None
+        parts = self._parts(start, count)
+        result = np.empty(count, dtype=np.bool_)
+        for number, local, part in parts:
+            self._read_shard_mask(number, local, result[part])
+        return result
+
+    def _parts(self, start: int, count: int) -> list[tuple[int, int, slice]]:
+        """The shards that hold a range: number, first token in it, and where that goes."""
         if start < 0 or count < 0 or start + count > self.tokens:
             raise IndexError(f"tokens {start} .. {start + count} of {self.tokens}")
-        result = np.empty(count, dtype=np.int64)
+        parts: list[tuple[int, int, slice]] = []
         done = 0
         while done < count:
             number = int(np.searchsorted(self._starts, start + done, side="right")) - 1
             local = start + done - int(self._starts[number])
             here = min(count - done, self.shards[number]["tokens"] - local)
-            self._read_shard(number, local, result[done : done + here])
+            parts.append((number, local, slice(done, done + here)))
             done += here
-        return result
+        return parts
 
     def _read_shard(self, number: int, start: int, result: NDArray[np.int64]) -> None:
         """Fill `result` with the tokens of one shard from `start` on, in one read call."""
@@ -107,6 +135,20 @@ class TokenShards:
                 self.directory / shard["name"],
                 f"it holds the id {result.max()}, the vocabulary has {self.vocabulary:,}",
             )
+
+    def _read_shard_mask(self, number: int, start: int, result: NDArray[np.bool_]) -> None:
+        """Fill `result` with the mask of one shard from `start` on, in one read call a block."""
+        shard, size = self.shards[number], self.index["block_tokens"]
+        done = 0
+        while done < len(result):
+            block, token = divmod(start + done, size)
+            here = min(len(result) - done, size - token)
+            first, skipped = divmod(token, 8)
+            offset = shard["mask_offset"] + block * shard["stride"] + first
+            data = self._pread(number, offset, -(-(skipped + here) // 8))
+            bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+            result[done : done + here] = bits[skipped : skipped + here]
+            done += here
 
     def _pread(self, number: int, offset: int, size: int) -> bytes:
         # Not a memory map: a shard truncated or a file system lost during training would then

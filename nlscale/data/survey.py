@@ -30,6 +30,11 @@ def _key(data: bytes, seed: int) -> _Key:
     return _Key(int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little"))
 
 
+def _seen(key: _Key, document: Document) -> bytes:
+    """What both passes must find alike in a document."""
+    return key.split.to_bytes(8, "little") + repr(document.spans).encode()
+
+
 class Survey:
     """Counts, the threshold of the split, and the text to train a BPE on.
 
@@ -40,7 +45,8 @@ class Survey:
         seed: of the hash
         sample: whether to gather text to train a BPE on
 
-    Fields: `documents`, `bytes` (UTF-8), `empty`, `losses`, and after `settle`, `sample`.
+    Fields: `documents`, `bytes` (UTF-8), `empty`, `losses`, `masked` (whether some document has a
+    mask), and after `settle`, `sample`.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class Survey:
         self.documents = 0
         self.bytes = 0
         self.empty = 0
+        self.masked = False
         self.losses = Losses(found, text_field)
         self.sample: list[str] = []
         self._files = found.files
@@ -90,7 +97,8 @@ class Survey:
         key = _key(document.data, self._seed)
         self.documents += 1
         self.bytes += len(document.data)
-        self._content.update(key.split.to_bytes(8, "little"))
+        self.masked |= document.spans is not None
+        self._content.update(_seen(key, document))
         self._lowest = min(self._lowest, key.split)
         self._highest = max(self._highest, key.split)
         if self._want_sample:
@@ -135,8 +143,7 @@ class Survey:
             with suppress(UnreadableError):  # which ends the file where it ended it before
                 for document in read_documents(file, self._text_field):
                     if document.data:
-                        key = _key(document.data, self._seed)
-                        content.update(key.split.to_bytes(8, "little"))
+                        content.update(_seen(_key(document.data, self._seed), document))
                         yield document
         if content.digest() != self._content.digest():
             raise UserError("the sources changed while they were being read; build again")

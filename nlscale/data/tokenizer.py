@@ -1,4 +1,4 @@
-"""Tokenizers: plain UTF-8 bytes, and byte-level BPE trained on the text itself."""
+"""Tokenizers: plain UTF-8 bytes, byte-level BPE trained on the text itself, and symbols."""
 
 from __future__ import annotations
 
@@ -56,6 +56,13 @@ class Tokenizer(ABC):
             ValueError: an id outside the vocabulary.
         """
 
+    def byte_lengths(self) -> NDArray[np.int64]:
+        """UTF-8 bytes of text that each id stands for, [vocabulary]: none, where that is no text.
+
+        Those of the ids of a text add up to its size; of the separator it is 0.
+        """
+        return np.zeros(self.vocabulary, dtype=np.int64)
+
     @abstractmethod
     def save(self, directory: str | Path) -> None:
         """Write `tokenizer.json` into `directory`, for `load_tokenizer`."""
@@ -79,11 +86,58 @@ class ByteTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray]:
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
 
+    def byte_lengths(self) -> NDArray[np.int64]:
+        return (np.arange(self.vocabulary) != self.separator).astype(np.int64)
+
     def decode(self, ids: ArrayLike) -> str:
         return self._checked(ids).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def save(self, directory: str | Path) -> None:
         (Path(directory) / TOKENIZER_NAME).write_text('{"nlscale": "bytes"}\n')
+
+
+class SymbolTokenizer(Tokenizer):
+    """Symbols with spaces between them, of data that a program made; they are no text.
+
+    Args:
+        name: what made them, such as the name of a task.
+        symbols: of each id, without spaces and each once; the last is the separator.
+
+    Raises:
+        UserError: they are fewer than 2 or more than 2^24, or not such symbols.
+    """
+
+    def __init__(self, name: str, symbols: Sequence[str]) -> None:
+        if not 2 <= len(symbols) <= LARGEST_BPE:
+            raise UserError(f"{len(symbols):,} symbols; give from 2 to {LARGEST_BPE:,}")
+        for symbol in symbols:
+            if not isinstance(symbol, str) or symbol.split() != [symbol]:
+                raise UserError(f"symbol {symbol!r} is no word; give words without spaces")
+        self._symbols = list(symbols)
+        self._ids = {symbol: number for number, symbol in enumerate(symbols)}
+        if len(self._ids) < len(symbols):
+            raise UserError("a symbol is there twice; give each once")
+        self.name, self.vocabulary = name, len(symbols)
+        self.separator = self.vocabulary - 1
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray]:
+        """Raises UserError: a text has a word that is no symbol."""
+        return [np.array([self._id(word) for word in text.split()], self.dtype) for text in texts]
+
+    def decode(self, ids: ArrayLike) -> str:
+        return " ".join(self._symbols[number] for number in self._checked(ids))
+
+    def save(self, directory: str | Path) -> None:
+        content = {"nlscale": "symbols", "name": self.name, "symbols": self._symbols}
+        text = json.dumps(content, ensure_ascii=False)
+        (Path(directory) / TOKENIZER_NAME).write_text(f"{text}\n", encoding="utf-8")
+
+    def _id(self, word: str) -> int:
+        number = self._ids.get(word, self.separator)
+        if number == self.separator:
+            some = " ".join(self._symbols[:5])
+            raise UserError(f"{word!r} is no symbol of {self.name}; its symbols are {some} ...")
+        return number
 
 
 class BpeTokenizer(Tokenizer):
@@ -110,6 +164,13 @@ class BpeTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray]:
         encodings = self._carrier.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+    def byte_lengths(self) -> NDArray[np.int64]:
+        lengths = np.zeros(self.vocabulary, dtype=np.int64)
+        for token, number in self._carrier.get_vocab().items():
+            if number != self.separator:
+                lengths[number] = len(token)  # which spells each byte as one character
+        return lengths
 
     def decode(self, ids: ArrayLike) -> str:
         return self._carrier.decode(self._checked(ids).tolist(), skip_special_tokens=False)
@@ -169,7 +230,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     path = Path(directory) / TOKENIZER_NAME
     try:
         text = path.read_text(encoding="utf-8")
-        if json.loads(text) == {"nlscale": "bytes"}:
+        content = json.loads(text)
+        if content == {"nlscale": "bytes"}:
             return ByteTokenizer()
     except FileNotFoundError:
         raise UserError(
@@ -178,6 +240,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}; restore or rebuild it") from None
     try:
+        if isinstance(content, dict) and content.get("nlscale") == "symbols":
+            return _symbols(content)
         return BpeTokenizer(hf.Tokenizer.from_str(text))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -186,3 +250,10 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             raise
         reason = str(error).partition("\n")[0]
         raise UserError(f"cannot read {path}: {reason}; restore or rebuild it") from None
+
+
+def _symbols(content: dict[str, object]) -> SymbolTokenizer:
+    name, symbols = content.get("name"), content.get("symbols")
+    if not isinstance(name, str) or not isinstance(symbols, list):
+        raise UserError("it has no name or no list of symbols; build the data again")
+    return SymbolTokenizer(name, symbols)

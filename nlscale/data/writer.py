@@ -13,10 +13,11 @@ import numpy as np
 import webdataset
 from numpy.typing import NDArray
 
-from nlscale.data.index import SPLITS, TAR_RECORD, Shard, Split
+from nlscale.data.index import FORMAT, MASKED_FORMAT, SPLITS, TAR_RECORD, Shard, Split
+from nlscale.data.spans import Spans, tokens_that_count
 from nlscale.data.tokenizer import Tokenizer
 
-MEMBER = "tokens.bin"
+MEMBER, MASK_MEMBER = "tokens.bin", "mask.bin"
 _BATCH_BYTES = 4 << 20  # enough documents to keep a BPE busy on all cores
 
 
@@ -24,16 +25,19 @@ class SplitWriter:
     """Concatenates token ids and cuts them into blocks, one tar member a block.
 
     Shards are `{split}-000000.tar` and so on, members `{block:09d}.tokens.bin`, numbered over
-    the whole split. The bytes depend on nothing but the tokens and the arguments.
+    the whole split. The bytes depend on nothing but the tokens and the arguments. With masks each
+    is preceded by `{block:09d}.mask.bin`: a bit a token, an eighth of what a byte would take, and
+    always of a whole block, so that ids begin at the same place in each.
 
     Args:
         block_tokens: ids in a block
         shard_blocks: blocks in a shard
         dtype: of the ids on disk, little-endian
         vocabulary: ids are below it
+        masked: whether there are masks
 
     Fields, final after `close`: `shards`, `tokens`, and `counts` (int64 [vocabulary], how often
-    each id was written). Raises OSError when the disk does.
+    each id was written and counts). Raises OSError when the disk does.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class SplitWriter:
         shard_blocks: int,
         dtype: np.dtype,
         vocabulary: int,
+        masked: bool = False,
     ) -> None:
         self.shards: list[Shard] = []
         self.tokens = 0
@@ -52,17 +57,21 @@ class SplitWriter:
         self._split = split
         self._shard_blocks = shard_blocks
         self._block = np.empty(block_tokens, dtype=dtype)
+        self._masked = masked
+        self._mask = np.ones(block_tokens, dtype=np.bool_)
         self._filled = 0
         self._blocks = 0
         self._file: _HashedFile | None = None
 
-    def write(self, ids: NDArray) -> None:
-        """Append `ids` (any integer dtype, [count])."""
-        while len(ids):
-            here = min(len(ids), len(self._block) - self._filled)
-            self._block[self._filled : self._filled + here] = ids[:here]
-            self._filled += here
-            ids = ids[here:]
+    def write(self, ids: NDArray, mask: NDArray[np.bool_] | None = None) -> None:
+        """Append `ids` (any integer dtype, [count]); `mask` [count]: which count, None: all."""
+        done = 0
+        while done < len(ids):
+            here = min(len(ids) - done, len(self._block) - self._filled)
+            end = self._filled + here
+            self._block[self._filled : end] = ids[done : done + here]
+            self._mask[self._filled : end] = True if mask is None else mask[done : done + here]
+            self._filled, done = end, done + here
             if self._filled == len(self._block):
                 self._write_block()
 
@@ -80,22 +89,14 @@ class SplitWriter:
             self._tar = webdataset.TarWriter(
                 self._file, encoder=False, mtime=0, user="nlscale", group="nlscale"
             )
-            payload = self._block.nbytes
-            padded = -(-payload // TAR_RECORD) * TAR_RECORD
-            self.shards.append(
-                Shard(
-                    name=name,
-                    tokens=0,
-                    blocks=0,
-                    size_bytes=0,
-                    sha256="",
-                    offset=TAR_RECORD,
-                    stride=TAR_RECORD + padded,
-                )
-            )
-        ids = self._block[: self._filled]
-        self._tar.write({"__key__": f"{self._blocks:09d}", MEMBER: ids.tobytes()})
-        self.counts += np.bincount(ids, minlength=len(self.counts))
+            self.shards.append(self._begin(name))
+        ids, counted = self._block[: self._filled], self._mask[: self._filled]
+        members = {"__key__": f"{self._blocks:09d}", MEMBER: ids.tobytes()}
+        if self._masked:  # webdataset writes members in the order of their names
+            self._mask[self._filled :] = False
+            members[MASK_MEMBER] = np.packbits(self._mask, bitorder="little").tobytes()
+        self._tar.write(members)
+        self.counts += np.bincount(ids[counted], minlength=len(self.counts))
         self.tokens += len(ids)
         shard = self.shards[-1]
         shard["tokens"] += len(ids)
@@ -104,6 +105,23 @@ class SplitWriter:
         self._filled = 0
         if shard["blocks"] == self._shard_blocks:
             self._close_shard()
+
+    def _begin(self, name: str) -> Shard:
+        """A shard in which nothing is written yet."""
+        ids = TAR_RECORD + _padded(self._block.nbytes)
+        mask = TAR_RECORD + _padded(-(-len(self._block) // 8)) if self._masked else 0
+        shard = Shard(
+            name=name,
+            tokens=0,
+            blocks=0,
+            size_bytes=0,
+            sha256="",
+            offset=mask + TAR_RECORD,
+            stride=mask + ids,
+        )
+        if self._masked:
+            shard["mask_offset"] = TAR_RECORD
+        return shard
 
     def _close_shard(self) -> None:
         if self._file is None:
@@ -122,33 +140,81 @@ class DataWriter:
         out: the folder
         encoder: the tokenizer
         shard_blocks, block_tokens: see `SplitWriter`
+        masked: whether some tokens may not count as targets
+
+    Fields: `format`, of the index.
 
     Raises:
         OSError: the disk does.
     """
 
-    def __init__(self, out: Path, encoder: Tokenizer, shard_blocks: int, block_tokens: int) -> None:
-        self._encoder = encoder
+    def __init__(
+        self,
+        out: Path,
+        encoder: Tokenizer,
+        shard_blocks: int,
+        block_tokens: int,
+        masked: bool = False,
+    ) -> None:
+        self.format = MASKED_FORMAT if masked else FORMAT
+        self._encoder, self._masked = encoder, masked
+        self._lengths = encoder.byte_lengths()
         self._separator = np.array([encoder.separator], dtype=encoder.dtype)
         self._writers = {
             split: SplitWriter(
-                out, split, block_tokens, shard_blocks, encoder.dtype, encoder.vocabulary
+                out, split, block_tokens, shard_blocks, encoder.dtype, encoder.vocabulary, masked
             )
             for split in SPLITS
         }
         self._documents = dict.fromkeys(SPLITS, 0)
         self._bytes = dict.fromkeys(SPLITS, 0)
-        self._batch: list[tuple[str, str]] = []
+        self._batch: list[tuple[str, str, Spans | None]] = []
         self._batch_bytes = 0
 
-    def add(self, text: str, data: bytes, split: str) -> None:
-        """Append a document, given as str and as UTF-8, to `split`."""
+    def add(self, text: str, data: bytes, split: str, spans: Spans | None = None) -> None:
+        """Append a document, given as str and as UTF-8, to `split`, and a separator.
+
+        `spans` are what counts of its text; None: all of it.
+
+        Raises:
+            ValueError: there are spans, and the folder is one without masks.
+        """
+        if spans is not None and not self._masked:
+            raise ValueError("a document has a mask, and the folder is written without masks")
         self._documents[split] += 1
         self._bytes[split] += len(data)
-        self._batch.append((split, text))
+        self._batch.append((split, text, spans))
         self._batch_bytes += len(data)
         if self._batch_bytes >= _BATCH_BYTES:
             self._flush()
+
+    def add_tokens(self, ids: NDArray, mask: NDArray[np.bool_], split: str) -> None:
+        """Append a document that is tokens already to `split`; no separator is added.
+
+        Args:
+            ids: any integer dtype, [count].
+            mask: [count], whether token i counts as a target.
+            split: "train" or "validation".
+
+        Raises:
+            ValueError: shapes differ, an id is outside the vocabulary, or a token does not count
+                and the folder is one without masks.
+        """
+        if ids.ndim != 1 or mask.shape != ids.shape or mask.dtype != np.bool_:
+            raise ValueError(
+                f"ids {ids.shape} and mask {mask.shape} {mask.dtype}: not [n], bool [n]"
+            )
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self._encoder.vocabulary:
+            raise ValueError(
+                f"ids run from {ids.min()} to {ids.max()}, "
+                f"the vocabulary has {self._encoder.vocabulary}"
+            )
+        if not self._masked and not mask.all():
+            raise ValueError("a token does not count, and the folder is written without masks")
+        self._flush()  # documents stay in their order
+        self._documents[split] += 1
+        self._bytes[split] += int(self._lengths[ids].sum())
+        self._writers[split].write(ids, mask)
 
     def close(self) -> None:
         """Finish all shards; the figures below are final after it."""
@@ -158,30 +224,45 @@ class DataWriter:
 
     def splits(self) -> dict[str, Split]:
         """The `splits` of the index."""
-        return {
-            name: Split(
+        splits = {}
+        for name, writer in self._writers.items():
+            splits[name] = Split(
                 documents=self._documents[name],
                 tokens=writer.tokens,
                 bytes=self._bytes[name],
                 shards=writer.shards,
             )
-            for name, writer in self._writers.items()
-        }
+            if self._masked:
+                splits[name]["counted_tokens"] = int(writer.counts.sum())
+                splits[name]["counted_bytes"] = self._counted_bytes(name)
+        return splits
 
-    def unigram_bits_per_byte(self) -> float:
+    def unigram_bits_per_byte(self) -> float | None:
         """See `nlscale.data.index.Index`."""
-        return (
-            unigram_bits(self._writers["train"].counts, self._writers["validation"].counts)
-            / self._bytes["validation"]
-        )
+        size = self._counted_bytes("validation")
+        train, validation = (self._writers[split].counts for split in SPLITS)
+        return unigram_bits(train, validation) / size if size else None
+
+    def _counted_bytes(self, split: str) -> int:
+        """Bytes of text that the tokens which count stand for."""
+        return int(self._writers[split].counts @ self._lengths)
 
     def _flush(self) -> None:
-        encoded = self._encoder.encode_batch([text for _, text in self._batch])
-        for (split, _), ids in zip(self._batch, encoded, strict=True):
-            self._writers[split].write(ids)
-            self._writers[split].write(self._separator)
+        if not self._batch:
+            return
+        encoded = self._encoder.encode_batch([text for _, text, _ in self._batch])
+        for (split, text, spans), ids in zip(self._batch, encoded, strict=True):
+            mask = None
+            if spans is not None:
+                mask = tokens_that_count(text, spans, ids, self._lengths)
+            self._writers[split].write(np.append(ids, self._separator), mask)
         self._batch.clear()
         self._batch_bytes = 0
+
+
+def _padded(size: int) -> int:
+    """Bytes that data of this size take in a tar file."""
+    return -(-size // TAR_RECORD) * TAR_RECORD
 
 
 def unigram_bits(train: NDArray[np.int64], validation: NDArray[np.int64]) -> float:

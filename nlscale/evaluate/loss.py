@@ -8,22 +8,30 @@ import numpy as np
 import torch
 
 from nlscale.data import Samples
+from nlscale.model.decoder import Decoder
 from nlscale.parallel.consensus import Verdict, agree
 from nlscale.step.micro_batches import run_micro_batches
 from nlscale.step.trainer import Trainer
 
 
-def loss(trainer: Trainer, samples: Samples) -> dict[str, float]:
-    """`loss`, nats a token, and `bits_per_byte` of the text that the tokens stand for."""
-    nats = validation_loss(trainer, samples).loss
-    return {
-        "loss": nats,
-        "bits_per_byte": nats / math.log(2) / samples.shards.bytes_per_token,
-    }
+def loss(trainer: Trainer, samples: Samples) -> dict[str, float | None]:
+    """`loss`, nats a token that counts, and `bits_per_byte` of the text that these stand for.
+
+    The first is None where none counts, the second also where they stand for no text.
+    """
+    verdict, size = validation_loss(trainer, samples), samples.shards.bytes_per_token
+    if not verdict.counted_tokens:
+        return {"loss": None, "bits_per_byte": None}
+    bits = verdict.loss / math.log(2) / size if size else None
+    return {"loss": verdict.loss, "bits_per_byte": bits}
 
 
-def validation_loss(trainer: Trainer, samples: Samples) -> Verdict:
+def validation_loss(
+    trainer: Trainer, samples: Samples, stages: list[Decoder] | None = None
+) -> Verdict:
     """Loss over the first held-out sequences, shared out over the data-parallel ranks.
+
+    `stages` stand in for those of the trainer, where something else is asked of each target.
 
     Every rank passes as many micro batches of one size as the schedule wants; rows beyond its
     share are read again to fill them and are not counted.
@@ -37,7 +45,10 @@ def validation_loss(trainer: Trainer, samples: Samples) -> Verdict:
         numbers = mine[i * size : (i + 1) * size]
         filled = [*numbers, *[0] * (size - len(numbers))]
         rows = np.stack([samples[n] for n in filled])
-        batches.append(trainer.to_batch(rows, samples.shards.separator, len(numbers)))
-    loss_sum, seen = run_micro_batches(trainer.stages, batches, None)
+        masks = [samples.mask(n) for n in filled] if samples.shards.masked else []
+        counts = np.stack([mask for mask in masks if mask is not None]) if masks else None
+        separator = samples.shards.separator
+        batches.append(trainer.to_batch(rows, separator, len(numbers), counts))
+    seen = run_micro_batches(stages or trainer.stages, batches, None)
     no_gradient = torch.ones((), dtype=torch.bool, device=layout.device)
-    return agree(layout, loss_sum, seen, no_gradient).read()
+    return agree(layout, *seen, no_gradient).read()

@@ -35,6 +35,7 @@ class Evaluation:
 
 _TABLE: dict[str, Evaluation] = {
     "loss": Evaluation("nlscale.evaluate.loss:loss"),
+    "task": Evaluation("nlscale.evaluate.accuracy:accuracy"),
 }
 
 

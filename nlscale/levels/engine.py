@@ -44,6 +44,8 @@ class Progress:
 
     tokens: int = 0
     """Tokens in the window, of the steps admitted since the last update, over all ranks."""
+    counted_tokens: int = 0
+    """Targets among them that count: its gradient is a mean over these."""
     updates: int = 0
     reductions: int = 0
     """Across nodes; fewer than steps only where they are deferred."""
@@ -136,11 +138,13 @@ class LevelOptimizer:
             consensus: of all ranks on that step.
         """
         take_step(self.windows, consensus.admitted)
-        tokens = {
-            group: torch.where(consensus.admitted, consensus.tokens + progress.tokens, 0.0)
+        counted = {
+            group: torch.where(
+                consensus.admitted, consensus.counted_tokens + progress.counted_tokens, 0.0
+            )
             for group, progress in self._closing(step).items()
         }
-        return self._apply(step, tokens)
+        return self._apply(step, counted)
 
     def conclude(self, update: Update, verdict: Verdict) -> dict[int, dict[str, float | None]]:
         """Note where the groups stand after an update, once the verdict on its step is known.
@@ -158,7 +162,9 @@ class LevelOptimizer:
         self._sent_again = 0.0
         for group, progress in self.progress.items():
             progress.reductions += every_step or group in update.rates
-            progress.tokens += verdict.tokens if verdict.admitted else 0
+            if verdict.admitted:
+                progress.tokens += verdict.tokens
+                progress.counted_tokens += verdict.counted_tokens
         if not verdict.admitted:
             return self._close_without(update)
         return self._count(update)
@@ -178,8 +184,11 @@ class LevelOptimizer:
             progress.reductions += deferred
             self._sent_again += deferred * self._bytes(group, self._sizes[group])
         device = self.layout.device
-        tokens = {g: torch.tensor(float(p.tokens), device=device) for g, p in held.items()}
-        return self._count(self._apply(update.step, tokens))
+        counted = {
+            group: torch.tensor(float(progress.counted_tokens), device=device)
+            for group, progress in held.items()
+        }
+        return self._count(self._apply(update.step, counted))
 
     def _apply(self, step: int, tokens: dict[SyncGroup, Tensor]) -> Update:
         """Step groups by what is in their gradient buffers, the sum over that many tokens.
@@ -216,13 +225,17 @@ class LevelOptimizer:
         return Update(step, rates, norms_for_host, moved)
 
     def _count(self, update: Update) -> dict[int, dict[str, float | None]]:
-        """Note that the groups of an update have made it, and read what is told of it."""
+        """Note that the groups of an update have made it, and read what is told of it.
+
+        A group in whose window no target counts has made none, and begins another window.
+        """
         done: dict[int, float] = {}
         for group, rate in update.rates.items():
             progress = self.progress[group]
-            if progress.tokens:
-                progress.tokens, progress.updates = 0, progress.updates + 1
+            if progress.counted_tokens:
+                progress.updates += 1
                 done[group.level] = rate
+            progress.tokens = progress.counted_tokens = 0
         norms = update.norms.read()
         none = [0.0] * len(self.levels)
         moved, weights = update.moved.read() if update.moved is not None else (none, none)

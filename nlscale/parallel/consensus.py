@@ -33,9 +33,10 @@ class Verdict:
     """The same on every rank."""
 
     loss: float
-    """Nats per token, mean over the global batch; NaN where some rank's was not finite."""
+    """Nats a token, mean over the targets of the global batch that count; NaN where some rank's was
+    not finite, and where none counts."""
     tokens: int
-    """Tokens of the step, over all ranks."""
+    """Tokens of the step, over all ranks, whether or not they count."""
     admitted: bool
     """False: some rank's loss or gradient was not finite, or the loss was above the limit; the
     step is dropped everywhere."""
@@ -45,6 +46,8 @@ class Verdict:
     """Ranks whose loss was not finite."""
     limit: float = float("inf")
     """Loss above which the step is dropped."""
+    counted_tokens: int = 0
+    """Targets of the step that count, over all ranks."""
 
     @property
     def dropped_because(self) -> str | None:
@@ -67,27 +70,35 @@ class Consensus:
     """A verdict where the device has it, and on its way to the host."""
 
     def __init__(self, report: Tensor, limit: float) -> None:
-        total, tokens, bad, bad_losses, *wishes = report
+        total, tokens, counted, bad, bad_losses, *wishes = report
         self._limit = limit
-        loss = torch.where(bad_losses > 0, torch.nan, total / tokens)
+        loss = torch.where(bad_losses > 0, torch.nan, total / counted)
         self.admitted = (bad == 0) & ~(loss > limit)
         """bool []."""
-        self.tokens = torch.where(self.admitted, tokens, 0.0)
-        """Tokens of the step that enter the windows: none where it is dropped. float64 []."""
-        seen = [loss, tokens, self.admitted.double(), bad_losses, *wishes]
+        self.counted_tokens = torch.where(self.admitted, counted, 0.0)
+        """Targets that count and enter the windows: none where the step is dropped. float64 []."""
+        seen = [loss, tokens, counted, self.admitted.double(), bad_losses, *wishes]
         self._copy = HostCopy(torch.stack(seen))
 
     def read(self) -> Verdict:
         """The verdict; the host waits until the GPU has come to it."""
-        loss, tokens, admitted, bad_losses, *wishes = self._copy.read()
-        asked = Requests(*map(bool, wishes))
-        return Verdict(loss, round(tokens), bool(admitted), asked, round(bad_losses), self._limit)
+        loss, tokens, counted, admitted, bad_losses, *wishes = self._copy.read()
+        return Verdict(
+            loss=loss,
+            tokens=round(tokens),
+            counted_tokens=round(counted),
+            admitted=bool(admitted),
+            asked=Requests(*map(bool, wishes)),
+            losses_not_finite=round(bad_losses),
+            limit=self._limit,
+        )
 
 
 def agree(
     layout: Layout,
     loss_sum: Tensor,
     tokens: int,
+    counted_tokens: int,
     finite: Tensor,
     requests: Requests | None = None,
     limit: float = float("inf"),
@@ -96,8 +107,9 @@ def agree(
 
     Args:
         layout: this rank's place.
-        loss_sum: sum of the losses of this rank's tokens, 0 where it saw none.
-        tokens: how many those were.
+        loss_sum: sum of the losses of this rank's targets that count, 0 where it saw none.
+        tokens: that it saw.
+        counted_tokens: how many of their targets count.
         finite: whether the gradient was finite here, bool []; of the loss it is seen here.
         requests: what this rank asks for.
         limit: loss above which the step is dropped; the same on every rank.
@@ -106,11 +118,12 @@ def agree(
     speaks, good_loss = layout.speaks, torch.isfinite(loss_sum)
     asked = astuple(requests or Requests())
     # From the host in one piece: a number written into a tensor on a GPU is a copy that waits.
-    known = np.array([0, tokens if speaks else 0, 0, 0, *asked], dtype=np.float64)
+    seen = [tokens, counted_tokens] if speaks else [0, 0]
+    known = np.array([0, *seen, 0, 0, *asked], dtype=np.float64)
     report = to_device(known, layout.device)
     if speaks:
         report[0] = torch.where(good_loss, loss_sum, torch.zeros_like(loss_sum))
-    report[2] = ~(finite & good_loss)
-    report[3] = ~good_loss
+    report[3] = ~(finite & good_loss)
+    report[4] = ~good_loss
     dist.all_reduce(report)
     return Consensus(report, limit)

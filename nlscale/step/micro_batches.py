@@ -7,13 +7,39 @@ from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nlscale.levels.window import Window
 from nlscale.model.decoder import Decoder
 from nlscale.ops.documents import Documents
+from nlscale.ops.transfer import to_device
+
+
+class LossMask(NamedTuple):
+    """Which targets of a micro batch count, where some do not."""
+
+    counts: Tensor
+    """bool [rows, sequence]."""
+    number: int
+    """How many do, known to the host."""
+
+    @classmethod
+    def of(cls, counts: NDArray[np.bool_], rows: int, device: torch.device) -> LossMask | None:
+        """The mask of a micro batch; None where all targets of the first rows count.
+
+        Args:
+            counts: [rows, sequence].
+            rows: the first, below which nothing counts whatever is said of it.
+            device: where the model is.
+        """
+        if counts[:rows].all():
+            return None
+        counts = counts & (np.arange(len(counts)) < rows)[:, None]
+        return cls(to_device(counts, device), int(counts.sum()))
 
 
 class Batch(NamedTuple):
@@ -27,13 +53,20 @@ class Batch(NamedTuple):
     """The first rows, whose loss counts; what lies below only fills the shape."""
     documents: Documents | None = None
     """Where they are, where each is to be treated as if it stood alone."""
+    mask: LossMask | None = None
+    """Which of their targets count; None: all."""
+
+    @property
+    def counted_tokens(self) -> int:
+        """Targets that count."""
+        return self.counted * self.tokens.shape[1] if self.mask is None else self.mask.number
 
 
 def run_micro_batches(
     stages: list[Decoder],
     batches: list[Batch],
     windows: list[Window] | None,
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, int, int]:
     """Pass the micro batches of this rank through the model.
 
     Args:
@@ -42,13 +75,16 @@ def run_micro_batches(
         windows: where gradients go; None for a forward pass only (validation).
 
     Returns:
-        The sum of the losses over the counted tokens (0 where the rank does not hold the last
-        stage) and the number of those tokens.
+        The sum of the losses over the targets that count (0 where the rank does not hold the last
+        stage), the tokens of the counted rows, and how many of their targets count.
     """
     sums: list[Tensor] = []
 
-    def loss_of(losses: Tensor, counted: int) -> tuple[Tensor, Tensor, Tensor]:
-        total = losses[:, :counted].sum()
+    def loss_of(losses: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        if batch.mask is None:
+            total = losses[:, : batch.counted].sum()
+        else:  # not a product: 0 times a loss that is not finite is none either
+            total = losses.where(batch.mask.counts.T, 0.0).sum()
         # The schedule works on `total` in place: what is reported is a copy.
         sums.append(total.detach().clone())
         return total, torch.tensor(losses.numel(), dtype=torch.int), sums[-1]
@@ -58,7 +94,7 @@ def run_micro_batches(
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
         batch = next(iterator)
         losses = stage(batch.tokens, batch.targets, batch.documents)
-        return losses, partial(loss_of, counted=batch.counted)
+        return losses, partial(loss_of, batch=batch)
 
     size, length = batches[0].tokens.shape
     stages[0].config.no_sync_func = None if windows is None else lambda: _no_sync(windows)
@@ -75,7 +111,8 @@ def run_micro_batches(
         )
     device = batches[0].tokens.device
     total = torch.stack(sums).sum() if sums else torch.zeros((), device=device)
-    return total, sum(b.counted * b.tokens.shape[1] for b in batches)
+    tokens = sum(b.counted * b.tokens.shape[1] for b in batches)
+    return total, tokens, sum(b.counted_tokens for b in batches)
 
 
 def _no_sync(windows: list[Window]) -> ExitStack:

@@ -25,7 +25,7 @@ from nlscale.ops.transfer import to_device
 from nlscale.parallel.consensus import Requests, Verdict, agree
 from nlscale.parallel.layout import Layout
 from nlscale.step.draw import draw_together
-from nlscale.step.micro_batches import Batch, run_micro_batches
+from nlscale.step.micro_batches import Batch, LossMask, run_micro_batches
 from nlscale.step.stragglers import BusyTime
 from nlscale.step.waits import WaitClock, Waits
 
@@ -45,16 +45,18 @@ class Counters:
     """Global number of the next sample."""
     tokens: int = 0
     """Tokens of the steps that were admitted."""
+    counted_tokens: int = 0
+    """Targets among them that count."""
     dropped: int = 0
     dropped_in_a_row: int = 0
     bytes_sent: float = 0.0
     """Between nodes, by a node, as `nlscale plan` counts them."""
     bytes_saved: float = 0.0
     recent: list[float] = field(default_factory=list)
-    """Losses of the last admitted steps, for `train.drop_spikes`."""
+    """Losses of the last admitted steps that had one, for `train.drop_spikes`."""
     first_loss: float | None = None
     last_losses: list[float] = field(default_factory=list)
-    """Losses of the last admitted steps of the run, as many as its summary averages."""
+    """The same of the run, as many as its summary averages."""
 
 
 @dataclass
@@ -116,7 +118,8 @@ class Trainer:
     ) -> tuple[Verdict, dict[int, dict[str, float | None]]]:
         """One step on this rank's micro batches: what all ranks saw of it, what was updated.
 
-        A step that is not admitted enters no window. A window that is due closes all the same,
+        A step that is not admitted enters no window; one in which no target counts is admitted, has
+        no loss, and adds nothing to them. A window that is due closes all the same,
         with the steps that it holds. The device decides that by itself: the host learns of it when
         all of the step is under way, and waits for nothing before.
 
@@ -132,16 +135,14 @@ class Trainer:
         counters.samples += self.config.train.global_batch
         self.optimizer.start_step(counters.step)
         with doing("forward and backward pass"):
-            loss_sum, seen = run_micro_batches(self.stages, batches, self.optimizer.windows)
+            seen = run_micro_batches(self.stages, batches, self.optimizer.windows)
         self.busy.stop()
         with doing("reduction inside the node"):
             self.optimizer.finish_backward()
         with doing("reduction across nodes"):
             finite = self.optimizer.finish_crossing()
         with doing("consensus"):
-            consensus = agree(
-                self.layout, loss_sum, seen, finite, requests, limit=self._highest_loss()
-            )
+            consensus = agree(self.layout, *seen, finite, requests, limit=self._highest_loss())
         if before_update is not None:
             before_update()
         with doing("update of the levels due"):
@@ -153,20 +154,29 @@ class Trainer:
         self._count(verdict)
         return verdict, updated
 
-    def to_batch(self, rows: NDArray[np.int64], separator: int, counted: int) -> Batch:
+    def to_batch(
+        self,
+        rows: NDArray[np.int64],
+        separator: int,
+        counted: int,
+        counts: NDArray[np.bool_] | None = None,
+    ) -> Batch:
         """A micro batch of samples, [rows, sequence + 1]: the last token of each is only a target.
 
         Args:
             rows: token ids.
             separator: the token that ends a document, where `data.document_mask` tells them apart.
             counted: the first rows, whose loss counts.
+            counts: of the tokens, which count as targets, [rows, sequence + 1]; None: all.
         """
-        device, documents = self.layout.device, None
+        device, documents, mask = self.layout.device, None, None
         if self.config.data.document_mask:
             chunk = self.config.model.memory.chunk
             documents = Documents.of(rows[:, :-1], separator, chunk, device)
+        if counts is not None:
+            mask = LossMask.of(counts[:, 1:], counted, device)
         tokens = to_device(rows, device)
-        return Batch(tokens[:, :-1], tokens[:, 1:], counted, documents)
+        return Batch(tokens[:, :-1], tokens[:, 1:], counted, documents, mask)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters by their names in the whole model."""
@@ -192,7 +202,10 @@ class Trainer:
             counters.dropped_in_a_row += 1
             return
         counters.tokens += verdict.tokens
+        counters.counted_tokens += verdict.counted_tokens
         counters.dropped_in_a_row = 0
+        if not verdict.counted_tokens:  # there is no loss
+            return
         counters.recent = [*counters.recent[1 - _SPIKE_MEMORY :], verdict.loss]
         averaged = max(1, self.config.train.steps // 20)
         counters.last_losses = [*counters.last_losses, verdict.loss][-averaged:]

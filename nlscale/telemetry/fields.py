@@ -84,6 +84,9 @@ _MEMORY = Field(
     "of all its memory",
 )
 
+_NONE_COUNTS = "none of them counts as a target"
+_NO_TEXT = "the tokens that count stand for no text, or there are none"
+
 _NO_PEAK = "on a CPU, in fp32, and on GPUs whose peak is not known"
 
 _RANKS = {
@@ -100,7 +103,17 @@ METRICS: Mapping[str, Mapping[str, Field]] = {
         "step": Field("integer", "steps", "taken so far, this one included"),
         "time": Field("number", "Unix s", "when the step was over"),
         "tokens": Field("integer", "tokens", "of all steps so far, without those dropped"),
-        "loss": Field("number", "nats a token", "mean over the global batch, before the update"),
+        "counted_tokens": Field(
+            "integer",
+            "tokens",
+            "among them that counted as targets: all, where the data have no masks",
+        ),
+        "loss": Field(
+            "number",
+            "nats a token",
+            "mean over the targets of the global batch that count, before the update",
+            null="none of the step counts: it is taken, and adds nothing to any window",
+        ),
         "tokens_per_second": Field("number", "tokens/s", "of this step, over all ranks"),
         "step_seconds": Field("number", "s", "from reading the batch to the end of the update"),
         "mfu": Field(
@@ -159,8 +172,18 @@ METRICS: Mapping[str, Mapping[str, Field]] = {
         "time": Field("number", "Unix s", "when it was over"),
         "seconds": Field("number", "s", "that it took"),
         "tokens": Field("integer", "tokens", "trained on so far"),
-        "loss": Field("number", "nats a token", "mean over the held-out sequences"),
-        "bits_per_byte": Field("number", "bits", "the same, for each byte of text"),
+        "loss": Field(
+            "number",
+            "nats a token",
+            "mean over the targets of the held-out sequences that count",
+            null=_NONE_COUNTS,
+        ),
+        "bits_per_byte": Field(
+            "number",
+            "bits",
+            "the same, for each byte of the text that these stand for",
+            null=_NO_TEXT,
+        ),
         "not_finite": _NOT_FINITE,
     },
     "evaluation": {
@@ -195,10 +218,13 @@ SUMMARY: Mapping[str, Field] = {
         "nats a token",
         "mean over the last steps that were not dropped, a twentieth of the run's steps",
     ),
-    "final_val_loss": Field("number", "nats a token", "of the last validation"),
-    "val_bits_per_byte": Field("number", "bits", "the same, for each byte of text"),
+    "final_val_loss": Field("number", "nats a token", "of the last validation", null=_NONE_COUNTS),
+    "val_bits_per_byte": Field("number", "bits", "the same, for each byte of text", null=_NO_TEXT),
     "unigram_bits_per_byte": Field(
-        "number", "bits", "what the frequencies of the training tokens reach on the same text"
+        "number",
+        "bits",
+        "what the frequencies of the training tokens reach on the same text",
+        null=_NO_TEXT,
     ),
     "steps": Field("integer", "steps", "of the run"),
     "dropped_steps": Field("integer", "steps", "that entered no update"),

@@ -129,7 +129,9 @@ def loss_text(loss: float | None) -> str:
 
 def numbers(record: Mapping[str, Any], validation: float | None) -> str:
     """The numbers of a train record: `loss 2.314  val 2.401  21.3k tok/s`."""
-    parts = [f"loss {loss_text(record['loss'])}"]
+    # A step that was taken without one is a step of which no target counts.
+    none = record["loss"] is None and record.get("dropped_because", "") is None
+    parts = ["no loss" if none else f"loss {loss_text(record['loss'])}"]
     if validation is not None:
         parts.append(f"val {loss_text(validation)}")
     parts.append(f"{human_count(record['tokens_per_second']):>5} tok/s")
@@ -174,8 +176,11 @@ def step_line(
 
 def validation_line(record: Mapping[str, Any], total_steps: int) -> str:
     """The plain line of a validation."""
-    loss, bits = loss_text(record["loss"]), loss_text(record["bits_per_byte"])
-    return f"{step_of(record, total_steps)}  validation loss {loss}  {bits} bits per byte"
+    loss, bits = record["loss"], record["bits_per_byte"]
+    parts = ["no validation loss" if loss is None else f"validation loss {loss_text(loss)}"]
+    if bits is not None:
+        parts.append(f"{loss_text(bits)} bits per byte")
+    return "  ".join([step_of(record, total_steps), *parts])
 
 
 def evaluation_line(name: str, step: int, total_steps: int, figures: Mapping[str, Any]) -> str:

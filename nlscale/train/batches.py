@@ -38,8 +38,9 @@ class StepReader:
         reader, batches = self._prepared.reader, []
         for i in range(self._prepared.micro_batches):
             offset = (i * layout.data_size + layout.data_rank) * size
-            rows = reader.read(first + offset, size)
-            batches.append(self._trainer.to_batch(rows, reader.samples.shards.separator, size))
+            rows, counts = reader.read(first + offset, size), reader.masks(first + offset, size)
+            separator = reader.samples.shards.separator
+            batches.append(self._trainer.to_batch(rows, separator, size, counts))
         return batches
 
 

@@ -48,6 +48,11 @@ def prepare(config: Config) -> Prepared:
     check_evaluations(config.evaluate)
     shards = TokenShards(Path(config.data.dir), "train", verify=False)
     held_out = TokenShards(Path(config.data.dir), "validation", verify=False)
+    if not shards.counted_tokens:
+        raise UserError(
+            f"no token of the train split of {config.data.dir} counts as a target; mend the masks "
+            f"of its sources and build it again"
+        )
     model.vocabulary = model.vocabulary or shards.vocabulary
     if model.vocabulary < shards.vocabulary:
         raise UserError(

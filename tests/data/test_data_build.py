@@ -249,7 +249,7 @@ def test_sources_that_change_meanwhile_are_noticed(
         out.mkdir()
         (tmp_path / "in" / "003.txt").write_text("changed")
 
-    monkeypatch.setattr("nlscale.data.build._clear", change)
+    monkeypatch.setattr("nlscale.data.build.clear", change)
     with pytest.raises(UserError, match="changed while"):
         small([str(tmp_path / "in")], tmp_path / "out")
 

@@ -20,7 +20,7 @@ KEYS = [
 class Sequences:
     """Held-out samples, as the shards would give them."""
 
-    shards = SimpleNamespace(separator=0, bytes_per_token=1.0)
+    shards = SimpleNamespace(separator=0, bytes_per_token=1.0, masked=False)
 
     def __len__(self) -> int:
         return 96

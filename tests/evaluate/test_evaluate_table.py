@@ -41,7 +41,7 @@ def test_what_makes_an_entry_is_there(entry: Any) -> None:
     [
         (mixers.mixer, "no mixer is called 'hopes'; did you mean 'hope'?"),
         (rules.rule, "no optimizer rule is called 'hopes'; there are adamw"),
-        (evaluations.evaluation, "no evaluation is called 'hopes'; there are loss"),
+        (evaluations.evaluation, "no evaluation is called 'hopes'; there are loss, task"),
     ],
 )
 def test_an_unknown_name_names_the_nearest(ask: Callable[[str], Any], said: str) -> None:

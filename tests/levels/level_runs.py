@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -77,9 +78,10 @@ def run_engine(overrides: list[str], spoil: dict[int, int] | None = None) -> dic
 
     Returns:
         losses, the full parameters at the end, a hash of the parameters after each step, the
-        updates and reductions of each level; `started` at each step, the reductions across nodes
-        that this rank began while its backward pass went on, and all of them; `bytes_by_step`, as
-        the trainer counts them, and `sent`, those that its wire counted on all ranks of a node.
+        updates and reductions of each level, and the `fills` of its windows; `started` at each
+        step, the reductions across nodes that this rank began while its backward pass went on, and
+        all of them; `bytes_by_step`, as the trainer counts them, and `sent`, those that its wire
+        counted on all ranks of a node.
     """
     config = load(overrides)
     with process_groups(config) as layout:
@@ -108,6 +110,7 @@ def run_engine(overrides: list[str], spoil: dict[int, int] | None = None) -> dic
             "bytes_by_step": [now - before for now, before in zip(sent, [0, *sent], strict=False)],
             "sent": sum(of_ranks) / layout.all_nodes,
             "counts": [trainer.optimizer.counts(level.index) for level in levels],
+            "fills": [trainer.optimizer.window_fill(level.index, 100) for level in levels],
         }
 
 
@@ -179,10 +182,10 @@ def run_oracle(overrides: list[str], skip: frozenset[int] = frozenset()) -> dict
         for step in range(1, config.train.steps + 1):
             model.zero_grad()
             batch = sequences(config, step)
-            loss = sum(model(b.tokens, b.targets).sum() for b in batch)
-            count = sum(b.tokens.numel() for b in batch)
+            loss = sum(_counted(model(b.tokens, b.targets, b.documents), b) for b in batch)
+            count = sum(b.counted_tokens for b in batch)
             loss.backward()
-            losses.append(loss.item() / count)
+            losses.append(loss.item() / count if count else math.nan)
             if step not in skip:
                 for name, p in named.items():
                     sums[name] += p.grad
@@ -194,6 +197,11 @@ def run_oracle(overrides: list[str], skip: frozenset[int] = frozenset()) -> dict
             "losses": losses,
             "parameters": {n: p.detach().clone() for n, p in named.items()},
         }
+
+
+def _counted(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Sum of the losses [sequence, 1] of targets that count, from which the others are left out."""
+    return losses.T[batch.mask.counts].sum() if batch.mask is not None else losses.sum()
 
 
 def _step(config, levels, due, group_of, named, sums, tokens, adam, step) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from nlscale.telemetry import terminal
 from nlscale.telemetry.run import Telemetry, WandbOptions
-from nlscale.telemetry.terminal import Pace, duration, step_line, summary_lines
+from nlscale.telemetry.terminal import Pace, duration, step_line, summary_lines, validation_line
 
 
 def train(step: int, loss: float | None = 2.3142, dropped: int = 0) -> dict[str, Any]:
@@ -55,6 +55,15 @@ def test_the_step_line_says_everything_in_order() -> None:
         "step 120/400   30%  loss 2.314  val 2.401  21.3k tok/s  eta 2m10s  "
         "updates base 120 medium 30 slow 7"
     )
+
+
+def test_where_nothing_counts_there_is_no_loss() -> None:
+    """Which is not the same as one that is not finite."""
+    line = step_line({**train(7, loss=None), "dropped_because": None}, 400, None, 1)
+    assert "no loss" in line and "NOT FINITE" not in line
+    record = {"step": 7, "loss": 2.5, "bits_per_byte": None}
+    assert validation_line(record, 400) == "step   7/400  validation loss 2.500"
+    assert validation_line({**record, "loss": None}, 400) == "step   7/400  no validation loss"
 
 
 def test_the_step_line_names_dropped_steps_and_bad_losses() -> None:
