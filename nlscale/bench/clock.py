@@ -67,9 +67,9 @@ class Ceilings:
     """Read and written by a copy."""
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Of one device: a square product of 8192 (CPU: 512), a copy of 2 GiB (CPU: 64 MiB)."""
-    large = device.type == "cuda"
+def ceilings(device: torch.device, dtype: torch.dtype, small: bool = False) -> Ceilings:
+    """Of one device: a square product of 8192, a copy of 2 GiB; small or on a CPU 512, 64 MiB."""
+    large = device.type == "cuda" and not small
     size, count = (8192, 2**30) if large else (512, 2**25)
     x = torch.randn(size, size, device=device, dtype=dtype)
     product = median_seconds(device, 10, lambda _: x @ x)

@@ -33,8 +33,6 @@ def trace(step: Callable[[], Any], path: Path | None) -> dict[str, Any]:
     with profile(activities=activities) as profiler:
         for _ in range(STEPS):
             step()
-        if on_gpu:
-            torch.cuda.synchronize()
     if path is not None:
         profiler.export_chrome_trace(str(path))
     return account_of(profiler.key_averages(), on_gpu)
@@ -50,7 +48,7 @@ def account_of(events: Sequence[Any], on_gpu: bool) -> dict[str, Any]:
     """
     on_host: dict[str, Any] = dict.fromkeys(("host_waits", "launches", "pageable_copies"))
     if on_gpu:
-        # the last wait is that of `trace` itself
+        # the last wait is the profiler's own
         waits = sum(e.count for e in events if e.key in _WAITS) - 1
         on_host["host_waits"] = max(0, waits) / STEPS
         on_host["launches"] = sum(e.count for e in events if e.key in _LAUNCHES) / STEPS

@@ -54,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare only these runs, for example optimizer.learning_rate=0.001",
     )
     parser.add_argument(
+        "--each",
+        metavar="KEY",
+        help="a table for each value of this key, such as data.dir for several tasks",
+    )
+    parser.add_argument(
         "--effect",
         type=number(above=0),
         metavar="X",
@@ -72,29 +77,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from nlscale.scaling.compare.comparison import compare
-    from nlscale.scaling.compare.runs import find_runs, grid, where
-    from nlscale.scaling.compare.show import draw_comparison, print_comparison
+    from nlscale.scaling.compare.answer import answer
+    from nlscale.scaling.compare.question import SEED, Question
+    from nlscale.scaling.compare.show import draw_answer, print_answer, to_plain
 
     if args.figure is not None and args.figure.suffix not in _FIGURES:
         raise UserError(f"--figure {args.figure} must end in {', '.join(_FIGURES)}")
-    baselines = _pairs(args.baseline, "--baseline")
-    runs, left_out = find_runs(args.runs, args.metric)
-    for key, value in _pairs(args.where, "--where").items():
-        runs = where(runs, key, value)
-    dealt = grid(runs, args.by, args.paired_by or ["run.seed"])
-    found = compare(dealt, args.metric, args.level, baselines, args.effect)
-    for line in left_out:
+    question = Question(
+        by=args.by,
+        paired_by=args.paired_by or [SEED],
+        metric=args.metric,
+        baselines=_pairs(args.baseline, "--baseline"),
+        each=args.each,
+        only=_pairs(args.where, "--where"),
+        effect=args.effect,
+        level=args.level,
+    )
+    found = answer(args.runs, question)
+    for line in found.left_out:
         print(f"nlscale compare: {line}", file=sys.stderr)
     if args.json:
-        print(json.dumps(found.to_plain(), indent=1))
+        print(json.dumps(to_plain(found), indent=1))
     else:
+        from rich.console import Console
+
         width = None if sys.stdout.isatty() else _FILE_WIDTH
-        print_comparison(found, Console(highlight=False, markup=False, width=width))
+        print_answer(found, Console(highlight=False, markup=False, width=width))
     if args.figure is not None:
-        print(draw_comparison(found, args.figure), file=sys.stderr if args.json else sys.stdout)
+        print(draw_answer(found, args.figure), file=sys.stderr if args.json else sys.stdout)
     return 0
 
 

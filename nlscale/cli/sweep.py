@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from nlscale.cluster.machines import Cluster
+    from nlscale.scaling.compare.question import Question
     from nlscale.scaling.sweep.cost import Price
     from nlscale.scaling.sweep.runs import Run
     from nlscale.scaling.sweep.search import Choices
@@ -63,6 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of the GPUs' peak that the price assumes (default: %(default)s)",
     )
+    parser.add_argument(
+        "--build-data",
+        action="store_true",
+        help="first run those commands of the sweep's build_data whose folder is not there",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(func=_sweep)
 
@@ -84,6 +90,7 @@ def _sweep(args: argparse.Namespace) -> int:
 
     from nlscale.cluster.machines import load_cluster
     from nlscale.scaling.sweep import search as searching
+    from nlscale.scaling.sweep.build_data import build_missing
     from nlscale.scaling.sweep.cost import Price
     from nlscale.scaling.sweep.spec import read_sweep
 
@@ -106,9 +113,12 @@ def _sweep(args: argparse.Namespace) -> int:
         width=None if sys.stdout.isatty() else _FILE_WIDTH,
     )
     asked = _Asked(args, cluster, price, scripts, console)
+    if args.build_data and not args.dry_run:
+        build_missing(sweep, lambda line: console.print(line, soft_wrap=True))
     search = sweep.search
     if search is None:
-        plain = _stage(asked, sweep).plain
+        last = _stage(asked, sweep)
+        plain = last.plain
     else:
         first = _stage(asked, searching.search_of(sweep, search))
         found = searching.choices(search, first.runs, first.states)
@@ -123,9 +133,23 @@ def _sweep(args: argparse.Namespace) -> int:
         finals = searching.finals_of(sweep, search)
         last = _stage(asked, finals, partial(_chosen, search, found), waits=found is None)
         plain = last.plain | {"search": first.plain, "chosen": found}
+    if sweep.compare is not None and all(state.finished for state in last.states.values()):
+        plain["compared"] = _compare(sweep.compare, last, console, args.json)
     if args.json:
         print(json.dumps(plain, indent=1))
     return 0
+
+
+def _compare(question: Question, last: _Stage, console: Console, quiet: bool) -> dict[str, Any]:
+    """What the runs say, as JSON; printed as well, unless that is all that is printed."""
+    from nlscale.scaling.compare.answer import answer
+    from nlscale.scaling.compare.show import print_answer, to_plain
+
+    found = answer([run.folder for run in last.runs], question)
+    if not quiet:
+        console.print()
+        print_answer(found, console)
+    return to_plain(found)
 
 
 def _chosen(search: Search, found: Choices | None, runs: list[Run]) -> list[Run]:

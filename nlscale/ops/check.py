@@ -181,7 +181,8 @@ def _errors_of_repetitions(
         if of_sequence and not torch.equal(x, again):
             apart[f"one of several equal {name}"] = float("inf")
         elif not of_sequence:  # the sum over sequences is torch's, and may round by its own order
-            apart[f"another head's {name}"] = (x - again).norm().item() / again.norm().item()
+            error = (x - again).norm().item() / again.norm().item()
+            apart[f"another head's {name}"] = _or_infinite(error)
     return relative_errors(first, want) | apart
 
 
@@ -204,8 +205,13 @@ def relative_errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str
     for name, value in want.items():
         scale = sum(norms[part] for part in _TOGETHER.get(name, (name,)) if part in norms)
         error = (got[name].to(value.device).double() - value.double()).norm().item() / scale
-        errors[name] = error if error == error else float("inf")
+        errors[name] = _or_infinite(error)
     return errors
+
+
+def _or_infinite(error: float) -> float:
+    """NaN compares with nothing: it is larger than every bound."""
+    return error if error == error else float("inf")
 
 
 def refuse_beyond(

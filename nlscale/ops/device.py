@@ -19,10 +19,11 @@ _assumed: list[int] = []
 
 
 def generation(x: Tensor) -> int:
-    """The major compute capability of the GPU that a tensor is on, such as 9; 0 on a CPU."""
+    """The major compute capability of the NVIDIA GPU that a tensor is on, such as 9; else 0."""
     if _assumed:
         return _assumed[-1]
-    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
+    nvidia = x.is_cuda and torch.version.hip is None
+    return torch.cuda.get_device_capability(x.device)[0] if nvidia else 0
 
 
 @contextmanager

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+_ASKS_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -78,7 +81,7 @@ def import_megatron_core() -> None:
     Its fused functions, none of which nlscale calls here, are handed to `torch.compile` when they
     are imported, which imports the compiler; and its timers look for wandb.
     """
-    if torch.cuda.is_available():
+    if _has_gpu():
         return
     any_torch: Any = torch
     compiles, tracker = torch.compile, sys.modules.get("wandb", _ABSENT)
@@ -91,6 +94,22 @@ def import_megatron_core() -> None:
         del sys.modules["wandb"]
         if tracker is not _ABSENT:
             sys.modules["wandb"] = tracker
+
+
+def _has_gpu() -> bool:
+    """Whether there is one, by asking its driver's library for management, where that is there.
+
+    CUDA itself is not begun, after which no process that is forked from this one could use it.
+    """
+    asked = os.environ.get(_ASKS_NVML)
+    os.environ[_ASKS_NVML] = "1"
+    try:
+        return torch.cuda.is_available()
+    finally:
+        if asked is None:
+            del os.environ[_ASKS_NVML]
+        else:
+            os.environ[_ASKS_NVML] = asked
 
 
 def _keep_freed_memory() -> None:

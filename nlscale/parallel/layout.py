@@ -117,7 +117,7 @@ def _join(
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "nccl"
-        _take_gpu(here)
+        take_gpu(here)
     _check_numbering(config.parallel, here)
     meeting = meet(timeouts.startup, told) if here.meets else None
     store = meeting.store if meeting else dist.HashStore()
@@ -146,8 +146,12 @@ def _told(config: Config, more: Told) -> Told:
     }
 
 
-def _take_gpu(here: Place) -> None:
-    """Take the GPU of this rank's number on its node."""
+def take_gpu(here: Place) -> None:
+    """Take the GPU of this rank's number on its node.
+
+    Raises:
+        UserError: it sees fewer.
+    """
     seen = torch.cuda.device_count()
     if here.local_rank >= seen:
         raise UserError(

@@ -46,7 +46,9 @@ class _Case:
     dtype: torch.dtype = torch.bfloat16
 
 
-def check_scan(chunk: int | None = None) -> dict[str, Any]:
+def check_scan(
+    chunk: int | None = None, head: int | None = None, short: bool = False
+) -> dict[str, Any]:
     """Reads and all gradients of each mixer, chunk, head size and dtype, against a reference.
 
     The reference is the token-by-token recurrence in float64, on the CPU, for short sequences;
@@ -59,14 +61,16 @@ def check_scan(chunk: int | None = None) -> dict[str, Any]:
 
     Args:
         chunk: check the scan in chunks of this size alone; None: in each that kernels take. On a
-                CPU, which has none, it is in chunks of 16.
+            CPU, which has none, it is in chunks of 16.
+        head: likewise, heads of this dimension alone.
+        short: leave out what takes a GPU's memory, or a CPU seconds to compare with.
 
     Returns:
         `ok`, what it ran on, and `rows`: the largest `error` and of `what`, its `bound`, whether
         the second run was the same (`repeats`), and what it was compared with (`against`).
     """
     device = here()
-    cases = _cases(device, chunk)
+    cases = _cases(device, chunk, head, short)
     parts = [(mixer, case) for case in cases for mixer in _MIXERS]
     rows = [_check(*part, device) for part in each("scan --check", parts, _label)]
     if device.type == "cuda":
@@ -84,19 +88,21 @@ def check_scan(chunk: int | None = None) -> dict[str, Any]:
     }
 
 
-def _cases(device: torch.device, only: int | None) -> Iterator[_Case]:
+def _cases(
+    device: torch.device, only_chunk: int | None, only_head: int | None, short_ones: bool
+) -> Iterator[_Case]:
     on_gpu = device.type == "cuda"
     for chunk, d in SIZES if on_gpu else _ON_CPU:
-        if on_gpu and only not in (None, chunk):
+        if on_gpu and (only_chunk not in (None, chunk) or only_head not in (None, d)):
             continue
         short = Size(1, 2 * chunk + chunk // 2 + 1, 2, d)
         yield _Case("short", chunk, short)
         yield _Case("short", chunk, short, torch.float32)
         yield _Case("one token", chunk, Size(1, 1, 2, d))
         yield _Case("documents", chunk, Size(2, 5 * chunk, 2, d))
-        if on_gpu:
+        if on_gpu and not short_ones:
             yield _Case(_TRAINING, chunk, Size(8, 64 * chunk, 16, d))
-        if on_gpu and chunk == 64:
+        if on_gpu and not short_ones and chunk == 64:
             yield _Case("large", chunk, Size(8, 1024, 16, d))
             yield _Case("long", chunk, Size(1, 32768, 2, d))
 

@@ -195,7 +195,7 @@ AXES = st.dictionaries(
 
 
 @examples(250)
-@given(AXES, files(["recipe", "dir", "set", "axes", "workers", "build_data"]))
+@given(AXES, files(["recipe", "dir", "set", "axes", "workers", "build_data", "search", "compare"]))
 def test_a_sweep_file_is_read_or_refused(axes: dict[str, Any], rest: str) -> None:
     text = f"recipe: quickstart\ndir: x\naxes: {trees.dump(axes)}\n"
     read_file(text, read_sweep)

@@ -186,3 +186,19 @@ def test_attention_that_sees_another_document_is_refused(monkeypatch: pytest.Mon
             else pytest.raises(TrainingFailed, match=r"documents.* torch ")
         ):
             check_kernels(run("model.mixer=attention", "data.document_mask=true"), 0, CPU)
+
+
+@pytest.mark.parametrize("name", ["key", "reads"])
+def test_numbers_that_are_none_in_one_of_several_heads_are_found(name: str) -> None:
+    of_sequence = torch.randn(2, 4, 3, 8)
+    got = {
+        "reads": of_sequence[:1, :2].repeat(2, 2, 1, 1),
+        "key": torch.randn(2, 8, 8).repeat(2, 1, 1),
+    }
+    want = {"reads": got["reads"][:1, :2].clone(), "key": got["key"][:2] / 2}
+    right = check._errors_of_repetitions(got, want, rows=2, heads=4)
+    assert max(right.values()) < 1e-6
+    got[name][..., 3, 0, 0] = float("nan")
+    wrong = check._errors_of_repetitions(got, want, rows=2, heads=4)
+    with pytest.raises(TrainingFailed):
+        check.refuse_beyond(0.05, wrong, "torch", CPU)

@@ -36,7 +36,7 @@ _SWEEP = {
     "set": (
         "mapping of keys",
         "Keys that all runs set otherwise than the recipe, dotted or nested. Those that a sweep "
-        "sets itself are refused: `run.dir`, `resume.start`, `checkpoint.steps`, "
+        "sets itself are refused: `run.dir`, `run.purpose`, `resume.start`, `checkpoint.steps`, "
         "`checkpoint.keep_every`.",
     ),
     "axes": (
@@ -51,8 +51,20 @@ _SWEEP = {
         "Runs at a time on one machine; null: one for each GPU, or for each core.",
     ),
     "build_data": (
-        "text",
-        "The command that makes the data, which is named where there are none.",
+        "text or list",
+        "The commands that make the data, which are named where there are none; `--build-data` "
+        "runs them.",
+    ),
+    "compare": (
+        "mapping or null",
+        "What is asked of the runs when all have finished: `by`, `each`, `metric`, `baseline` and "
+        "`effect`, as the options of [`nlscale compare`](../how-to/compare.md) mean them.",
+    ),
+    "search": (
+        "mapping or null",
+        "A setting that is chosen first: `key` and `values`, each tried on one `seed` at `length` "
+        "(1) of a run; the best `keep` (1) are run on the seeds of the axis `run.seed`. See "
+        "[compare runs](../how-to/compare.md#settings-that-were-chosen).",
     ),
 }
 _SWEEP_AXES = """

@@ -12,11 +12,10 @@ from typing import Any
 from nlscale.config import recipe
 from nlscale.config.vocabulary import Purpose
 from nlscale.errors import UserError
+from nlscale.scaling.compare.question import VAL_LOSS
 from nlscale.telemetry.figures import SUMMARY_FILE, read_records
 from nlscale.train.folder import CONFIG_FILE, Run, read_summary
 
-VAL_LOSS = "val_loss"
-"""The metric that is a mean over the last validations."""
 LAST = 3
 """Validations that it averages; a run that validated less often has fewer."""
 _NO_FACTOR = ("run.dir", "checkpoint.", "resume.", "wandb.", "timeouts.", "run.max_restarts")
@@ -83,18 +82,28 @@ def find_runs(paths: Iterable[Path], metric: str) -> tuple[list[Measured], list[
     return found, left_out
 
 
+def values_of(runs: Sequence[Measured], key: str) -> list[str]:
+    """The distinct values of a key, in the order of the runs.
+
+    Raises:
+        UserError: no run has that key.
+    """
+    there = list(dict.fromkeys(run.keys[key] for run in runs if key in run.keys))
+    if not there:
+        raise UserError(recipe.unknown_key(key))
+    return there
+
+
 def where(runs: Sequence[Measured], key: str, value: str) -> list[Measured]:
     """Those whose key has that value, numbers compared as such.
 
     Raises:
         UserError: no run has that key, or that value of it.
     """
-    there = dict.fromkeys(run.keys[key] for run in runs if key in run.keys)
-    if not there:
-        raise UserError(f"--where {key}={value}: {recipe.unknown_key(key)}")
+    there = values_of(runs, key)
     chosen = [r for r in runs if key in r.keys and _as_number(r.keys[key]) == _as_number(value)]
     if not chosen:
-        raise UserError(f"--where {key}={value}: no run has it; there are {', '.join(there)}")
+        raise UserError(f"no run has {key}={value}; there are {', '.join(there)}")
     return chosen
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nlscale.config.units import human_count
+from nlscale.scaling.compare.answer import Answer
 from nlscale.scaling.compare.comparison import Comparison, Contrast
 from nlscale.scaling.compare.runs import Cell
 from nlscale.telemetry.figures import save_figure
@@ -19,6 +20,23 @@ _SHOWN_KEYS = 6
 _STYLES = {"undecided": "yellow"}
 # Okabe-Ito: told apart with every common form of colour blindness.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def to_plain(found: Answer) -> dict[str, Any]:
+    """As JSON holds it: a comparison, or under `each` one by the value that sets them apart."""
+    if set(found.tables) == {""}:
+        return found.tables[""].to_plain()
+    return {"each": {value: one.to_plain() for value, one in found.tables.items()}}
+
+
+def print_answer(found: Answer, out: Console) -> None:
+    """Print one table after the other."""
+    for value, one in found.tables.items():
+        if value:
+            out.print(f"{value}:", style="bold")
+        print_comparison(one, out)
+        if value:
+            out.print()
 
 
 def print_comparison(one: Comparison, out: Console) -> None:
@@ -88,23 +106,30 @@ def _also(one: Comparison) -> list[str]:
     return lines
 
 
-def draw_comparison(one: Comparison, out: Path) -> Path:
-    """Draw every pair as a line through the cells, and every contrast with its interval."""
+def draw_answer(found: Answer, out: Path) -> Path:
+    """Draw a row for each table: pairs as lines through the cells, contrasts with intervals."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     style = {"font.size": 10, "axes.spines.right": False, "axes.spines.top": False}
-    grid = one.grid
+    tables = found.tables
     with rc_context(style):
-        height = 2.6 + 0.34 * max(len(grid.cells), len(one.contrasts))
+        rows = [max(len(one.grid.cells), len(one.contrasts)) for one in tables.values()]
+        height = 0.7 + sum(1.3 + 0.34 * count for count in rows)
         figure = Figure(figsize=(10.0, height), dpi=160, layout="constrained")
-        left, right = figure.subplots(1, 2)
-        _draw_cells(left, one, grid.cells)
-        _draw_contrasts(right, one)
-        pairs = len(grid.pairs)
+        panels = figure.subplots(len(tables), 2, squeeze=False)
+        for (left, right), (value, one) in zip(panels, tables.items(), strict=True):
+            _draw_cells(left, one, one.grid.cells)
+            _draw_contrasts(right, one)
+            if value:
+                left.set_title(value, fontsize=10, loc="left", fontweight="bold")
+        one = next(iter(tables.values()))
+        panels[-1][0].set_xlabel(f"{one.metric} (a line joins a pair; bars are means)")
+        panels[-1][1].set_xlabel("difference, intervals of all together; grey: undecided")
+        pairs = len(one.grid.pairs)
         figure.suptitle(
             f"{one.metric}, {pairs} {'pair' if pairs == 1 else 'pairs'} by "
-            f"{' and '.join(grid.paired_by)}",
+            f"{' and '.join(one.grid.paired_by)}",
             x=0.02, ha="left", fontsize=11, fontweight="bold",
         )  # fmt: skip
         return save_figure(figure, out)
@@ -123,7 +148,6 @@ def _draw_cells(axes: Any, one: Comparison, cells: list[Cell]) -> None:
     axes.set_yticks(list(places), [" ".join(cell) for cell in cells])
     axes.invert_yaxis()
     axes.margins(y=0.15)
-    axes.set_xlabel(f"{one.metric} (a line joins a pair; bars are means)")
 
 
 def _draw_contrasts(axes: Any, one: Comparison) -> None:
@@ -142,4 +166,3 @@ def _draw_contrasts(axes: Any, one: Comparison) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.margins(y=0.3)
-    axes.set_xlabel(f"difference, {one.level:.0%} intervals of all together; grey: undecided")

@@ -198,4 +198,8 @@ def _seen_vocabulary(sweep: Sweep, data: str) -> int | None:
 
 def _require_data(sweep: Sweep, config: Config) -> None:
     if sweep.build_data and not Path(config.data.dir).exists():
-        raise UserError(f"no data at {config.data.dir}; build it with: {sweep.build_data}")
+        its_own = [text for text in sweep.build_data if config.data.dir in text.split()]
+        commands = " && ".join(its_own or sweep.build_data)
+        raise UserError(
+            f"no data at {config.data.dir}; build it with: {commands} (--build-data does)"
+        )

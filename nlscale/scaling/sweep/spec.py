@@ -15,11 +15,13 @@ from nlscale.config.fields import path as path_field
 from nlscale.config.fields import within
 from nlscale.config.units import Period
 from nlscale.errors import UserError
+from nlscale.scaling.compare.question import VAL_LOSS, Question
 from nlscale.scaling.sweep.ladder import Ladder
 
 _MOST = 1_000_000
 _SIZE, _TOKENS, _PER_PARAMETER = "size", "tokens", "per_parameter"
 _SEED = "run.seed"
+_BUILD = "write it as it is typed: nlscale data build --source ... --out ..."
 _SEARCH = "write {key: optimizer.learning_rate, values: [1e-3, 2e-3], seed: 1, length: 0.25}"
 _OURS = ("run.dir", "run.purpose", "resume.start", "checkpoint.steps", "checkpoint.keep_every")
 """Keys that a sweep sets itself."""
@@ -75,7 +77,10 @@ class Sweep:
     ladder: Ladder | None = None
     """How the sizes of the axis `size` follow from their targets."""
     workers: int | None = None
-    build_data: str | None = None
+    build_data: tuple[str, ...] = ()
+    """Commands that build what its runs read, `nlscale data build ...`."""
+    compare: Question | None = None
+    """What is asked of its runs at the end."""
     search: Search | None = None
     share: float = 1.0
     """Of its length that each run has."""
@@ -91,7 +96,8 @@ class _File:
     axes: Any = MISSING
     search: Any = None
     workers: int | None = within(None, above=0, most=4096)
-    build_data: str = ""
+    build_data: Any = ""
+    compare: Any = None
 
 
 _SWEEP = schema.Kind(
@@ -122,7 +128,8 @@ def read_sweep(given: str | Path) -> Sweep:
         axes=axes,
         ladder=ladder,
         workers=file.workers,
-        build_data=file.build_data,
+        build_data=_commands(file.build_data, f"{path}: build_data"),
+        compare=_question(file.compare, f"{path}: compare") if file.compare is not None else None,
         search=_search(file.search, axes, f"{path}: search") if file.search is not None else None,
     )
     _check_overlap(sweep)
@@ -154,6 +161,37 @@ def _axes(tree: Any, path: Path) -> tuple[dict[str, list[Value]], Ladder | None]
             if names.count(twice) > 1:
                 raise UserError(f"{where}: two values are called {twice}; take out or rename one")
     return axes, ladder
+
+
+def _commands(tree: Any, where: str) -> tuple[str, ...]:
+    given = tree if isinstance(tree, list) else [tree] if tree else []
+    for command in given:
+        if not isinstance(command, str):
+            raise UserError(f"{where}: {scalars.shown(command)} is no command; {_BUILD}")
+    return tuple(given)
+
+
+def _question(tree: Any, where: str) -> Question:
+    """With the options of `nlscale compare`."""
+    known = ("by", "each", "metric", "baseline", "effect")
+    if not isinstance(tree, dict) or not tree.get("by"):
+        raise UserError(f"{where}: write what is compared, such as {{by: model.mixer}}")
+    _known(tree, known, where)
+    by = tree["by"] if isinstance(tree["by"], list) else [tree["by"]]
+    each, baselines = tree.get("each"), tree.get("baseline") or {}
+    if not isinstance(baselines, dict):
+        raise UserError(f"{where}.baseline: write a value for a key: {{model.mixer: attention}}")
+    for key in (*by, *([each] if each else []), *baselines):
+        if not recipe.has_key(str(key)):
+            raise UserError(f"{where}: {recipe.unknown_key(str(key))}")
+    effect = tree.get("effect")
+    return Question(
+        by=[str(key) for key in by],
+        metric=str(tree.get("metric", VAL_LOSS)),
+        baselines={str(key): str(value) for key, value in baselines.items()},
+        each=None if each is None else str(each),
+        effect=None if effect is None else _number(effect, f"{where}.effect", float),
+    )
 
 
 def _search(tree: Any, axes: dict[str, list[Value]], where: str) -> Search:

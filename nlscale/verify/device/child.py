@@ -15,15 +15,21 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from nlscale.cluster.life import place as here
 from nlscale.cluster.life.exits import exit_with
 from nlscale.cluster.life.place import without_place
 from nlscale.errors import UserError
+from nlscale.parallel.layout import take_gpu
 from nlscale.telemetry.files import replace, to_json
 from nlscale.verify.device.parts import Part
 
 
 def measured(part: Part, scratch: Path, tiny: bool) -> dict[str, Any]:
-    """What the part has found, as JSON will hold it."""
+    """What the part has found, as JSON will hold it; on the GPU of this rank, if it has one."""
+    if torch.cuda.is_available():
+        take_gpu(here.place())
     module, _, function = part.measure.partition(":")
     found: dict[str, Any] = getattr(importlib.import_module(module), function)(
         scratch, tiny, **part.given

@@ -29,12 +29,15 @@ from nlscale.cluster.life.place import place
 from nlscale.config import recipe
 from nlscale.config.units import human_bytes
 from nlscale.config.vocabulary import Config
-from nlscale.errors import UserError
+from nlscale.ops.compiler import compiler_for
 from nlscale.verify.device.parts import SCANS, STEPS, TORCH
+from nlscale.verify.device.version import version
 from nlscale.verify.kernels import check_scan
 
 _SCANNED = ["hope", "gated-delta", "attention"]
 """The first is the one whose time is judged."""
+_WRONG = 1e9
+"""An error over its bound where that is no number, or another one the second time."""
 _SMI_FIELDS = (
     "driver_version",
     "clocks.sm",
@@ -73,7 +76,14 @@ def device(folder: Path, tiny: bool) -> dict[str, Any]:
             **_nvidia_smi(str(found.uuid)),
         }
     name = name_of(device)
-    versions = {"torch": torch.__version__, "triton": triton_version(), "cuda": torch.version.cuda}
+    compiler = compiler_for(device)
+    versions = {
+        "nlscale": version(),
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "ptxas": None if compiler is None else compiler.ptxas,
+        "cuda": torch.version.cuda,
+    }
     about = f"{name}, torch {versions['torch']}, Triton {versions['triton'] or 'missing'}"
     return {
         "device": name,
@@ -105,7 +115,8 @@ def _nvidia_smi(uuid: str) -> dict[str, str]:
 
 def ceilings_of(folder: Path, tiny: bool) -> dict[str, Any]:
     """What the device does at best: FLOPs a second in bf16 and fp32, bytes a second."""
-    bf16, fp32 = (ceilings(here(), dtype) for dtype in (torch.bfloat16, torch.float32))
+    dtypes = (torch.bfloat16, torch.float32)
+    bf16, fp32 = (ceilings(here(), dtype, small=tiny) for dtype in dtypes)
     return {
         "bf16_flops_per_second": bf16.flops_per_second,
         "fp32_flops_per_second": fp32.flops_per_second,
@@ -115,27 +126,18 @@ def ceilings_of(folder: Path, tiny: bool) -> dict[str, Any]:
     }
 
 
-def kernels(folder: Path, tiny: bool, chunk: int) -> dict[str, Any]:
-    """As `nlscale bench scan --check`, of one chunk size.
-
-    Raises:
-        UserError: a kernel is wrong.
-    """
-    found = check_scan(chunk)
+def kernels(folder: Path, tiny: bool, chunk: int, head: int) -> dict[str, Any]:
+    """As `nlscale bench scan --check`, of one chunk and head size; `worst` is over its bound."""
+    found = check_scan(chunk, head, short=tiny)
     wrong = [row for row in found["rows"] if not row["ok"]]
-    worst = max(found["rows"], key=lambda row: row["error"] / row["bound"], default=None)
+    row = max(found["rows"], key=lambda row: row["error"] / row["bound"])
+    says = f"{len(found['rows'])} checks right, worst off by"
     if wrong:
-        names = sorted({f"{row['kernel']} ({row['case']}, {row['size']})" for row in wrong})
-        row = max(wrong, key=lambda row: row["error"])
-        raise UserError(
-            f"{len(wrong)} of {len(found['rows'])} checks are out of bounds: {', '.join(names)}; "
-            f"worst {row['what']} of {row['kernel']}, off by {row['error']:.1e} of at most "
-            f"{row['bound']:g}"
-        )
-    says = f"{len(found['rows'])} checks right"
-    if worst is not None:
-        says += f", worst off by {worst['error']:.1e} of at most {worst['bound']:g}"
-    return {**found, "says": says}
+        names = sorted({f"{each['kernel']} ({each['case']}, {each['size']})" for each in wrong})
+        says = f"WRONG: {', '.join(names)}; worst {row['what']} of {row['kernel']}, off by"
+    says += f" {row['error']:.1e} of at most {row['bound']:g}"
+    worst = row["error"] / row["bound"] if found["ok"] else _WRONG
+    return {**found, "worst": worst, "says": says}
 
 
 def scan(folder: Path, tiny: bool, size: str) -> dict[str, Any]:
@@ -239,42 +241,32 @@ def _together(tiny: bool) -> Config:
 
 
 def decode(folder: Path, tiny: bool) -> dict[str, Any]:
-    """How fast tokens come one by one, and whether they are those of reading at once.
-
-    Raises:
-        UserError: they are not.
-    """
-    configs = [config_of("4k", mixer, tiny) for mixer in ("hope", "gated-delta", "attention")]
+    """How fast tokens come one by one, and whether they are those of reading at once: `worst`."""
+    configs = [config_of("4k", mixer, tiny) for mixer in _SCANNED]
     contexts, new, batches, repeats = _DECODED_TINY if tiny else _DECODED
     found = bench_decoding(configs, contexts, new, batches, repeats)
-    if not found["ok"]:
-        wrong = [row for row in found["rows"] if not row["ok"]]
-        row = max(wrong, key=lambda row: row["difference"] / row["bound"])
-        raise UserError(
-            f"decoding is wrong in {len(wrong)} of {len(found['rows'])} cases: {row['mixer']} "
-            f"after {row['context']} tokens is off by {row['difference']:.1e}, and at most "
-            f"{row['bound']:.1e} would be rounding"
-        )
     said = [
         f"{row['mixer']} {row['token_ms']:.2f} ms"
         for row in found["rows"]
         if row["batch"] == batches[0] and row["context"] == contexts[-1]
     ]
-    return {**found, "says": f"a token after {contexts[-1]:,}: {', '.join(said)}"}
+    row = max(found["rows"], key=lambda row: row["difference"] / row["bound"])
+    says = f"a token after {contexts[-1]:,}: {', '.join(said)}"
+    if not found["ok"]:
+        says = (
+            f"WRONG: {row['mixer']} after {row['context']} tokens is off by "
+            f"{row['difference']:.1e} of at most {row['bound']:.1e}; {says}"
+        )
+    return {**found, "worst": row["difference"] / row["bound"], "says": says}
 
 
 def curves(folder: Path, tiny: bool) -> dict[str, Any]:
-    """The quickstart with kernels and without; leaves `curves.png`.
-
-    Raises:
-        UserError: they learn something else.
-    """
+    """The quickstart with kernels and without; leaves `curves.png`."""
     steps = 6 if tiny else 300
     found = train_with_and_without_kernels(folder, steps, _TINY_CURVES if tiny else [])
-    apart = f"final losses {found['final_difference']:.2%} apart"
-    if not found["ok"] and not tiny:
-        raise UserError(
-            f"{apart}, and at most {found['bound']:.0%} would be rounding; see {folder}"
-        )
     ratio = found["kernels"]["tokens_per_second"] / found["torch"]["tokens_per_second"]
-    return {**found, "says": f"{apart} after {steps} steps; {ratio:.1f} x as fast with kernels"}
+    says = (
+        f"final losses {found['final_difference']:.2%} apart after {steps} steps, at most "
+        f"{found['bound']:.0%}; {ratio:.1f} x as fast with kernels"
+    )
+    return {**found, "says": says}

@@ -81,7 +81,8 @@ def _markdown(
         f"# {about['device']}{ranks}",
         f"Measured by `nlscale bench device` on {_days(records)} with nlscale "
         f"{', '.join(sorted({record.nlscale for record in records.values()}))}, torch "
-        f"{about['torch']}, Triton {about['triton'] or 'missing'}, Python {about['python']}.",
+        f"{about['torch']}, Triton {about['triton'] or 'missing'}, ptxas "
+        f"{about['ptxas'] or 'missing'}, Python {about['python']}.",
     ]
     if about["sizes"] == "tiny" or about["gpu"] is None:
         head.append(
@@ -134,17 +135,23 @@ def _in_order(records: Mapping[str, Record]) -> list[Record]:
 
 def _ranks(records: Mapping[str, Record]) -> str:
     """What each is, and does at best: a slow one holds all others up."""
-    of = {name: records[name] for name in ("device", "ceilings") if name in records}
-    found = [[record.result or {}, *record.others] for record in of.values()]
+    abouts, bests = (_of_ranks(records.get(name)) for name in ("device", "ceilings"))
     rows = []
-    for rank, (about, *most) in enumerate(zip(*found, strict=True)):
-        best = most[0] if most else {}
+    for rank, about in enumerate(abouts):
+        best = bests[rank] if bests else {}
         rates = [
             f"{best[key] / unit:.4g}" if key in best else ""
             for key, unit in (("bf16_flops_per_second", 1e12), ("copy_bytes_per_second", 1e9))
         ]
         rows.append((str(rank), about["host"], about["device"], *rates))
     return _table(("rank", "host", "device", "TFLOP/s in bf16", "GB/s of a copy"), rows)
+
+
+def _of_ranks(record: Record | None) -> list[dict[str, Any]]:
+    """What every rank has found; empty where the part is not done."""
+    if record is None or record.result is None:
+        return []
+    return [record.result, *record.others]
 
 
 def _costs(found: Mapping[str, Any]) -> str:

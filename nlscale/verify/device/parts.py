@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nlscale.errors import UserError
+from nlscale.ops.memory.kernels.sizes import SIZES
 
 _HERE = "nlscale.verify.device.measures"
 TORCH = "torch"
@@ -54,9 +55,12 @@ STEPS = {
 SCANS = {"4k": "8x4096x16x64", "16k": "2x16384x16x64", "d128": "8x4096x8x128"}
 
 
-def _kernels(chunk: int, about: float) -> Part:
-    what = f"kernels against float64, chunks of {chunk}: reads and every gradient, all head sizes"
-    return Part(f"kernels.{chunk}", what, f"{_HERE}:kernels", about, 300, {"chunk": chunk})
+def _kernels(chunk: int, head: int) -> Part:
+    what = f"kernels against float64, chunks of {chunk}, heads of {head}: reads, every gradient"
+    given = {"chunk": chunk, "head": head}
+    # most of it compiling, by one core; heads of 128 take twice as long
+    about = 90 if head > 64 else 45
+    return Part(f"kernels.{chunk}.{head}", what, f"{_HERE}:kernels", about, 420, given)
 
 
 def _scan(name: str) -> Part:
@@ -82,10 +86,11 @@ def _steps(name: str) -> list[Part]:
 PARTS = (
     Part("device", "the device, versions and clocks", f"{_HERE}:device", 5, 60, by_all=True),
     Part("ceilings", "a matrix product and a copy", f"{_HERE}:ceilings_of", 5, 60, by_all=True),
-    _kernels(64, 60),
+    _kernels(64, 64),
     _scan("4k"),
     Part("links", "all-reduces in and between nodes", f"{_HERE}:links", 30, 180, {}, True, True),
     *_steps("4k"),
+    _kernels(64, 128),
     Part("costs", "a profile of steps of hope at 4k", f"{_HERE}:costs", 60, 180),
     Part("overlap", "reductions that overlap", f"{_HERE}:overlap", 60, 240, {}, True, True),
     _scan("16k"),
@@ -94,8 +99,7 @@ PARTS = (
     Part("curves", "the quickstart with kernels and without", f"{_HERE}:curves", 120, 400),
     Part("decode", "decoding, token by token", f"{_HERE}:decode", 60, 240),
     _scan("d128"),
-    _kernels(32, 40),
-    _kernels(16, 40),
+    *(_kernels(*size) for size in SIZES if size not in ((64, 64), (64, 128))),
 )
 
 
@@ -112,7 +116,7 @@ def named(only: Sequence[str] | None, ranks: int) -> list[Part]:
             names = ", ".join(part.name for part in PARTS)
             raise UserError(f"--only {name}: there is no such part; choose of {names}")
         if ranks == 1 and all(part.several for part in of_it):
-            raise UserError(f"--only {name} needs several ranks: start it with torchrun or srun")
+            raise UserError(f"--only {name} needs several ranks: start it with torchrun")
         found += of_it
     chosen = [part for part in PARTS if not only or part in found]
     return [part for part in chosen if ranks > 1 or not part.several]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -90,16 +92,18 @@ class Ranks:
 
     def give_up(self) -> bool:
         """Whether a rank has failed at the present part: the others would wait for it in vain."""
-        return self._store is not None and self._store.check([f"failed{self._orders}"])
+        with _first_is_there():
+            return self._store is not None and self._store.check([f"failed{self._orders}"])
 
     def tell(self, outcome: dict[str, Any]) -> None:
         """How the part has ended here: `result` or `error`."""
         if self._store is None:
             return
         outcome = {"who": self.here.who, **outcome}
-        if outcome.get("error"):
-            self._store.set(f"failed{self._orders}", "")
-        self._store.set(f"outcome{self._orders}.{self.here.rank}", json.dumps(outcome))
+        with _first_is_there():
+            if outcome.get("error"):
+                self._store.set(f"failed{self._orders}", "")
+            self._store.set(f"outcome{self._orders}.{self.here.rank}", json.dumps(outcome))
 
     def outcomes(self) -> list[dict[str, Any]]:
         """Of the other ranks, in their order.
@@ -116,14 +120,21 @@ class Ranks:
     def _get(self, key: str, seconds: float) -> str:
         assert self._store is not None
         until = time.monotonic() + seconds
-        try:
+        with _first_is_there():
             while not self._store.check([key]):
                 if time.monotonic() > until:
                     raise LostRank(f"no rank has said {key} within {seconds:.0f} s; {_START_AGAIN}")
                 time.sleep(_POLL_SECONDS)
             return str(self._store.get(key).decode())
-        except dist.DistError:
-            raise LostRank(f"the first rank has gone; {_START_AGAIN}") from None
+
+
+@contextmanager
+def _first_is_there() -> Iterator[None]:
+    """Around what is asked of the store, which goes when the first rank does."""
+    try:
+        yield
+    except dist.DistError:
+        raise LostRank(f"the first rank has gone; {_START_AGAIN}") from None
 
 
 def _free_port() -> int:

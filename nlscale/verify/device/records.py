@@ -1,7 +1,6 @@
 """What lies in the folder of `nlscale bench device`: a record a part, which a later call reads.
 
-DIR/device.json     all of it
-DIR/device.md       the page, with its figures beside it
+DIR/page/           the page, its figures, and all of it as device.json
 DIR/parts/NAME.json what a part has found; NAME.log what it printed; NAME/ what it left
 """
 
@@ -15,8 +14,8 @@ from typing import Any
 from nlscale.errors import UserError
 from nlscale.telemetry.files import read_object, replace, to_json
 
-IDENTITY = ("device", "ranks", "torch", "triton", "sizes")
-"""What all parts of a folder have in common."""
+IDENTITY = ("device", "ranks", "torch", "triton", "ptxas", "nlscale", "sizes")
+"""What all parts of a folder have in common: ratios of what two versions did would say nothing."""
 
 
 class State(str, Enum):
@@ -111,8 +110,8 @@ class Folder:
         if before is None or before.result is None:
             return
         for name in IDENTITY:
-            if before.result[name] != now[name]:
+            if before.result.get(name) != now[name]:
                 raise UserError(
-                    f"{self.path} holds measurements with {name} {before.result[name]}, and this "
-                    f"is {now[name]}; give another --out"
+                    f"{self.path} holds measurements with {name} {before.result.get(name)}, and "
+                    f"this is {now[name]}; give another --out"
                 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +15,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import nlscale
 from nlscale.cluster.life.last_words import last_words
 from nlscale.cluster.life.owner import hold
 from nlscale.errors import Stopped, UserError
@@ -25,8 +24,11 @@ from nlscale.verify.device.page import write_page
 from nlscale.verify.device.parts import Part, named
 from nlscale.verify.device.ranks import Ranks
 from nlscale.verify.device.records import Folder, Record, State
+from nlscale.verify.device.version import version
 
 _POLL_SECONDS = 0.05
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1"}
+"""The place of a process that does a part by itself."""
 _FIRST = "device"
 """The part that says what is measured: done anew by each call."""
 
@@ -51,7 +53,7 @@ class Report:
         left = [part.name for part in self.parts if self._state(part) not in ended]
         failed = [p.name for p in self.parts if self._state(p) in (State.failed, State.too_long)]
         missed = [v.what for v in self.verdicts if v.judgement == Judgement.missed]
-        if left:
+        if left and _FIRST not in failed:  # without which nothing else is begun
             raise Stopped(
                 f"the minutes are over: {len(left)} of {len(self.parts)} parts are not measured "
                 f"yet ({', '.join(left)}); the same command goes on with them"
@@ -119,27 +121,29 @@ def _lead(
     asked = {part.name: part for part in (*named([_FIRST], ranks.here.world), *chosen)}
     todo = _in_order(list(asked.values()), before)
     say(_outlook(todo, len(asked), seconds, tiny))
-    records = dict(before)
+    records, begun = dict(before), False
     for number, part in enumerate(todo, start=1):
         left = until - time.monotonic()
-        if part.about > left and not tiny:
+        if part.about > left and begun and not tiny:
             say(f"{part.name}: not begun, about {part.about:.0f} s and {max(0, left):.0f} s left")
             continue
         if left <= 0:
             break
+        begun = begun or part.name != _FIRST
         remaining = f"{left / 60:.1f} min left"
         say(f"{number} of {len(todo)}, {part.name}: {part.what} ({remaining})")
         limit = min(part.most, left)
         ranks.order({"part": part.name, "seconds": limit, "all": part.by_all})
-        began = time.monotonic()
+        if part.name not in before or before[part.name].state != State.cut:
+            shutil.rmtree(folder.scratch(part.name), ignore_errors=True)  # begun anew, not gone on
         record = _measure(ranks, folder, part, limit, tiny)
         if part.name == _FIRST and record.result is not None:
             folder.check_same(before.get(_FIRST), record.result)
-        folder.write(record)
         records[part.name] = record
-        say(f"  {record.state.value} after {time.monotonic() - began:.0f} s: {record.says}")
+        say(f"  {record.state.value} after {record.seconds:.0f} s: {record.says}")
         if part.name == _FIRST and record.result is None:
-            break  # nothing is known of what would be measured
+            break  # nothing is known of what would be measured, nor whether it is the same
+        folder.write(record)
         write_page(folder, records, verdicts(records))
     return Report(folder, list(asked.values()), records, verdicts(records))
 
@@ -170,16 +174,18 @@ def _follow(ranks: Ranks, folder: Folder, tiny: bool) -> None:
 
 def _measure(ranks: Ranks, folder: Folder, part: Part, limit: float, tiny: bool) -> Record:
     began, clock = datetime.now(timezone.utc), time.monotonic()
-    outcome = _run(ranks, folder, part, limit, tiny)
+    mine = _run(ranks, folder, part, limit, tiny)
     others = ranks.outcomes() if part.by_all else []
-    error = outcome.get("error")
-    for other in others:
-        # a rank that only gave up for another's sake has no reason of its own
-        if other.get("error") and (not error or outcome.get("for_others")):
-            error = f"{other['who']}: {other['error']}"
+    failed = [outcome for outcome in (mine, *others) if "error" in outcome]
+    # a rank that only gave up for another's sake has no reason of its own
+    reasons = [outcome for outcome in failed if not outcome.get("for_others")] or failed
+    error = None
+    if reasons:
+        who = f"{reasons[0]['who']}: " if reasons[0] is not mine else ""
+        error = who + reasons[0]["error"]
     if error is None:
         state = State.done
-    elif outcome.get("over"):
+    elif reasons[0].get("over"):
         state = State.too_long if limit >= part.most else State.cut
     else:
         state = State.failed
@@ -189,8 +195,8 @@ def _measure(ranks: Ranks, folder: Folder, part: Part, limit: float, tiny: bool)
         state=state,
         seconds=round(time.monotonic() - clock, 1),
         began=began.isoformat(timespec="seconds"),
-        nlscale=_version(),
-        result=None if error else outcome["result"],
+        nlscale=version(),
+        result=None if error else mine["result"],
         others=[] if error else [other["result"] for other in others],
         error=error,
     )
@@ -198,13 +204,26 @@ def _measure(ranks: Ranks, folder: Folder, part: Part, limit: float, tiny: bool)
 
 def _run(ranks: Ranks, folder: Folder, part: Part, limit: float, tiny: bool) -> dict[str, Any]:
     """A part on this rank: its `result`, or `error` and whether it was `over` its time."""
+    place = ranks.together() if part.by_all else {}
+    outcome = _alone(ranks, folder, part, limit, tiny, place or _ALONE)
+    if part.by_all:
+        ranks.tell(outcome)
+    return outcome
+
+
+def _alone(
+    ranks: Ranks, folder: Folder, part: Part, limit: float, tiny: bool, place: dict[str, str]
+) -> dict[str, Any]:
+    """As `_run`, in a process at a place."""
     rank = ranks.here.rank
     scratch, log = folder.scratch(part.name), folder.log(part.name, rank)
-    folder.parts.mkdir(parents=True, exist_ok=True)
     result = folder.parts / f".result-{part.name}.{rank}"
-    result.unlink(missing_ok=True)
-    place = ranks.together() if part.by_all else {}
-    place = place or {"RANK": "0", "WORLD_SIZE": "1"}
+    try:
+        folder.parts.mkdir(parents=True, exist_ok=True)
+        log.touch()
+        result.unlink(missing_ok=True)
+    except OSError as error:
+        return {"error": f"cannot write {error.filename}: {error.strerror}"}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nlscale.train.preload"])
     process = context.Process(target=live, args=(part, scratch, tiny, place, log, result))
@@ -217,40 +236,20 @@ def _run(ranks: Ranks, folder: Folder, part: Part, limit: float, tiny: bool) -> 
         over = process.is_alive() and not for_others
     finally:
         _end(process)
-    outcome: dict[str, Any] = {}
     if over:
-        outcome = {"error": f"ended after {limit:.0f} s", "over": True}
-    elif process.exitcode == 0:
-        outcome = {"result": json.loads(result.read_bytes())}
-    elif for_others:
-        outcome = {"error": "another rank has failed", "for_others": True}
-    else:
-        outcome = {"error": last_words(log, process.exitcode or 0)}
-    result.unlink(missing_ok=True)
-    if part.by_all:
-        ranks.tell(outcome)
-    return outcome
+        return {"error": f"ended after {limit:.0f} s", "over": True}
+    if process.exitcode == 0:
+        found = json.loads(result.read_bytes())
+        result.unlink()
+        return {"result": found}
+    if for_others:
+        return {"error": "another rank has failed", "for_others": True}
+    return {"error": last_words(log, process.exitcode or 0)}
 
 
 def _end(process: Any) -> None:
-    """With all that it has started, which is in its session."""
-    if process.is_alive():
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()  # one that has no session of its own yet
+    """With all that it has started, which is in its session, and may have outlived it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # one that has no session of its own yet
     process.join()
-
-
-def _version() -> str:
-    """Of nlscale, with the commit where it is run from a checkout, and + where that was changed."""
-    checkout = Path(nlscale.__file__).parents[1]
-    said = []
-    for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "nlscale"]):
-        try:
-            ran = subprocess.run(
-                ["git", "-C", str(checkout), *words], capture_output=True, text=True, check=True
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return nlscale.__version__
-        said.append(ran.stdout.strip())
-    return f"{nlscale.__version__} at {said[0]}{'+' if said[1] else ''}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ def part(name: str, does: str, most: float = 60.0, by_all: bool = False, **given
 
 def is_named(folder: Path, tiny: bool, device: str = "a GPU") -> dict[str, Any]:
     """What the part `device` finds."""
-    about = {"device": device, "ranks": 1, "torch": "2", "triton": "3", "sizes": "full"}
+    about: dict[str, Any] = {"device": device, "ranks": 1, "torch": "2", "triton": "3"}
+    about |= {"sizes": "full", "ptxas": "13", "nlscale": "0.1.0"}
     host = f"host{os.environ.get('RANK', '0')}"
     return {**about, "host": host, "python": "3.11", "gpu": None, "says": device}
 
@@ -42,7 +44,7 @@ def crashes(folder: Path, tiny: bool) -> dict[str, Any]:
 
 
 def fails_until_told(folder: Path, tiny: bool) -> dict[str, Any]:
-    if not folder.is_dir():
+    if not (folder.parent / "told").exists():
         raise RuntimeError("out of memory, say")
     return {"says": "now it works"}
 
@@ -54,6 +56,17 @@ def sleeps(folder: Path, tiny: bool) -> dict[str, Any]:
     if child:
         (folder / "pid").write_text(str(child))
     time.sleep(600)
+    return {}
+
+
+def leaves_a_process(folder: Path, tiny: bool) -> dict[str, Any]:
+    """And dies of something else than the command."""
+    folder.mkdir(parents=True, exist_ok=True)
+    child = os.fork()
+    if not child:
+        time.sleep(600)
+    (folder / "pid").write_text(str(child))
+    os.kill(os.getpid(), signal.SIGKILL)
     return {}
 
 

@@ -14,6 +14,7 @@ from torch.autograd import DeviceType
 
 from nlscale.bench.trace import STEPS as TRACED
 from nlscale.bench.trace import account_of
+from nlscale.errors import UserError
 from nlscale.model.sizes import level_parameters
 from nlscale.telemetry.files import to_json
 from nlscale.verify.device.child import measured
@@ -39,7 +40,7 @@ def test_every_part_is_a_function_of_its_own_arguments() -> None:
         assert 0 < part.about < part.most <= 600
 
 
-ALONE = ["ceilings", "kernels.64", "scan.4k", "step.4k.hope", "step.4k.torch", "costs", "decode"]
+ALONE = ["ceilings", "kernels.64.64", "scan.4k", "step.4k.hope", "step.4k.torch", "costs", "decode"]
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -51,8 +52,8 @@ def test_parts_on_a_cpu(name: str, tmp_path: Path) -> None:
     if name == "scan.4k":
         row = next(row for row in found["rows"] if row["mixer"] == "hope")
         assert found["of_floor"] == of_floor(row) > 1
-    if name == "kernels.64":
-        assert found["ok"] and len(found["rows"]) >= 9
+    if name == "kernels.64.64":
+        assert found["ok"] and len(found["rows"]) >= 9 and 0 < found["worst"] <= 1
     if name == "costs":
         assert len(found["largest_costs"]) == 5 and found["host_waits"] is None
         assert json.loads((tmp_path / name / "trace.json").read_text())["traceEvents"]
@@ -89,6 +90,20 @@ def test_parts_on_a_stand_in_for_a_gpu(name: str, tmp_path: Path) -> None:
         assert found["peak_memory_bytes"] > 0 and "at most" in found["says"]
 
 
+def on_the_second_gpu(folder: Path) -> str:
+    import os
+
+    os.environ |= {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
+    with gpu.stand_in(numbers=True), pytest.raises(UserError) as refused:
+        found_by("ceilings", folder)
+    return str(refused.value)
+
+
+def test_each_rank_measures_its_own_gpu(tmp_path: Path) -> None:
+    (said,) = world.run(1, on_the_second_gpu, tmp_path)
+    assert said.startswith("LOCAL_RANK=1 has no GPU: this process sees 1")
+
+
 @pytest.mark.parametrize("size", STEPS)
 def test_rows_of_a_step_are_of_one_size_of_model(size: str) -> None:
     parameters = {}
@@ -110,7 +125,7 @@ def test_what_the_host_waits_for_is_counted_by_the_step() -> None:
 
     events = [
         event("cudaEventSynchronize", TRACED),
-        event("cudaDeviceSynchronize", 1),  # the one that ends the trace
+        event("cudaDeviceSynchronize", 1),  # the profiler's own, at its end
         event("cudaLaunchKernel", 100 * TRACED),
         event("cuLaunchKernelEx", 20 * TRACED),
         event("Memcpy HtoD (Pageable -> Device)", 3 * TRACED, DeviceType.CUDA, 10.0),

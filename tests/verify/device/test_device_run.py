@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import world
-from verify.device.device_parts import part
+from verify.device.device_parts import is_named, part
 
 from nlscale import cli
 from nlscale.errors import Stopped, UserError
 from nlscale.verify.device import run
 from nlscale.verify.device.goals import verdicts
+from nlscale.verify.device.page import write_page
 from nlscale.verify.device.parts import PARTS, Part, named
 from nlscale.verify.device.records import Record, State
 
@@ -33,12 +36,17 @@ def accept(
     return report, said
 
 
-def computes(pid: str) -> bool:
-    """Whether the process is there, and is not only waiting for someone to hear of its end."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def goes_on(pid: str) -> bool:
+    """Whether the process is still there soon, and not only waiting for someone to hear of it."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return False
+        except OSError:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def states(report: run.Report) -> dict[str, State]:
@@ -74,7 +82,7 @@ def test_the_next_call_does_what_is_left_and_then_what_failed(
 ) -> None:
     parts = [part("fails_until_told", "fails_until_told"), part("works", "works")]
     accept(monkeypatch, tmp_path, *parts)
-    (tmp_path / "parts" / "fails_until_told").mkdir()
+    (tmp_path / "parts" / "told").touch()
     report, said = accept(monkeypatch, tmp_path, *parts, part("another", "works"))
     assert set(states(report).values()) == {State.done}
     assert report.records["works"].result == {"calls": 1, "says": "call 1"}
@@ -90,7 +98,7 @@ def test_a_part_that_takes_too_long_is_ended_with_all_that_it_has_begun(
     report, _ = accept(monkeypatch, tmp_path, part("sleeps", "sleeps", 1.5), part("b", "works"))
     assert states(report) == {"sleeps": State.too_long, "b": State.done}
     pid = (tmp_path / "parts" / "sleeps" / "pid").read_text()
-    assert not computes(pid)
+    assert not goes_on(pid)
     with pytest.raises(UserError, match="1 of 3 parts failed"):
         report.check()
 
@@ -127,7 +135,36 @@ def test_a_record_that_is_damaged_is_named(tmp_path: Path, monkeypatch: pytest.M
         accept(monkeypatch, tmp_path)
 
 
-def on_two_ranks(out: Path) -> dict[str, Any] | None:
+def test_a_device_that_cannot_be_asked_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept(monkeypatch, tmp_path, part("works", "works"))
+    before = (tmp_path / "parts" / "device.json").read_text()
+    monkeypatch.setattr(f"{__name__}.NAMED", part("device", "fails"))
+    report, _ = accept(monkeypatch, tmp_path, part("works", "works"), part("more", "works"))
+    with pytest.raises(UserError, match=r"1 of 3 parts failed \(device\)") as caught:
+        report.check()
+    assert not isinstance(caught.value, Stopped)
+    assert (tmp_path / "parts" / "device.json").read_text() == before, "what it is stays known"
+
+
+def test_what_a_crashed_part_has_begun_ends_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept(monkeypatch, tmp_path, part("crashes", "leaves_a_process"))
+    pid = (tmp_path / "parts" / "crashes" / "pid").read_text()
+    assert not goes_on(pid)
+
+
+def test_a_part_longer_than_the_call_is_begun_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = Part("long", "it works", "verify.device.device_parts:works", 3600, 3600)
+    report, _ = accept(monkeypatch, tmp_path, long, replace(long, name="again"))
+    assert states(report) == {"long": State.done}
+
+
+def on_three_ranks(out: Path) -> dict[str, Any] | None:
     patch = pytest.MonkeyPatch()
     parts = [part("meets", "knows_its_place", by_all=True)]
     parts += [part("lost", "fails_on_the_second", by_all=True), part("first", "works")]
@@ -138,10 +175,10 @@ def on_two_ranks(out: Path) -> dict[str, Any] | None:
 
 
 def test_ranks_take_part_together_and_end_together(tmp_path: Path) -> None:
-    records, nothing = world.run(2, on_two_ranks, tmp_path)
-    assert nothing is None
-    assert records["meets"].result["ranks"] == [0, 1]
-    assert [other["ranks"] for other in records["meets"].others] == [[0, 1]]
+    records, *nothing = world.run(3, on_three_ranks, tmp_path)
+    assert nothing == [None, None]
+    assert records["meets"].result["ranks"] == [0, 1, 2]
+    assert [other["ranks"] for other in records["meets"].others] == [[0, 1, 2]] * 2
     lost = records["lost"]
     assert lost.state == State.failed and lost.seconds < 60
     assert lost.error.startswith("rank 1 on ") and "fallen off the bus" in lost.error
@@ -172,7 +209,7 @@ def test_the_command_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (["--only", "kernel"], "there is no such part; choose of device, ceilings, kernels.64"),
+        (["--only", "kernel"], "there is no such part; choose of device, ceilings, kernels.64.64"),
         (["--only", "links"], "several ranks"),
         (["--minutes", "0"], "--minutes"),
     ],
@@ -222,6 +259,24 @@ def test_verdicts_follow_from_what_was_measured() -> None:
     assert found["speed of Hope over the Transformer's, 340M, 2 x 16384"][0] == "not measured"
     assert on("full", speeds)["peak memory over the plan's, 340M, 8 x 4096"][0] == "not measured"
     assert on("tiny", speeds)[what] == ("no goal here", None)
+
+
+def test_a_wrong_kernel_is_missed_whatever_else_is_known() -> None:
+    for sizes, gpu in (("full", {}), ("tiny", None)):
+        about = record("device", gpu=gpu, sizes=sizes)
+        for worst, said in ((0.5, "not measured"), (1.5, "missed")):
+            records = {"device": about, "kernels.64.64": record("kernels.64.64", worst=worst)}
+            first = verdicts(records)[0]
+            assert first.judgement.value == said and "kernel" in first.what
+
+
+def test_a_page_is_written_whatever_a_rank_has_not_found(tmp_path: Path) -> None:
+    about = record("device", **is_named(tmp_path, False), cuda=None)
+    about.others = [dict(about.result or {})]
+    failed = replace(record("ceilings"), state=State.failed, result=None, error="no")
+    records = {"device": about, "ceilings": failed}
+    text = write_page(run.Folder(tmp_path), records, verdicts(records)).read_text()
+    assert "| 1 | host0 | a GPU |  |  |" in text
 
 
 def test_a_missed_goal_is_an_error_and_unknown_ones_are_none(tmp_path: Path) -> None:

@@ -4,6 +4,10 @@ The notation is that of `nlscale.ops.memory.chunk`. A tile is the rows of one ch
 and head (a "sequence" here), fp32 [C, D] in registers whatever it is in memory; rows beyond the end
 of the sequence are zero, and write nothing. Operands of products are rounded to `LOW`, the dtype of
 the inputs, and added up in fp32; where `LOW` is fp32 the products are IEEE ones.
+
+Triton would compile a kernel anew for integers that are 1 or divisible by 16. Kernels are told not
+to: one binary serves every length and batch, the one that was checked. Only `writes` knows whether
+the length is, without which it spills more at d = 128.
 """
 
 # mypy: disallow-untyped-defs=False

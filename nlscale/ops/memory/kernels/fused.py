@@ -198,16 +198,14 @@ class _Scan:
         self.sizes = (self.length, self.chunks)
         self.rule = {"UNIT_VALUE": rules.normalize_value, "KEY_SHARE": rules.c}
 
-    def tile(self, kernel: str) -> dict[str, int | None]:
+    def tile(self, kernel: str) -> dict[str, int]:
         """Sizes and options of a kernel."""
         launch = self.launches[kernel]
-        return {
-            "C": self.chunk,
-            "D": self.d,
-            "num_warps": launch.warps,
-            "num_stages": launch.stages,
-            "maxnreg": launch.registers,
-        }
+        sizes = {"C": self.chunk, "D": self.d}
+        options = {"num_warps": launch.warps, "num_stages": launch.stages}
+        if launch.registers is not None:  # which compilers for other makers' GPUs do not know
+            options["maxnreg"] = launch.registers
+        return sizes | options
 
     def states(self, like: Tensor) -> Tensor:
         """A square for each chunk."""

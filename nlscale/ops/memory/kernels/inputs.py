@@ -19,7 +19,7 @@ from nlscale.ops.memory.kernels.chunk import (
 )
 
 
-@triton.jit(do_not_specialize=["chunks_each"])
+@triton.jit(do_not_specialize=["length", "chunks", "heads", "chunks_each"])
 def inputs_backward_kernel(
     a, b, for_key, for_value, for_gates, states, d_x, d_v, d_eta, d_alpha,
     d_a, d_b, d_for_key, d_for_value, d_for_gates,

@@ -13,7 +13,7 @@ import triton.language as tl
 from nlscale.ops.memory.kernels.chunk import dot, dot_tn, load_column, load_tile, log_decay
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunks", "heads"])
 def main_kernel(
     key, write, from_state, alpha_logits, current, carried, states, last,
     length, chunks, heads,
@@ -51,7 +51,7 @@ def main_kernel(
     tl.store(last + own + of_value * D + of_key, state)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunks", "heads"])
 def main_backward_kernel(
     key, from_state, alpha_logits, d_write, d_state, d_last, carried, d_after, d_current,
     length, chunks, heads,

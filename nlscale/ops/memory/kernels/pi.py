@@ -32,7 +32,7 @@ from nlscale.ops.memory.kernels.chunk import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunks", "heads"])
 def pi_kernel(
     a, b, eta, alpha, for_key, for_value, for_gates, current, carried, states, last,
     length, chunks, heads,
@@ -67,7 +67,7 @@ def pi_kernel(
     store_square(last, pi, sequence, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunks", "heads"])
 def pi_backward_kernel(
     a, b, for_key, for_value, for_gates, states,
     key, key_scale, value, write, spread, eta_logits, alpha_logits,

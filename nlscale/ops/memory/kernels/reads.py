@@ -22,7 +22,7 @@ from nlscale.ops.memory.kernels.chunk import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunks"])
 def reads_kernel(
     q, key, write, alpha_logits, states, reads,
     length, chunks,
@@ -50,7 +50,7 @@ def reads_kernel(
     store_tile(reads, read + dot(scores, written, LOW), sequence, chunk, length, C, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunks"])
 def reads_backward_kernel(
     q, key, write, solve, alpha_logits, states, d_reads,
     d_q, d_key, d_write, d_state, d_decay,

@@ -54,7 +54,11 @@ _ON_HOPPER = {
         "reads_backward": _THREE_AT_ONCE,
         "inputs_backward": _AHEAD,
     },
-    128: {"pi_backward": Launch(warps=8), "inputs_backward": Launch(warps=8)},
+    128: {
+        "pi": _AHEAD,
+        "pi_backward": Launch(warps=8),
+        "inputs_backward": Launch(warps=8),
+    },
 }
 _HOPPER = 9
 COLUMNS = {16: 16, 32: 32, 64: 64, 128: 64}
@@ -74,11 +78,11 @@ def launches(d: int, generation: int) -> dict[str, Launch]:
     0.25 KB at d = 64 on Hopper and three of them run at once; the other two that make or take
     writes would lose more, as ptxas then makes each matrix instruction wait for the one before. An
     A100, whose matrix instructions keep their operands in registers, would spill thrice as much by
-    any of these. Shared memory is largest in the backward pass of `pi`, 145 KiB with two stages at
-    d = 64, and in `inputs`, 128 KiB at d = 128, where two stages of `pi` would need 209; a program
-    may have 227 (H100, H200) or 163 (A100). The passes of `pi` spill 0.2 and 0.4 KB a thread at
-    d = 64; at d = 128 most kernels spill about 1 KB and `pi` backward 3: heads of 64 suit a GPU
-    better.
+    any of these. A program may have 227 KiB of shared memory (H100, H200) or 163 (A100); most has
+    the backward pass of `pi`, 145 with two stages at d = 64, `inputs`, 128 at d = 128, and there
+    on Hopper `pi` with two stages, 209: of its programs a multiprocessor seldom has two to do. The
+    passes of `pi` spill 0.2 and 0.4 KB a thread at d = 64; at d = 128 most kernels spill about
+    1 KB and `pi` backward 3: heads of 64 suit a GPU better.
 
     Args:
         d: dimension of a head.

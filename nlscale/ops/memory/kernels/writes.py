@@ -26,7 +26,7 @@ from nlscale.ops.memory.kernels.chunk import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "heads"])
 def writes_kernel(
     a, b, eta, alpha, for_key, for_value, for_gates, pi_states, main_states,
     key, write, from_state, alpha_logits,
@@ -79,7 +79,7 @@ def writes_kernel(
             store_tile(spread, dot_tn(inverse, left, LOW), sequence, chunk, length, C, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunks"])
 def writes_backward_kernel(
     key, key_scale, write, solve, states, eta_logits, alpha_logits,
     d_write, d_after, d_key, d_decay, d_value, d_r,

@@ -151,7 +151,7 @@ def test_older_gpus_are_asked_for_what_suits_them() -> None:
     registers = {}
     for generation in (8, 9):
         noted = launches("hope", 1, 64, 1, 64, 64, generation=generation)
-        registers[generation] = {x.options["maxnreg"] for x in noted}
+        registers[generation] = {x.options.get("maxnreg") for x in noted}
     assert registers == {8: {None}, 9: {None, 168}}
 
 
