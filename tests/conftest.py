@@ -1,7 +1,7 @@
 """Makes `tests/` importable, shares what several rooms need, and deals tests to workers.
 
-`seconds.json` says how long tests took that take more than a second: they begin first, so that no
-worker is left alone with a long one at the end, and `tests/run.sh --quick` leaves them out.
+`seconds.json` says how long tests took that take more than half a second: they begin first, so that
+no worker is left alone with a long one at the end, and `tests/run.sh --quick` leaves them out.
 `tests/run.sh --record` writes it anew.
 """
 
@@ -65,7 +65,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("--record") and not hasattr(session.config, "workerinput"):
         means = {name: sum(cases.values()) / len(cases) for name, cases in _taken.items()}
-        slow = {name: round(mean, 1) for name, mean in sorted(means.items()) if mean >= 1}
+        slow = {name: round(mean, 1) for name, mean in sorted(means.items()) if mean >= 0.5}
         SECONDS_FILE.write_text(json.dumps(slow, indent=1) + "\n")
 
 

@@ -2,7 +2,7 @@
 # Installs what the tests need and runs them:
 #
 #     bash tests/run.sh             all of them, several at a time
-#     bash tests/run.sh --quick     those that take less than a second each, for the edit loop
+#     bash tests/run.sh --quick     those that take less than half a second each, for the edit loop
 #     bash tests/run.sh --record    all, and write down how long they take (tests/seconds.json)
 #     bash tests/run.sh tests/ops   some of them; arguments go to pytest
 set -euo pipefail

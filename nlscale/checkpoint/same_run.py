@@ -12,7 +12,6 @@ from nlscale.optim.schedule import stable_steps
 _FREE = (
     "run.dir",
     "run.max_restarts",
-    "run.purpose",
     "run.weights",
     "run.imports",
     "data.dir",

@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--build-data",
         action="store_true",
-        help="first run those commands of the sweep's build_data whose folder is not there",
+        help="first run the commands of the sweep's build_data, which skip data that are there",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(func=_sweep)
@@ -120,8 +120,8 @@ def _sweep(args: argparse.Namespace) -> int:
         last = _stage(asked, sweep)
         plain = last.plain
     else:
-        first = _stage(asked, searching.search_of(sweep, search))
-        found = searching.choices(search, first.runs, first.states)
+        first = _stage(asked, searching.search_of(sweep, search), search=True)
+        found = searching.choices(search, first.runs, first.states, first.diverged)
         if found is None:
             console.print(
                 f"The search has not finished: after it come, with the best {search.keep} of its "
@@ -134,7 +134,12 @@ def _sweep(args: argparse.Namespace) -> int:
         last = _stage(asked, finals, partial(_chosen, search, found), waits=found is None)
         plain = last.plain | {"search": first.plain, "chosen": found}
     if sweep.compare is not None and all(state.finished for state in last.states.values()):
-        plain["compared"] = _compare(sweep.compare, last, console, args.json)
+        try:
+            plain["compared"] = _compare(sweep.compare, last, console, args.json)
+        except UserError as error:  # what was trained is said all the same
+            if args.json:
+                print(json.dumps(plain | {"compared": {"error": str(error)}}, indent=1))
+            raise
     if args.json:
         print(json.dumps(plain, indent=1))
     return 0
@@ -166,6 +171,8 @@ class _Stage:
     states: dict[str, Status]
     plain: dict[str, Any]
     """As JSON holds it."""
+    diverged: list[str]
+    """Names of runs of a search that gave up."""
 
 
 def _stage(
@@ -173,6 +180,7 @@ def _stage(
     sweep: Sweep,
     pick: Callable[[list[Run]], list[Run]] = lambda runs: runs,
     waits: bool = False,
+    search: bool = False,
 ) -> _Stage:
     """List runs, and do what is still to do.
 
@@ -181,6 +189,7 @@ def _stage(
         sweep: without a search.
         pick: those of its runs that are meant.
         waits: for something else; they are only listed.
+        search: they choose a setting: one that diverges has found something.
 
     Raises:
         TrainingFailed: some have failed.
@@ -188,6 +197,7 @@ def _stage(
     from nlscale.scaling.sweep.branches import share_stable_phases
     from nlscale.scaling.sweep.listing import print_sweep, to_plain
     from nlscale.scaling.sweep.runs import check_data, expand
+    from nlscale.scaling.sweep.search import remember_diverged
     from nlscale.scaling.sweep.status import status
 
     args, console = asked.args, asked.console
@@ -203,15 +213,22 @@ def _stage(
     if asked.scripts and asked.cluster is not None and not waits:
         _print_script(sweep, runs, states, asked.cluster)
     failed: dict[str, str] = {}
-    todo = not all(state.finished for state in states.values())
+    diverged = remember_diverged(sweep.folder, {}) if search else []
+    todo = not all(state.finished or name in diverged for name, state in states.items())
     if todo and not (args.dry_run or waits):
         if args.executor == "slurm":
             assert asked.cluster is not None
             with contextlib.redirect_stdout(console.file):
                 _submit(sweep, runs, states, asked.cluster)
         else:
-            failed = _run_here(sweep, runs, states, workers, console)
+            tried = [run for run in runs if run.name not in diverged]
+            failed = _run_here(sweep, tried, states, workers, console)
             states = {run.name: status(run) for run in runs}
+    if search:
+        diverged = remember_diverged(sweep.folder, failed)
+        for name in diverged:
+            console.print(f"diverged: {name}", style="yellow", soft_wrap=True)
+        failed = {name: why for name, why in failed.items() if name not in diverged}
     plain = to_plain(sweep, runs, states, asked.price) | {"failed": failed}
     if failed:
         if args.json:
@@ -222,7 +239,7 @@ def _stage(
             f"{len(failed)} of {len(runs)} runs failed; mend that, and the same command runs only "
             f"what is missing"
         )
-    return _Stage(runs, states, plain)
+    return _Stage(runs, states, plain, diverged)
 
 
 def _run_here(
@@ -241,7 +258,7 @@ def _run_here(
         with Board(runs, states, len(places), console) as board:
             failed = run_local(runs, states, places, board, owned)
     if not failed:
-        console.print(f"All have finished: nlscale fit {sweep.folder}", soft_wrap=True)
+        console.print(sweep.when_finished, soft_wrap=True)
     return failed
 
 

@@ -11,6 +11,7 @@ from nlscale.cluster.life.place import place
 from nlscale.config.vocabulary import Config
 from nlscale.data import BatchReader, Samples, TokenShards
 from nlscale.data.index import Index
+from nlscale.data.tasks.table import task_of_index
 from nlscale.errors import UserError
 from nlscale.evaluate.table import check as check_evaluations
 from nlscale.levels.spectrum import Level, spectrum
@@ -53,6 +54,7 @@ def prepare(config: Config) -> Prepared:
             f"no token of the train split of {config.data.dir} counts as a target; mend the masks "
             f"of its sources and build it again"
         )
+    _check_task(config, shards)
     model.vocabulary = model.vocabulary or shards.vocabulary
     if model.vocabulary < shards.vocabulary:
         raise UserError(
@@ -70,6 +72,23 @@ def prepare(config: Config) -> Prepared:
         tokens_per_step=tokens_per_step,
         data=_identity(shards.index),
     )
+
+
+def _check_task(config: Config, shards: TokenShards) -> None:
+    """Refuse what would cut the examples of a task apart: each is a sample."""
+    if "task" not in shards.index:
+        return
+    task, length = task_of_index(shards.index, shards.directory), config.data.sequence_length
+    if length != task.length:
+        raise UserError(
+            f"an example of {task} has {task.length} tokens, and data.sequence_length is {length}, "
+            f"which cuts examples apart; set it to {task.length}"
+        )
+    if config.data.document_mask:
+        raise UserError(
+            f"data.document_mask would begin the memory anew at each padding of an example of "
+            f"{task}; set it to false"
+        )
 
 
 def _identity(index: Index) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def results(function: Callable[..., Any], given: tuple[Any, ...]) -> list[Tensor
     torch.manual_seed(1)
     out = function(*given)
     out = [out] if isinstance(out, Tensor) else [*out]
-    loss = sum((x * torch.randn_like(x)).sum() for x in out)
+    loss = sum((x * torch.randn(x.shape, dtype=torch.float64).to(x.dtype)).sum() for x in out)
     leaves = [x for x in given if isinstance(x, Tensor) and x.requires_grad]
     return [*out, *torch.autograd.grad(loss, leaves)]
 
@@ -61,6 +61,37 @@ def test_compiled_functions_give_the_same(name: str, seed: int) -> None:
     compiled = torch.compile(function, fullgraph=True)
     for got, want in zip(results(compiled, given), results(function, given), strict=True):
         assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_derivatives_by_hand_are_those_of_autograd(name: str, seed: int) -> None:
+    function, given = CALLS[name]()
+    before = [x.detach().clone() if isinstance(x, Tensor) else x for x in given]
+    by_hand = pointwise.compiled_on_gpu(function)
+    for got, want in zip(results(by_hand, given), results(function, given), strict=True):
+        assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+    for x, was in zip(given, before, strict=True):
+        assert not isinstance(x, Tensor) or torch.equal(x, was), "what is given stays as it is"
+
+
+def cast(given: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    return tuple(
+        x.detach().to(dtype).requires_grad_() if isinstance(x, Tensor) and x.requires_grad else x
+        for x in given
+    )
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_by_hand_bf16_is_about_as_exact_as_autograd(name: str, seed: int) -> None:
+    function, given = CALLS[name]()
+    low = cast(given, torch.bfloat16)
+    exact = results(function, cast(low, torch.float64))
+
+    ours, torchs = (
+        sum((x - y).norm() for x, y in zip(results(f, low), exact, strict=True))
+        for f in (pointwise.compiled_on_gpu(function), function)
+    )
+    assert 0 < ours <= 1.2 * torchs  # 1.04 at most in 40 seeds, 0.3 of the inputs of the scan
 
 
 def test_they_are_compiled_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:

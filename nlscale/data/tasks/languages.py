@@ -157,12 +157,23 @@ class Shuffle2(_Language):
         return word
 
     def spoiled(self, rng: Generator, member: list[int], most: int) -> list[int]:
-        if rng.integers(2):
+        if not rng.integers(4):
             return _changed(rng, member, len(self.alphabet))
-        # The first bracket of a kind opens; at the end it is one that nothing closes.
-        kind = member[int(rng.integers(len(member)))] // 2
-        first = member.index(2 * kind)
-        return [*member[:first], *member[first + 1 :], member[first]]
+        # One bracket has changed places with its like: counts are right, and so may the end be.
+        pairs = [self._crossed(member, kind) for kind in (0, 1)]
+        crossed = [word for word in pairs if word is not None]
+        return crossed[int(rng.integers(len(crossed)))]
+
+    def _crossed(self, member: list[int], kind: int) -> list[int] | None:
+        """Its first bracket of a kind, which opens, and the next that closes, exchanged."""
+        opening, closing = 2 * kind, 2 * kind + 1
+        if opening not in member:
+            return None
+        first = member.index(opening)
+        second = member.index(closing, first)
+        word = list(member)
+        word[first], word[second] = closing, opening
+        return word
 
     def accepts(self, word: str) -> bool:
         for opening, closing in ("()", "[]"):

@@ -38,6 +38,11 @@ class Mqar(Task):
                 f"it has {self._keys} keys for {self._asked} that differ; set vocabulary to "
                 f"{2 * self._asked + 2} or more"
             )
+        if self.pairs > len(self.answers):
+            raise self.wrong(
+                f"it has {len(self.answers)} values for {self.pairs} pairs, no two of which have "
+                f"the same; set vocabulary to {2 * self.pairs + 2} or more"
+            )
         needed = 2 * (self.pairs + self._asked)
         if self.length < needed:
             raise self.wrong(
@@ -90,6 +95,6 @@ class Mqar(Task):
 
     def longer(self, factor: int) -> Task:
         """With as many times the pairs, as far as there are keys for them."""
-        most = 2 * self._keys if self.forgetting else self._keys
+        most = min(2 * self._keys, len(self.answers)) if self.forgetting else self._keys
         pairs = max(self.pairs, min(factor * self.pairs, most))
         return replace(self, length=factor * self.length, pairs=pairs)

@@ -8,7 +8,7 @@ from typing import Any
 
 from nlscale.errors import UserError
 from nlscale.scaling.compare.paired import Paired, paired
-from nlscale.scaling.compare.runs import Cell, Grid
+from nlscale.scaling.compare.runs import Cell, Grid, same
 
 _ALIKE = 0.02
 """By which parameters or tokens of two cells may differ and still count as equal."""
@@ -129,7 +129,7 @@ def compare(
     for factor, baseline in baselines.items():
         if factor not in values:
             raise UserError(f"--baseline {factor}={baseline}: {factor} is not in --by")
-        if baseline not in values[factor]:
+        if not any(same(baseline, value) for value in values[factor]):
             raise UserError(
                 f"--baseline {factor}={baseline}: no run has it; there are "
                 f"{', '.join(values[factor])}"
@@ -137,7 +137,8 @@ def compare(
     count = sum(len(of) - 1 for of in values.values())
     contrasts = []
     for place, (factor, of) in enumerate(values.items()):
-        baseline = baselines.get(factor, of[0])
+        asked = baselines.get(factor, of[0])
+        baseline = next(value for value in of if same(asked, value))
         beside = _averaged(grid, place, baseline)
         for value in of:
             if value == baseline:

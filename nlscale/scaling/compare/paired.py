@@ -2,7 +2,9 @@
 
 d_i = x_i - y_i of pairs i = 1..n that share a seed; what a seed does to both cancels. With mean m
 and standard deviation s the interval is  m +- t s / sqrt(n),  t the quantile of Student's
-distribution with n - 1 degrees of freedom. Resampling the pairs makes another (percentile
+distribution with n - 1 degrees of freedom. Fewer than three pairs decide nothing: figures that take
+few values, such as "solved or not", agree in two of them by chance more often than is stated.
+Resampling the pairs makes another (percentile
 bootstrap), which assumes no shape but is too narrow for few pairs: verdicts follow the first.
 """
 
@@ -16,6 +18,8 @@ import numpy as np
 from scipy import stats
 
 _RESAMPLES = 10_000
+FEWEST = 3
+"""Pairs below which nothing is decided."""
 FEWEST_TO_RESAMPLE = 5
 """Pairs below which a bootstrap interval is not given: 4 pairs have 35 different resamples."""
 POWER = 0.8
@@ -45,7 +49,9 @@ class Paired:
     @property
     def verdict(self) -> str:
         """`lower`, `higher` or `undecided`."""
-        if self.interval is None or self.interval[0] <= 0 <= self.interval[1]:
+        if self.interval is None or len(self.differences) < FEWEST:
+            return "undecided"
+        if self.interval[0] <= 0 <= self.interval[1]:
             return "undecided"
         return "lower" if self.mean < 0 else "higher"
 
@@ -72,7 +78,7 @@ class Paired:
         """
         if self.deviation is None:
             return None
-        low, high = 1, 2
+        low, high = FEWEST - 1, FEWEST
         while _power(effect, self.deviation, high, self.level) < POWER:
             low, high = high, 2 * high
             if high > _MOST_PAIRS:

@@ -55,6 +55,7 @@ def find_runs(paths: Iterable[Path], metric: str) -> tuple[list[Measured], list[
     """
     found: list[Measured] = []
     left_out: list[str] = []
+    wrong: list[str] = []
     given = list(paths)
     for path in given:
         if not path.is_dir():
@@ -66,20 +67,38 @@ def find_runs(paths: Iterable[Path], metric: str) -> tuple[list[Measured], list[
             if summary is None:
                 left_out.append(f"{folder} is left out: it has not finished")
                 continue
-            found.append(_measured(folder, summary, metric))
+            try:
+                found.append(_measured(folder, summary, metric))
+            except UserError as error:
+                wrong.append(str(error))
     if not found:
         where = ", ".join(map(str, given))
+        if wrong:
+            raise UserError(wrong[0])
         raise UserError(f"no finished run in {where}; {len(left_out)} have not finished")
+    left_out += [f"left out: {why}" for why in wrong]
     searched = [run for run in found if run.searched]
     if len(searched) < len(found):
         left_out += [f"{run.folder} is left out: it was part of a search" for run in searched]
         found = [run for run in found if not run.searched]
+        _refuse_seeds_that_chose(found, searched)
     else:
         raise UserError(
             "all of these runs are of a search, whose best is best by luck as well; compare runs "
             "of seeds that chose nothing"
         )
     return found, left_out
+
+
+def _refuse_seeds_that_chose(found: Sequence[Measured], searched: Sequence[Measured]) -> None:
+    """Of the same sweep, whose searches lie in a folder of its own."""
+    chose = {(run.folder.parent.parent, run.keys["run.seed"]) for run in searched}
+    for run in found:
+        if (run.folder.parent, run.keys["run.seed"]) in chose:
+            raise UserError(
+                f"{run.folder} has seed {run.keys['run.seed']}, by which the search beside it has "
+                f"chosen: it says nothing of what was chosen; leave it out, or use another seed"
+            )
 
 
 def values_of(runs: Sequence[Measured], key: str) -> list[str]:
@@ -101,7 +120,7 @@ def where(runs: Sequence[Measured], key: str, value: str) -> list[Measured]:
         UserError: no run has that key, or that value of it.
     """
     there = values_of(runs, key)
-    chosen = [r for r in runs if key in r.keys and _as_number(r.keys[key]) == _as_number(value)]
+    chosen = [run for run in runs if key in run.keys and same(run.keys[key], value)]
     if not chosen:
         raise UserError(f"no run has {key}={value}; there are {', '.join(there)}")
     return chosen
@@ -115,8 +134,8 @@ def _measured(folder: Path, summary: Mapping[str, Any], metric: str) -> Measured
         keys=keys,
         chosen={key: value for key, value in keys.items() if value != _implied(keys).get(key)},
         value=_metric(folder, summary, metric),
-        parameters=float(summary["parameters"]),
-        tokens=float(summary["tokens"]),
+        parameters=_number(folder, summary, "parameters"),
+        tokens=_number(folder, summary, "tokens"),
         searched=keys["run.purpose"] == Purpose.search.value,
     )
 
@@ -136,16 +155,21 @@ def _keys_of_mixer(mixer: str) -> Mapping[str, str]:
 def _metric(folder: Path, summary: Mapping[str, Any], metric: str) -> float:
     if metric == VAL_LOSS:
         records = read_records(folder)
-        losses = [r["loss"] for r in records if r.get("kind") == "validation" and r.get("step")]
+        losses = [r.get("loss") for r in records if r.get("kind") == "validation" and r.get("step")]
         if not losses:
             raise UserError(f"{folder} has no validation after its first step")
-        value: Any = math.fsum(losses[-LAST:]) / len(losses[-LAST:])
+        last = [loss for loss in losses[-LAST:] if isinstance(loss, int | float)]
+        if len(last) < len(losses[-LAST:]):
+            raise UserError(f"{folder} has diverged: a loss of its last validations is none")
+        value: Any = math.fsum(last) / len(last)
     elif metric.startswith("evaluation."):
         value = _evaluated(folder, metric)
     else:
         value = summary
         for name in metric.split("."):
-            value = value.get(name) if isinstance(value, Mapping) else None
+            value = value.get(name, "") if isinstance(value, Mapping) else ""
+        if value is None:
+            raise UserError(f"{folder} has diverged, or did not measure it: {metric} is null")
     if isinstance(value, bool) or not isinstance(value, int | float):
         numbers = sorted(k for k, v in summary.items() if isinstance(v, int | float))
         raise UserError(
@@ -154,6 +178,13 @@ def _metric(folder: Path, summary: Mapping[str, Any], metric: str) -> float:
         )
     if not math.isfinite(value):
         raise UserError(f"{folder}: {metric} is {value}; a run that diverged has no place in it")
+    return float(value)
+
+
+def _number(folder: Path, summary: Mapping[str, Any], name: str) -> float:
+    value = summary.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{folder} has a damaged summary: {name} is {value}")
     return float(value)
 
 
@@ -166,14 +197,25 @@ def _evaluated(folder: Path, metric: str) -> Any:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Keys by dotted name, values as text."""
+    """Keys by dotted name, values as text, as recipes write them."""
     found: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = str(value)
+            found[f"{prefix}{key}"] = _text(value)
     return found
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two texts are the same value; 1e-3 and 0.001 are."""
+    return _as_number(one) == _as_number(other)
 
 
 @dataclass(frozen=True)

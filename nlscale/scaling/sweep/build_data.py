@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from nlscale.data.index import INDEX_NAME
 from nlscale.errors import UserError
 from nlscale.scaling.sweep.spec import Sweep
 
@@ -16,7 +15,9 @@ _BEGINS = ["nlscale", "data", "build"]
 
 
 def build_missing(sweep: Sweep, say: Callable[[str], None]) -> None:
-    """Run each command whose folder has no index yet; what it prints goes to standard error.
+    """Run each command; it does nothing where its data are there and what they would be.
+
+    What it prints goes to standard error.
 
     Args:
         sweep: as read.
@@ -35,9 +36,7 @@ def build_missing(sweep: Sweep, say: Callable[[str], None]) -> None:
                 f"FOLDER`; --build-data runs nothing else"
             )
         out = Path(words[words.index("--out") + 1])
-        if (out / INDEX_NAME).exists():
-            continue
-        say(f"building {out}")
+        say(f"data: {out}")
         ran = subprocess.run([sys.executable, "-m", *words], stdout=sys.stderr, check=False)
         if ran.returncode:
             raise UserError(f"{command!r} ended with exit code {ran.returncode}; see above")

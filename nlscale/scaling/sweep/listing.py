@@ -54,7 +54,7 @@ def print_sweep(
         steps = {name: state.step for name, state in states.items()}
         left = eta(runs, steps, speeds, workers or 1)
         if all(state.finished for state in states.values()):
-            out.print(f"All have finished: nlscale fit {sweep.folder}", soft_wrap=True)
+            out.print(sweep.when_finished, soft_wrap=True)
         elif left is None:
             out.print("Hours are known once a run has finished.")
         else:

@@ -11,16 +11,23 @@ only a fresh seed does not know of that luck. `nlscale compare` leaves the runs 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from nlscale.config.vocabulary import Purpose
+from nlscale.errors import UserError
 from nlscale.scaling.sweep.runs import Run
 from nlscale.scaling.sweep.spec import Search, Sweep
 from nlscale.scaling.sweep.status import Status
+from nlscale.telemetry.files import read_object, to_json
+from nlscale.telemetry.files import replace as replace_file
 
 FOLDER = "search"
+DIVERGED = "diverged.json"
+_SAYS_DIVERGED = "steps in a row were dropped"
+"""What a run ends with that meets no finite loss; see `nlscale.train.dropped`."""
 _SEED = "run.seed"
 
 Choices = dict[str, list[tuple[str, float]]]
@@ -45,17 +52,54 @@ def finals_of(sweep: Sweep, search: Search) -> Sweep:
     return replace(sweep, axes={**sweep.axes, search.key: search.values}, search=None)
 
 
-def choices(search: Search, runs: list[Run], states: Mapping[str, Status]) -> Choices | None:
-    """What the runs of a search have found; None while some have not finished."""
+def choices(
+    search: Search, runs: list[Run], states: Mapping[str, Status], diverged: Collection[str]
+) -> Choices | None:
+    """What the runs of a search have found; None while some have not finished.
+
+    Args:
+        search: of the sweep.
+        runs: that search.
+        states: where they stand, by name.
+        diverged: names of those that gave up because their steps were not finite: the worst.
+
+    Raises:
+        UserError: no value of a combination has a loss.
+    """
     found: Choices = {}
     for run in runs:
         summary = states[run.name].summary
+        if summary is None and run.name in diverged:
+            summary = {"final_val_loss": None}
         if summary is None:
             return None
         loss: Any = summary["final_val_loss"]
         loss = loss if isinstance(loss, int | float) and math.isfinite(loss) else math.inf
         found.setdefault(_others(run, search), []).append((run.axes[search.key], float(loss)))
-    return {others: sorted(tried, key=lambda each: each[1]) for others, tried in found.items()}
+    ranked = {others: sorted(tried, key=lambda each: each[1]) for others, tried in found.items()}
+    for others, tried in ranked.items():
+        if tried[0][1] == math.inf:
+            raise UserError(
+                f"no value of {search.key} has a loss of {others or 'all runs'}: all have "
+                f"diverged; search others"
+            )
+    return ranked
+
+
+def remember_diverged(folder: Path, failed: Mapping[str, str]) -> list[str]:
+    """Which of the failed runs of a search diverged, now or before; they are not tried again.
+
+    Args:
+        folder: of the search; remembers them in `diverged.json`.
+        failed: why, by name, of those that failed now.
+    """
+    path = folder / DIVERGED
+    known: dict[str, str] = dict(read_object(path)) if path.exists() else {}
+    new = {name: why for name, why in failed.items() if _SAYS_DIVERGED in why}
+    if new:
+        known |= new
+        replace_file(path, (to_json(known, indent=1) + "\n").encode())
+    return list(known)
 
 
 def chosen(search: Search, runs: list[Run], found: Choices | None) -> list[Run]:
@@ -76,9 +120,11 @@ def chosen(search: Search, runs: list[Run], found: Choices | None) -> list[Run]:
 def lines(search: Search, found: Choices) -> list[str]:
     """What was chosen, a line for each combination, and by how much."""
     said = []
+    ends = (search.values[0].name, search.values[-1].name)
     for others, tried in found.items():
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in tried)
-        said.append(f"{search.key} of {others or 'all runs'}: {losses}")
+        edge = "; the best is at the end of what was tried" if tried[0][0] in ends else ""
+        said.append(f"{search.key} of {others or 'all runs'}: {losses}{edge}")
     return said
 
 

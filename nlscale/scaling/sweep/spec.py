@@ -85,6 +85,12 @@ class Sweep:
     share: float = 1.0
     """Of its length that each run has."""
 
+    @property
+    def when_finished(self) -> str:
+        """What is said when all runs have: what comes next, where no comparison or search does."""
+        asks = self.compare is not None or "run.purpose" in self.common
+        return "All have finished" + ("." if asks else f": nlscale fit {self.folder}")
+
 
 @dataclass
 class _File:
@@ -132,6 +138,11 @@ def read_sweep(given: str | Path) -> Sweep:
         compare=_question(file.compare, f"{path}: compare") if file.compare is not None else None,
         search=_search(file.search, axes, f"{path}: search") if file.search is not None else None,
     )
+    if sweep.search is not None and sweep.search.keep > 1 and sweep.compare is not None:
+        raise UserError(
+            f"{path}: search.keep is {sweep.search.keep}, and compare would have several runs for "
+            f"one place; keep 1, or compare them yourself (nlscale compare --by {sweep.search.key})"
+        )
     _check_overlap(sweep)
     return sweep
 
@@ -203,14 +214,15 @@ def _search(tree: Any, axes: dict[str, list[Value]], where: str) -> Search:
     if not isinstance(key, str) or not isinstance(values, list) or len(values) < 2:
         raise UserError(f"{where}: a key and two values of it or more are needed; {_SEARCH}")
     named = [_of_key(key, value, f"{where}.values") for value in values]
-    if len({value.name for value in named}) < len(named):
+    if len({str(value.name).replace('"', "") for value in named}) < len(named):
         raise UserError(f"{where}.values: one of them is there twice")
     setters = [axis for axis, of in axes.items() for value in of if key in value.keys]
     if setters:
         raise UserError(f"{where}: the axis {setters[0]} sets {key}; what is searched no axis sets")
-    if _SEED not in axes:
+    seeds = [value.keys.get(_SEED) for value in axes.get(_SEED, [])]
+    if not seeds or None in seeds:
         raise UserError(f"{where}: the runs need seeds of their own: an axis {_SEED}: [2, 3, 4]")
-    seeds = [value.keys[_SEED] for value in axes[_SEED]]
+    taken = {round(_number(seed, f"{where}: axes.{_SEED}", int)) for seed in seeds}
     found = Search(
         key,
         named,
@@ -218,7 +230,7 @@ def _search(tree: Any, axes: dict[str, list[Value]], where: str) -> Search:
         round(_number(tree.get("seed"), f"{where}.seed", int)),
         _number(tree.get("length", 1), f"{where}.length", float),
     )
-    if str(found.seed) in map(str, seeds):
+    if found.seed in taken:
         raise UserError(
             f"{where}: seed {found.seed} is on the axis {_SEED} as well; a seed that chooses a "
             f"setting says nothing of what the setting is worth: take another"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +127,36 @@ def test_runs_that_make_no_pair_are_left_out_and_named(
     assert "attention-2 is left out: another cell has no run with run.seed=2" in out
 
 
+def test_one_run_that_diverged_costs_its_pair_alone(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (runs / "hope-2" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "validation", "step": 4, "loss": None}) + "\n")
+    code, out, err = compare(capsys, runs, "--by", "model.mixer")
+    assert code == 0 and "2 pairs by run.seed" in out
+    assert "hope-2 has diverged" in err and "attention-2 is left out" in out
+
+
+def test_values_are_those_of_recipes(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--by", "model.mixer", "--where", "optimizer.learning_rate=3e-4")
+    rate = plain(capsys, runs, "--by", "model.mixer", "--where", "model.mup_base_width=null")
+    assert len(rate["cells"]) == 3
+    code, _, err = compare(capsys, runs, *asked)
+    assert code in (0, 2) and "Traceback" not in err
+
+
 def test_the_runs_of_a_search_are_no_evidence(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for mixer in LOSSES:
         run_folder(runs / "search" / mixer, mixer, 1, 1.0, "run.purpose=search")
     code, out, err = compare(capsys, runs, "--by", "model.mixer")
+    assert code == 2 and "has seed 1, by which the search beside it has chosen" in err
+    for mixer in LOSSES:
+        shutil.rmtree(runs / f"{mixer}-1")
+    code, out, err = compare(capsys, runs, "--by", "model.mixer")
     assert code == 0 and err.count("it was part of a search") == 3
-    assert "1.0000" not in out
+    assert "2 pairs" in out and "1.0000" not in out
     code, _, err = compare(capsys, runs / "search", "--by", "model.mixer")
     assert code == 2 and "of a search" in err
 
@@ -146,7 +169,7 @@ def test_the_runs_of_a_search_are_no_evidence(
         (["--by", "model.mixer", "--metric", "accuracy"], "has no number accuracy; there are"),
         (["--by", "model.mixer", "--baseline", "model.mixer=mamba"], "no run has it; there are"),
         (["--by", "model.mixer", "--baseline", "attention"], "KEY=VALUE"),
-        (["--by", "model.mixer", "--where", "run.seed=9"], "there are 1, 2, 3"),
+        (["--by", "model.mixer", "--where", "run.seed=9"], "there are"),
         (["--by", "run.seed", "--paired-by", "model.layers"], "they differ in model.mixer"),
         (["--by", "model.mixer", "--figure", "f.bmp"], ".png"),
         (["--by", "model.mixer", "--level", "1"], "--level"),
