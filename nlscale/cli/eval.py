@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"score a run that was trained on {' '.join(names)}",
             description="Score a run on fresh examples of its task, and on longer ones: how often "
             "the most likely token is the right one, over the targets that count, and how many "
-            "examples have no mistake; with 95%% intervals (Wilson).",
+            "examples have no mistake; with 95% intervals (Wilson).",
         )
         one.add_argument(
             "run",

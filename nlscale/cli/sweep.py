@@ -196,12 +196,13 @@ def _stage(
     """
     from nlscale.scaling.sweep.branches import share_stable_phases
     from nlscale.scaling.sweep.listing import print_sweep, to_plain
-    from nlscale.scaling.sweep.runs import check_data, expand
+    from nlscale.scaling.sweep.runs import check_data, check_question, expand
     from nlscale.scaling.sweep.search import remember_diverged
     from nlscale.scaling.sweep.status import status
 
     args, console = asked.args, asked.console
     runs = pick(expand(sweep, assumed=_ASSUMED_VOCABULARY if asked.scripts else None))
+    check_question(sweep, runs)
     states = {run.name: status(run) for run in runs}
     share_stable_phases(sweep, runs, states)
     workers = args.workers or sweep.workers

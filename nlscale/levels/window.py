@@ -185,7 +185,7 @@ def _ddp(
     config: Config,
 ) -> DistributedDataParallel:
     with cpu.cuda_by_name():
-        return DistributedDataParallel(
+        ddp = DistributedDataParallel(
             megatron,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
@@ -196,6 +196,10 @@ def _ddp(
             ParameterView(parameters),
             pg_collection=_as_first_stage(layout.within_node),
         )
+    if layout.within_node.dp.size() == 1:
+        for bucket_group in ddp.bucket_groups:
+            _reduce_nothing(bucket_group)
+    return ddp
 
 
 def _parts(parameters: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
@@ -206,6 +210,23 @@ def _parts(parameters: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]
     partial = {name: p for name, p in parameters.items() if _is_partial(p)}
     whole = {name: p for name, p in parameters.items() if name not in partial}
     return [part for part in (whole, partial) if part]
+
+
+def _reduce_nothing(bucket_group: Any) -> None:
+    """Where a node has one data-parallel rank, let its gradients stay where they are: the sum of
+    one would be copied there and back."""
+    assert all(bucket.gradient_scaling_factor == 1.0 for bucket in bucket_group.buckets)
+
+    def start(*args: Any, **kwargs: Any) -> None:
+        bucket_group.grad_reduce_handle = _Reduced()
+
+    bucket_group.start_grad_sync = start
+
+
+class _Reduced:
+    """A reduction that is over."""
+
+    def wait(self) -> None: ...
 
 
 class _Once:

@@ -29,6 +29,7 @@ from nlscale.config.vocabulary import Config, Dtype
 from nlscale.model.init import Initializer, normal, ones, tag
 from nlscale.ops import pointwise
 from nlscale.ops.accumulate import accumulate_product_
+from nlscale.ops.by_hand import Norm
 from nlscale.ops.pointwise import compiled_on_gpu
 
 
@@ -182,10 +183,13 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, dtype=megatron.params_dtype))
+        self.by_hand = kernels
         self.add_and_norm = compiled_on_gpu(pointwise.add_and_norm, kernels)
         tag(self.weight, ones, partial_gradient=megatron.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.by_hand and not x.is_cuda:
+            return Norm.apply(x, None, self.weight, self.eps)  # type: ignore[no-any-return]
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def after(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,27 @@
-"""Causal softmax attention, by torch's kernels."""
+"""Causal softmax attention, by torch's kernels; on a CPU, in training, by matrix products."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from nlscale.ops.by_hand import wide
 from nlscale.ops.documents import Documents
+
+_QUERIES = 128
+"""Of a block: whole rows of its scores are held at a time."""
+_LONGEST = 512
+"""Sequence that is taken by matrix products. Scores of longer ones go to memory and back, which
+torch's kernel spares."""
+_SCORES = 2**18
+"""That are held at a time, unless those of one block in one head are more: what a core's cache
+holds."""
 
 
 def causal_attention(
@@ -19,7 +34,8 @@ def causal_attention(
         k, v: [batch, heads, past + time, d]: what came before q first.
         documents: where each token sees only those of its document; nothing came before then.
         kernels: on a GPU, and for bf16, treat documents as sequences of their own, so that nothing
-            is spent on pairs of tokens that do not see each other. Else they are masked out.
+            is spent on pairs of tokens that do not see each other. Else they are masked out. On a
+            CPU, take whole sequences by matrix products (`_ByBlocks`).
 
     Returns:
         [batch, heads, time, d].
@@ -29,6 +45,11 @@ def causal_attention(
             return _packed(q, k, v, documents)
         return F.scaled_dot_product_attention(q, k, v, documents.attends())
     time, past = q.shape[2], k.shape[2] - q.shape[2]
+    by_blocks = (
+        kernels and not q.is_cuda and torch.is_grad_enabled() and _QUERIES < time <= _LONGEST
+    )
+    if past == 0 and by_blocks:
+        return _ByBlocks.apply(q, k, v)  # type: ignore[no-any-return]
     if past == 0:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     mask = torch.ones(time, past + time, dtype=torch.bool, device=k.device).tril(past)
@@ -50,3 +71,79 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     read = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0))
     assert isinstance(read, Tensor), "nothing but the output was asked for"
     return read.view(batch, time, heads, d).transpose(1, 2)
+
+
+class _ByBlocks(torch.autograd.Function):
+    """Attention of whole sequences, for a block of queries over all keys up to its end at a time.
+
+    Torch's kernel for CPUs takes blocks of keys as well, and its products are so small that they
+    are slow. Scores are made again in the backward pass: nothing but q, k and v is kept.
+
+        P = softmax(Q K^T / sqrt(d))       O = P V
+        dV = P^T dO        dP = dO V^T     dS = P * (dP - sum over keys of P * dP)
+        dQ = dS K / sqrt(d)                dK = dS^T Q / sqrt(d)
+
+    Scores and dP are computed in at least fp32; what P and dS are multiplied with has the dtype of
+    q, and so have they.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        given = [x.flatten(0, 1) for x in (q, k, v)]
+        out = torch.empty_like(given[0], memory_format=torch.contiguous_format)
+        for heads, blocks in _blocks(*given[0].shape[:2]):
+            q_s, k_s, v_s = (x[heads] for x in given)
+            q_wide, k_wide = _scaled(q_s), k_s.to(wide(k))
+            for first, last in blocks:
+                p = _probabilities(q_wide, k_wide, first, last)
+                out[heads, first:last] = torch.bmm(p.to(v.dtype), v_s[:, :last])
+        return out.view(q.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = ctx.saved_tensors
+        shape, dtype, d = q.shape, q.dtype, q.shape[-1]
+        q, k, v, d_out = (x.flatten(0, 1) for x in (q, k, v, d_out))
+        d_q, d_k, d_v = (q.new_empty(q.shape) for _ in range(3))
+        for heads, blocks in _blocks(*q.shape[:2]):
+            q_s, k_s, v_s, d_y = (x[heads].contiguous() for x in (q, k, v, d_out))
+            q_wide, k_wide, v_wide, d_wide = _scaled(q_s), *(x.to(wide(q)) for x in (k_s, v_s, d_y))
+            # [d, keys]: a product whose left side is a transposed P or dS would copy it first
+            q_t, d_y_t = q_s.mT.contiguous(), d_y.mT.contiguous()
+            d_keys, d_values = (k_wide.new_zeros(k_wide.mT.shape) for _ in range(2))
+            for first, last in blocks:
+                p = _probabilities(q_wide, k_wide, first, last)
+                d_p = torch.bmm(d_wide[:, first:last], v_wide[:, :last].mT)
+                d_s = torch._softmax_backward_data(d_p, p, -1, p.dtype).to(dtype)
+                d_values[:, :, :last] += torch.bmm(d_y_t[:, :, first:last], p.to(dtype))
+                d_keys[:, :, :last] += torch.bmm(q_t[:, :, first:last], d_s)
+                torch.mul(torch.bmm(d_s, k_s[:, :last]), d**-0.5, out=d_q[heads, first:last])
+            d_k[heads], d_v[heads] = d_keys.mul_(d**-0.5).mT, d_values.mT
+        return d_q.view(shape), d_k.view(shape), d_v.view(shape)
+
+
+def _blocks(heads: int, length: int) -> Iterator[tuple[slice, list[tuple[int, int]]]]:
+    """Heads that are taken at a time, and the first and last query of each block."""
+    step = max(1, _SCORES // (_QUERIES * length))
+    blocks = [(i, min(i + _QUERIES, length)) for i in range(0, length, _QUERIES)]
+    for first in range(0, heads, step):
+        yield slice(first, first + step), blocks
+
+
+def _scaled(q: Tensor) -> Tensor:
+    return q.to(wide(q)) * q.shape[-1] ** -0.5
+
+
+def _probabilities(q: Tensor, k: Tensor, first: int, last: int) -> Tensor:
+    """Of the keys up to the last, for queries from first to last, [heads, queries, keys]."""
+    scores = torch.bmm(q[:, first:last], k[:, :last].mT)
+    scores[:, :, first:] += _later(last - first, q.dtype)
+    return torch.softmax(scores, -1)
+
+
+@lru_cache(maxsize=4)
+def _later(size: int, dtype: torch.dtype) -> Tensor:
+    """-inf for keys after the query, else 0."""
+    return torch.full((size, size), float("-inf"), dtype=dtype).triu(1)

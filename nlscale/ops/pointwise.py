@@ -2,7 +2,8 @@
 
 What limits them on a GPU is memory: run one by one, each reads and writes its tensors whole. There
 `compiled_on_gpu` makes one or two kernels of each function below, which read their inputs once and
-keep no more than these for the backward pass.
+keep no more than these for the backward pass. On a CPU it takes `nlscale.ops.by_hand` in their
+place.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nlscale.ops import by_hand
+from nlscale.ops.by_hand import wide as wide
 from nlscale.ops.memory.rules import NORMALIZE_EPS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -24,21 +27,18 @@ _compile = cache(torch.compile)
 
 
 def compiled_on_gpu(function: Function, wanted: bool = True) -> Function:
-    """`function`; if wanted, by way of `torch.compile` where a tensor it is given is on a GPU."""
+    """`function`; if wanted, by way of `torch.compile` where a tensor it is given is on a GPU, and
+    elsewhere with its derivative by hand where there is one."""
     if not wanted:
         return function
+    on_cpu = _BY_HAND.get(function, function)
 
     @wraps(function)
     def run(*given: Any) -> Any:
         on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in given)
-        return (_compile(function) if on_gpu else function)(*given)
+        return (_compile(function) if on_gpu else on_cpu)(*given)
 
     return run  # type: ignore[return-value]
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """The precision of states, norms and gates: fp32, or that of x where it is more."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -115,6 +115,26 @@ def gated_read(read: Tensor, norm: Tensor | None, gate: Tensor | None, eps: floa
     return read if gate is None else read * F.silu(gate)
 
 
+def scan_inputs(
+    fed: Tensor,
+    q: Tensor,
+    weight: Tensor,
+    tail: Tensor,
+    position: Tensor | None,
+    inputs: int,
+    heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a memory is fed with: a, b and unit queries, each [batch, heads, sequence, d].
+
+    `fed` holds the inputs of a and b side by side, or one for both; weight, tail and position are
+    those of the convolution.
+    """
+    fed = convolve(fed, weight, tail, position)
+    a, *b = (by_head(part, heads) for part in fed.chunk(inputs, dim=-1))
+    return unit_mean_square(a, eps), b[0] if b else a, normalize(by_head(q, heads))
+
+
 def rotate(x: Tensor, base: float, first: int) -> Tensor:
     """Rotary position embedding of [batch, heads, time, d], halves rotated together.
 
@@ -130,3 +150,12 @@ def rotate(x: Tensor, base: float, first: int) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
     left, right = x.to(dtype).chunk(2, -1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1).to(x.dtype)
+
+
+_BY_HAND: dict[Callable[..., Any], Callable[..., Any]] = {
+    swiglu: by_hand.SwiGLU.apply,
+    add_and_norm: by_hand.Norm.apply,
+    gated_read: by_hand.GatedRead.apply,
+    scan_inputs: by_hand.ScanInputs.apply,
+    rotate: by_hand.Rotate.apply,
+}

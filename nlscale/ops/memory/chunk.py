@@ -1,9 +1,9 @@
 """The chunk form of the memory (docs/concepts/memory.md), with its derivative worked out by hand.
 
 Chunks follow one another, because the memory at the end of one makes the keys of the next. That
-loop is what limits the speed of the mixer: `ChunkWrites` holds what must be in it, and
-`nlscale.ops.memory.reads` what can be done for all chunks at once. Under plain autograd a chunk is
-some hundred small operations, each recorded, and as many again backward.
+loop is what limits the speed of the mixer: `ChunkWrites` holds what must be in it, and does all
+else for all chunks at once, as do `nlscale.ops.memory.main` and `nlscale.ops.memory.reads`. Under
+plain autograd a chunk is some hundred small operations, each recorded, and as many again backward.
 
 Notation, for one chunk, head and sequence; rows are tokens i, j = 1 .. C:
 
@@ -22,6 +22,7 @@ the loss by Y; that by a decay is taken by its log: d log F = dF * F, element by
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nlscale.ops.memory import main
+from nlscale.ops.memory.main import Keys, product, row_dot
 from nlscale.ops.memory.rules import NORMALIZE_EPS, MemoryRules
 from nlscale.ops.threads import on_one_thread
 
@@ -36,7 +39,7 @@ from nlscale.ops.threads import on_one_thread
 class ChunkWrites(torch.autograd.Function):
     """The keys, decays and writes of consecutive chunks of equal size, and the states.
 
-    Forward, chunk by chunk (anchored terms in brackets, Pi's rows only):
+    Forward (anchored terms in brackets, Pi's rows only):
 
         [x | logits] = [a | logits] + a (for_key P)^T           k = x / |x|
         v = b + b (for_value P)^T                               u = v / |v|, or v
@@ -45,10 +48,11 @@ class ChunkWrites(torch.autograd.Function):
         D = T diag(r) X
         Z' = exp(g_C) Z + D^T n  [ + (1 - exp(g_C)) I ]         n_j = F_Cj k_j
 
-    T stands as a matrix because the backward uses it again; its entries are bounded by 1, since
-    every write is a contraction.
+    chunk by chunk as far as Pi needs it; what is S's follows (`nlscale.ops.memory.main`), and where
+    there is no Pi keys are made for all chunks at once. T stands as a matrix because the backward
+    uses it again; its entries are bounded by 1, since every write is a contraction.
 
-    Backward, the chunks in reverse order:
+    Backward, first what is S's, and then Pi's, the chunks in reverse order:
 
         dD = n dZ'^T + (from the reads)      y = T^T dD      w = diag(r) y = dX
         d logit of r_i = (1 - r_i) y_i . D_i             as X - W D = D / r
@@ -74,8 +78,7 @@ class ChunkWrites(torch.autograd.Function):
         current: Tensor,
         start: Tensor | None,
         carried: Tensor | None,
-        for_key: Tensor | None,
-        for_value: Tensor | None,
+        makers: Tensor | None,
         additive: bool,
         rules: MemoryRules,
     ) -> tuple[Tensor, ...]:
@@ -87,8 +90,8 @@ class ChunkWrites(torch.autograd.Function):
             current: Z at the start of the first chunk, [N, d or 2d, d].
             start: P of the first chunk, [N, d, d], where it was begun before; else None.
             carried: 0 at chunks before which states start anew, else 1, [n, N, 1, 1], or None.
-            for_key, for_value: [M_k; m_eta; m_alpha] and M_v, [N, d + 2, d] and [N, d, d];
-                None for a static memory.
+            makers: for_key, [M_k; m_eta; m_alpha], and for_value, M_v, one below the other,
+                [N, 2d + 2, d]; None for a static memory.
             additive: whether a and b themselves are part of k and v.
             rules: see there.
 
@@ -98,197 +101,294 @@ class ChunkWrites(torch.autograd.Function):
             [n, N, C, d], and Z after the last chunk.
         """
         count, batch, size, d = a.shape
-        rows = current.shape[1]
-        anchored = rules.anchored and for_key is not None
-        k, g = a.new_empty(a.shape), a.new_zeros(count, batch, size + 1)
-        fade = a.new_empty(count, batch, size + 1, size)
-        writes = a.new_empty(count, batch, size, rows)
-        states = a.new_empty(count + 1, batch, rows, d)
-        states[0] = current
-        above = torch.full((size + 1, size), float("-inf"), dtype=a.dtype, device=a.device).triu()
-        eye = torch.eye(size, dtype=a.dtype, device=a.device).expand(batch, size, size)
-        kept: list[Tensor | None] = []
-        each = (x.unbind(0) for x in (a, b, logits, k, g, fade, writes, states[:-1], states[1:]))
-        for i, parts in enumerate(zip(*each, strict=True)):
-            a_i, b_i, logits_i, k_i, g_i, fade_i, write, state, after = parts
-            if carried is not None:
-                state.mul_(carried[i])
-                if for_key is not None:
-                    state[:, :d].diagonal(dim1=1, dim2=2).add_(1 - carried[i, ..., 0])
-            pi, main = state[:, :d], state[:, -d:]
-            p = key_now = value_now = v_scale = None
-            x, v, gates = a_i, b_i, logits_i
-            if for_key is not None and for_value is not None:
-                p = pi if start is None or kept else start
-                key_now, value_now = torch.bmm(for_key, p), torch.bmm(for_value, p)
-                x, gates = torch.bmm(a_i, key_now.mT).split([d, 2], dim=-1)
-                v = torch.bmm(b_i, value_now.mT)
-                gates = gates + logits_i
-                if additive:
-                    x, v = x + a_i, v.add_(b_i)
-            k_scale = _inverse_norm(x)
-            torch.mul(x, k_scale, out=k_i)
-            r = torch.sigmoid(gates[..., :1])
-            torch.cumsum(F.logsigmoid(gates[..., 1]), -1, out=g_i[:, 1:])
-            # what lies above is masked before exp, where it may overflow
-            torch.sub(g_i[:, :, None], g_i[:, None, 1:], out=fade_i).add_(above).exp_()
-            since_start = torch.exp(g_i).unsqueeze(-1)
-            before = since_start[:, :-1]
-            coupling = torch.bmm(k_i, k_i.mT).mul_(fade_i[:, :-1]).mul_(r)
-            solve = torch.linalg.solve_triangular(
-                coupling, eye, upper=False, unitriangular=True
-            )  # unitriangular: the ones of I + diag(r) W are not stored
-
-            faded = k_i * before
-            right = []
-            if p is not None:
-                if rules.normalize_value:
-                    v_scale = _inverse_norm(v)
-                target = _target(v, v_scale, k_i, rules)
-                right.append(torch.bmm(target - faded, pi.mT))
-                if p is not pi:
-                    right[0].baddbmm_(target, (p - pi).mT)
-                if anchored:
-                    right[0].add_(faded).sub_(k_i)
-            if rules.main_memory:
-                right.append(torch.baddbmm(v, faded, main.mT, alpha=-1))
-            torch.bmm(solve, torch.cat(right, -1).mul_(r), out=write)
-
-            whole = since_start[:, -1:]
-            torch.mul(state, whole, out=after)
-            after.baddbmm_(write.mT, k_i * fade_i[:, -1, :, None])
-            if anchored:
-                after[:, :d].diagonal(dim1=1, dim2=2).add_(1 - whole[:, 0])
-            kept += [
-                key_now, value_now, v, v_scale, k_scale, r, gates, since_start, solve
-            ]  # fmt: skip
+        keys, made = _empty_keys(a), None
+        v, gates, v_scale, last = b, logits, None, []
+        pi = pi_writes = states = writes = None
+        if makers is None:
+            _fill(
+                keys.flat(),
+                a.flatten(0, 1),
+                logits[..., 1].flatten(0, 1),
+                logits[..., :1].flatten(0, 1),
+            )
+        else:
+            pi, pi_writes = a.new_empty(count + 1, batch, d, d), a.new_empty(a.shape)
+            pi[0] = current[:, :d]
+            made, v, gates = (
+                a.new_empty(count, *makers.shape),
+                b.new_empty(b.shape),
+                logits.new_empty(logits.shape),
+            )
+            v_scale = a.new_empty(count, batch, size, 1) if rules.normalize_value else None
+            given = torch.cat([a if additive else torch.zeros_like(a), logits], -1)
+            each = zip(
+                a, b, given, pi, pi[1:], pi_writes, made, v, gates, keys.each(), strict=False
+            )
+            for i, (a_i, b_i, given_i, state, after, write, made_i, v_i, gates_i, key) in enumerate(
+                each
+            ):
+                if carried is not None:
+                    state.mul_(carried[i])
+                    state.diagonal(dim1=1, dim2=2).add_(1 - carried[i, ..., 0])
+                p = state if start is None or i else start
+                torch.bmm(makers, p, out=made_i)
+                fed = torch.baddbmm(given_i, a_i, made_i[:, : d + 2].mT)
+                gates_i.copy_(fed[..., d:])
+                for_value = made_i[:, d + 2 :].mT
+                torch.baddbmm(b_i, b_i, for_value, beta=float(additive), out=v_i)
+                _fill(key, fed[..., :d], gates_i[..., 1], gates_i[..., :1])
+                u = v_i
+                if v_scale is not None:
+                    u = v_i * _inverse_norm(v_i, out=v_scale[i])
+                faded = key.faded
+                target = _target(u, key.k, rules)
+                right = _times_pi(target, faded, state, p)
+                if rules.anchored:
+                    right.add_(faded).sub_(key.k)
+                torch.bmm(key.solve, right.mul_(key.r), out=write)
+                torch.mul(state, key.whole, out=after)
+                after.baddbmm_(write.mT, key.k * key.until_end)
+                if rules.anchored:
+                    after.diagonal(dim1=1, dim2=2).add_(1 - key.whole[:, 0])
+            last.append(pi[-1])
+        if rules.main_memory:
+            states, writes = a.new_empty(count + 1, batch, d, d), a.new_empty(a.shape)
+            states[0] = current[:, -d:]
+            main.write(keys, v, carried, states, writes)
+            last.append(states[-1])
         ctx.rules, ctx.additive = rules, additive
         ctx.save_for_backward(
-            a, b, start, carried, for_key, for_value, k, fade, writes, states, *kept
-        )
-        ctx.mark_non_differentiable(fade)
+            a, b, start, carried, makers, made, v, v_scale, gates, pi, pi_writes, states, writes,
+            *keys.all,
+        )  # fmt: skip
+        ctx.mark_non_differentiable(keys.fade)
         ctx.set_materialize_grads(False)  # or one of zeros, large, would be made for F
-        return k, g, fade, states[:-1, :, -d:], writes[..., -d:], states[-1].clone()
+        read, written = (pi, pi_writes) if states is None else (states, writes)
+        assert read is not None and written is not None, "a memory of Pi, of S or of both"
+        return keys.k, keys.g, keys.fade, read[:-1], written, torch.cat(last, 1)
 
     @staticmethod
     @on_one_thread
     @once_differentiable
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        a, b, start, carried, for_key, for_value, k, fade, writes, states, *kept = ctx.saved_tensors
-        rules, (count, _, size, d) = ctx.rules, a.shape
-        static = for_key is None
-        anchored = rules.anchored and not static
+        (
+            a, b, start, carried, makers, made, v, v_scale, gates, pi, pi_writes, states, writes,
+            *of_keys,
+        ) = ctx.saved_tensors  # fmt: skip
+        rules, (count, batch, size, d) = ctx.rules, a.shape
+        keys = Keys(*of_keys)
         # what was not used has no derivative: reads without the state after, or the reverse
-        d_k, d_g, _, d_main, d_written = (x if x is None else x.unbind(0) for x in d_outputs[:5])
-        d_state = (
-            torch.zeros_like(states[0])
-            if d_outputs[5] is None
-            else d_outputs[5].clone(memory_format=torch.contiguous_format)
+        d_k, d_g, _, d_main, d_written, d_last = d_outputs
+        d_k = torch.zeros_like(a) if d_k is None else d_k
+        d_g = torch.zeros_like(keys.g) if d_g is None else d_g.clone()
+        d_last = a.new_zeros(batch, 2 * d, d) if d_last is None else d_last
+        of_main = None
+        if states is not None:
+            of_main = main.write_backward(
+                keys, states, writes, carried, d_last[:, -d:], d_main, d_written
+            )
+            d_main = d_written = None
+        # [dx | d logits]
+        d_made, open_, closed = (
+            a.new_empty(count, batch, size, d + 2),
+            torch.sigmoid(-gates[..., 1]),
+            1 - keys.r,
         )
-        up_to = torch.ones(size + 1, size, dtype=a.dtype, device=a.device).tril(-1)
-        d_a, d_b, d_logits = torch.empty_like(a), torch.empty_like(b), a.new_empty(*a.shape[:3], 2)
-        d_makers: list[Any] = [torch.zeros_like(x) for x in (for_key, for_value) if x is not None]
-        d_start = None
+        if makers is None:
+            assert of_main is not None, "a static memory is S"
+            torch.mul(of_main.d_r, closed, out=d_made[..., d : d + 1])
+            _fill_backward(
+                keys.flat(),
+                *(
+                    x.flatten(0, 1)
+                    for x in (
+                        of_main.pairs,
+                        of_main.past,
+                        of_main.d_faded,
+                        d_k,
+                        d_g,
+                        of_main.d_end,
+                        open_,
+                        d_made,
+                    )
+                ),
+            )
+            d_x, d_logits = d_made.split([d, 2], dim=-1)
+            return d_x, of_main.d_v, d_logits, of_main.d_state, *(None,) * 5
+        u = v if v_scale is None else v * v_scale
+        rest = _target(u, keys.k, rules) - keys.faded
+        d_v = v.new_zeros(v.shape) if of_main is None else of_main.d_v
+        d_pi, d_by = d_last[:, :d].clone(), makers.new_empty(makers.shape)
+        d_makers, d_start = torch.zeros_like(makers), None
+        every = [*keys.each()]
         for i in reversed(range(count)):
-            state, k_i, write, fade_i = states[i], k[i], writes[i], fade[i]
-            key_now, value_now, v, v_scale, k_scale, r, gates, since_start, solve = kept[
-                9 * i : 9 * i + 9
-            ]
-            pi, main, d_pi = state[:, :d], state[:, -d:], d_state[:, :d]
-            before, until_end = since_start[:, :-1], fade_i[:, -1, :, None]
+            key, state, write = every[i], pi[i], pi_writes[i]
             # the state after the chunk
-            d_end = (states[i + 1] * d_state).sum((1, 2))
-            if anchored:
+            d_end = (pi[i + 1] * d_pi).sum((1, 2))
+            if rules.anchored:
                 d_end -= d_pi.diagonal(dim1=1, dim2=2).sum(-1)
-            d_write = torch.bmm(k_i * until_end, d_state.mT)
-            if d_written is not None:
-                d_write[:, :, -d:].add_(d_written[i])
-            as_past = torch.bmm(write, d_state).mul_(until_end)
-            d_state.mul_(since_start[:, -1:])
-            if d_main is not None:
-                d_state[:, -d:].add_(d_main[i])
+            n = key.k * key.until_end
+            if d_written is None:
+                d_write = torch.bmm(n, d_pi.mT)
+            else:
+                d_write = torch.baddbmm(d_written[i], n, d_pi.mT)
             # the triangular system
-            d_made = a.new_empty(*k_i.shape[:2], d + 2)
-            d_x, d_gates = d_made.split([d, 2], dim=-1)
-            w = torch.bmm(solve.mT, d_write)
-            torch.mul(row_dot(w, write), 1 - r, out=d_gates[..., :1])
-            w.mul_(r)
-            pairs = torch.bmm(w, write.mT).neg_().mul_(fade_i[:, :-1])
-            as_past.baddbmm_(pairs.mT, k_i)
-            passed = row_dot(k_i, as_past)[..., 0]
+            y = torch.bmm(key.solve.mT, d_write)
+            d_r = row_dot(y, write)
+            w = y.mul_(key.r)
+            if of_main is None:
+                past = torch.bmm(write, d_pi)
+                pairs = torch.baddbmm(key.solve, w, write.mT, beta=0, alpha=-1)
+            else:
+                past = torch.baddbmm(of_main.past[i], write, d_pi)
+                pairs = torch.baddbmm(of_main.pairs[i], w, write.mT, alpha=-1)
+                d_r.add_(of_main.d_r[i])
+                d_end.add_(of_main.d_end[i])
+            torch.mul(d_r, closed[i], out=d_made[i, ..., d : d + 1])
+            d_pi.mul_(key.whole)
+            if d_main is not None:
+                d_pi.add_(d_main[i])
             # its right side
-            w_pi, d_v = w[:, :, :d], w[:, :, -d:]
-            faded = k_i * before
-            d_key = as_past if d_k is None else as_past.add_(d_k[i])
-            d_faded = torch.zeros_like(faded)
-            if rules.main_memory:
-                d_faded.baddbmm_(d_v, main, beta=0, alpha=-1)
-                d_state[:, -d:].sub_(torch.bmm(d_v.mT, faded))
-            if not static:
-                target = _target(v, v_scale, k_i, rules)
-                d_target = torch.bmm(w_pi, pi)
-                d_faded.sub_(d_target)
-                if anchored:
-                    d_faded.add_(w_pi)
-                    d_key.sub_(w_pi)
-                p = pi
-                d_p = torch.bmm(w_pi.mT, target - faded)
-                if start is not None and i == 0:
-                    p = start
-                    d_target.baddbmm_(w_pi, p - pi)
-                    of_faded = torch.bmm(w_pi.mT, faded)
-                    d_p.add_(of_faded)
-                    d_pi.sub_(of_faded)
-                if rules.c != 0:
-                    d_key.sub_(d_target, alpha=rules.c)
-                if v_scale is not None:
-                    _normalize_backward(d_target, v * v_scale, v_scale, d_target)
-                d_v = d_target.add_(d_v) if rules.main_memory else d_target
-            as_now = d_faded.mul_(before).baddbmm_(pairs, k_i)
-            d_key.add_(as_now)
-            # keys and gates
-            _normalize_backward(d_key, k_i, k_scale, d_x)
-            d_gi = a.new_zeros(since_start.shape[:2]) if d_g is None else d_g[i].clone()
-            d_gi[:, :-1].add_(row_dot(k_i, as_now)[..., 0])
-            d_gi[:, 1:].sub_(passed)
-            d_gi[:, -1].add_(d_end)
-            torch.mul(torch.sigmoid(-gates[..., 1]), d_gi @ up_to, out=d_gates[..., 1])
-            d_logits[i] = d_gates
-            if static:
-                d_a[i], d_b[i] = d_x, d_v
-                if carried is not None:
-                    d_state.mul_(carried[i])
-                continue
-            d_key_now, d_value_now = torch.bmm(d_made.mT, a[i]), torch.bmm(d_v.mT, b[i])
-            d_p.baddbmm_(for_key.mT, d_key_now).baddbmm_(for_value.mT, d_value_now)
-            d_makers[0].baddbmm_(d_key_now, p.mT)
-            d_makers[1].baddbmm_(d_value_now, p.mT)
-            d_ai, d_bi = torch.bmm(d_made, key_now), torch.bmm(d_v, value_now)
-            d_a[i] = d_ai.add_(d_x) if ctx.additive else d_ai
-            d_b[i] = d_bi.add_(d_v) if ctx.additive else d_bi
+            d_target = torch.bmm(w, state)
+            d_faded = w - d_target if rules.anchored else d_target.neg()
+            if of_main is not None:
+                d_faded.add_(of_main.d_faded[i])
+            d_key = d_k[i] - w if rules.anchored else d_k[i]
+            d_p, p = torch.bmm(w.mT, rest[i]), state
+            if start is not None and i == 0:
+                p = start
+                d_target.baddbmm_(w, p - state)
+                of_faded = torch.bmm(w.mT, key.faded)
+                d_p.add_(of_faded)
+                d_pi.sub_(of_faded)
+            if rules.c != 0:
+                d_key = torch.sub(d_key, d_target, alpha=rules.c)
+            if v_scale is not None:
+                _normalize_backward(d_target, u[i], v_scale[i], d_target)
+            d_v_i = d_v[i].add_(d_target)
+            _fill_backward(key, pairs, past, d_faded, d_key, d_g[i], d_end, open_[i], d_made[i])
+            # what they are made with
+            torch.bmm(d_made[i].mT, a[i], out=d_by[:, : d + 2])
+            torch.bmm(d_v_i.mT, b[i], out=d_by[:, d + 2 :])
+            d_p.baddbmm_(makers.mT, d_by)
+            d_makers.baddbmm_(d_by, p.mT)
             if p is start:
                 d_start = d_p
             else:
                 d_pi.add_(d_p)
             if carried is not None:
-                d_state.mul_(carried[i])
-        d_makers = d_makers or [None, None]
-        return d_a, d_b, d_logits, d_state, d_start, None, *d_makers, None, None
+                d_pi.mul_(carried[i])
+        d_x, d_logits = d_made.split([d, 2], dim=-1)
+        d_a = product(d_made, made[:, :, : d + 2], out=rest)  # their turn is over
+        d_b = product(d_v, made[:, :, d + 2 :], out=None if of_main is None else of_main.past)
+        if ctx.additive:
+            d_a.add_(d_x)
+            d_b.add_(d_v)
+        d_current = d_pi if of_main is None else torch.cat([d_pi, of_main.d_state], 1)
+        return d_a, d_b, d_logits, d_current, d_start, None, d_makers, None, None
 
 
-def row_dot(x: Tensor, y: Tensor) -> Tensor:
-    """Row by row; the dimension is kept."""
-    return (x * y).sum(-1, keepdim=True)
+def _empty_keys(a: Tensor) -> Keys:
+    """To be filled."""
+    count, batch, size, _ = a.shape
+    whole, column = (count, batch, size), (count, batch, size, 1)
+    return Keys(
+        k=a.new_empty(a.shape),
+        scale=a.new_empty(column),
+        r=a.new_empty(column),
+        g=a.new_zeros(count, batch, size + 1),
+        since_start=a.new_empty(count, batch, size + 1, 1),
+        fade=a.new_empty(count, batch, size + 1, size),
+        solve=a.new_empty(*whole, size).mT,  # as the solver wants to leave it
+    )
 
 
-def _inverse_norm(x: Tensor) -> Tensor:
-    return row_dot(x, x).add_(NORMALIZE_EPS).rsqrt_()
+def _fill(keys: Keys, x: Tensor, alpha: Tensor, eta: Tensor) -> None:
+    """Keys [N, C, d] of what is to be normalised, and all that follows from them and the gates.
+
+    The logits alpha are [N, C], and eta [N, C, 1].
+    """
+    size = x.shape[1]
+    torch.mul(x, _inverse_norm(x, out=keys.scale), out=keys.k)
+    torch.sigmoid(eta, out=keys.r)
+    g, fade = keys.g, keys.fade
+    torch.cumsum(F.logsigmoid(alpha), -1, out=g[:, 1:])
+    torch.exp(g[..., None], out=keys.since_start)
+    # what lies above is masked before exp, where it may overflow
+    torch.sub(g[:, :, None], g[:, None, 1:], out=fade).add_(_above(size, x.dtype, x.device)).exp_()
+    coupling = torch.bmm(keys.k, keys.k.mT).mul_(fade[:, :-1]).mul_(keys.r)
+    eye = _eye(size, x.dtype, x.device).expand_as(coupling)
+    torch.linalg.solve_triangular(
+        coupling, eye, upper=False, unitriangular=True, out=keys.solve
+    )  # unitriangular: the ones of I + diag(r) W are not stored
 
 
-def _target(v: Tensor, v_scale: Tensor | None, k: Tensor, rules: MemoryRules) -> Tensor:
+def _fill_backward(
+    keys: Keys,
+    pairs: Tensor,
+    past: Tensor,
+    d_faded: Tensor,
+    d_key: Tensor,
+    d_g: Tensor,
+    d_end: Tensor,
+    open_: Tensor,
+    d_made: Tensor,
+) -> None:
+    """Fill dx and d logit of alpha, of [dx | d eta | d alpha] [N, C, d + 2].
+
+    Args:
+        keys: of N chunks.
+        pairs: -w D^T, [N, C, C]; overwritten, as are `past`, `d_faded` and `d_g`.
+        past: D dZ', [N, C, d].
+        d_faded: df, likewise.
+        d_key: what dk is beside A and B, likewise.
+        d_g: from the reads, [N, C + 1].
+        d_end: what is added to dg_C, [N].
+        open_: derivative of g by the logit of its decay, [N, C].
+    """
+    k, size, d = keys.k, *keys.k.shape[1:]
+    pairs.mul_(keys.fade[:, :-1])
+    past.mul_(keys.until_end).baddbmm_(pairs.mT, k)
+    now = d_faded.mul_(keys.before).baddbmm_(pairs, k)
+    d_g[:, :-1].add_(row_dot(k, now)[..., 0])
+    d_g[:, 1:].sub_(row_dot(k, past)[..., 0])
+    d_g[:, -1].add_(d_end)
+    torch.mul(d_g @ _up_to(size, k.dtype, k.device), open_, out=d_made[..., d + 1])
+    _normalize_backward(past.add_(now).add_(d_key), k, keys.scale, d_made[..., :d])
+
+
+@lru_cache(maxsize=4)
+def _eye(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(size, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=4)
+def _above(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """-inf above the diagonal of F, else 0."""
+    above = torch.full((size + 1, size), float("-inf"), dtype=dtype, device=device)
+    return above.triu()
+
+
+@lru_cache(maxsize=4)
+def _up_to(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Which decays g_0 .. g_C hold, 0 or 1, [C + 1, C]."""
+    return torch.ones(size + 1, size, dtype=dtype, device=device).tril(-1)
+
+
+def _inverse_norm(x: Tensor, out: Tensor) -> Tensor:
+    torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=out)
+    return out.square_().add_(NORMALIZE_EPS).rsqrt_()
+
+
+def _target(u: Tensor, k: Tensor, rules: MemoryRules) -> Tensor:
     """u - c k, of which Pi at the start of the chunk makes what Pi is to learn."""
-    u = v if v_scale is None else v * v_scale
     return u if rules.c == 0 else torch.sub(u, k, alpha=rules.c)
+
+
+def _times_pi(target: Tensor, faded: Tensor, pi: Tensor, p: Tensor) -> Tensor:
+    """(u - c k) P^T - f Pi^T."""
+    right = torch.bmm(target - faded, pi.mT)
+    return right if p is pi else right.baddbmm_(target, (p - pi).mT)
 
 
 def _normalize_backward(d_unit: Tensor, unit: Tensor, scale: Tensor, out: Tensor) -> None:

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nlscale.ops.memory.chunk import row_dot
+from nlscale.ops.memory.main import row_dot
 from nlscale.ops.threads import on_one_thread
+
+_IN_CACHE = 2**17
+"""Numbers of each tensor."""
 
 
 class ChunkReads(torch.autograd.Function):
@@ -40,7 +43,7 @@ class ChunkReads(torch.autograd.Function):
         anchored: bool,
     ) -> Tensor:
         """q [n, N, C, d], the rest as `ChunkWrites` returns it; returns the reads, like q."""
-        out, scores = torch.empty_like(q), torch.empty_like(fade[:, :, 1:])
+        out, scores = q.new_empty(q.shape), fade.new_empty(fade[:, :, 1:].shape)
         for s in _blocks(q):
             q_s, k_s, main_s, written_s = (x[s].flatten(0, 1) for x in (q, k, main, written))
             since_start = torch.exp(g[s].flatten(0, 1)[:, 1:, None])
@@ -58,8 +61,8 @@ class ChunkReads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, g, fade, main, written, scores = ctx.saved_tensors
-        d_q, d_k, d_g = torch.empty_like(q), torch.empty_like(k), torch.zeros_like(g)
-        d_main, d_written = k.new_empty(main.shape), torch.empty_like(k)
+        d_q, d_k, d_g = q.new_empty(q.shape), k.new_empty(k.shape), torch.zeros_like(g)
+        d_main, d_written = k.new_empty(main.shape), k.new_empty(k.shape)
         for s in _blocks(q):
             q_s, k_s, main_s, written_s, score, d_y = (
                 x[s].flatten(0, 1) for x in (q, k, main, written, scores, d_out)
@@ -80,6 +83,7 @@ class ChunkReads(torch.autograd.Function):
 
 
 def _blocks(x: Tensor) -> list[slice]:
-    """All chunks at once; on a CPU one at a time, which stays in its cache."""
-    step = 1 if x.device.type == "cpu" else x.shape[0]
-    return [slice(i, i + step) for i in range(0, x.shape[0], step)]
+    """All chunks at once; on a CPU as many at a time as stay in its cache."""
+    count, size = x.shape[0], x[0].numel()
+    step = max(1, _IN_CACHE // size) if x.device.type == "cpu" else count
+    return [slice(i, i + step) for i in range(0, count, step)]

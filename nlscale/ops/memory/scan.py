@@ -80,7 +80,7 @@ def memory_scan(
     lengths = [count * size for count, size in runs]
     inputs = (a, b, q, eta.to(wide), alpha.to(wide))
     parts = zip(*(x.split(lengths, dim=2) for x in inputs), strict=True)
-    each: tuple[Tensor, Tensor] | None = None  # makers for the torch form, once for all runs
+    each: Tensor | None = None  # makers for the torch form, once for all runs
     reads = []
     for run, part in zip(runs, parts, strict=True):
         begun = start if position else None
@@ -89,8 +89,7 @@ def memory_scan(
         else:
             if makers is not None and each is None:
                 key, value, gates = makers
-                for_key = torch.cat([key, gates], dim=1)
-                each = _each_sequence(for_key, len(a)), _each_sequence(value, len(a))
+                each = _each_sequence(torch.cat([key, gates, value], dim=1), len(a))
             part = tuple(x.to(wide) for x in part)
             read, current = _torch_run(run, part, current, begun, carried, each, additive, rules)
         reads.append(read)
@@ -109,17 +108,16 @@ def _torch_run(
     current: Tensor,
     begun: Tensor | None,
     carried: Tensor | None,
-    makers: tuple[Tensor, Tensor] | None,
+    makers: Tensor | None,
     additive: bool,
     rules: MemoryRules,
 ) -> tuple[Tensor, Tensor]:
     """Consecutive chunks of equal size, in torch: what they read, and the state after them.
 
-    `makers` are [M_k; m_eta; m_alpha] and M_v of each sequence.
+    `makers` are [M_k; m_eta; m_alpha; M_v] of each sequence.
     """
     (count, size), (a, b, q, eta, alpha) = run, part
     batch, heads, length, d = a.shape
-    for_key, for_value = makers or (None, None)
     xa, xb, xq, logits = (
         _by_chunk(x, count, size) for x in (a, b, q, torch.stack([eta, alpha], -1))
     )
@@ -127,7 +125,7 @@ def _torch_run(
         carried = carried.to(xa.dtype).repeat_interleave(heads, 0).T[..., None, None]
     k, g, fade, main, written, last = ChunkWrites.apply(
         xa, xb, logits, current.flatten(0, 1), None if begun is None else begun.flatten(0, 1),
-        carried, for_key, for_value, additive, rules,
+        carried, makers, additive, rules,
     )  # fmt: skip
     anchored = rules.anchored and not rules.main_memory
     read = ChunkReads.apply(xq, k, g, fade, main, written, anchored)

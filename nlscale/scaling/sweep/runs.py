@@ -16,6 +16,7 @@ from nlscale.levels.spectrum import spectrum
 from nlscale.model.flops import flops_per_token
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
 from nlscale.plan.checks import check_sizes
+from nlscale.scaling.compare.runs import flat, same
 from nlscale.scaling.sweep.spec import Budget, Sweep, Value
 from nlscale.train.prepare import prepare
 
@@ -116,6 +117,33 @@ def check_data(sweep: Sweep, runs: list[Run]) -> list[str]:
         if epochs > 1:
             lines.append(f"{run.name} reads its data {epochs:.1f} times")
     return lines
+
+
+def check_question(sweep: Sweep, runs: list[Run]) -> None:
+    """Refuse to ask at the end for what the runs do not measure, or that none of them is.
+
+    Raises:
+        UserError: the metric is of an evaluation that a run does not make, or no run has the value
+            that the others are to be compared with.
+    """
+    question = sweep.compare
+    if question is None:
+        return
+    kind, _, rest = question.metric.partition(".")
+    name = rest.partition(".")[0]
+    for run in runs:
+        if kind == "evaluation" and name not in run.config.evaluate:
+            raise UserError(
+                f"{sweep.path}: compare.metric is {question.metric}, and {run.name} evaluates "
+                f"{', '.join(run.config.evaluate) or 'nothing'}; set evaluate: [{name}]"
+            )
+    for key, value in question.baselines.items():
+        there = {flat(recipe.to_plain(run.config)).get(key, "null") for run in runs}
+        if not any(same(value, other) for other in there):
+            raise UserError(
+                f"{sweep.path}: compare.baseline: no run has {key}={value}; there are "
+                f"{', '.join(sorted(there))}"
+            )
 
 
 def _run(

@@ -21,6 +21,9 @@ _INCH = 0.42
 """Of height that a bar gets."""
 
 
+_REHEARSAL = ", rehearsed at tiny sizes: no figure says anything of speed"
+
+
 def draw_steps(found: Mapping[str, Any], out: Path) -> Path:
     """Tokens a second of every row of the parts `step`, a panel a size."""
     bars = {
@@ -39,7 +42,12 @@ def draw_steps(found: Mapping[str, Any], out: Path) -> Path:
             axes.text(speed, place, f" {speed:,.0f}", va="center", fontsize=9)
         axes.set_yticks(range(len(rows)), [row for row, _ in rows])
 
-    return _panels(panels, draw, "Whole training steps", "tokens a second", out)
+    title = "Whole training steps" + _rehearsal(found)
+    return _panels(panels, draw, title, "tokens a second", out)
+
+
+def _rehearsal(found: Mapping[str, Any]) -> str:
+    return _REHEARSAL if found["device"]["sizes"] == "tiny" else ""
 
 
 def draw_scans(found: Mapping[str, Any], out: Path) -> Path:
@@ -65,7 +73,8 @@ def draw_scans(found: Mapping[str, Any], out: Path) -> Path:
         axes.set_yticks(range(len(rows)), names)
 
     label = "milliseconds, forward + backward (lighter); black: the floor of both"
-    return _panels(panels, draw, "The scan of a layer, beside softmax attention", label, out)
+    title = "The scan of a layer, beside softmax attention" + _rehearsal(found)
+    return _panels(panels, draw, title, label, out)
 
 
 def _panels(panels: Mapping[str, Any], draw: Any, title: str, label: str, out: Path) -> Path:

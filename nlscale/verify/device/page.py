@@ -184,6 +184,7 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 def print_report(records: Mapping[str, Record], verdicts: list[Verdict], page: Path) -> None:
     """The parts and the verdicts, for a person."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
+    about = records["device"].result if "device" in records else None
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("part", "", "found"):
         table.add_column(name)
@@ -194,8 +195,14 @@ def print_report(records: Mapping[str, Record], verdicts: list[Verdict], page: P
     goals = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("verdict", "measured", "wanted", "goal"):
         goals.add_column(name, justify="right" if name == "measured" else "left")
-    for verdict in verdicts:
+    known = [v for v in verdicts if v.judgement != Judgement.unknown or v.why]
+    for verdict in known:
         what, value, wanted, judged = _cells(verdict)
         goals.add_row(judged, value, wanted, what, style=_STYLES[verdict.judgement])
-    console.print(goals)
+    if known:
+        console.print(goals)
+    if len(known) < len(verdicts):
+        console.print(f"{len(verdicts) - len(known)} goals are not measured yet")
+    if about is not None and about["sizes"] == "tiny":
+        console.print("a rehearsal at tiny sizes: no figure says anything of speed")
     console.print(f"page: {page}")

@@ -29,7 +29,7 @@ from nlscale.ops.documents import Documents
 from nlscale.ops.memory.kernels import sizes as fused_scan
 from nlscale.ops.memory.rules import MemoryState, MemoryWeights
 from nlscale.ops.memory.scan import memory_scan
-from nlscale.ops.pointwise import compiled_on_gpu, wide
+from nlscale.ops.pointwise import compiled_on_gpu, scan_inputs, wide
 
 _GATE_STD = 0.02
 
@@ -149,7 +149,7 @@ class MemoryMixer(Mixer):
             read = documents.take(read)
         read = self.gated_read(read, self.read_norm, gate[0] if gate else None, self.norm_eps)
         last = torch.cat([tail, fed[max(0, length - before) :]])
-        return read, MixerState(last[len(last) - before :], memory)
+        return read.to(projected.dtype), MixerState(last[len(last) - before :], memory)
 
     def _make_inputs(
         self, fed: Tensor, q: Tensor, tail: Tensor, documents: Documents | None
@@ -218,26 +218,3 @@ class MemoryMixer(Mixer):
         facts: MemoryFacts, config: Config, dtype: torch.dtype, device: torch.device
     ) -> dict[str, dict[str, float]]:
         return {"Triton": scan_errors(facts, config, dtype, device)}
-
-
-def scan_inputs(
-    fed: Tensor,
-    q: Tensor,
-    weight: Tensor,
-    tail: Tensor,
-    position: Tensor | None,
-    inputs: int,
-    heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the memory is fed with: a, b and unit queries, each [batch, heads, sequence, d].
-
-    `fed` holds the inputs of a and b side by side, or one for both.
-    """
-    fed = pointwise.convolve(fed, weight, tail, position)
-    a, *b = (pointwise.by_head(part, heads) for part in fed.chunk(inputs, dim=-1))
-    return (
-        pointwise.unit_mean_square(a, eps),
-        b[0] if b else a,
-        pointwise.normalize(pointwise.by_head(q, heads)),
-    )
