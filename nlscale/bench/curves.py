@@ -40,7 +40,7 @@ def train_with_and_without_kernels(
     """Train the quickstart in bf16 twice, one process each, and compare the losses of all steps.
 
     What is there of an earlier call is gone on with: data that are built, runs or the part of them
-    that their checkpoints hold. On a CPU there are no kernels, and both runs are the same.
+    that their checkpoints hold. On a CPU derivatives by hand take the place of kernels.
 
     Args:
         folder: takes `data`, the runs `kernels` and `torch`, what they print as `*.log`, and the

@@ -85,7 +85,12 @@ def _eval(args: argparse.Namespace) -> int:
     except UserError as error:
         raise UserError(f"{error}; or name the data of the run with --data") from None
     if TASKS[task.name].family != args.verb:
-        raise UserError(f"{args.run} was trained on {task}; use nlscale eval {task.family}")
+        raise UserError(f"{folder} holds {task}; use nlscale eval {task.family}")
+    if model.config.data.sequence_length != task.length:
+        raise UserError(
+            f"{folder} holds {task}, whose examples have {task.length} tokens, and {args.run} was "
+            f"trained with {model.config.data.sequence_length}; name its own data with --data"
+        )
     scores = [score(model, task, factor, args.examples) for factor in args.lengths]
     if args.json:
         print(json.dumps(_described(args, model, task, scores), indent=1))

@@ -304,8 +304,9 @@ class TrainConfig:
     `cms`. Same numbers, less memory, more time."""
     kernels: bool = True
     """On GPUs run the memory scan, the loss and the small operations as fused kernels, and add up
-    the gradients of weights inside the products that make them. False: as torch operations, one
-    by one, and many times slower; to find out whether a kernel is at fault."""
+    the gradients of weights inside the products that make them; on a CPU, small operations with
+    derivatives by hand. False: as torch operations, one by one, which on a GPU is many times
+    slower; to find out whether a kernel is at fault."""
     validate_every: int = within(100, above=0)
     """Steps between validations; one is always made before the first and after the last step."""
     validation_sequences: int = within(64, above=0, most=MOST)

@@ -39,10 +39,11 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
-def test_on_a_cpu_both_are_the_same_run(folder: Path, found: dict[str, Any]) -> None:
+def test_on_a_cpu_both_learn_the_same(folder: Path, found: dict[str, Any]) -> None:
+    """Apart from rounding: derivatives by hand are what a CPU has for kernels."""
     assert found["steps"] == STEPS and found["ok"] and found["seconds"] > 0
-    assert found["final_difference"] == found["largest_difference"] == 0
-    assert found["kernels"]["final_loss"] == found["torch"]["final_loss"] > 4
+    assert 0 < found["final_difference"] < 1e-3 and found["largest_difference"] < 1e-3
+    assert min(found[name]["final_loss"] for name in ("kernels", "torch")) > 4
     for name, kernels in (("kernels", "true"), ("torch", "false")):
         assert found[name]["tokens_per_second"] > 0 and found[name]["step_seconds"] > 0
         written = (folder / name / "config.yaml").read_text()
@@ -63,8 +64,8 @@ def test_what_is_there_is_not_done_again(
     assert Path(again["figure"]).read_bytes().startswith(b"\x89PNG")
     axes, _ = drawn[0].axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    end = f"{found['torch']['final_loss']:.3f} at the end"
-    assert labels == [f"with kernels: {end}", f"in torch alone: {end}"]
+    ends = [f"{found[name]['final_loss']:.3f} at the end" for name in ("kernels", "torch")]
+    assert labels == [f"with kernels: {ends[0]}", f"in torch alone: {ends[1]}"]
     lines = [line for line in axes.lines if line.get_label() in labels]
     assert all(len(line.get_ydata()) == STEPS for line in lines)
 
