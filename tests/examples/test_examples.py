@@ -54,11 +54,19 @@ def split(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_they_train_and_two_ranks_give_what_one_gives(
     data: Path, split: Path, tmp_path: Path
 ) -> None:
+    """Lion steps by signs: a gradient of which rounding is all has either. Gradients are the same
+    within rounding; where a few signs are not, losses of later steps are apart by more."""
     whole = tmp_path / "run"
     train(data, whole, 1)
-    losses = [[r["loss"] for r in records(run, "train")] for run in (whole, split)]
+    of_whole, of_split = (records(run, "train") for run in (whole, split))
+    losses = [[r["loss"] for r in of] for of in (of_whole, of_split)]
     assert losses[0][-1] < losses[0][0] - 0.2
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][:2] == pytest.approx(losses[1][:2], rel=1e-6)
+    norms = [
+        [level["grad_norm"] for level in of[0]["levels"].values()] for of in (of_whole, of_split)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     backwards = records(split, "evaluation")
     assert [r["name"] for r in backwards] == ["backwards"] * 4
     assert [r["step"] for r in backwards] == [0, 4, 8, 9]
