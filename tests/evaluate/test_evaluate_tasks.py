@@ -144,7 +144,7 @@ def nlscale(*arguments: str) -> int:
 def test_a_run_is_scored_on_the_task_of_its_data(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saved(tmp_path, f"data.dir={data}", "model.mixer=gated-delta")
+    saved(tmp_path, f"data.dir={data}", "model.mixer=gated-delta", "data.sequence_length=32")
     asked = ["eval", "automata", str(tmp_path), "--examples", "20"]
     assert nlscale(*asked, "--json", "--lengths", "1x,3x") == 0
     said = json.loads(capsys.readouterr().out)
@@ -163,7 +163,7 @@ def test_a_run_is_scored_on_the_task_of_its_data(
 def test_a_run_that_cannot_be_scored_is_told_why(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saved(tmp_path, f"data.dir={data}", "model.mixer=gated-delta")
+    saved(tmp_path, f"data.dir={data}", "model.mixer=gated-delta", "data.sequence_length=32")
     assert nlscale("eval", "recall", str(tmp_path)) == 2
     assert "use nlscale eval automata" in capsys.readouterr().err
     assert nlscale("eval", "automata", str(tmp_path), "--data", str(tmp_path / "gone")) == 2
