@@ -54,19 +54,27 @@ def split(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_they_train_and_two_ranks_give_what_one_gives(
     data: Path, split: Path, tmp_path: Path
 ) -> None:
-    """Lion steps by signs: a gradient of which rounding is all has either. Gradients are the same
-    within rounding; where a few signs are not, losses of later steps are apart by more."""
-    whole = tmp_path / "run"
-    train(data, whole, 1)
-    of_whole, of_split = (records(run, "train") for run in (whole, split))
-    losses = [[r["loss"] for r in of] for of in (of_whole, of_split)]
-    assert losses[0][-1] < losses[0][0] - 0.2
-    assert losses[0][:2] == pytest.approx(losses[1][:2], rel=1e-6)
-    norms = [
-        [level["grad_norm"] for level in of[0]["levels"].values()] for of in (of_whole, of_split)
-    ]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    """Lion steps by signs: where an update is almost 0, rounding decides which. With derivatives by
+    hand one weight of 130,624 steps the other way at the second step, its momentum the same to
+    1.5e-6, and losses are apart by more from there on; with torch's own, none does."""
+    runs = {
+        name: tmp_path / name.replace(" ", "-") for name in ("whole", "by torch", "split by torch")
+    }
+    train(data, runs["whole"], 1)
+    train(data, runs["by torch"], 1, "train.kernels=false")
+    train(data, runs["split by torch"], 2, "parallel.tensor=2", "train.kernels=false")
+    steps = {name: records(run, "train") for name, run in (*runs.items(), ("split", split))}
+    losses = {name: [r["loss"] for r in of] for name, of in steps.items()}
+    assert losses["whole"][-1] < losses["whole"][0] - 0.2
+    assert losses["by torch"] == pytest.approx(losses["split by torch"], rel=1e-5)
+    assert losses["whole"] == pytest.approx(losses["by torch"], rel=1e-5)
+    assert losses["whole"][:2] == pytest.approx(losses["split"][:2], rel=1e-6)
+    assert losses["whole"] == pytest.approx(losses["split"], rel=1e-4)
+    norms = {
+        name: [level["grad_norm"] for level in of[0]["levels"].values()]
+        for name, of in steps.items()
+    }
+    assert norms["whole"] == pytest.approx(norms["split"], rel=1e-6)
     backwards = records(split, "evaluation")
     assert [r["name"] for r in backwards] == ["backwards"] * 4
     assert [r["step"] for r in backwards] == [0, 4, 8, 9]
