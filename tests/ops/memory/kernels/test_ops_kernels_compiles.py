@@ -73,6 +73,7 @@ def fits(kernel: Any, target: str) -> bool:
     [
         ("hope", 64, 16, 64, "sm_90", True),
         ("hope", 64, 8, 128, "sm_90", False),
+        ("hope", 16, 16, 64, "sm_90", False),
         ("hope", 64, 16, 64, "sm_80", False),
         ("pure", 64, 16, 64, "sm_90", False),
         ("gated-delta", 64, 16, 64, "sm_90", False),
