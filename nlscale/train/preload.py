@@ -10,6 +10,10 @@ with importing():
 
     import_megatron_core()
 
+    # of the figure that every run ends with
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure
+    import matplotlib.ticker  # noqa: F401
     import numpy.random  # noqa: F401
     import torch._dynamo  # noqa: F401  # which the first optimizer would import
 
