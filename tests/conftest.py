@@ -7,6 +7,7 @@ no worker is left alone with a long one at the end, and `tests/run.sh --quick` l
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections import defaultdict
@@ -55,6 +56,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         seconds[_group(item)] += SECONDS.get(_name(item.nodeid), 0.0)
     items.sort(key=lambda item: -seconds[_group(item)])  # stable: files stay in their order
+
+
+def pytest_collection_finish() -> None:
+    """What all modules hold is not searched for garbage again and again."""
+    gc.freeze()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
