@@ -7,6 +7,7 @@ Within a piece of a sequence all tokens at once, from one piece to the next by t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,9 +20,16 @@ from nlscale.config.vocabulary import ModelConfig, head_dim
 from nlscale.model.init import normal
 from nlscale.model.layers import column_linear, recomputed, row_linear
 from nlscale.model.mixers.facts import MixerFacts
-from nlscale.model.mixers.module import Mixer
+from nlscale.model.mixers.module import Mixer, State
 from nlscale.model.width import width_multiplier
 from nlscale.ops.documents import Documents
+
+
+@dataclass
+class RetentionState(State):
+    """S in fp32, [batch, heads, d, d], which begins as zeros."""
+
+    s: Tensor
 
 
 class Retention(Mixer):
@@ -49,15 +57,23 @@ class Retention(Mixer):
         self.register_buffer("log_decay", torch.log1p(-(2.0 ** (-5.0 - head))), persistent=False)
 
     def forward(
-        self, x: Tensor, state: Tensor | None = None, documents: Documents | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x: Tensor,
+        state: RetentionState | None = None,
+        documents: Documents | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, RetentionState]:
         projected, _ = self.project(x)
         mix = partial(recomputed, self._mix) if self.recompute else self._mix
-        read, state = mix(projected, state, documents)
-        return self.output(read)[0], state
+        read, s = mix(projected, None if state is None else state.s, documents, lengths)
+        return self.output(read)[0], RetentionState(s)
 
     def _mix(
-        self, projected: Tensor, state: Tensor | None, documents: Documents | None
+        self,
+        projected: Tensor,
+        state: Tensor | None,
+        documents: Documents | None,
+        lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """q, k and v side by side, [sequence, batch, 3 local width] -> reads, and S in fp32."""
         length, batch, _ = projected.shape
@@ -71,11 +87,13 @@ class Retention(Mixer):
         if documents is not None:
             decay = decay * documents.attends()
         read = (q @ k.mT * decay) @ v
-        left = torch.exp(log_decay[..., 0] * (length - 1 - time))[..., None]
-        new = (k.float() * left).mT @ v.float()
+        read_of = torch.full((batch,), length) if lengths is None else lengths
+        n = read_of.to(projected.device)[:, None, None]
+        left = torch.exp(log_decay[..., 0] * (n - 1 - time).clamp(min=0)) * (time < n)
+        new = (k.float() * left[..., None]).mT @ v.float()
         if state is not None:
             since = torch.exp(log_decay[..., 0] * (time + 1))[..., None]
             read = read + (since * (q.float() @ state)).to(read.dtype)
-            new = new + torch.exp(log_decay * length) * state
+            new = new + torch.exp(log_decay * n[..., None]) * state
         read = F.rms_norm(read, (self.head_dim,), eps=self.eps)
         return read.permute(2, 0, 1, 3).reshape(length, batch, -1), new

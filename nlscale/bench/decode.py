@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from nlscale.bench.clock import here, median_seconds, name_of, now
 from nlscale.bench.progress import each
 from nlscale.config.vocabulary import Config, ParallelConfig
 from nlscale.errors import UserError
-from nlscale.generate.model import Model, Stream
+from nlscale.generate.model import Model
 from nlscale.model.decoder import Decoder
 from nlscale.model.init import initialize
 from nlscale.model.layers import megatron_config
@@ -141,7 +140,8 @@ def _measure(
     given, new = rows[:, :context], rows[:, context:]
 
     prefill = median_seconds(model.device, repeats, lambda _: read(decoder, given))
-    stream = begun(model, given)
+    stream = model.stream(batch)
+    stream.feed(given, last=True)
     decoded, seconds, asked = [], [], []
     for token in new.split(1, dim=1):
         began = now(model.device)
@@ -167,18 +167,10 @@ def _measure(
         "token_ms_p95": 1e3 * float(np.percentile(token_seconds, 95)),
         "tokens_per_second": batch / median,
         "launch_share": statistics.median(shares) if on_gpu else None,
-        "state_bytes": sum(x.nbytes for x in tensors_of(stream._states)) // batch,
+        "state_bytes": stream.nbytes // batch,
         "peak_memory_bytes": peak,
         "difference": difference,
     }
-
-
-def begun(model: Model, tokens: Tensor) -> Stream:
-    """A stream that has read these, [batch, n], at once, and made no logits."""
-    stream = model.stream(len(tokens))
-    with alone(), torch.no_grad():
-        _, stream._states = model._decoder.hidden(tokens)
-    return stream
 
 
 def read(decoder: Decoder, tokens: Tensor, last: int = 1) -> Tensor:
@@ -196,15 +188,3 @@ def largest_difference(found: Tensor, wanted: Tensor) -> float:
     """Of the tokens of two [batch, n, vocabulary], the largest |found - wanted| / |wanted|."""
     found, wanted = found.double(), wanted.double()
     return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
-
-
-def tensors_of(state: Any) -> Iterator[Tensor]:
-    """All tensors in what a stream carries."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, dict):
-        for value in state.values():
-            yield from tensors_of(value)
-    elif is_dataclass(state):
-        for field in fields(state):
-            yield from tensors_of(getattr(state, field.name))

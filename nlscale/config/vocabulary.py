@@ -7,10 +7,20 @@ How a recipe is read, merged, explained and checked is in `nlscale.config.recipe
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 
 from omegaconf import MISSING
 
+from nlscale.config.choices import ClipScope as ClipScope
+from nlscale.config.choices import CmsForm as CmsForm
+from nlscale.config.choices import Dtype as Dtype
+from nlscale.config.choices import Pending as Pending
+from nlscale.config.choices import PeriodRule as PeriodRule
+from nlscale.config.choices import Purpose as Purpose
+from nlscale.config.choices import Recompute as Recompute
+from nlscale.config.choices import Reduction as Reduction
+from nlscale.config.choices import Schedule as Schedule
+from nlscale.config.choices import Sharding as Sharding
+from nlscale.config.choices import WireFormat as WireFormat
 from nlscale.config.fields import one_of, path, within
 
 MIXERS = ["hope", "hope-pure", "hope-paper", "gated-delta", "attention"]
@@ -23,94 +33,6 @@ RULES = ["adamw"]
 MOST = 2**31 - 1
 """Of sizes: what an index of 32 bits reaches."""
 _YEAR = 365 * 86400
-
-
-class CmsForm(str, Enum):
-    """How the MLPs of a CMS block are composed (Eq. 70-73)."""
-
-    sequential = "sequential"
-    independent = "independent"
-
-
-class Dtype(str, Enum):
-    """Precision of parameters and activations; optimizer state is always fp32."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Schedule(str, Enum):
-    """Shape of the learning rate after warm-up."""
-
-    cosine = "cosine"
-    wsd = "wsd"
-
-
-class PeriodRule(str, Enum):
-    """How a level's learning rate grows with its period C: not at all, sqrt(C) or C."""
-
-    none = "none"
-    sqrt = "sqrt"
-    linear = "linear"
-
-
-class ClipScope(str, Enum):
-    """Whose norm is clipped: each updating level by itself, or all that update jointly."""
-
-    level = "level"
-    joint = "joint"
-
-
-class Reduction(str, Enum):
-    """When a window crosses the network: once, when due, or (for comparison) at every step."""
-
-    deferred = "deferred"
-    every_step = "every-step"
-
-
-class WireFormat(str, Enum):
-    """How gradients cross between nodes."""
-
-    fp32 = "fp32"
-    """As they are."""
-    bf16 = "bf16"
-    """Each node's part, and then the sum, rounded to half the bytes."""
-
-
-class Purpose(str, Enum):
-    """What a run is for."""
-
-    result = "result"
-    """To be looked at for itself."""
-    search = "search"
-    """To choose a setting among several."""
-
-
-class Sharding(str, Enum):
-    """Over which of the ranks that hold the same parameters their optimizer state is spread."""
-
-    node = "node"
-    """Those of a node; every node has all of it."""
-    all = "all"
-    """Those of all nodes."""
-
-
-class Pending(str, Enum):
-    """How a checkpoint holds the windows of slow levels that are not full."""
-
-    canonical = "canonical"
-    """Summed over the nodes: loads on any layout. Costs one reduction of the pending groups."""
-    exact = "exact"
-    """Each node's own sums: the run is not touched, but only the same layout can load it."""
-
-
-class Recompute(str, Enum):
-    """A part of a block whose activations are computed again in the backward pass."""
-
-    mixer = "mixer"
-    """The memory scan, or softmax attention, from its projected inputs."""
-    cms = "cms"
-    """The hidden units of every CMS MLP, from the normalised residual stream."""
 
 
 @dataclass
@@ -178,6 +100,19 @@ class MemoryConfig:
 
 
 @dataclass
+class AttentionConfig:
+    """Softmax attention, `model.mixer: attention`; other mixers take the defaults alone."""
+
+    kv_heads: int | None = within(None, above=0, most=MOST)
+    """Heads of keys and values, each shared by as many of `model.heads` (grouped-query attention);
+    null: as many as those."""
+    head_dim: int | None = within(None, above=0, most=MOST)
+    """Dimension of a head; null: model.d_model / model.heads."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys along each head, before they are rotated (as in Qwen3)."""
+
+
+@dataclass
 class ModelConfig:
     """The network. A Transformer is `mixer: attention` with one level."""
 
@@ -188,7 +123,7 @@ class ModelConfig:
     d_model: int = within(768, above=0, most=MOST)
     """Width of the residual stream."""
     heads: int = within(12, above=0, most=MOST)
-    """Heads of the mixer; the head dimension is d_model / heads."""
+    """Heads of the mixer; the head dimension is d_model / heads, but for `attention.head_dim`."""
     cms: CmsForm = CmsForm.sequential
     """How the MLPs of a block's levels are composed: sequential (Eq. 70) or independent."""
     hidden: int | None = within(None, above=0, most=MOST)
@@ -196,6 +131,9 @@ class ModelConfig:
     as large as a Transformer block, 12 d_model^2, so that mixers compare at equal parameters."""
     vocabulary: int | None = within(None, above=0, most=MOST)
     """Token ids the model knows; null: what the data's tokenizer has."""
+    tie_embeddings: bool = False
+    """The head is the embedding: one matrix makes tokens vectors, and vectors logits. Needs
+    parallel.pipeline 1."""
     rope_base: float = within(10000.0, above=0)
     """Base of the rotary positions of `attention`."""
     norm_eps: float = within(1e-6, above=0)
@@ -209,11 +147,18 @@ class ModelConfig:
     (nlscale/model/width.py). Null, or d_model itself: the standard parametrisation."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """The self-modifying memory."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """Softmax attention."""
 
 
 def head_dim(model: ModelConfig) -> int:
     """Dimension of a head of the mixer."""
-    return model.d_model // model.heads
+    return model.attention.head_dim or model.d_model // model.heads
+
+
+def kv_heads(model: ModelConfig) -> int:
+    """Heads of the keys and values of `attention`."""
+    return model.attention.kv_heads or model.heads
 
 
 @dataclass
@@ -307,6 +252,9 @@ class TrainConfig:
     the gradients of weights inside the products that make them; on a CPU, small operations with
     derivatives by hand. False: as torch operations, one by one, which on a GPU is many times
     slower; to find out whether a kernel is at fault."""
+    z_loss: float = within(0.0, least=0)
+    """Weight of the squared log-sum-exp of a token's logits in what is differentiated, which keeps
+    it near 0 (PaLM: 1e-4). Losses that are reported are the cross entropy alone."""
     validate_every: int = within(100, above=0)
     """Steps between validations; one is always made before the first and after the last step."""
     validation_sequences: int = within(64, above=0, most=MOST)

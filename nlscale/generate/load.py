@@ -16,6 +16,7 @@ from nlscale.checkpoint.store import manifest
 from nlscale.checkpoint.store.store import Checkpoint, Store
 from nlscale.config.fields import path_of
 from nlscale.config.vocabulary import Config, Dtype
+from nlscale.data.tokenizer import TOKENIZER_NAME
 from nlscale.errors import UserError
 from nlscale.generate.model import Model
 from nlscale.model.decoder import Decoder
@@ -49,7 +50,8 @@ def load(
             described, config, decoder = _read(checkpoint, dtype)
     for line in said:
         warnings.warn(line, stacklevel=3)  # where `nlscale.load` was called
-    return Model(decoder.to(place), config, described["step"])
+    beside = folder if (folder / TOKENIZER_NAME).is_file() else None
+    return Model(decoder.to(place), config, described["step"], beside)
 
 
 def _device(given: str | torch.device | None) -> torch.device:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from nlscale.config.vocabulary import Config
 from nlscale.data.tokenizer import Tokenizer, load_tokenizer
 from nlscale.errors import UserError
+from nlscale.generate.sampling import Sampling
+from nlscale.generate.stream import Stream as Stream
+from nlscale.generate.text import TOKENS, Continuation, Prompt, generate
+from nlscale.generate.tokens import Tokens, known, shaped
 from nlscale.model.decoder import Decoder
 from nlscale.parallel.alone import alone
-
-Tokens = Tensor | NDArray[Any] | Sequence[Sequence[int]]
-"""Token ids [batch, n], integers of any width."""
 
 
 class Model:
@@ -30,8 +31,11 @@ class Model:
         device, dtype: of its weights
     """
 
-    def __init__(self, decoder: Decoder, config: Config, step: int) -> None:
+    def __init__(
+        self, decoder: Decoder, config: Config, step: int, tokenizer_folder: Path | None = None
+    ) -> None:
         self.config, self.step = config, step
+        self._tokenizer_folder = tokenizer_folder or Path(config.data.dir)
         weight = next(decoder.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self._decoder = decoder
@@ -45,7 +49,8 @@ class Model:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """That of the data it was trained on, read from their folder; another can be assigned.
+        """That which lies in an export, else that of the data it was trained on, read from their
+        folder; another can be assigned.
 
         Raises:
             UserError: the folder is not there any more; or the assigned one has more ids than the
@@ -53,7 +58,7 @@ class Model:
         """
         if self._tokenizer is None:
             try:
-                self.tokenizer = load_tokenizer(self.config.data.dir)
+                self.tokenizer = load_tokenizer(self._tokenizer_folder)
             except UserError as error:
                 raise UserError(
                     f"{error}, and assign it: model.tokenizer = "
@@ -81,7 +86,15 @@ class Model:
 
     def stream(self, batch: int = 1) -> Stream:
         """Sequences from their start, to be fed piece by piece."""
-        return Stream(self, batch)
+        return Stream(self._decoder, self.vocabulary, batch)
+
+    def stream_from(self, tensors: Mapping[str, Tensor]) -> Stream:
+        """The stream that `Stream.tensors` returned these of, exactly.
+
+        Raises:
+            UserError: they are not of a stream, or of one of another model or dtype.
+        """
+        return Stream.of(self._decoder, self.vocabulary, tensors)
 
     def logits(self, tokens: Tokens) -> Tensor:
         """What follows each token of whole sequences.
@@ -116,26 +129,7 @@ class Model:
 
     def _checked(self, tokens: Tokens) -> Tensor:
         """Ids on the device, int64, that the embedding has rows for."""
-        if not isinstance(tokens, Tensor):
-            array = np.array(tokens)  # a copy: some arrays are read-only, which torch warns of
-            if array.dtype.kind not in "iu":
-                raise UserError(f"tokens of type {array.dtype} are no ids; give integers")
-            tokens = torch.from_numpy(array.astype(np.int64))
-        if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
-            raise UserError(f"tokens of type {tokens.dtype} are no ids; give integers")
-        if tokens.dim() != 2 or not tokens.numel():
-            raise UserError(
-                f"tokens of shape {tuple(tokens.shape)}; give [batch, n] with n at least 1, such "
-                f"as [ids] for one sequence"
-            )
-        tokens = tokens.long()
-        least, most = (int(x) for x in tokens.aminmax())
-        if least < 0 or most >= self.vocabulary:
-            raise UserError(
-                f"token ids run from {least} to {most}, and the model knows 0 to "
-                f"{self.vocabulary - 1}"
-            )
-        return tokens.to(self.device)
+        return known(shaped(tokens), self.vocabulary).to(self.device)
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self._decoder.parameters())
@@ -144,48 +138,33 @@ class Model:
             f"{self.step}, {str(self.dtype).removeprefix('torch.')} on {self.device}>"
         )
 
-
-class Stream:
-    """Sequences that a model reads piece by piece; `Model.stream` begins one.
-
-    Between pieces it holds the state of each block's mixer: memories, also those of a chunk that
-    is not over, and the last inputs of the convolution; keys and values of attention. A piece may
-    end anywhere: feeding in pieces gives what feeding at once gives, up to the rounding of sums in
-    another order.
-    """
-
-    def __init__(self, model: Model, batch: int) -> None:
-        if batch < 1:
-            raise UserError(f"a stream of {batch} sequences; give batch=1 or more")
-        self.model, self.batch = model, batch
-        self._states: dict[str, Any] | None = None
-
-    def feed(self, tokens: Tokens) -> Tensor:
-        """Read on.
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        tokens: int = TOKENS,
+        samples: int = 1,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        **sampling: Any,
+    ) -> list[Continuation]:
+        """Let it go on with texts; `nlscale.generate.text.Generation` gives them as they come.
 
         Args:
-            tokens: the next of every sequence, [batch, n], n at least 1.
+            prompts: one text, or several, each a text or token ids; an empty one stands for the
+                beginning of a document.
+            tokens: to generate of each at most.
+            samples: of each prompt. Sample i of a seed is the same whatever is generated beside it,
+                up to draws that the rounding of logits decides.
+            stop: texts at the first of which one ends, without it.
+            seed: of the draws, 0 to 2^64 - 1.
+            sampling: of `nlscale.generate.sampling.Sampling`: temperature, top_k, top_p, min_p,
+                repetition_penalty.
 
         Returns:
-            As `Model.logits`, of this piece.
+            The samples of the first prompt, then those of the second, and so on.
 
         Raises:
-            UserError: as `Model.logits`, or another batch than the stream's.
+            UserError: an argument out of its range; a text that the tokenizer does not know, or ids
+                beyond the vocabulary; as `tokenizer`; or logits are not finite.
         """
-        tokens = self.model._checked(tokens)
-        if len(tokens) != self.batch:
-            raise UserError(
-                f"{len(tokens)} sequences are fed to a stream of {self.batch}; begin it with "
-                f"model.stream(batch={len(tokens)})"
-            )
-        decoder = self.model._decoder
-        with alone(), torch.no_grad():
-            x, self._states = decoder.hidden(tokens, self._states)
-            logits = decoder.logits(x).transpose(0, 1)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
-
-    def clone(self) -> Stream:
-        """Another stream that goes on from here, and leaves this one where it is."""
-        other = Stream(self.model, self.batch)
-        other._states = None if self._states is None else dict(self._states)
-        return other
+        return generate(self, prompts, tokens, samples, Sampling(**sampling), stop, seed)

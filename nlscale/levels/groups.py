@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nlscale.config.vocabulary import Config
 from nlscale.levels.spectrum import Level, SyncGroup, sync_group
-from nlscale.model.sizes import level_parameters
+from nlscale.model.sizes import level_parameters, tables
 
 
 def group_parameters(
@@ -23,6 +23,8 @@ def group_parameters(
 def parameters_by_depth(config: Config, vocabulary: int) -> list[list[int]]:
     """[level][depth]; the embedding counts with the first block, last norm and head with the last.
 
+    A head that is the embedding counts as that.
+
     All blocks are alike, so what a block holds is what `level_parameters` counts for a model
     without vocabulary, less its last norm, divided by the layers.
     """
@@ -31,5 +33,5 @@ def parameters_by_depth(config: Config, vocabulary: int) -> list[list[int]]:
     blocks[0] -= width
     table = [[total // layers] * layers for total in blocks]
     table[0][0] += vocabulary * width
-    table[0][-1] += vocabulary * width + width
+    table[0][-1] += (tables(config) - 1) * vocabulary * width + width
     return table

@@ -13,6 +13,7 @@ from nlscale.errors import UserError
 from nlscale.model.cms import CMS
 from nlscale.model.init import full_shape
 from nlscale.model.layers import RMSNorm
+from nlscale.model.mixers.module import check_takes_lengths
 from nlscale.model.mixers.table import mixer
 from nlscale.ops.documents import Documents
 
@@ -44,13 +45,18 @@ class Block(nn.Module):
         update: Tensor | None = None,
         state: Any = None,
         documents: Documents | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
         """Residual stream x, what is still to be added to it, and the mixer's state.
 
         An update is added where it is normalised, so that both are one pass over memory.
         """
         x, normed = self.norm.after(x, update)
-        mixed, state = self.mixer(normed, state, documents)
+        if lengths is None:  # not all mixers know of it
+            mixed, state = self.mixer(normed, state, documents)
+        else:
+            check_takes_lengths(self.mixer)
+            mixed, state = self.mixer(normed, state, documents, lengths)
         return *self.cms(x, mixed), state
 
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from nlscale.config.vocabulary import Config
 from nlscale.model.block import Block
-from nlscale.model.init import normal
-from nlscale.model.layers import RMSNorm, column_linear, embedding, vocabulary_group
+from nlscale.model.layers import RMSNorm, embedding, head, vocabulary_group
 from nlscale.model.loss import cross_entropy
 from nlscale.model.sizes import level_hidden
 from nlscale.model.width import width_multiplier
@@ -46,9 +45,11 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleDict({str(i): Block(model, megatron, hidden, train) for i in blocks})
         if self.is_last:
             self.norm = RMSNorm(megatron, model.d_model, model.norm_eps, train.kernels)
-            self.head = column_linear(megatron, model.d_model, [vocabulary], normal(model.init_std))
+            tied = self.embedding if model.tie_embeddings else None
+            assert (tied is not None) == model.tie_embeddings, "of one stage that is first and last"
+            self.head = head(megatron, vocabulary, model.init_std, tied)
             self.width_multiplier = width_multiplier(model)
-            self.kernels = train.kernels
+            self.z_loss, self.kernels = train.z_loss, train.kernels
         self._input: Tensor | None = None
 
     def set_input_tensor(self, tensor: Tensor | list[Tensor | None] | None) -> None:
@@ -72,10 +73,13 @@ class Decoder(nn.Module):
         states: dict[str, Any] | None = None,
         carry: bool = True,
         documents: Documents | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """tokens [batch, sequence] -> residual stream [sequence, batch, d_model], new states.
 
-        `states` are those an earlier piece of the same sequences returned; None at their start.
+        `states` are those an earlier piece of the same sequences returned, which may be written to;
+        None at their start. `lengths`: how many of its tokens each row reads, int64 [batch], on the
+        CPU; None: all.
         Without `carry` no new ones are returned, and what they hold is freed block by block.
         `documents` says where they begin in whole samples, from one to the next of which nothing
         is carried; None: a sample is one.
@@ -92,7 +96,7 @@ class Decoder(nn.Module):
         update: Tensor | None = None
         for index, block in self.blocks.items():
             state = None if states is None else states[index]
-            x, update, state = block(x, update, state, documents)
+            x, update, state = block(x, update, state, documents, lengths)
             if carry:
                 carried[index] = state
         return x if update is None else x + update, carried
@@ -102,6 +106,9 @@ class Decoder(nn.Module):
         normed = self.norm(x)
         if self.width_multiplier != 1.0:
             normed = normed / self.width_multiplier
+        if self.head.weight is None:
+            assert self.embedding is not None, "the head has no weight of its own"
+            return self.head(normed, weight=self.embedding.weight)[0]
         return self.head(normed)[0]
 
     def forward(
@@ -112,7 +119,7 @@ class Decoder(nn.Module):
         if not self.is_last:
             return x
         targets = targets.transpose(0, 1).contiguous()
-        return cross_entropy(self.logits(x), targets, vocabulary_group(), self.kernels)
+        return cross_entropy(self.logits(x), targets, vocabulary_group(), self.z_loss, self.kernels)
 
 
 def named_parameters(stages: list[Decoder]) -> dict[str, nn.Parameter]:

@@ -26,7 +26,7 @@ def check_kernels(config: Config, columns: int, device: torch.device) -> None:
     facts = mixer(config.model.mixer)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        of_loss = loss_errors(columns, dtype, device) if columns else {}
+        of_loss = loss_errors(columns, dtype, device, config.train.z_loss) if columns else {}
         of_mixer = facts.module().kernel_errors(facts, config, dtype, device)
         sums = accumulation_errors(dtype, device)
     if device.type == "cuda":

@@ -168,6 +168,29 @@ def embedding(megatron: TransformerConfig, vocabulary: int, std: float) -> Vocab
     return layer
 
 
+def head(
+    megatron: TransformerConfig,
+    vocabulary: int,
+    std: float,
+    tied: VocabParallelEmbedding | None = None,
+) -> ColumnParallelLinear:
+    """Logits, with the vocabulary split over the tensor-parallel group.
+
+    Tied, it has no weight of its own: it is called with that of the embedding, whose gradient is
+    the sum of both uses.
+    """
+    if tied is None:
+        return column_linear(megatron, megatron.hidden_size, [vocabulary], normal(std))
+    # The product adds its gradient to the buffer by itself, the lookup by way of autograd; with
+    # this megatron-core takes both.
+    carrier: Any = tied.weight
+    carrier.zero_out_wgrad = True
+    return ColumnParallelLinear(
+        megatron.hidden_size, vocabulary, config=megatron, init_method=_unused, bias=False,
+        gather_output=False, skip_weight_param_allocation=True,
+    )  # fmt: skip
+
+
 def vocabulary_group() -> dist.ProcessGroup:
     """The ranks that share the rows of the embedding and of the head."""
     return get_tensor_model_parallel_group()
@@ -177,15 +200,26 @@ class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight along the last dimension, in fp32.
 
     `after` is the norm of a residual stream, in which the last update may not have been added yet.
+    Of heads, which are split over the tensor-parallel group, it has one weight for all.
     """
 
-    def __init__(self, megatron: TransformerConfig, size: int, eps: float, kernels: bool) -> None:
+    def __init__(
+        self,
+        megatron: TransformerConfig,
+        size: int,
+        eps: float,
+        kernels: bool,
+        of_heads: bool = False,
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, dtype=megatron.params_dtype))
         self.by_hand = kernels
         self.add_and_norm = compiled_on_gpu(pointwise.add_and_norm, kernels)
-        tag(self.weight, ones, partial_gradient=megatron.sequence_parallel)
+        split = megatron.sequence_parallel
+        if of_heads:
+            split = megatron.tensor_model_parallel_size > 1
+        tag(self.weight, ones, partial_gradient=split)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.by_hand and not x.is_cuda:

@@ -63,15 +63,21 @@ def level_parameters(config: Config, vocabulary: int) -> list[int]:
     counts[0] += model.layers * (
         mixer(model.mixer).parameters(model) + (d + mixture if independent else 0)
     )
-    counts[0] += 2 * vocabulary * d + d
+    counts[0] += tables(config) * vocabulary * d + d
     return counts
+
+
+def tables(config: Config) -> int:
+    """Matrices of vocabulary x d_model: the embedding and the head, or one that is both."""
+    return 1 if config.model.tie_embeddings else 2
 
 
 def non_embedding_parameters(config: Config, vocabulary: int) -> int:
     """Parameters of the model without those of the embedding, which is looked up, not computed.
 
-    The head counts: every token pays for its product. Kaplan et al. 2020 leave it out too, being
-    the embedding once more, which bends laws of small models (Porian et al. 2024; Pearce & Song
-    2024).
+    The head counts: every token pays for its product, also where it is the embedding. Kaplan et al.
+    2020 leave it out too, being the embedding once more, which bends laws of small models (Porian
+    et al. 2024; Pearce & Song 2024).
     """
-    return sum(level_parameters(config, vocabulary)) - vocabulary * config.model.d_model
+    looked_up = (tables(config) - 1) * vocabulary * config.model.d_model
+    return sum(level_parameters(config, vocabulary)) - looked_up

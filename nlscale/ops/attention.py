@@ -25,35 +25,70 @@ holds."""
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, kernels: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents | None = None,
+    kernels: bool = True,
+    past: Tensor | int | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, of each token over itself and those before it.
 
     Args:
         q: [batch, heads, time, d].
-        k, v: [batch, heads, past + time, d]: what came before q first.
+        k, v: [batch, heads, past + time, d]: what came before q first. Of fewer heads each is
+            shared by as many of q, one group after the other.
         documents: where each token sees only those of its document; nothing came before then.
         kernels: on a GPU, and for bf16, treat documents as sequences of their own, so that nothing
             is spent on pairs of tokens that do not see each other. Else they are masked out. On a
             CPU, take whole sequences by matrix products (`_ByBlocks`).
+        past: how many keys came before q; of each row, int64 [batch], where they differ: they stand
+            at the first places, and what stands behind those of q is not seen. None: all but q's.
 
     Returns:
         [batch, heads, time, d].
     """
+    if past is None:
+        past = k.shape[2] - q.shape[2]
+    grouped = k.shape[1] < q.shape[1]
+    if grouped and q.shape[2] == 1 and documents is None:
+        return _one_token(q, k, v, past)
+    causal = documents is None and isinstance(past, int) and past == 0
+    if grouped and not (causal and takes_packed(q)):  # its kernel takes them as they are
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     if documents is not None:
         if kernels and takes_packed(q):
             return _packed(q, k, v, documents)
         return F.scaled_dot_product_attention(q, k, v, documents.attends())
-    time, past = q.shape[2], k.shape[2] - q.shape[2]
+    time = q.shape[2]
+    if isinstance(past, Tensor):
+        return F.scaled_dot_product_attention(q, k, v, seen_by(past.to(k.device), time, k.shape[2]))
     by_blocks = (
         kernels and not q.is_cuda and torch.is_grad_enabled() and _QUERIES < time <= _LONGEST
     )
     if past == 0 and by_blocks:
         return _ByBlocks.apply(q, k, v)  # type: ignore[no-any-return]
     if past == 0:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        native = k.shape[1] < q.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=native)
+    if time == 1:
+        return F.scaled_dot_product_attention(q, k, v)
     mask = torch.ones(time, past + time, dtype=torch.bool, device=k.device).tril(past)
     return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def _one_token(q: Tensor, k: Tensor, v: Tensor, past: int | Tensor) -> Tensor:
+    """Of a token after all keys: the queries that share them are so many of one head, and nothing
+    is copied."""
+    seen = seen_by(past.to(k.device), 1, k.shape[2]) if isinstance(past, Tensor) else None
+    grouped = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
+    return F.scaled_dot_product_attention(grouped, k, v, seen).view(q.shape)
+
+
+def seen_by(past: Tensor, time: int, keys: int) -> Tensor:
+    """Which keys each token sees, bool [batch, 1, time, keys]; `past`, [batch], came before."""
+    last = past[:, None] + torch.arange(time, device=past.device)
+    return (torch.arange(keys, device=past.device) <= last[..., None])[:, None]
 
 
 def takes_packed(q: Tensor) -> bool:

@@ -63,8 +63,8 @@ class Norm(torch.autograd.Function):
         )
         size = unit.shape[-1]
         by_weight = d_y * unit
-        d_weight = by_weight.view(-1, size).sum(0).to(weight.dtype)
-        along = torch.mv(by_weight.view(-1, size), weight_wide).div_(-size).view(scale.shape)
+        d_weight = by_weight.reshape(-1, size).sum(0).to(weight.dtype)
+        along = torch.mv(by_weight.reshape(-1, size), weight_wide).div_(-size).view(scale.shape)
         d_x = torch.mul(d_y, weight_wide, out=by_weight)
         d_x.addcmul_(unit, along).mul_(scale)
         d_x = (d_x if d_total is None else d_x.add_(d_total)).to(total.dtype)
@@ -97,15 +97,14 @@ class Rotate(torch.autograd.Function):
     """The derivative is rotated back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: float, first: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, base: float, first: int | Tensor) -> Tensor:
         ctx.by = base, first
-        return _rotated(x, *_turns(x.shape[2], x.shape[3], base, first, wide(x)), 1)
+        return _rotated(x, *_turns_on_cpu(x, base, first), 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:
-        turns = _turns(d.shape[2], d.shape[3], *ctx.by, wide(d))
-        return _rotated(d, *turns, -1), None, None
+        return _rotated(d, *_turns_on_cpu(d, *ctx.by), -1), None, None
 
 
 class GatedRead(torch.autograd.Function):
@@ -245,14 +244,38 @@ def _scale_backward(d_unit: Tensor, unit: Tensor, scale: Tensor, size: int) -> T
     return torch.addcmul(d_unit, unit, along).mul_(scale)
 
 
+def _turns_on_cpu(x: Tensor, base: float, first: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Of the tokens of x, [batch, heads, time, d]."""
+    make = turns if isinstance(first, Tensor) else _kept_turns
+    return make(x.shape[2], x.shape[3], base, first, wide(x), torch.device("cpu"))
+
+
 @lru_cache(maxsize=4)
-def _turns(
-    length: int, d: int, base: float, first: int, dtype: torch.dtype
+def _kept_turns(*of: Any) -> tuple[Tensor, Tensor]:
+    """The same for all layers."""
+    return turns(*of)
+
+
+def turns(
+    length: int,
+    d: int,
+    base: float,
+    first: int | Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles of some tokens, [time, d / 2]: the same for all layers."""
+    """cos and sin of the angles of some tokens, [time, d / 2] or, by row, [batch, 1, time, d / 2].
+
+    `first` is the position of the first, of each row, [batch], where they differ.
+    """
     half = d // 2
-    frequency = base ** (-torch.arange(half, dtype=dtype) / half)
-    angle = torch.arange(first, first + length, dtype=dtype)[:, None] * frequency
+    frequency = base ** (-torch.arange(half, device=device, dtype=dtype) / half)
+    if isinstance(first, Tensor):
+        begin = first.to(device=device, dtype=dtype)[:, None, None, None]
+        angle = (begin + torch.arange(length, device=device, dtype=dtype)[:, None]) * frequency
+    else:
+        time = torch.arange(first, first + length, device=device, dtype=dtype)
+        angle = time[:, None] * frequency
     return angle.cos(), angle.sin()
 
 

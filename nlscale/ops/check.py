@@ -246,7 +246,9 @@ def refuse_beyond(
     )
 
 
-def loss_errors(columns: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+def loss_errors(
+    columns: int, dtype: torch.dtype, device: torch.device, z_loss: float = 0.0
+) -> dict[str, float]:
     """Of the kernels of the cross entropy; none where they do not take these logits."""
     logits = torch.randn(_ROWS, columns, device=device).to(dtype)
     if not cross_entropy.supports(logits):
@@ -256,7 +258,8 @@ def loss_errors(columns: int, dtype: torch.dtype, device: torch.device) -> dict[
     for x, kernels in ((logits, True), (exact, False)):
         largest, total, at_target = cross_entropy.row_statistics(x, targets, kernels)
         log_sum = largest + total.log()
-        cross_entropy.to_gradient_(x, targets, log_sum, torch.ones_like(log_sum), kernels)
+        ones = torch.ones_like(log_sum)
+        cross_entropy.to_gradient_(x, targets, log_sum, ones, z_loss, kernels)
         results.append({"loss": log_sum - at_target, "derivative by the logits": x})
     return relative_errors(*results)
 

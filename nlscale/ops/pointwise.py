@@ -135,19 +135,16 @@ def scan_inputs(
     return unit_mean_square(a, eps), b[0] if b else a, normalize(by_head(q, heads))
 
 
-def rotate(x: Tensor, base: float, first: int) -> Tensor:
+def rotate(x: Tensor, base: float, first: int | Tensor) -> Tensor:
     """Rotary position embedding of [batch, heads, time, d], halves rotated together.
 
     Args:
         x: even d.
         base: of the wavelengths.
-        first: position of the first token.
+        first: position of the first token; of each row, int64 [batch], where they differ.
     """
-    half, dtype = x.shape[-1] // 2, wide(x)
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
-    time = torch.arange(first, first + x.shape[2], device=x.device, dtype=dtype)
-    angle = time[:, None] * frequency
-    cos, sin = angle.cos(), angle.sin()
+    dtype = wide(x)
+    cos, sin = by_hand.turns(x.shape[2], x.shape[3], base, first, dtype, x.device)
     left, right = x.to(dtype).chunk(2, -1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1).to(x.dtype)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from nlscale.config.units import Interval
 from nlscale.config.vocabulary import (
+    AttentionConfig,
     CheckpointConfig,
     Config,
     ModelConfig,
     Reduction,
     Sharding,
     head_dim,
+    kv_heads,
 )
 from nlscale.errors import UserError
 from nlscale.model.mixers.table import mixer
@@ -82,12 +86,15 @@ def checkpoint_interval(checkpoint: CheckpointConfig) -> Interval | None:
 
 def _divides(config: Config) -> None:
     model, tensor = config.model, config.parallel.tensor
-    if model.d_model % model.heads:
+    if model.attention.head_dim is None and model.d_model % model.heads:
         raise UserError(not_divisible("model.d_model", model.d_model, model.heads, "model.heads"))
+    _attention_keys(model)
     mixer(model.mixer).check(model)
     rule(config.optimizer.rule)
     if model.heads % tensor:
         raise UserError(not_divisible("model.heads", model.heads, tensor))
+    if kv_heads(model) % tensor:
+        raise UserError(not_divisible("model.attention.kv_heads", kv_heads(model), tensor))
     _base_width(model)
     for index, hidden in enumerate(level_hidden(config)):
         if hidden % tensor:
@@ -95,6 +102,18 @@ def _divides(config: Config) -> None:
     _sequence_parallel(config)
     _pipeline(config)
     _sharding(config)
+
+
+def _attention_keys(model: ModelConfig) -> None:
+    if mixer(model.mixer).reads_attention:
+        return
+    for f in fields(AttentionConfig):
+        value = getattr(model.attention, f.name)
+        if value != f.default:
+            raise UserError(
+                f"model.attention.{f.name} is {value}, and model.mixer={model.mixer} is no softmax "
+                f"attention; leave it out, or use model.mixer=attention"
+            )
 
 
 def _base_width(model: ModelConfig) -> None:
@@ -125,6 +144,12 @@ def _sequence_parallel(config: Config) -> None:
 
 def _pipeline(config: Config) -> None:
     parallel = config.parallel
+    if config.model.tie_embeddings and parallel.pipeline > 1:
+        raise UserError(
+            f"model.tie_embeddings has the first stage and the last use one matrix, and "
+            f"parallel.pipeline {parallel.pipeline} puts them on other ranks; use "
+            f"parallel.pipeline=1, with parallel.tensor to split the model, or untie them"
+        )
     if parallel.virtual_stages > 1 and parallel.pipeline == 1:
         raise UserError(
             "parallel.virtual_stages interleaves the stages of pipeline ranks; "

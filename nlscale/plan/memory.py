@@ -27,6 +27,7 @@ from nlscale.cluster.spread import COMPARED_AT_ONCE
 from nlscale.config.vocabulary import CmsForm, Config, Dtype, Sharding, WireFormat
 from nlscale.levels.groups import parameters_by_depth
 from nlscale.levels.spectrum import BF16_AT_ONCE, Level
+from nlscale.model.mixers.table import mixer
 from nlscale.model.stages import stage_blocks
 from nlscale.optim.table import rule
 from nlscale.plan.activations import Activations
@@ -171,7 +172,7 @@ def held_by_stage(
     model, tensor, count = config.model, config.parallel.tensor, len(config.levels.spectrum)
     independent = model.cms == CmsForm.independent
     whole = [0 if independent else model.d_model] * count
-    whole[0] += model.d_model
+    whole[0] += mixer(model.mixer).whole(model)
     if independent:
         whole[0] += model.d_model + (count if count > 1 else 0)
     depths = [depth for blocks in stages for depth in blocks]

@@ -61,15 +61,16 @@ def test_keys_and_values_grow_with_the_context_and_a_memory_does_not(found: dict
             "hope": 3 * matrix + tail,
             "gated-delta": matrix + tail,
         }
-        assert row["state_bytes"] == 4 * LAYERS * carried[mixer], (mixer, batch, context)
+        where = 8 * (1 + LAYERS)  # the row is, of its stream and in each layer
+        assert row["state_bytes"] == 4 * LAYERS * carried[mixer] + where, (mixer, batch, context)
 
 
 def test_a_stream_that_forgets_is_not_ok(monkeypatch: pytest.MonkeyPatch) -> None:
     feed = Stream.feed
 
-    def forgetting(self: Stream, tokens: Any) -> Any:
+    def forgetting(self: Stream, tokens: Any, last: bool = False) -> Any:
         self._states = None
-        return feed(self, tokens)
+        return feed(self, tokens, last=last)
 
     few = {"contexts": [13], "batches": [1]}
     assert all(row["ok"] for row in rows("train.dtype=bf16", **few).values())

@@ -217,10 +217,19 @@ def in_pieces() -> dict[str, float]:
         documents = Documents.of(tokens.numpy(), 0, 16, torch.device("cpu"))
         together, _ = model.hidden(tokens, documents=documents)
         alone, _ = model.hidden(tokens[:, 9:])
+        lengths = torch.tensor([5, 14])
+        _, states = model.hidden(tokens[:, :14], lengths=lengths)
+        onward, _ = model.hidden(tokens[:, :6], states)
+        beside = [onward[:, i] for i in range(2)]
+        one_by_one = [
+            model.hidden(torch.cat([row[:n], row[:6]])[None])[0][n:, 0]
+            for row, n in zip(tokens, lengths.tolist(), strict=True)
+        ]
         whole.square().sum().backward()
         mixers = [p for n, p in model.named_parameters() if ".mixer." in n]
         return {
             "pieces": float((torch.cat(parts) - whole).detach().abs().max()),
+            "rows": float((torch.stack(beside) - torch.stack(one_by_one)).detach().abs().max()),
             "documents": float((together[9:] - alone).detach().abs().max()),
             "gradient": min(float(np.abs(p.grad.numpy()).max()) for p in mixers),
         }
@@ -229,6 +238,7 @@ def in_pieces() -> dict[str, float]:
 def test_retention_streams_and_keeps_documents_apart() -> None:
     (found,) = world.run(1, in_root, in_pieces)
     assert found["pieces"] < 1e-6 and found["documents"] < 1e-6  # its state is fp32
+    assert found["rows"] < 1e-6
     assert found["gradient"] > 0
 
 

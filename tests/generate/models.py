@@ -21,7 +21,8 @@ def saved(run: Path, *overrides: str, step: int = 6, seed: int = 1) -> Checkpoin
     """A checkpoint of a model whose every part has a say in its logits."""
     of = config(*overrides)
     with alone():
-        model = Decoder(of, megatron_config(of), VOCABULARY)
+        assert of.model.vocabulary is not None  # VOCABULARY, unless they say another
+        model = Decoder(of, megatron_config(of), of.model.vocabulary)
         initialize(model, seed, 0, 1)
     generator = torch.Generator().manual_seed(seed)
     tensors = {

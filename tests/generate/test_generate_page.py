@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "use-from-python.md"
 
 def test_the_python_of_the_page_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     ended = subprocess.run(
         [sys.executable, "-c", "\n".join(blocks)],
         cwd=workplace(tmp_path), env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -34,6 +34,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
         ["parallel.tensor=2", "model.cms=independent", "train.recompute=[cms]"],
     ),
     "overlapped": (2, ["parallel.overlap=true"]),
+    "tied": (2, ["parallel.tensor=2", "model.mixer=attention", "model.tie_embeddings=true"]),
 }
 
 

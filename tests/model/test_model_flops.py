@@ -85,6 +85,8 @@ def in_products(config: Config) -> float:
 
 def test_a_training_token_costs_what_a_profiler_counts() -> None:
     shapes = [[f"model.mixer={mixer}", *s] for mixer in MIXERS for s in SHAPES.values()]
+    grouped = "model.attention={kv_heads: 1, head_dim: 16, qk_norm: true}"
+    shapes.append(["model.mixer=attention", grouped, "model.tie_embeddings=true"])
     configs = [make(*shape) for shape in shapes]
     twice = [make(f"model.mixer={mixer}", "train.recompute=[mixer,cms]") for mixer in MIXERS]
     real = world.run(1, profiled, [*configs, *twice])[0]

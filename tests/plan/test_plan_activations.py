@@ -161,7 +161,6 @@ def kernels_as_on_a_gpu() -> None:
 
     import nlscale.ops.memory.kernels.sizes
     from nlscale.model import cms
-    from nlscale.model.mixers.attention import module as attention
     from nlscale.model.mixers.memory import module as memory
     from nlscale.ops.memory.kernels import fused as scan
 
@@ -190,7 +189,7 @@ def kernels_as_on_a_gpu() -> None:
         )
         return fits and a.dtype == torch.bfloat16
 
-    for module in (cms, attention, memory):
+    for module in (cms, memory):  # a rotation keeps nothing, compiled or by hand
         module.compiled_on_gpu = compiled_on_gpu
     nlscale.ops.memory.kernels.sizes.supports = supports
     for name in [name for name in vars(scan) if name.endswith("_kernel")]:
@@ -212,6 +211,23 @@ def compare(configs: list[Config], ranks: int) -> None:
 @pytest.mark.parametrize("kernels", ["true", "false"])
 def test_what_a_micro_batch_keeps_is_what_stays_alive(kernels: str) -> None:
     compare(cases(["fp32", "bf16"], list(SHAPES), f"train.kernels={kernels}"), ranks=1)
+
+
+@pytest.mark.parametrize("kernels", ["true", "false"])
+def test_what_shared_and_normalised_heads_keep(kernels: str) -> None:
+    grouped, normed = "model.attention.kv_heads=2", "model.attention.qk_norm=true"
+    keys = [[grouped], [normed], [grouped, normed, "model.attention.head_dim=32"]]
+    compare(
+        [
+            # with documents keys are repeated in bf16 too, as on a CPU
+            make("model.mixer=attention", f"train.dtype={dtype}", f"train.kernels={kernels}",
+                 "data.document_mask=true", *some, recompute=parts)
+            for some in keys
+            for dtype in ("fp32", "bf16")
+            for parts in (RECOMPUTE[0], RECOMPUTE[1])
+        ],
+        ranks=1,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("sequence", ["false", "true"])

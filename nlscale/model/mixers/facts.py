@@ -82,13 +82,29 @@ class MixerFacts(ABC):
     """`package.module:Class` of a `nlscale.model.mixers.module.Mixer`, imported when made."""
     core: ClassVar[str]
     """The part of its FLOPs that lies between the projections."""
+    reads_attention: ClassVar[bool] = False
+    """Whether `model.attention` says something of it."""
     logit_bytes: ClassVar[int] = 0
     """Of logits that the core takes beside queries, keys and values, a token and head."""
+    plain_by: ClassVar[str | None] = None
+    """`package.module:Class` of a `nlscale.model.plain.PlainMixer`, the same in plain torch, which
+    exports to Hugging Face carry; None: there is none, and it cannot be exported there."""
 
     def module(self) -> Any:
         """The class that computes; importing it imports torch."""
-        module, _, name = self.made_by.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return _named(self.made_by)
+
+    def plain(self) -> Any:
+        """The class in plain torch; importing it imports torch."""
+        assert self.plain_by is not None, "an export to Hugging Face is refused before"
+        return _named(self.plain_by)
+
+    def plain_options(self, model: ModelConfig) -> dict[str, Any]:
+        """What the class in plain torch is made with, by name, beside d_model and norm_eps.
+
+        Text, numbers, truths and lists of these: they are stored in the export's config.json.
+        """
+        raise NotImplementedError(f"{type(self).__name__} names plain_by without its options")
 
     def make(self, *given: Any) -> Any:
         """The module itself, of these facts; `Mixer` says what it is given."""
@@ -104,6 +120,10 @@ class MixerFacts(ABC):
     @abstractmethod
     def parameters(self, model: ModelConfig) -> int:
         """Of one layer, over all tensor-parallel ranks, the norm before it included."""
+
+    def whole(self, model: ModelConfig) -> int:
+        """Those of them that every tensor-parallel rank holds all of."""
+        return model.d_model
 
     @abstractmethod
     def flops(self, config: Config) -> dict[str, float]:
@@ -132,3 +152,9 @@ class MixerFacts(ABC):
     @abstractmethod
     def transient(self, batch: MicroBatch, recompute: bool) -> float:
         """Bytes that the backward pass of one layer has at once, beside all that is kept."""
+
+
+def _named(name: str) -> Any:
+    """Imports what `package.module:name` is."""
+    module, _, inside = name.partition(":")
+    return getattr(importlib.import_module(module), inside)

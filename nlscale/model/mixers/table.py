@@ -7,6 +7,8 @@ recipe names it in `run.imports`.
 
 from __future__ import annotations
 
+from typing import Any
+
 from nlscale.config.presets import MIXER_PRESETS
 from nlscale.config.schema import nearest
 from nlscale.config.vocabulary import MIXERS
@@ -33,6 +35,21 @@ def mixer(name: str) -> MixerFacts:
     if name not in _TABLE:
         raise UserError(f"no mixer is called {name!r}; {nearest(name, _TABLE)}")
     return _TABLE[name]
+
+
+def plain_mixer(name: str) -> Any:
+    """The class of the mixer of that name in plain torch; it imports torch.
+
+    Raises:
+        UserError: there is no such mixer, or it has none.
+    """
+    facts = mixer(name)
+    if facts.plain_by is None:
+        raise UserError(
+            f"the mixer {name} says nothing in plain torch, of which models for Hugging Face are "
+            f"made; give its facts plain_by and plain_options, or export with --to safetensors"
+        )
+    return facts.plain()
 
 
 def register(name: str, facts: MixerFacts, preset: dict[str, float | bool] | None = None) -> None:

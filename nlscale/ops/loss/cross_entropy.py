@@ -2,7 +2,8 @@
 
 What a rank computes by itself; how the parts are put together is in `nlscale.model.loss`. The loss
 of a token is  log sum_j exp(x_j) - x_target, and its derivative by x_j  p_j - [j = target], with
-p_j = exp(x_j - log sum). The forward pass reads the logits once and the backward pass writes their
+p_j = exp(x_j - log sum); with a z-loss, z (log sum)^2 beside it, that is p_j (1 + 2 z log sum) -
+[j = target]. The forward pass reads the logits once and the backward pass writes their
 derivative over them, so that bf16 logits cost two bytes each and nothing beside.
 """
 
@@ -58,7 +59,12 @@ def row_statistics(
 
 
 def to_gradient_(
-    logits: Tensor, targets: Tensor, log_sum: Tensor, d_loss: Tensor, kernels: bool = True
+    logits: Tensor,
+    targets: Tensor,
+    log_sum: Tensor,
+    d_loss: Tensor,
+    z_loss: float = 0.0,
+    kernels: bool = True,
 ) -> None:
     """Write the derivative by the logits over them.
 
@@ -66,15 +72,18 @@ def to_gradient_(
         logits, targets: as of `row_statistics`.
         log_sum: log sum_j exp(x_j) over the whole vocabulary, [rows].
         d_loss: derivative by the loss of each row, [rows].
+        z_loss: weight of log_sum^2 in what is differentiated.
         kernels: whether the kernels for GPUs may be used.
     """
     if kernels and supports(logits):
         from nlscale.ops.loss.kernel import to_gradient_ as fused
 
-        fused(logits, targets, log_sum, d_loss)
+        fused(logits, targets, log_sum, d_loss, z_loss)
         return
     for rows in _blocks(logits):
         share = (logits[rows].to(wide(logits)) - log_sum[rows, None]).exp_()
+        if z_loss:
+            share *= 1 + 2 * z_loss * log_sum[rows, None]
         here, column = _here(targets[rows], share.shape[1])
         share.scatter_add_(1, column[:, None], -here[:, None].to(share.dtype))
         logits[rows] = share.mul_(d_loss[rows, None]).to(logits.dtype)

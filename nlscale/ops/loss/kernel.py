@@ -25,13 +25,15 @@ def row_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Ten
     return found  # type: ignore[return-value]
 
 
-def to_gradient_(logits: Tensor, targets: Tensor, log_sum: Tensor, d_loss: Tensor) -> None:
+def to_gradient_(
+    logits: Tensor, targets: Tensor, log_sum: Tensor, d_loss: Tensor, z_loss: float = 0.0
+) -> None:
     """See `nlscale.ops.loss.cross_entropy.to_gradient_`."""
     rows, columns = logits.shape
     tile = _tile(columns)
     with on_device(logits):
         gradient_kernel[(rows, -(-columns // tile["COLUMNS"]))](
-            logits, targets, log_sum.contiguous(), d_loss.contiguous(), columns, **tile
+            logits, targets, log_sum.contiguous(), d_loss.contiguous(), z_loss, columns, **tile
         )
 
 
@@ -66,14 +68,15 @@ def statistics_kernel(
 
 @triton.jit
 def gradient_kernel(
-    logits, targets, log_sum, d_loss, columns, COLUMNS: tl.constexpr
+    logits, targets, log_sum, d_loss, z_loss, columns, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """One program a row and some of its columns."""
     row = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     place = logits + row.to(tl.int64) * columns + column
     x = tl.load(place, mask=column < columns, other=0.0).to(tl.float32)
-    share = tl.exp(x - tl.load(log_sum + row))
+    total = tl.load(log_sum + row)
+    share = tl.exp(x - total) * (1.0 + 2.0 * z_loss * total)
     share = share - tl.where(column == tl.load(targets + row), 1.0, 0.0)
     gradient = share * tl.load(d_loss + row)
     tl.store(place, gradient.to(logits.dtype.element_ty), mask=column < columns)

@@ -44,11 +44,11 @@ class MemoryWeights:
 
 @dataclass
 class MemoryState:
-    """What is carried from one piece of a sequence to the next; all fp32."""
+    """What is carried from one piece of the sequences to the next; memories in at least fp32."""
 
     start: Tensor | None
     """Pi at the start of the current chunk, [batch, heads, d, d]; None for a static memory."""
     current: Tensor
     """Pi and S now, stacked where there are both, [batch, heads, d or 2d, d]."""
-    position: int
-    """Tokens of the current chunk already written."""
+    position: Tensor
+    """Tokens of its current chunk that each row has written, int64 [batch], on the CPU."""

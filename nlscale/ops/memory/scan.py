@@ -27,6 +27,7 @@ from torch import Tensor
 
 from nlscale.ops.memory.chunk import ChunkWrites
 from nlscale.ops.memory.kernels import sizes as fused_scan
+from nlscale.ops.memory.pieces import piece_of
 from nlscale.ops.memory.reads import ChunkReads
 from nlscale.ops.memory.rules import MemoryRules, MemoryState, MemoryWeights
 
@@ -46,6 +47,7 @@ def memory_scan(
     state: MemoryState | None = None,
     carried: Tensor | None = None,
     kernels: bool = True,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Write and read the memory over a sequence; differentiable through every write.
 
@@ -61,29 +63,29 @@ def memory_scan(
         carried: 0 at chunks before which the memory starts anew, else 1, fp32 [batch, chunks];
             for whole chunks without a `state`. None: it never does.
         kernels: whether the kernels for GPUs may be used.
+        lengths: how many of its tokens each row reads, int64 [batch], on the CPU; the others change
+            nothing, and what is read at them has no meaning. None: all.
 
     Returns:
         The reads [batch, heads, time, d], in the dtype of `a`, and the state after the piece.
-        Feeding a sequence in pieces of any length gives what feeding it at once gives.
+        Feeding a sequence in pieces of any length gives what feeding it at once gives, whatever
+        the rows beside it.
     """
     dtype, length, d = a.dtype, a.shape[2], a.shape[3]
     wide = torch.promote_types(dtype, torch.float32)
+    assert carried is None or (state is None and lengths is None and length % rules.chunk == 0)
     if state is None:
         state = _initial_state(a, wide, weights, rules)
-    start, current, position = state.start, state.current, state.position
-    assert carried is None or (position == 0 and length % rules.chunk == 0)
+    start, current = state.start, state.current
+    piece = piece_of(state.position, length, lengths, rules.chunk, a.device)
     makers = None if weights is None else _makers(weights, wide)
     additive = weights is None or weights.lambda_key is not None
     fused = kernels and fused_scan.supports(a, b, q, rules, weights is None)
-    runs = _runs(position, length, rules.chunk)
-    # split, not slices: the backward of a slice fills a tensor of the whole length with zeros
-    lengths = [count * size for count, size in runs]
-    inputs = (a, b, q, eta.to(wide), alpha.to(wide))
-    parts = zip(*(x.split(lengths, dim=2) for x in inputs), strict=True)
+    parts = piece.parts(a, b, q, eta.to(wide), alpha.to(wide))
     each: Tensor | None = None  # makers for the torch form, once for all runs
     reads = []
-    for run, part in zip(runs, parts, strict=True):
-        begun = start if position else None
+    for run, part in zip(piece.runs, parts, strict=True):
+        begun = start if run.begun else None
         if fused and begun is None:
             read, current = _fused_run(part, current, carried, makers, additive, rules)
         else:
@@ -91,19 +93,19 @@ def memory_scan(
                 key, value, gates = makers
                 each = _each_sequence(torch.cat([key, gates, value], dim=1), len(a))
             part = tuple(x.to(wide) for x in part)
-            read, current = _torch_run(run, part, current, begun, carried, each, additive, rules)
+            sizes = run.count, run.size
+            read, current = _torch_run(sizes, part, current, begun, carried, each, additive, rules)
         reads.append(read)
-        position = (position + read.shape[2]) % rules.chunk
-        if position == 0 and start is not None:
-            start = current.split(d, dim=2)[0]
-    out = reads[0] if len(reads) == 1 else torch.cat(reads, dim=2)
+        if start is not None:
+            start = run.renewed(start, current.split(d, dim=2)[0])
+    out = piece.joined(reads) if reads else torch.zeros_like(q)
     if weights is not None and weights.read is not None:
         out = out @ weights.read.to(out.dtype).mT
-    return out.to(dtype), MemoryState(start, current, position)
+    return out.to(dtype), MemoryState(start, current, piece.position)
 
 
 def _torch_run(
-    run: tuple[int, int],
+    sizes: tuple[int, int],
     part: tuple[Tensor, ...],
     current: Tensor,
     begun: Tensor | None,
@@ -116,7 +118,7 @@ def _torch_run(
 
     `makers` are [M_k; m_eta; m_alpha; M_v] of each sequence.
     """
-    (count, size), (a, b, q, eta, alpha) = run, part
+    (count, size), (a, b, q, eta, alpha) = sizes, part
     batch, heads, length, d = a.shape
     xa, xb, xq, logits = (
         _by_chunk(x, count, size) for x in (a, b, q, torch.stack([eta, alpha], -1))
@@ -161,17 +163,9 @@ def _initial_state(
         parts.append(torch.eye(d, dtype=dtype, device=a.device).expand(batch, heads, d, d))
     if rules.main_memory:
         parts.append(a.new_zeros(batch, heads, d, d, dtype=dtype))
-    return MemoryState(parts[0] if weights is not None else None, torch.cat(parts, dim=2), 0)
-
-
-def _runs(position: int, length: int, chunk: int) -> list[tuple[int, int]]:
-    """Cuts a piece of a sequence into runs of equal chunks, (number, tokens of each).
-
-    The rest of a chunk begun before, the whole chunks, and the beginning of one more.
-    """
-    first = min(-position % chunk, length)
-    whole, rest = divmod(length - first, chunk)
-    return [(n, size) for n, size in ((1, first), (whole, chunk), (1, rest)) if n * size]
+    position = torch.zeros(batch, dtype=torch.long)
+    start = parts[0] if weights is not None else None
+    return MemoryState(start, torch.cat(parts, dim=2), position)
 
 
 def _makers(weights: MemoryWeights, dtype: torch.dtype) -> Makers:

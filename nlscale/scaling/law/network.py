@@ -17,7 +17,7 @@ from nlscale.config import recipe
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
 from nlscale.levels.spectrum import spectrum
-from nlscale.model.sizes import level_parameters
+from nlscale.model.sizes import level_parameters, tables
 from nlscale.plan import traffic
 from nlscale.scaling.law.points import MEASURED, PERIODS, RUN, Points, Row
 
@@ -195,7 +195,7 @@ def _bytes_per_token(row: Row, cluster: Cluster) -> float:
 def _vocabulary(row: Row, config: Config) -> int:
     """What the run's model had, which its configuration may have left to data that are gone."""
     rest = float(row["N"]) - sum(level_parameters(config, vocabulary=0))
-    count, left = divmod(rest, 2 * config.model.d_model)  # an embedding and a head
+    count, left = divmod(rest, tables(config) * config.model.d_model)
     if left or count < 1:
         raise UserError(
             f"--frontier: {row[RUN]}: summary.json counts {row['N']} parameters, which its "

@@ -41,7 +41,7 @@ def infinite(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_parts(
-    logits: Tensor, targets: Tensor, d_loss: Tensor, split: list[int]
+    logits: Tensor, targets: Tensor, d_loss: Tensor, split: list[int], z_loss: float
 ) -> tuple[Tensor, Tensor]:
     """Losses, and derivatives by the logits, as ranks compute them that hold so many columns."""
     parts = [x.clone() for x in logits.detach().split(split, -1)]
@@ -55,7 +55,7 @@ def by_parts(
     total = sum(total * torch.exp(largest - base) for largest, total, _ in found)
     log_sum = most + torch.as_tensor(total).log()
     for x, first in zip(parts, firsts, strict=True):
-        cross_entropy.to_gradient_(x, targets - first, log_sum, d_loss.to(log_sum.dtype))
+        cross_entropy.to_gradient_(x, targets - first, log_sum, d_loss.to(log_sum.dtype), z_loss)
     return log_sum - sum(at_target for _, _, at_target in found), torch.cat(parts, -1)
 
 
@@ -74,8 +74,10 @@ def compare(seed: int, case: str, split: list[int], dtype: torch.dtype, kernels:
     exact = low.double().requires_grad_()
     d_loss = torch.randn(ROWS, dtype=torch.float64)
     want = F.cross_entropy(exact, targets, reduction="none")
-    (d_want,) = torch.autograd.grad((want * d_loss).sum(), exact)
-    losses, d_logits = by_parts(low, targets, d_loss, split)
+    z_loss = 0.1 if case == "z-loss" else 0.0
+    differentiated = want + z_loss * exact.logsumexp(-1) ** 2 if z_loss else want
+    (d_want,) = torch.autograd.grad((differentiated * d_loss).sum(), exact)
+    losses, d_logits = by_parts(low, targets, d_loss, split, z_loss)
     assert losses.dtype == torch.promote_types(dtype, torch.float32) and d_logits.dtype == dtype
     assert torch.equal(losses.isnan(), want.isnan()) and torch.equal(losses.isinf(), want.isinf())
     assert torch.equal(d_logits.isnan(), d_want.isnan())
@@ -88,7 +90,7 @@ def compare(seed: int, case: str, split: list[int], dtype: torch.dtype, kernels:
     assert (d_logits.double() - d_want).norm() <= rounded * d_want.norm() + of_exp * d_loss.norm()
 
 
-@pytest.mark.parametrize("case", ["", "large", "equal", "infinite"])
+@pytest.mark.parametrize("case", ["", "large", "equal", "infinite", "z-loss"])
 @pytest.mark.parametrize("split", [[300], [100, 150, 50]], ids=["whole", "split"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_torch_form(
@@ -107,7 +109,7 @@ def with_several_tiles(*given: Any) -> None:
     compare(*given, kernels=True)
 
 
-@pytest.mark.parametrize("case", ["", "large", "equal", "infinite"])
+@pytest.mark.parametrize("case", ["", "large", "equal", "infinite", "z-loss"])
 @pytest.mark.parametrize("split", [[300], [100, 150, 50]], ids=["whole", "split"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels(

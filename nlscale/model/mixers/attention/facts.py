@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from nlscale.config.vocabulary import Config, ModelConfig, head_dim
+from typing import Any
+
+from nlscale.config.vocabulary import Config, ModelConfig, head_dim, kv_heads
 from nlscale.errors import UserError
 from nlscale.model.mixers.facts import FP32, PASSES, MicroBatch, MixerFacts
 
@@ -11,36 +13,90 @@ class AttentionFacts(MixerFacts):
     """Causal softmax attention with rotary positions."""
 
     made_by = "nlscale.model.mixers.attention.module:Attention"
+    plain_by = "nlscale.model.mixers.attention.plain:PlainAttention"
     core = "attention"
+    reads_attention = True
 
     def check(self, model: ModelConfig) -> None:
         if head_dim(model) % 2:
             raise UserError(
                 f"model.d_model / model.heads is {head_dim(model)}; rotary positions need it even"
+                if model.attention.head_dim is None
+                else f"model.attention.head_dim is {head_dim(model)}; rotary positions need it even"
+            )
+        if model.heads % kv_heads(model):
+            raise UserError(
+                f"model.heads {model.heads} do not share model.attention.kv_heads "
+                f"{kv_heads(model)} evenly; use a divisor of {model.heads}, or null"
             )
 
+    def plain_options(self, model: ModelConfig) -> dict[str, Any]:
+        return {
+            "heads": model.heads,
+            "kv_heads": kv_heads(model),
+            "head_dim": head_dim(model),
+            "qk_norm": model.attention.qk_norm,
+            "rope_base": model.rope_base,
+        }
+
+    def whole(self, model: ModelConfig) -> int:
+        return model.d_model + 2 * head_dim(model) * model.attention.qk_norm
+
     def parameters(self, model: ModelConfig) -> int:
-        return model.d_model + 4 * model.d_model**2
+        return self.whole(model) + self._products(model)
 
     def flops(self, config: Config) -> dict[str, float]:
         """Scores and the sum of the values count the pairs that a causal mask leaves, (T + 1) / 2
         keys a token."""
-        width, keys = config.model.d_model, (config.data.sequence_length + 1) / 2
+        model, keys = config.model, (config.data.sequence_length + 1) / 2
         return {
-            "projections": float(PASSES * 2 * 4 * width**2),
-            "attention": PASSES * 2 * 2 * keys * width,
+            "projections": float(PASSES * 2 * self._products(model)),
+            "attention": PASSES * 2 * 2 * keys * model.heads * head_dim(model),
         }
 
     def kept(self, batch: MicroBatch, recompute: bool) -> float:
-        """The values are a view of the projection, which is kept in any case."""
-        kept = batch.residual + batch.channels + 3 * batch.channels
-        return kept if recompute else kept + self._mixed(batch)
+        """What feeds both projections, and what the first makes, of which the values are a view."""
+        queries, keys = self._channels(batch)
+        kept = batch.residual + queries
+        if recompute:
+            return kept + queries + 2 * keys
+        return kept + self._mixed(batch) + self._projected(batch)
 
     def transient(self, batch: MicroBatch, recompute: bool) -> float:
         return self._mixed(batch) if recompute else 0.0
 
+    def _products(self, model: ModelConfig) -> int:
+        """Weights of both projections."""
+        return 2 * model.d_model * head_dim(model) * (model.heads + kv_heads(model))
+
+    def _channels(self, batch: MicroBatch) -> tuple[int, int]:
+        """Bytes of the queries, and of the keys."""
+        model, parallel = batch.config.model, batch.config.parallel
+        one = batch.tokens * head_dim(model) * batch.element
+        return one * batch.heads, one * kv_heads(model) // parallel.tensor
+
+    def _repeats(self, batch: MicroBatch) -> bool:
+        """Whether keys and values are copied for each head that shares them: one of torch's kernels
+        takes them as they are."""
+        model = batch.config.model
+        d, documents = head_dim(model), batch.config.data.document_mask
+        native = batch.element < FP32 and d % 8 == 0 and d <= 256 and not documents
+        return kv_heads(model) < model.heads and not native
+
+    def _projected(self, batch: MicroBatch) -> float:
+        """Kept as a whole where a part of it is: the values, or what is normalised."""
+        queries, keys = self._channels(batch)
+        by_view = batch.config.model.attention.qk_norm or not self._repeats(batch)
+        return queries + 2 * keys if by_view else 0.0
+
     def _mixed(self, batch: MicroBatch) -> float:
-        """Rotated q and k, the output, and its log-sum-exp."""
-        kept = 3 * batch.channels + batch.tokens * batch.heads * FP32
-        angles = batch.config.data.sequence_length * head_dim(batch.config.model) // 2
+        """Rotated q and k, the values where they are no view, the output, and its log-sum-exp."""
+        model, length = batch.config.model, batch.config.data.sequence_length
+        queries, keys = self._channels(batch)
+        kept = 2 * queries + (2 * queries if self._repeats(batch) else keys)
+        kept += batch.tokens * batch.heads * FP32
+        if model.attention.qk_norm:  # roots of the norms
+            shared = kv_heads(model) // batch.config.parallel.tensor
+            kept += batch.tokens * (batch.heads + shared) * FP32
+        angles = length * head_dim(model) // 2
         return kept + (0 if batch.compiled else 4 * angles * FP32)  # cos and sin, for q and for k

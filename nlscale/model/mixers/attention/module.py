@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nlscale.config.vocabulary import Config, ModelConfig, head_dim
+from nlscale.config.vocabulary import Config, ModelConfig, head_dim, kv_heads
 from nlscale.model.init import normal
-from nlscale.model.layers import column_linear, recomputed, row_linear
+from nlscale.model.layers import RMSNorm, column_linear, recomputed, row_linear
 from nlscale.model.mixers.attention.facts import AttentionFacts
+from nlscale.model.mixers.attention.one_token import AttentionOneToken
+from nlscale.model.mixers.attention.state import AttentionState
 from nlscale.model.mixers.module import Mixer, Way
 from nlscale.model.width import width_multiplier
 from nlscale.ops import pointwise
@@ -20,14 +21,6 @@ from nlscale.ops.attention import causal_attention
 from nlscale.ops.check import attention_errors
 from nlscale.ops.documents import Documents
 from nlscale.ops.pointwise import compiled_on_gpu
-
-
-@dataclass
-class AttentionState:
-    """Keys (rotated) and values so far, [batch, heads, time, d]."""
-
-    keys: Tensor
-    values: Tensor
 
 
 class Attention(Mixer):
@@ -43,36 +36,60 @@ class Attention(Mixer):
         kernels: bool,
     ) -> None:
         super().__init__()
-        self.heads = model.heads // megatron.tensor_model_parallel_size
-        self.head_dim, self.rope_base = head_dim(model), model.rope_base
+        tensor_ranks, size = megatron.tensor_model_parallel_size, head_dim(model)
+        self.heads, self.kv_heads = model.heads // tensor_ranks, kv_heads(model) // tensor_ranks
+        self.head_dim, self.rope_base = size, model.rope_base
         d, wider = model.d_model, width_multiplier(model)
-        self.project = column_linear(megatron, d, [d] * 3, normal(model.init_std), wider)
-        self.output = row_linear(megatron, d, d, normal(residual_std), wider)
+        width, kv_width = model.heads * size, kv_heads(model) * size
+        outputs = [width, kv_width, kv_width]
+        self.project = column_linear(megatron, d, outputs, normal(model.init_std), wider)
+        self.output = row_linear(megatron, width, d, normal(residual_std), wider)
+        norm = partial(RMSNorm, megatron, size, model.norm_eps, kernels, of_heads=True)
+        self.query_norm = norm() if model.attention.qk_norm else None
+        self.key_norm = norm() if model.attention.qk_norm else None
         self.recompute = recompute
         self.kernels = kernels
         self.rotate = compiled_on_gpu(pointwise.rotate, kernels)
 
     def forward(
-        self, x: Tensor, state: AttentionState | None = None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        state: AttentionState | None = None,
+        documents: Documents | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, AttentionState]:
         projected, _ = self.project(x)
         mix = partial(recomputed, self._mix) if self.recompute else self._mix
-        mixed, state = mix(projected, state, documents)
+        mixed, state = mix(projected, state, documents, lengths)
         return self.output(mixed)[0], state
 
     def _mix(
-        self, projected: Tensor, state: AttentionState | None, documents: Documents | None
+        self,
+        projected: Tensor,
+        state: AttentionState | None,
+        documents: Documents | None,
+        lengths: Tensor | None,
     ) -> tuple[Tensor, AttentionState]:
         """q, k and v side by side -> what the heads read, [sequence, batch, local width]."""
         length, batch, _ = projected.shape
-        shape = (length, batch, 3, self.heads, self.head_dim)
-        q, k, v = projected.view(shape).permute(2, 1, 3, 0, 4)
-        past = 0 if state is None else state.keys.shape[2]
+        widths = [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        q, k, v = (
+            x.view(length, batch, -1, self.head_dim).permute(1, 2, 0, 3)
+            for x in projected.split(widths, dim=-1)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        past = 0 if state is None else state.past()
         q, k = (self.rotate(x, self.rope_base, past) for x in (q, k))
-        if state is not None:
-            k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
-        out = causal_attention(q, k, v, documents, self.kernels)
-        return out.permute(2, 0, 1, 3).reshape(length, batch, -1), AttentionState(k, v)
+        if state is None:
+            state = AttentionState.begun(k, v, lengths)
+        else:
+            k, v = state.add(k, v, lengths)
+        out = causal_attention(q, k, v, documents, self.kernels, past)
+        return out.permute(2, 0, 1, 3).reshape(length, batch, -1), state
+
+    def one_token(self) -> AttentionOneToken:
+        return AttentionOneToken(self)
 
     def projected(self) -> list[str]:
         return ["query", "key", "value"]
@@ -86,10 +103,13 @@ class Attention(Mixer):
         dtype: torch.dtype,
         device: torch.device,
     ) -> list[Way]:
-        shape = (batch, model.heads, length, head_dim(model))
         q, k, v = (
-            torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
-        )
+            torch.randn(
+                batch, heads, length, head_dim(model), device=device, dtype=dtype,
+                requires_grad=True,
+            )
+            for heads in (model.heads, kv_heads(model), kv_heads(model))
+        )  # fmt: skip
         return [Way("sdpa", lambda: causal_attention(q, k, v), [q, k, v])]
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from nlscale.config.vocabulary import Config, ModelConfig, head_dim
 from nlscale.errors import UserError
@@ -16,6 +17,7 @@ class MemoryFacts(MixerFacts):
     """A memory, self-modifying or not (docs/concepts/memory.md); `model.memory` says the rest."""
 
     made_by = "nlscale.model.mixers.memory.module:MemoryMixer"
+    plain_by = "nlscale.model.mixers.memory.plain:PlainMemory"
     core = "memory"
     logit_bytes = FP32
 
@@ -44,6 +46,11 @@ class MemoryFacts(MixerFacts):
             normalize_value=bool(memory.normalize_value),
             main_memory=self.main_memory,
         )
+
+    def plain_options(self, model: ModelConfig) -> dict[str, Any]:
+        memory = {f.name: getattr(model.memory, f.name) for f in fields(model.memory)}
+        kind = {"modifies_itself": self.modifies_itself, "main_memory": self.main_memory}
+        return {"heads": model.heads, **memory, **kind}
 
     def parameters(self, model: ModelConfig) -> int:
         d, h, n, memory = model.d_model, model.heads, head_dim(model), model.memory

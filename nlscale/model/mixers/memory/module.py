@@ -8,7 +8,6 @@ to a head.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,26 +20,19 @@ from nlscale.model.init import constant, normal, orthogonal, spread, tag
 from nlscale.model.layers import column_linear, recomputed, remade, row_linear
 from nlscale.model.mixers.memory.check import inputs_of, scan_errors
 from nlscale.model.mixers.memory.facts import MemoryFacts
+from nlscale.model.mixers.memory.one_token import MemoryOneToken
+from nlscale.model.mixers.memory.state import MixerState
 from nlscale.model.mixers.module import Mixer, Way
 from nlscale.model.width import width_multiplier
 from nlscale.ops import pointwise
 from nlscale.ops.check import ScanInputs
 from nlscale.ops.documents import Documents
 from nlscale.ops.memory.kernels import sizes as fused_scan
-from nlscale.ops.memory.rules import MemoryState, MemoryWeights
+from nlscale.ops.memory.rules import MemoryWeights
 from nlscale.ops.memory.scan import memory_scan
 from nlscale.ops.pointwise import compiled_on_gpu, scan_inputs, wide
 
 _GATE_STD = 0.02
-
-
-@dataclass
-class MixerState:
-    """What a memory mixer carries from one piece of a sequence to the next."""
-
-    tail: Tensor
-    """The last inputs of the convolution, [window - 1, batch, channels]."""
-    memory: MemoryState
 
 
 class MemoryMixer(Mixer):
@@ -113,23 +105,33 @@ class MemoryMixer(Mixer):
             tag(self.memory_read, orthogonal, 0)
 
     def forward(
-        self, x: Tensor, state: MixerState | None = None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        state: MixerState | None = None,
+        documents: Documents | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, MixerState]:
         projected, _ = self.project(x)
         mix = partial(recomputed, self._mix) if self.recompute else self._mix
-        read, state = mix(projected, state, documents)
+        read, state = mix(projected, state, documents, lengths)
         return self.output(read)[0], state
 
     def _mix(
-        self, projected: Tensor, state: MixerState | None, documents: Documents | None
+        self,
+        projected: Tensor,
+        state: MixerState | None,
+        documents: Documents | None,
+        lengths: Tensor | None,
     ) -> tuple[Tensor, MixerState]:
         """Inputs, queries and gates side by side -> the gated read, [sequence, batch, local]."""
-        length, local = len(projected), self.heads * self.head_dim
+        local = self.heads * self.head_dim
         sizes = [self.inputs * local, local] + [local] * self.gated
         logits = 2 * self.heads * self.static_gates
         fed, q, *gate, static = projected.split([*sizes, logits], dim=-1)
         before = self.convolution.shape[0] - 1
-        tail = fed.new_zeros(before, *fed.shape[1:]) if state is None else state.tail
+        tail = (
+            fed.new_zeros(before, *fed.shape[1:]) if state is None else state.tail.transpose(0, 1)
+        )
         eta, alpha = self._gate_logits(static)
         if documents is not None:
             eta, alpha = documents.fill(eta), documents.fill(alpha)
@@ -143,13 +145,12 @@ class MemoryMixer(Mixer):
             read, memory = memory_scan(
                 a, b, q, eta, alpha, weights, self.rules,
                 None if state is None else state.memory,
-                None if documents is None else documents.carried, self.kernels,
+                None if documents is None else documents.carried, self.kernels, lengths,
             )  # fmt: skip
         if documents is not None:
             read = documents.take(read)
         read = self.gated_read(read, self.read_norm, gate[0] if gate else None, self.norm_eps)
-        last = torch.cat([tail, fed[max(0, length - before) :]])
-        return read.to(projected.dtype), MixerState(last[len(last) - before :], memory)
+        return read.to(projected.dtype), MixerState.after(tail, fed, lengths, memory)
 
     def _make_inputs(
         self, fed: Tensor, q: Tensor, tail: Tensor, documents: Documents | None
@@ -188,6 +189,9 @@ class MemoryMixer(Mixer):
             lambda_value=widened("lambda_value"),
             read=widened("memory_read"),
         )
+
+    def one_token(self) -> MemoryOneToken:
+        return MemoryOneToken(self)
 
     def projected(self) -> list[str]:
         names = ["k input", "v input"] if self.inputs == 2 else ["k, v input"]

@@ -33,7 +33,7 @@ def compare(seed: int, bound: float, *what: Any, **sizes: int) -> None:
     exact = low.cast(torch.float64)
     read, state = low.scan()
     want = exact.reference()
-    assert read.dtype == torch.float32 and state.position == want.shape[2] % low.rules.chunk
+    assert read.dtype == torch.float32 and set(state.position.tolist()) == {want.shape[2] % low.rules.chunk}
     weight = torch.randn_like(want)
     assert_same(
         {"read": read, **low.gradients((read * weight.float()).sum())},
@@ -75,7 +75,7 @@ def stream(seed: int, mode: str) -> None:
     use(kernels=False)
     want, end = exact.scan()
     weights = torch.randn_like(want), torch.randn_like(end.current)
-    assert state is not None and state.position == end.position
+    assert state is not None and torch.equal(state.position, end.position)
     losses = [
         (x * weights[0]).sum() + (y * weights[1]).sum()
         for x, y in ((torch.cat(reads, 2), state.current), (want, end.current))

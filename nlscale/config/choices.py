@@ -1,0 +1,93 @@
+"""What keys may be that name one of a few ways, each with what it means."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class CmsForm(str, Enum):
+    """How the MLPs of a CMS block are composed (Eq. 70-73)."""
+
+    sequential = "sequential"
+    independent = "independent"
+
+
+class Dtype(str, Enum):
+    """Precision of parameters and activations; optimizer state is always fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Schedule(str, Enum):
+    """Shape of the learning rate after warm-up."""
+
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class PeriodRule(str, Enum):
+    """How a level's learning rate grows with its period C: not at all, sqrt(C) or C."""
+
+    none = "none"
+    sqrt = "sqrt"
+    linear = "linear"
+
+
+class ClipScope(str, Enum):
+    """Whose norm is clipped: each updating level by itself, or all that update jointly."""
+
+    level = "level"
+    joint = "joint"
+
+
+class Reduction(str, Enum):
+    """When a window crosses the network: once, when due, or (for comparison) at every step."""
+
+    deferred = "deferred"
+    every_step = "every-step"
+
+
+class WireFormat(str, Enum):
+    """How gradients cross between nodes."""
+
+    fp32 = "fp32"
+    """As they are."""
+    bf16 = "bf16"
+    """Each node's part, and then the sum, rounded to half the bytes."""
+
+
+class Purpose(str, Enum):
+    """What a run is for."""
+
+    result = "result"
+    """To be looked at for itself."""
+    search = "search"
+    """To choose a setting among several."""
+
+
+class Sharding(str, Enum):
+    """Over which of the ranks that hold the same parameters their optimizer state is spread."""
+
+    node = "node"
+    """Those of a node; every node has all of it."""
+    all = "all"
+    """Those of all nodes."""
+
+
+class Pending(str, Enum):
+    """How a checkpoint holds the windows of slow levels that are not full."""
+
+    canonical = "canonical"
+    """Summed over the nodes: loads on any layout. Costs one reduction of the pending groups."""
+    exact = "exact"
+    """Each node's own sums: the run is not touched, but only the same layout can load it."""
+
+
+class Recompute(str, Enum):
+    """A part of a block whose activations are computed again in the backward pass."""
+
+    mixer = "mixer"
+    """The memory scan, or softmax attention, from its projected inputs."""
+    cms = "cms"
+    """The hidden units of every CMS MLP, from the normalised residual stream."""

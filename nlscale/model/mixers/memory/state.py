@@ -1,0 +1,56 @@
+"""What a mixer with a memory carries from one piece of the sequences to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nlscale.model.mixers.state import State
+from nlscale.ops.memory.rules import MemoryState
+
+
+@dataclass
+class MixerState(State):
+    """The last inputs of the convolution and, as in `MemoryState`, the memory."""
+
+    tail: Tensor
+    """[batch, window - 1, channels]."""
+    start: Tensor | None
+    current: Tensor
+    position: Tensor
+
+    @classmethod
+    def after(
+        cls, tail: Tensor, fed: Tensor, lengths: Tensor | None, memory: MemoryState
+    ) -> MixerState:
+        """The state after a piece.
+
+        Args:
+            tail: before it, [window - 1, batch, channels].
+            fed: what the convolution was fed with, [sequence, batch, channels].
+            lengths: how many of them each row reads, int64 [batch], on the CPU; None: all.
+            memory: after it.
+        """
+        before, length = len(tail), len(fed)
+        if lengths is None:
+            last = torch.cat([tail, fed[max(0, length - before) :]])
+            last = last[len(last) - before :].transpose(0, 1)
+        else:
+            place = (lengths[:, None] + torch.arange(before)).to(fed.device)
+            last = torch.cat([tail, fed]).transpose(0, 1).take_along_dim(place[..., None], 1)
+        return cls(last, memory.start, memory.current, memory.position)
+
+    @property
+    def memory(self) -> MemoryState:
+        return MemoryState(self.start, self.current, self.position)
+
+    def reset(self, rows: Tensor) -> None:
+        """Pi begins as I, and all else as zeros."""
+        super().reset(rows)
+        if self.start is None:
+            return
+        d = self.start.shape[-1]
+        for x in (self.start, self.current):
+            x[rows.to(x.device), ..., :d, :] = torch.eye(d, dtype=x.dtype, device=x.device)

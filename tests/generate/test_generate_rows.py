@@ -1,0 +1,209 @@
+"""Rows of a stream: of different lengths, chosen, forked, begun anew, saved; each as if alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from generate.models import VOCABULARY, random_tokens, saved
+from torch import Tensor
+
+import nlscale
+from nlscale.config.vocabulary import MIXERS
+from nlscale.errors import UserError
+from nlscale.generate.model import Model
+
+EXACT = 1e-12
+"""Largest |difference| / |largest logit| in float64; seen: 5e-15."""
+Load = Callable[..., Model]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """The model of a mixer, in a dtype."""
+    runs: dict[tuple[str, ...], Path] = {}
+
+    def of(mixer: str, dtype: torch.dtype = torch.float64, *overrides: str) -> Model:
+        key = (mixer, *overrides)
+        if key not in runs:
+            runs[key] = tmp_path_factory.mktemp("run")
+            saved(runs[key], f"model.mixer={mixer}", *overrides)
+        return nlscale.load(runs[key], device="cpu", dtype=dtype)
+
+    return of
+
+
+def far(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_each_row_of_a_random_schedule_is_as_if_alone(mixer: str, load: Load) -> None:
+    """Pieces of any lengths, rows moved, begun anew and saved on the way; a chunk is 4 tokens."""
+    model, draw, rows = load(mixer), random.Random(7), 4
+    torch.manual_seed(7)
+    tokens = random_tokens(rows, 40)
+    wanted = [model.logits(row[None])[0] for row in tokens]
+    stream, at, held = model.stream(rows), [0] * rows, list(range(rows))
+    for _ in range(14):
+        n = draw.choice([1, 1, 2, 3, 9])
+        lengths = [min(draw.randint(0, n), 40 - t) for t in at]
+        given = torch.full((rows, n), -9)  # what is not read may be anything
+        for i, (row, t, length) in enumerate(zip(held, at, lengths, strict=True)):
+            given[i, :length] = tokens[row, t : t + length]
+        last = draw.random() < 0.5
+        logits = stream.feed(given, lengths, last=last)
+        assert logits.shape == ((rows, VOCABULARY) if last else (rows, n, VOCABULARY))
+        for i, (row, t, length) in enumerate(zip(held, at, lengths, strict=True)):
+            if last:
+                assert bool(logits[i].isnan().all()) == (length == 0)
+            read = logits[i, None] if last else logits[i, :length]
+            if length:
+                until = t + length
+                assert far(read, wanted[row][until - 1 if last else t : until]) < EXACT
+            at[i] += length
+        if draw.random() < 0.3:
+            order = draw.sample(range(rows), rows)
+            stream, at, held = (
+                stream.select(order),
+                [at[i] for i in order],
+                [held[i] for i in order],
+            )
+        if draw.random() < 0.2:
+            stream.reset([1, 2])
+            at[1] = at[2] = 0
+        if draw.random() < 0.2:
+            stream = model.stream_from(stream.tensors())
+        assert stream.lengths.tolist() == at
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_in_fp32_too_neighbours_change_no_more_than_rounding(mixer: str, load: Load) -> None:
+    model = load(mixer, torch.float32)
+    torch.manual_seed(8)
+    tokens, lengths = random_tokens(5, 30), [30, 1, 14, 7, 8]
+    stream = model.stream(5)
+    begun = stream.feed(tokens, lengths, last=True)
+    after = stream.feed(tokens[:, :1], last=True)
+    for i, n in enumerate(lengths):
+        alone = model.stream()
+        assert far(begun[i], alone.feed(tokens[i : i + 1, :n], last=True)[0]) < 2e-6
+        assert far(after[i], alone.feed(tokens[i : i + 1, :1], last=True)[0]) < 2e-6
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_token_by_token_is_at_once(mixer: str, load: Load) -> None:
+    for dtype, bound in ((torch.float64, EXACT), (torch.float32, 1e-5)):
+        model = load(mixer, dtype, "model.cms=independent")
+        torch.manual_seed(9)
+        tokens = random_tokens(3, 19)
+        stream = model.stream(3)
+        one_by_one = torch.cat([stream.feed(token) for token in tokens.split(1, dim=1)], 1)
+        assert far(one_by_one, model.logits(tokens)) < bound
+
+
+@pytest.mark.parametrize("mixer", ["hope", "attention"])
+def test_a_fork_goes_on_in_several_ways_and_leaves_the_stream(mixer: str, load: Load) -> None:
+    model = load(mixer)
+    torch.manual_seed(10)
+    tokens, ends = random_tokens(2, 9), random_tokens(3, 5)
+    stream = model.stream(2)
+    stream.feed(tokens, [9, 6])
+    stream.feed(tokens[:, -1:], [0, 1])  # written in place from here on
+    fork = stream.select([1, 0, 1])
+    pieces = [fork.feed(piece) for piece in ends.split([1, 3, 1], dim=1)]
+    second = torch.cat([tokens[1, :6], tokens[1, -1:]])
+    for i, begin in enumerate((second, tokens[0], second)):
+        whole = model.logits(torch.cat([begin, ends[i]])[None])[0, -5:]
+        assert far(torch.cat(pieces, 1)[i], whole) < EXACT
+    assert stream.lengths.tolist() == [9, 7] and fork.lengths.tolist() == [12, 14, 12]
+    on = stream.feed(ends[:2, :1])
+    assert far(on[0, 0], model.logits(torch.cat([tokens[0], ends[0, :1]])[None])[0, -1]) < EXACT
+
+
+@pytest.mark.parametrize("mixer", ["hope", "gated-delta", "attention"])
+def test_a_saved_stream_goes_on_bit_for_bit(mixer: str, load: Load, tmp_path: Path) -> None:
+    model = load(mixer, torch.float32)
+    torch.manual_seed(11)
+    tokens = random_tokens(2, 12)
+    stream = model.stream(2)
+    stream.feed(tokens[:, :7], [7, 5])
+    file = tmp_path / "state.safetensors"
+    held = stream.tensors()
+    safetensors.torch.save_file(held, file)
+    assert stream.nbytes == sum(x.nbytes for x in held.values())
+    loaded = model.stream_from(safetensors.torch.load_file(file))
+    assert loaded.lengths.tolist() == [7, 5] and loaded.batch == 2
+    for piece in tokens[:, 7:].split([1, 4], dim=1):
+        assert torch.equal(stream.feed(piece), loaded.feed(piece))
+    again = model.stream_from(held)  # what was taken before is not written to
+    assert torch.equal(again.tensors()["lengths"], torch.tensor([7, 5]))
+    assert all(torch.equal(x, again.tensors()[name]) for name, x in held.items())
+
+
+def test_tensors_of_another_stream_are_refused(load: Load) -> None:
+    stream = load("hope").stream(2)
+    stream.feed(random_tokens(2, 3))
+    held = stream.tensors()
+    for model, odd, says in (
+        (load("hope", torch.float32), held, r"another model: blocks\.0\.\w+ is torch\.float64"),
+        (load("gated-delta"), held, r"another model: blocks\.0\.current"),
+        (load("attention"), held, r"another model: no blocks\.0\.keys"),
+        (load("hope"), {**held, "blocks.9.tail": held["lengths"]}, r"blocks\.9\.tail is odd"),
+        (load("hope"), {**held, "lengths": torch.tensor([3])}, "another model"),
+        (load("hope"), {"x": torch.zeros(1)}, "not the tensors of a stream"),
+    ):
+        with pytest.raises(UserError, match=says):
+            model.stream_from(odd)
+
+
+def test_a_stream_that_has_read_nothing_can_be_all_that_too(load: Load) -> None:
+    model = load("hope")
+    stream = model.stream_from(model.stream(3).select([0, 0]).tensors())
+    stream.reset([1])
+    assert stream.batch == 2 and stream.lengths.tolist() == [0, 0]
+    assert bool(stream.feed([[3], [4]], [0, 0], last=True).isnan().all())
+    tokens = random_tokens(2, 3)
+    assert far(stream.feed(tokens), model.logits(tokens)) < EXACT
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 3], [-1, 0], [0.5, 1.0], [[1, 1]], [True, False]])
+def test_lengths_that_are_none_are_refused(lengths: Any, load: Load) -> None:
+    stream = load("hope").stream(2)
+    with pytest.raises(UserError, match="2 rows of 2 tokens; give 2 integers from 0 to 2"):
+        stream.feed([[1, 2], [3, 4]], lengths)
+
+
+@pytest.mark.parametrize("rows", [[], [2], [-1], [0.0], [[0]]])
+def test_rows_that_are_not_there_are_refused(rows: Any, load: Load) -> None:
+    for act in (load("hope").stream(2).select, load("hope").stream(2).reset):
+        with pytest.raises(UserError, match="of a stream of 2; give some of 0 to 1"):
+            act(rows)
+
+
+def test_a_mixer_that_knows_of_no_rows_says_what_it_lacks(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load("gated-delta")
+    stream = model.stream(2)
+    mixer = type(model._decoder.blocks["0"].mixer)
+    plain = mixer.forward
+
+    def old(self: Any, x: Tensor, state: Any = None, documents: Any = None) -> Any:
+        y, state = plain(self, x, state[0] if state else None, documents)
+        return y, (state,)
+
+    monkeypatch.setattr(mixer, "forward", old)
+    monkeypatch.delattr(mixer, "one_token")
+    tokens = random_tokens(2, 8)
+    pieces = torch.cat([stream.feed(piece) for piece in tokens.split([5, 1, 1, 1], 1)], 1)
+    assert far(pieces, model.logits(tokens)) < EXACT
+    with pytest.raises(UserError, match=r"MemoryMixer reads all rows alike.*add-a-mixer"):
+        stream.feed(tokens, [1, 8])
+    with pytest.raises(UserError, match=r"module\.State, and that of MemoryMixer is a tuple"):
+        stream.select([0])
