@@ -1,7 +1,8 @@
 """nlscale: pretraining of Hope / Nested-Learning models, organised by levels of update period.
 
 From Python, `load` gives a trained model, `read` what a run has written, and `start` trains one;
-docs/how-to/use-from-python.md shows them. Importing nlscale imports no torch.
+docs/how-to/use-from-python.md shows them. Importing nlscale imports no torch. Hugging Face
+transformers, imported before or after, knows the class of exported models then.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from nlscale.checkpoint.export.registration import register_when_imported
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["load", "read", "start"]
 __version__ = "0.1.0"
+
+register_when_imported()
 
 
 def load(

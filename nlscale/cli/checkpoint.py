@@ -1,4 +1,4 @@
-"""`nlscale checkpoint list|inspect|verify|diff|export`."""
+"""`nlscale checkpoint list|inspect|verify|diff|export|import`."""
 
 from __future__ import annotations
 
@@ -72,14 +72,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     export = _verb(
         verbs,
         "export",
-        "write the weights as safetensors files",
+        "write the weights as safetensors files, or as a folder of Hugging Face",
         "Write the weights of a checkpoint as Hugging Face lays them out: safetensors files and "
-        "config.json. `run.weights` starts a run from them. Of a run: the newest checkpoint.",
+        "config.json. With --to huggingface also code, tokenizer and card, so that transformers "
+        "loads the folder. `run.weights` starts a run from either. Of a run: the newest.",
         _export,
     )
     _add_folder(export)
     export.add_argument(
-        "--to", required=True, choices=["safetensors"], help="the format: safetensors"
+        "--to", required=True, choices=["safetensors", "huggingface"], help="the format"
     )
     export.add_argument(
         "--out",
@@ -91,6 +92,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=[dtype.value for dtype in Dtype],
         help="of the weights (default: that in which the model was trained)",
+    )
+    export.add_argument(
+        "--tokenizer",
+        type=path,
+        metavar="FOLDER",
+        help="a data folder, or another with the tokenizer that the model was trained with, for "
+        "--to huggingface (default: the run's data.dir)",
+    )
+
+    imported = _verb(
+        verbs,
+        "import",
+        "make an export of a Llama or Qwen folder of Hugging Face",
+        "Write a Transformer that transformers has saved (Llama, Qwen3: config.json and "
+        "safetensors) as an export: `nlscale.load` reads it, and the recipe.yaml in it trains on "
+        "from it. Nothing in the folder is run.",
+        _import,
+    )
+    imported.add_argument("folder", type=path, metavar="DIR", help="a folder of Hugging Face")
+    imported.add_argument(
+        "--out", type=path, metavar="FOLDER", required=True, help="a folder that does not exist yet"
+    )
+    imported.add_argument(
+        "--levels",
+        default="1",
+        metavar="PERIODS",
+        help="of the levels that share the hidden units of each MLP, fastest first, such as 1,4,16 "
+        "(default: %(default)s)",
     )
 
 
@@ -202,15 +231,46 @@ def _export(args: argparse.Namespace) -> int:
     (of weights), `dtype`."""
     from nlscale.checkpoint.export.weights import default_folder, export  # imports the model
 
+    if args.tokenizer and args.to != "huggingface":
+        raise UserError("--tokenizer is for --to huggingface; safetensors hold none")
     checkpoint = _newest(args.folder)
     folder = args.out or default_folder(checkpoint)
     if folder.exists():  # before anything is held there
         raise UserError(f"{folder} exists; remove it or give another folder with --out")
     with hold(folder.parent, "nlscale checkpoint export", "another --out", name=folder.name):
-        written = export(checkpoint, folder, Dtype(args.dtype) if args.dtype else None)
+        dtype = Dtype(args.dtype) if args.dtype else None
+        if args.to == "huggingface":
+            from nlscale.checkpoint.export.huggingface import export_huggingface
+
+            written = export_huggingface(checkpoint, folder, dtype, args.tokenizer)
+        else:
+            written = export(checkpoint, folder, dtype)
     found = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, **asdict(written)}
     _show(args, {**found, "dtype": written.dtype.value}, _print_export)
     return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    """JSON: `folder`, `recipe`, `files` (of weights), `tensors`, `parameters`, `bytes` (of
+    weights), `dtype`."""
+    from nlscale.checkpoint.export.from_llama import RECIPE_FILE, import_transformer
+
+    if args.out.exists():  # before anything is held there
+        raise UserError(f"{args.out} exists; remove it or give another folder with --out")
+    periods = [period.strip() for period in args.levels.split(",")]
+    with hold(args.out.parent, "nlscale checkpoint import", "another --out", name=args.out.name):
+        written = import_transformer(args.folder, args.out, periods)
+    found = {**asdict(written), "dtype": written.dtype.value}
+    _show(args, {**found, "recipe": str(args.out / RECIPE_FILE)}, _print_import)
+    return 0
+
+
+def _print_import(found: dict[str, Any]) -> None:
+    print(
+        f"{human_count(found['parameters'])} parameters in {found['tensors']} tensors, "
+        f"{found['dtype']}, {human_bytes(found['bytes'])}\n{found['folder']}\n"
+        f"to train on from it: nlscale train {found['recipe']} data.dir=..."
+    )
 
 
 def _print_export(found: dict[str, Any]) -> None:

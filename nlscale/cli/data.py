@@ -55,9 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     build.add_argument(
         "--tokenizer",
-        metavar="bytes|bpe:N",
+        metavar="bytes|bpe:N|FOLDER",
         help="of text, which needs one. bytes: UTF-8 bytes, vocabulary 256; bpe:N: a byte-level "
-        "BPE of N ids, trained on the source text",
+        "BPE of N ids, trained on the source text; a folder: the tokenizer.json in it, of a "
+        "model or of other data",
     )
     build.add_argument("--out", type=path, metavar="DIR", help="the data folder to make")
     build.add_argument(
@@ -142,7 +143,7 @@ def _build_text(args: argparse.Namespace) -> Index:
     from nlscale.data.build import build  # pyarrow and the tokenizers are slow to import
 
     if args.tokenizer is None:
-        raise UserError("no --tokenizer; use bytes, or bpe:N such as bpe:32000")
+        raise UserError("no --tokenizer; use bytes, bpe:N such as bpe:32000, or a folder with one")
     if args.examples is not None:
         raise UserError("--examples is for tasks, and the sources are text; leave it out")
     return build(

@@ -6,6 +6,7 @@ the text a BPE is trained on; nothing is written before it has succeeded. The se
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,10 +31,12 @@ from nlscale.data.sources import Found, find_files, fingerprint
 from nlscale.data.survey import Survey
 from nlscale.data.tally import shown
 from nlscale.data.tokenizer import (
+    SETTINGS_NAME,
     TOKENIZER_NAME,
     ByteTokenizer,
     Tokenizer,
     bpe_vocabulary,
+    load_tokenizer,
     train_bpe,
 )
 from nlscale.data.verified import VERIFIED_NAME, remember, state_of
@@ -62,8 +65,8 @@ def build(
 
     Args:
         sources: files, folders, or "stdlib" (see `nlscale.data.sources.find_files`)
-        tokenizer: "bytes" or "bpe:N"; the BPE is trained on a sample of the train documents
-            of up to 64 Mi characters
+        tokenizer: "bytes"; "bpe:N", which is trained on a sample of the train documents of up to
+            64 Mi characters; or a folder with the tokenizer.json of another model, or of other data
         held_out: the share of documents that goes to validation, above 0 and below 1. A document is
             held out by a hash of its text, so it stays where it is when others are added; copies of
             it go the same way. Each split gets at least one document.
@@ -87,12 +90,16 @@ def build(
     """
     out = Path(out)
     check_options(held_out, shard_tokens, block_tokens, seed, max_lost, text_field)
-    vocabulary = bpe_vocabulary(tokenizer)
+    named = tokenizer == "bytes" or tokenizer.startswith("bpe:")
+    given = load_tokenizer(tokenizer) if not named and Path(tokenizer).is_dir() else None
+    vocabulary = None if given else bpe_vocabulary(tokenizer)
     found = find_files(sources, out)
     shard_blocks = shard_tokens // block_tokens
     options: list[object] = [FORMAT, tokenizer, held_out, shard_blocks, block_tokens, seed]
     if text_field != DEFAULT_FIELD:  # which builds of earlier versions do not name
         options.append(text_field)
+    if given is not None:  # what it is, wherever it lies
+        options[1] = hashlib.sha256((Path(tokenizer) / TOKENIZER_NAME).read_bytes()).hexdigest()
     identity = fingerprint(found.files, options)
     if not overwrite and (out / INDEX_NAME).exists():
         return _up_to_date(out, identity, found, max_lost, progress)
@@ -104,7 +111,7 @@ def build(
         survey.read(advance)
     survey.losses.check(max_lost)
     survey.settle()
-    encoder: Tokenizer = ByteTokenizer()
+    encoder: Tokenizer = given or ByteTokenizer()
     if vocabulary is not None:
         if progress:
             say(f"training {tokenizer} on {len(survey.sample):,} documents")
@@ -218,7 +225,7 @@ def clear(out: Path) -> None:
     """Mark `out` as being built, then remove what an earlier build left, its index first."""
     out.mkdir(parents=True, exist_ok=True)
     (out / BUILDING_NAME).touch()
-    for name in (INDEX_NAME, VERIFIED_NAME, TOKENIZER_NAME):
+    for name in (INDEX_NAME, VERIFIED_NAME, TOKENIZER_NAME, SETTINGS_NAME):
         (out / name).unlink(missing_ok=True)
     for path in (*_shard_paths(out), *out.glob(".*.json.*.tmp")):
         path.unlink()

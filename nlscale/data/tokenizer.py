@@ -6,6 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers as hf
@@ -14,6 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 from nlscale.errors import UserError
 
 TOKENIZER_NAME = "tokenizer.json"
+SETTINGS_NAME = "tokenizer_config.json"
+"""Where Hugging Face writes which token ends a text."""
+OURS = "nlscale"
+"""In that file of an export: the tokenizer that its own was made of, as `save` writes it."""
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_BPE = 257  # the 256 bytes and the separator
 LARGEST_BPE = 1 << 24  # ids; far beyond any in use
@@ -141,12 +146,20 @@ class SymbolTokenizer(Tokenizer):
 
 
 class BpeTokenizer(Tokenizer):
-    """Byte-level BPE, carried by Hugging Face `tokenizers`, whose file format `save` writes."""
+    """Byte-level BPE, carried by Hugging Face `tokenizers`, whose file format `save` writes.
 
-    def __init__(self, carrier: hf.Tokenizer) -> None:
-        separator = carrier.token_to_id(END_OF_TEXT)
+    Args:
+        carrier: the tokenizer.
+        end: the token that becomes the separator.
+
+    Raises:
+        UserError: it has no such token, or ids with gaps between them.
+    """
+
+    def __init__(self, carrier: hf.Tokenizer, end: str = END_OF_TEXT) -> None:
+        separator = carrier.token_to_id(end)
         if separator is None:
-            raise UserError(f"the tokenizer has no {END_OF_TEXT}; train it with `nlscale data`")
+            raise UserError(f"the tokenizer has no {end}; train it with `nlscale data`")
         ids = carrier.get_vocab().values()
         if max(ids) >= len(ids):
             raise UserError(f"the tokenizer has {len(ids):,} ids, but one of them is {max(ids):,}")
@@ -156,7 +169,7 @@ class BpeTokenizer(Tokenizer):
         # Otherwise a document that merely mentions <|endoftext|> would be cut in two there.
         # The saved file does not carry this setting.
         carrier.encode_special_tokens = True
-        self._carrier = carrier
+        self._carrier, self._end = carrier, end
         self.separator = separator
         self.vocabulary = carrier.get_vocab_size()
         self.name = f"bpe:{self.vocabulary}"
@@ -167,6 +180,8 @@ class BpeTokenizer(Tokenizer):
 
     def byte_lengths(self) -> NDArray[np.int64]:
         lengths = np.zeros(self.vocabulary, dtype=np.int64)
+        if "ByteLevel" not in repr(self._carrier.decoder):
+            return lengths  # pieces of characters, in which no id stands for bytes by itself
         for token, number in self._carrier.get_vocab().items():
             if number != self.separator:
                 lengths[number] = len(token)  # which spells each byte as one character
@@ -177,6 +192,9 @@ class BpeTokenizer(Tokenizer):
 
     def save(self, directory: str | Path) -> None:
         self._carrier.save(str(Path(directory) / TOKENIZER_NAME))
+        if self._end != END_OF_TEXT:
+            text = json.dumps({"eos_token": self._end}, ensure_ascii=False)
+            (Path(directory) / SETTINGS_NAME).write_text(f"{text}\n", encoding="utf-8")
 
 
 def bpe_vocabulary(spec: str) -> int | None:
@@ -185,7 +203,10 @@ def bpe_vocabulary(spec: str) -> int | None:
         return None
     kind, _, size = spec.partition(":")
     if kind != "bpe" or not (size.isascii() and size.isdecimal()):
-        raise UserError(f"unknown tokenizer {spec!r}; use bytes, or bpe:N such as bpe:32000")
+        raise UserError(
+            f"unknown tokenizer {spec!r}; use bytes, bpe:N such as bpe:32000, or a "
+            f"folder with a {TOKENIZER_NAME}"
+        )
     if len(size) > 9 or int(size) > LARGEST_BPE:
         raise UserError(f"tokenizer {spec[:40]}: it must have at most {LARGEST_BPE:,} ids")
     if int(size) < SMALLEST_BPE:
@@ -230,7 +251,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     path = Path(directory) / TOKENIZER_NAME
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
+        settings = _settings(path.with_name(SETTINGS_NAME))
+        content = settings.get(OURS, json.loads(text))
         if content == {"nlscale": "bytes"}:
             return ByteTokenizer()
     except FileNotFoundError:
@@ -242,7 +264,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     try:
         if isinstance(content, dict) and content.get("nlscale") == "symbols":
             return _symbols(content)
-        return BpeTokenizer(hf.Tokenizer.from_str(text))
+        carrier = hf.Tokenizer.from_str(text)
+        return BpeTokenizer(carrier, _end_of_text(carrier, settings))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except BaseException as error:  # bare Exception, and PanicException, which is none
@@ -250,6 +273,25 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             raise
         reason = str(error).partition("\n")[0]
         raise UserError(f"cannot read {path}: {reason}; restore or rebuild it") from None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What a file of Hugging Face beside a tokenizer says; nothing where there is none."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} beside it is not a JSON object")
+    return content
+
+
+def _end_of_text(carrier: hf.Tokenizer, settings: dict[str, Any]) -> str:
+    """The token that ends a text: ours where there is one, else what the file beside it says."""
+    if carrier.token_to_id(END_OF_TEXT) is not None or not settings:
+        return END_OF_TEXT
+    end = settings.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    if not isinstance(end, str):
+        raise UserError(f"{SETTINGS_NAME} beside it names no eos_token; add it")
+    return end
 
 
 def _symbols(content: dict[str, object]) -> SymbolTokenizer:

@@ -300,3 +300,16 @@ def test_stdlib_source(tmp_path: Path) -> None:
     everything = documents(tmp_path / "out", "train") + documents(tmp_path / "out", "validation")
     assert Path(os.__file__).read_text(encoding="utf-8") in everything
     assert read_index(tmp_path / "out") == index
+
+
+def test_data_can_have_the_tokenizer_of_a_folder(tmp_path: Path) -> None:
+    write_texts(tmp_path / "in")
+    build([str(tmp_path / "in")], "bpe:270", tmp_path / "first", held_out=0.2)
+    index = build([str(tmp_path / "in")], str(tmp_path / "first"), tmp_path / "out", held_out=0.2)
+    assert (index["tokenizer"], index["vocabulary"]) == ("bpe:270", 270)
+    assert digests(tmp_path / "out") == digests(tmp_path / "first")
+    shutil.copytree(tmp_path / "first", tmp_path / "moved")  # what it is counts, not where it lies
+    again = build([str(tmp_path / "in")], str(tmp_path / "moved"), tmp_path / "out", held_out=0.2)
+    assert again["fingerprint"] == index["fingerprint"]
+    with pytest.raises(UserError, match="no tokenizer at"):
+        build([str(tmp_path / "in")], str(tmp_path / "in"), tmp_path / "other", held_out=0.2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ _WEIGHTS = "weights/"
 _TORCH = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 _NAMES_SHOWN = 3
 _MODEL_TYPE = "hope"
+HUGGING_FACE = "nlscale"
+"""The model_type by which transformers finds its class."""
+_MODEL_TYPES = (_MODEL_TYPE, HUGGING_FACE)
 _FLOATING = ("F64", "F32", "F16", "BF16")
 
 
@@ -62,6 +66,7 @@ def export(
     folder: Path,
     dtype: Dtype | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
+    write_beside: Callable[[Path], None] | None = None,
 ) -> Exported:
     """Verify a checkpoint and write its weights and `config.json` to a new folder, all or nothing.
 
@@ -73,6 +78,8 @@ def export(
         dtype: of the weights; None: that in which the model was trained (`train.dtype`).
         max_file_bytes: size of a file, in bytes of weights; a tensor larger than that has a file
             of its own.
+        write_beside: writes `config.json`, and what else belongs beside the weights, into the
+            folder while that has another name; None: `config.json` alone.
 
     Raises:
         UserError: the folder exists or cannot be written.
@@ -81,9 +88,40 @@ def export(
     if folder.exists():
         raise UserError(f"{folder} exists; remove it or give another folder with --out")
     checkpoint.verify()
-    config = checkpoint.state["config"]
-    dtype = dtype or Dtype(config["train"]["dtype"])
+    dtype = dtype or _trained_in(checkpoint)
     shapes = _weights(checkpoint)
+
+    def read(name: str) -> torch.Tensor:
+        return _read(checkpoint, name, shapes[name], dtype)
+
+    def describe_it(partial: Path) -> None:
+        write_json(partial / CONFIG_FILE, describe(checkpoint, dtype))
+
+    return write_folder(folder, shapes, dtype, read, write_beside or describe_it, max_file_bytes)
+
+
+def write_folder(
+    folder: Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: Dtype,
+    read: Callable[[str], torch.Tensor],
+    write_beside: Callable[[Path], None],
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> Exported:
+    """Write tensors as safetensors files to a new folder, and what belongs beside them, all or
+    nothing.
+
+    Args:
+        folder: must not exist.
+        shapes: by the name of the tensor, in the order of the files.
+        dtype: of all of them.
+        read: makes one, by its name.
+        write_beside: writes the other files into the folder while that has another name.
+        max_file_bytes: as of `export`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     sizes = {name: _TORCH[dtype].itemsize * _count(shape) for name, shape in shapes.items()}
     parts = _divide(sizes, max_file_bytes)
     partial = folder.with_name(f".partial-{folder.name}")
@@ -91,15 +129,16 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
         partial.mkdir(parents=True)
         for file, names in parts.items():
-            tensors = {name: _read(checkpoint, name, shapes[name], dtype) for name in names}
+            tensors = {name: read(name) for name in names}
             save_file(tensors, partial / file, metadata={"format": "pt"})
             del tensors  # before the next file's are read
-            _finish(partial / file)
         if len(parts) > 1:
             where = {name: file for file, names in parts.items() for name in sorted(names)}
             total = {"total_size": sum(sizes.values())}
-            _write_json(partial / INDEX_FILE, {"metadata": total, "weight_map": where})
-        _write_json(partial / CONFIG_FILE, describe(checkpoint, dtype))
+            write_json(partial / INDEX_FILE, {"metadata": total, "weight_map": where})
+        write_beside(partial)
+        for path in partial.iterdir():
+            _finish(path)
         files.sync_folder(partial)
         partial.rename(folder)
         files.sync_folder(folder.parent)
@@ -169,13 +208,13 @@ def config_of(described: dict[str, Any], where: Path) -> Config:
         UserError: `described` is damaged, or of a mixer that this process knows nothing of.
     """
     own = described.get("nlscale")
-    if described.get("model_type") != _MODEL_TYPE or not isinstance(own, dict):
+    if described.get("model_type") not in _MODEL_TYPES or not isinstance(own, dict):
         raise UserError(f"{where} is not of a model exported by nlscale checkpoint export")
     dtypes = {_hugging_face(dtype): dtype.value for dtype in Dtype}
     try:
         sections = {key: own[key] for key in ("model", "levels")}
         sections["data"] = own.get("data") or {"dir": "none"}
-        sections["train"] = {"dtype": dtypes[described["torch_dtype"]]}
+        sections["train"] = {"dtype": dtypes[described[_dtype_key(described)]]}
         vocabulary = int(own["model"]["vocabulary"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where} is damaged: {error} is missing or wrong; export again") from None
@@ -261,27 +300,46 @@ def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: Dtyp
     return full
 
 
-def describe(checkpoint: Checkpoint, dtype: Dtype) -> dict[str, Any]:
-    """What `config.json` of an export in that dtype holds."""
+def describe(checkpoint: Checkpoint, dtype: Dtype | None) -> dict[str, Any]:
+    """What `config.json` of an export in that dtype holds; None: in which it was trained."""
     state = checkpoint.state
-    config = state["config"]
+    of_run = {key: state[key] for key in ("step", "tokens", "versions")}
+    return config_json(state["config"], dtype or _trained_in(checkpoint), of_run)
+
+
+def config_json(config: dict[str, Any], dtype: Dtype, of_run: dict[str, Any]) -> dict[str, Any]:
+    """What `config.json` holds of a model.
+
+    Args:
+        config: of its run, plain.
+        dtype: of its weights.
+        of_run: `step`, `tokens` and `versions`, and what else is to be known of where it is from.
+    """
     return {
         "model_type": _MODEL_TYPE,
         "torch_dtype": _hugging_face(dtype),
         "vocabulary": config["model"]["vocabulary"],
         "levels": config["levels"]["spectrum"],
-        "step": state["step"],
-        "tokens": state["tokens"],
-        "versions": state["versions"],
+        **of_run,
         "nlscale": config,
     }
+
+
+def _trained_in(checkpoint: Checkpoint) -> Dtype:
+    return Dtype(checkpoint.state["config"]["train"]["dtype"])
+
+
+def _dtype_key(described: dict[str, Any]) -> str:
+    """transformers calls it `dtype` from version 5 on."""
+    return "dtype" if "dtype" in described else "torch_dtype"
 
 
 def _hugging_face(dtype: Dtype) -> str:
     return str(_TORCH[dtype]).removeprefix("torch.")
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as a JSON file of an export."""
     files.write(path, (json.dumps(content, indent=2) + "\n").encode())
 
 

@@ -1,0 +1,160 @@
+"""A checkpoint as a folder of Hugging Face: weights, configuration, tokenizer, code and card.
+
+The weights are those of `nlscale.checkpoint.export.weights`, tensor for tensor, and config.json
+holds the run's configuration too, so that nlscale loads the folder like any other export. Writing
+it takes no transformers; `nlscale.checkpoint.export.modeling` is what that makes of it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nlscale.checkpoint.export.card import write_card
+from nlscale.checkpoint.export.carried import MODELING_FILE, modeling_source
+from nlscale.checkpoint.export.files import CONFIG_FILE
+from nlscale.checkpoint.export.tokenizer import write_tokenizer
+from nlscale.checkpoint.export.weights import (
+    HUGGING_FACE,
+    MAX_FILE_BYTES,
+    Exported,
+    config_of,
+    describe,
+    export,
+)
+from nlscale.checkpoint.store.store import Checkpoint
+from nlscale.config.units import declared_period, human_count
+from nlscale.config.vocabulary import CmsForm, Config, Dtype
+from nlscale.data.tokenizer import Tokenizer, load_tokenizer
+from nlscale.errors import UserError
+from nlscale.model.mixers.table import mixer, plain_mixer
+from nlscale.model.sizes import level_hidden, level_parameters
+from nlscale.model.width import width_multiplier
+
+GENERATION_FILE = "generation_config.json"
+_PROMPT = "The "
+
+
+def export_huggingface(
+    checkpoint: Checkpoint,
+    folder: Path,
+    dtype: Dtype | None = None,
+    tokenizer_folder: Path | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> Exported:
+    """Verify a checkpoint and write the folder that transformers loads, all or nothing.
+
+    Args:
+        checkpoint: of any layout.
+        folder: must not exist.
+        dtype: of the weights; None: that in which the model was trained.
+        tokenizer_folder: with the tokenizer that it was trained with; None: its data's.
+        max_file_bytes: size of a file of weights, as `export` takes it.
+
+    Raises:
+        UserError: as `export`; or the mixer has nothing in plain torch, or there is no tokenizer.
+        CheckpointError: the checkpoint is broken.
+    """
+    own = describe(checkpoint, dtype)
+    config = config_of(own, checkpoint.path)
+    plain_mixer(config.model.mixer)  # refuses one that there is not
+    source = modeling_source(config.model.mixer)
+    tokenizer = _tokenizer(config, tokenizer_folder)
+    assert config.model.vocabulary is not None
+    count = sum(level_parameters(config, config.model.vocabulary))
+
+    def write(partial: Path) -> None:
+        special = {f"{kind}_token_id": tokenizer.separator for kind in ("bos", "eos", "pad")}
+        described = {**described_for(own, config), **special}
+        _write_json(partial / CONFIG_FILE, described)
+        _write_json(partial / GENERATION_FILE, special)
+        write_tokenizer(tokenizer, partial)
+        (partial / MODELING_FILE).write_text(source, encoding="utf-8")
+        facts = {
+            "name": folder.name,
+            "parameters": human_count(count),
+            "tokenizer": f"{tokenizer.name}, {tokenizer.vocabulary:,} ids",
+            "prompt": _prompt(tokenizer),
+            "modeling": MODELING_FILE,
+        }
+        write_card(partial, checkpoint, described, facts)
+
+    return export(checkpoint, folder, dtype, max_file_bytes, write)
+
+
+def described_for(own: dict[str, Any], config: Config) -> dict[str, Any]:
+    """What config.json holds, but for the tokens: what the class is made of, and our own.
+
+    Args:
+        own: `nlscale.checkpoint.export.weights.describe`.
+        config: of that.
+    """
+    model = config.model
+    made_by = MODELING_FILE.removesuffix(".py")
+    return {
+        "architectures": ["NlscaleForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{made_by}.NlscaleConfig",
+            "AutoModelForCausalLM": f"{made_by}.NlscaleForCausalLM",
+        },
+        "model_type": HUGGING_FACE,
+        "dtype": own["torch_dtype"],
+        "vocab_size": model.vocabulary,
+        "hidden_size": model.d_model,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "mixer": model.mixer,
+        "mixer_options": mixer(model.mixer).plain_options(model),
+        "levels": _levels(config),
+        "cms": model.cms.value,
+        "norm_eps": model.norm_eps,
+        "init_std": model.init_std,
+        "width_multiplier": width_multiplier(model),
+        "tie_word_embeddings": model.tie_embeddings,
+        **{key: own[key] for key in ("step", "tokens", "versions", "nlscale")},
+    }
+
+
+def _levels(config: Config) -> list[dict[str, Any]]:
+    """Each level with its parameters by name, `*` standing for any number; fastest first."""
+    independent = config.model.cms == CmsForm.independent
+    levels = []
+    for number, level in enumerate(config.levels.spectrum):
+        names = [f"blocks.*.cms.mlps.{number}.*"]
+        names += [] if independent else [f"blocks.*.cms.norms.{number}.*"]
+        of = {
+            "name": level.name,
+            "period": str(declared_period(number, level)),
+            "hidden": level_hidden(config)[number],
+            "parameters": names if number else "all that no other level has",
+        }
+        levels.append(of)
+    return levels
+
+
+def _tokenizer(config: Config, folder: Path | None) -> Tokenizer:
+    try:
+        tokenizer = load_tokenizer(folder or config.data.dir)
+    except UserError as error:
+        raise UserError(f"{error}, and give it with --tokenizer") from None
+    assert config.model.vocabulary is not None
+    if tokenizer.vocabulary > config.model.vocabulary:
+        raise UserError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocabulary} ids and the model knows "
+            f"{config.model.vocabulary}; give the one that it was trained with by --tokenizer"
+        )
+    return tokenizer
+
+
+def _prompt(tokenizer: Tokenizer) -> str:
+    """Something to begin with, for an example."""
+    try:
+        tokenizer.encode(_PROMPT)
+    except UserError:  # symbols, which are no text
+        return tokenizer.decode([0])
+    return _PROMPT
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

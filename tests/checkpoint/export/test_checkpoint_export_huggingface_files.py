@@ -1,0 +1,338 @@
+"""The folder for transformers: what is in it, who can load it, and the way back."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import world
+from checkpoint.export.huggingface_models import VOCABULARY, tokens
+from checkpoint.export.test_checkpoint_export import TRAINED, start
+from checkpoint.saved_runs import save, state
+from generate.models import saved
+from levels import level_runs
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import nlscale
+from nlscale import cli
+from nlscale.checkpoint.export import carried, registration
+from nlscale.checkpoint.export.huggingface import export_huggingface
+from nlscale.checkpoint.export.registered import NlscaleForCausalLM
+from nlscale.checkpoint.export.tokenizer import write_tokenizer
+from nlscale.checkpoint.store.store import Checkpoint
+from nlscale.config import recipe
+from nlscale.data.tokenizer import (
+    ByteTokenizer,
+    SymbolTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
+from nlscale.errors import UserError
+from nlscale.model.decoder import Decoder
+from nlscale.model.layers import megatron_config
+from nlscale.model.mixers import table
+from nlscale.model.mixers.memory.facts import MemoryFacts
+from nlscale.parallel.alone import alone
+
+LEVELS = "levels=[{name: quick}, {name: patient, period: 4 steps, hidden: 24}]"
+METRICS = [
+    {"kind": "validation", "step": 4, "loss": 3.25, "bits_per_byte": 1.5},
+    {"kind": "validation", "step": 8, "loss": 2.5, "bits_per_byte": 1.25},
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Of a run that went on for two steps more, with records and a figure."""
+    run = tmp_path_factory.mktemp("runs") / "small"
+    found = saved(run, LEVELS)
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in METRICS))
+    (run / "loss.png").write_bytes(b"a figure")
+    SymbolTokenizer("numbers", [f"w{i}" for i in range(VOCABULARY)]).save(run)
+    return found
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports") / "hf"
+    export_huggingface(checkpoint, folder, tokenizer_folder=checkpoint.path.parents[1])
+    return folder
+
+
+def test_the_folder_holds_what_transformers_looks_for(exported: Path) -> None:
+    names = ["README.md", "config.json", "generation_config.json", "loss.png", "model.safetensors"]
+    names += ["modeling_nlscale.py", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in exported.iterdir()) == names
+    described = json.loads((exported / "config.json").read_text())
+    assert described["architectures"] == ["NlscaleForCausalLM"]
+    assert (described["model_type"], described["dtype"]) == ("nlscale", "float32")
+    assert (described["eos_token_id"], described["step"], described["tokens"]) == (60, 6, 768)
+    assert [(level["name"], level["period"]) for level in described["levels"]] == [
+        ("quick", "1 step"),
+        ("patient", "4 steps"),
+    ]
+    assert described["levels"][1]["parameters"] == [
+        "blocks.*.cms.mlps.1.*",
+        "blocks.*.cms.norms.1.*",
+    ]
+    assert described["nlscale"]["model"]["mixer"] == "hope"
+    modes = {path.stat().st_mode & 0o777 for path in exported.iterdir()}
+    assert modes == {exported.stat().st_mode & 0o666}
+
+
+def test_the_card_says_what_was_trained_on_what(exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for said in (
+        "| patient | 4 steps | 24 | `blocks.*.cms.mlps.1.*`, `blocks.*.cms.norms.1.*` |",
+        "| tokenizer | numbers, 61 ids |",
+        "| tokens | 768 |",
+        "| validation loss | 3.2500 nats a token, at step 4 |",  # step 8 it had not seen
+        "| bits a byte | 1.5000, likewise |",
+        "| training loss | 3.5000 nats a token, last step |",
+        "model.d_model: 32",
+        'from_pretrained("hf", trust_remote_code=True)',
+        'tokenizer("w0"',
+        "![loss](loss.png)",
+    ):
+        assert said in card, said
+    assert (exported / "loss.png").read_bytes() == b"a figure"
+
+
+ALONE = """
+import sys
+sys.modules["nlscale"] = None  # importing it is an error now
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, found = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer(["w1 w2 w3 w4 w5 w6 w7", "w8"], padding=True, return_tensors="pt")
+torch.save((model(**inputs).logits[0], tokenizer.batch_decode(
+    model.generate(**inputs, max_new_tokens=3), skip_special_tokens=True)), found)
+"""
+
+
+def test_transformers_runs_it_where_nlscale_is_not(exported: Path, tmp_path: Path) -> None:
+    """The code that the folder carries; and the same text from the class that we register."""
+    found = tmp_path / "found.pt"
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ALONE, exported, found],
+        env=environment, cwd=tmp_path, check=True, timeout=300, capture_output=True,
+    )  # fmt: skip
+    logits, texts = torch.load(found)
+    prompt = torch.arange(1, 8)[None]
+    ours = nlscale.load(exported, device="cpu").logits(prompt)
+    torch.testing.assert_close(logits, ours[0], rtol=0, atol=1e-5)
+    here = AutoModelForCausalLM.from_pretrained(exported)
+    rest = here.generate(prompt, max_new_tokens=3)[0].tolist()
+    assert texts[0] == " ".join(f"w{i}" for i in rest)
+    assert texts[1].startswith("w8 ")
+
+
+def test_the_class_is_registered_where_nlscale_is_imported(exported: Path) -> None:
+    registration.register_when_imported()  # once more, after transformers
+    assert type(AutoConfig.from_pretrained(exported)).__module__.startswith("nlscale.")
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    assert isinstance(model, NlscaleForCausalLM)
+    own = load_file(exported / "model.safetensors")
+    assert model.state_dict().keys() == own.keys()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_transformers_saves_loads_in_both(tied: bool, exported: Path, tmp_path: Path) -> None:
+    source = exported
+    if tied:
+        source = tmp_path / "tied"
+        found = saved(tmp_path / "run", "model.tie_embeddings=true", "model.mixer=gated-delta")
+        SymbolTokenizer("numbers", [f"w{i}" for i in range(VOCABULARY)]).save(tmp_path)
+        export_huggingface(found, source, tokenizer_folder=tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():  # as if it had been trained
+        model.norm.weight += 0.5
+    model.save_pretrained(tmp_path / "again")
+    files = {path.name for path in (tmp_path / "again").iterdir()}
+    assert {"config.json", "modeling_nlscale.py", "model.safetensors"} <= files
+    x = tokens(2, 13)
+    expected = model(x).logits.detach()
+    once_more = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    torch.testing.assert_close(once_more(x).logits, expected, rtol=0, atol=0)
+    ours = nlscale.load(tmp_path / "again", device="cpu")
+    torch.testing.assert_close(ours.logits(x), expected, rtol=0, atol=1e-5)
+    half = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    assert half(x).logits.dtype == torch.bfloat16
+
+
+def test_there_and_back_is_bit_identical(tmp_path: Path) -> None:
+    """An export starts a run, whose weights exported again are the same file."""
+    SymbolTokenizer("numbers", [f"w{i}" for i in range(32)]).save(tmp_path)
+    of = level_runs.load(TRAINED)
+    with alone():
+        model = Decoder(of, megatron_config(of), 32)
+    generator = torch.Generator().manual_seed(1)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    drawn = {f"weights/{n}": torch.randn(s, generator=generator) for n, s in shapes.items()}
+    described = {**state(6), "config": recipe.to_plain(of)}
+    first, second = tmp_path / "first", tmp_path / "second"
+    found = save(tmp_path / "run", 6, drawn, described)
+    export_huggingface(found, first, tokenizer_folder=tmp_path)
+    (begun,) = world.run(1, start, [], first)
+    again = save(tmp_path / "more", 6, {f"weights/{n}": p for n, p in begun.items()}, described)
+    export_huggingface(again, second, tokenizer_folder=tmp_path)
+    for name in ("model.safetensors", "modeling_nlscale.py", "config.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_several_files_with_an_index_load(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder, tokenizer = tmp_path / "several", checkpoint.path.parents[1]
+    written = export_huggingface(
+        checkpoint, folder, tokenizer_folder=tokenizer, max_file_bytes=20_000
+    )
+    assert len(written.files) > 2
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    x = tokens(1, 9)
+    ours = nlscale.load(folder, device="cpu").logits(x)
+    torch.testing.assert_close(model(x).logits, ours, rtol=0, atol=1e-5)
+
+
+TEXTS = [
+    "", "a", "  two  spaces and\r\n\ttabs ", "Grüße, 世界 🎉 \u200b\ufeff", "\x00\x1f\x7f",
+    "e\u0301 a text that mentions <|endoftext|> <|endoftext|>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_the_tokenizer_is_ours_on_any_text(kind: str, tmp_path: Path) -> None:
+    ours: Tokenizer = ByteTokenizer()
+    if kind == "bpe":
+        ours = train_bpe(["levels of levels, and periods of periods; Grüße" for _ in range(9)], 280)
+    assert write_tokenizer(ours, tmp_path) == ["tokenizer.json", "tokenizer_config.json"]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).name == ours.name
+    assert (len(theirs), theirs.eos_token_id) == (ours.vocabulary, ours.separator)
+    for text in TEXTS:
+        ids = theirs(text)["input_ids"]
+        assert ids == ours.encode(text).tolist(), text
+        assert theirs.decode(ids) == text
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):  # what a model may write: bytes that are no UTF-8, separators among them
+        ids = torch.randint(ours.vocabulary, (12,), generator=generator).tolist()
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+
+
+def test_symbols_are_words_there_too(exported: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    assert tokenizer("w3  w1\nw2")["input_ids"] == [3, 1, 2]
+    assert tokenizer.decode([3, 60, 1], skip_special_tokens=True) == "w3 w1"
+    assert nlscale.load(exported, device="cpu").tokenizer.name == "numbers"
+    with pytest.raises(Exception, match="UNK"):
+        tokenizer("w99")
+    padded = tokenizer(["w1 w2", "w3"], padding=True)
+    assert padded["input_ids"][1] == [60, 3] and padded["attention_mask"][1] == [0, 1]
+
+
+def test_the_carried_code_imports_torch_and_transformers_alone() -> None:
+    for name in ("hope", "attention"):
+        text = carried.modeling_source(name)
+        assert text == carried.modeling_source(name)
+        nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import | ast.ImportFrom)]
+        found = {
+            (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+            for node in nodes
+        }
+        assert found - set(sys.stdlib_module_names) == {"torch", "transformers"}
+
+
+def test_a_mixer_without_plain_torch_is_refused(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Theirs(MemoryFacts):
+        plain_by = None
+
+    monkeypatch.setitem(table._TABLE, "hope", Theirs(modifies_itself=True, main_memory=True))
+    with pytest.raises(UserError, match=r"mixer hope .*plain_by and plain_options.*safetensors"):
+        export_huggingface(checkpoint, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_mixer_of_someone_else_is_carried_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the file beside it that it needs, before it; and nothing of a mixer that it is not."""
+    package = tmp_path / "theirs"
+    package.mkdir()
+    (package / "plain_half.py").write_text("HALF = 0.5  # of what there is\n")
+    (package / "plain.py").write_text(
+        "from math import pi\nfrom nlscale.model.plain import PlainMixer\n"
+        "from theirs.plain_half import HALF\n\n\nclass Theirs(PlainMixer):\n"
+        "    def forward(self, x, state, lengths):\n        return HALF * x / pi * pi, {}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Facts(MemoryFacts):
+        plain_by = "theirs.plain:Theirs"
+
+    monkeypatch.setitem(table._TABLE, "hope", Facts(modifies_itself=True, main_memory=True))
+    text = carried.modeling_source("hope")
+    assert "class PlainMemory" not in text and "HALF = 0.5  # of what there is" in text
+    names: dict[str, Any] = {"__name__": "carried"}
+    exec(compile(text, "modeling_nlscale.py", "exec"), names)
+    made = names["plain_mixer"]("hope")(), torch.ones(1, 2, 3)
+    assert torch.equal(made[0](made[1], None, None)[0], torch.full((1, 2, 3), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("from nlscale.ops.pointwise import swiglu", "cannot carry: a mixer in plain torch"),
+        ("from .parts import Part", "in a way that a file cannot carry"),
+        ("def wide(x): ...\nfrom nlscale.model.plain import State", "both define wide"),
+    ],
+)
+def test_a_mixer_that_cannot_be_carried_is_refused(
+    text: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plain_theirs.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Theirs(MemoryFacts):
+        plain_by = "plain_theirs:Theirs"
+
+    monkeypatch.setitem(table._TABLE, "hope", Theirs(modifies_itself=True, main_memory=True))
+    with pytest.raises(UserError, match=says):
+        carried.modeling_source("hope")
+
+
+def test_the_command(
+    checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def export(*arguments: str) -> tuple[Any, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["checkpoint", "export", str(checkpoint.path), *arguments])
+        return ended.value.code, *capsys.readouterr()
+
+    out, data = ["--out", str(tmp_path / "hf")], str(checkpoint.path.parents[1])
+    code, _, err = export("--to", "huggingface", *out)
+    assert code == 2 and "no tokenizer" in err and "--tokenizer" in err and err.count("\n") == 1
+    code, _, err = export("--to", "safetensors", "--tokenizer", data, *out)
+    assert code == 2 and "--tokenizer is for --to huggingface" in err
+    ByteTokenizer().save(tmp_path)
+    code, _, err = export("--to", "huggingface", "--tokenizer", str(tmp_path), *out)
+    assert code == 2 and "256 ids and the model knows 61" in err and err.count("\n") == 1
+    assert not (tmp_path / "hf").exists()
+    given = ["--to", "huggingface", "--tokenizer", data, "--dtype", "bf16", "--json"]
+    code, found, err = export(*given, *out)
+    assert (code, err) == (0, "") and json.loads(found)["dtype"] == "bf16"
+    code, _, err = export(*given, *out)
+    assert code == 2 and "exists" in err
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == torch.bfloat16
