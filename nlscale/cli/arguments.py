@@ -3,45 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-from nlscale.config import recipe, scalars
-from nlscale.config.fields import Range, expanded
+from nlscale.config import recipe
+from nlscale.config.arguments import number, path, whole
 from nlscale.config.vocabulary import Config
 
-
-def path(text: str) -> Path:
-    """A `type` of argparse: a file or folder, as keys of recipes take one."""
-    try:
-        return expanded(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
-
-
-def whole(**ends: float) -> Callable[[str], int]:
-    """A `type` of argparse: whole numbers of a `Range`, such as `whole(least=1)`."""
-    return _of_range(int, "a whole number", Range(**ends))
-
-
-def number(**ends: float) -> Callable[[str], float]:
-    """A `type` of argparse: finite numbers of a `Range`, such as `number(above=0, below=1)`."""
-    return _of_range(float, "a number", Range(**ends))
-
-
-def _of_range(kind: type, what: str, wanted: Range) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        try:
-            value = scalars.read(text, kind)
-        except scalars.Unreadable as error:
-            fix = f"; {error}" if str(error) else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}{fix}") from None
-        if not wanted.holds(value):
-            raise argparse.ArgumentTypeError(f"{text} must be {wanted.without(value)}")
-        return value
-
-    return read
+__all__ = ["add_cluster", "add_recipe", "config_of", "number", "path", "whole"]
 
 
 def add_recipe(parser: argparse.ArgumentParser, optional: bool = False) -> None:

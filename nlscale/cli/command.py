@@ -18,6 +18,7 @@ from nlscale.cli import (
     eval,
     figure,
     fit,
+    generate,
     launch,
     plan,
     recipe,
@@ -80,6 +81,14 @@ _VERBS = (
         eval,
         "score a run on the task that it was trained on",
         "Score a trained model on fresh examples of its task, and on longer ones, beside chance.",
+    ),
+    _Verb(
+        "generate",
+        generate,
+        "let a trained model go on with a text",
+        "Let a trained model go on with a text, sampling token by token. The same command gives "
+        "the same text; --seed gives others. With --state the model goes on later from where it "
+        "was, without reading again.",
     ),
     _Verb(
         "figure",
