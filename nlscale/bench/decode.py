@@ -1,7 +1,8 @@
 """How fast a model of some size reads a context and goes on from it token by token.
 
 Weights are random, drawn as a run draws them: neither speed nor what is carried depends on them.
-Nothing is captured in CUDA graphs, so that a small batch is as fast as its launches.
+On a GPU the tokens of a memory are replayed from a CUDA graph after the first
+`nlscale.model.graph.AFTER`; before, and with attention, a small batch is as fast as its launches.
 """
 
 from __future__ import annotations

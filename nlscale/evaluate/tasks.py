@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,38 +11,13 @@ import torch
 from nlscale.data.tasks.examples import Split, example
 from nlscale.data.tasks.task import Task
 from nlscale.errors import UserError
+from nlscale.evaluate.intervals import Share
 from nlscale.generate.model import Model
+
+__all__ = ["Score", "Share", "score"]
 
 _LOGITS = 1 << 24
 """The most that a batch has, so that they fit wherever the model does."""
-_Z = 1.959963984540054
-"""Of an interval that holds 95%."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """How many of how many, and the 95% interval of Wilson of the share."""
-
-    right: int
-    of: int
-
-    @property
-    def share(self) -> float:
-        """Between 0 and 1."""
-        return self.right / self.of
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Its ends."""
-        n, p = self.of, self.share
-        middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-        half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n * n))
-        # Exactly, where rounding would leave a little.
-        return middle - half if self.right else 0.0, middle + half if self.right < n else 1.0
-
-    def described(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "share": self.share, "interval": list(self.interval)}
 
 
 @dataclass(frozen=True)
@@ -59,7 +33,13 @@ class Score:
     """Of the examples, those without a mistake."""
 
 
-def score(model: Model, task: Task, factor: int, examples: int) -> Score:
+def score(
+    model: Model,
+    task: Task,
+    factor: int,
+    examples: int,
+    advance: Callable[[float], None] = lambda tokens: None,
+) -> Score:
     """Of fresh examples, none of which can have been trained on.
 
     Args:
@@ -67,6 +47,7 @@ def score(model: Model, task: Task, factor: int, examples: int) -> Score:
         task: as it was trained on.
         factor: 1, or how many times longer its examples are to be.
         examples: how many of them.
+        advance: called with how many more of their tokens are read.
 
     Raises:
         UserError: the model knows fewer tokens than the task has, or there is no such length.
@@ -89,4 +70,5 @@ def score(model: Model, task: Task, factor: int, examples: int) -> Score:
         of += int(counts.sum())
         right += int(counts.sum() - wrong.sum())
         whole += int((~wrong.any(1)).sum())
+        advance(len(drawn) * task.length)
     return Score(factor, task, Share(right, of), Share(whole, examples))

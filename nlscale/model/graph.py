@@ -1,6 +1,6 @@
 """One token of every row as one CUDA graph: a launch in place of hundreds.
 
-It has been on no GPU yet (docs/design/measurements.md).
+It has run on no GPU yet.
 """
 
 from __future__ import annotations

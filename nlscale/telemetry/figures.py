@@ -21,8 +21,8 @@ LOSS_FIGURE = "loss.png"
 
 # Okabe-Ito: told apart with every common form of colour blindness.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#8C8C8C"
-_CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STYLE: dict[str, Any] = {
+CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.spines.right": False,
@@ -107,7 +107,7 @@ def draw_loss(run_dir: Path, out: Path | None = None) -> Path:
         raise UserError(f"{run_dir / METRICS_FILE} holds no loss yet: nothing to draw")
     levels = update_steps(train)
     strip = 0.26 * len(levels) + 0.1  # inches
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(8.0, 4.6 + strip), dpi=160, layout="constrained")
         if levels:
             axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4.6, strip])
@@ -146,7 +146,7 @@ def draw_comparison(runs: dict[str, Path], out: Path) -> Path:
 
     if not runs:
         raise UserError("no runs to compare")
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(8.0, 4.8), dpi=160, layout="constrained")
         axes = figure.subplots()
         axes.spines["top"].set_visible(False)
@@ -160,8 +160,8 @@ def draw_comparison(runs: dict[str, Path], out: Path) -> Path:
             axes.plot(
                 [float(r.get("tokens") or 0) for r in points],
                 [r["loss"] for r in points],
-                color=_CYCLE[index % len(_CYCLE)],
-                linestyle=("-", "--", ":")[index // len(_CYCLE) % 3],
+                color=CYCLE[index % len(CYCLE)],
+                linestyle=("-", "--", ":")[index // len(CYCLE) % 3],
                 marker="o",
                 markersize=3.5,
                 linewidth=1.6,

@@ -183,4 +183,4 @@ def test_a_recipe_fits_the_task_that_it_says_it_is_for(name: str) -> None:
     task = task_of(source.strip('"'))
     assert config.data.sequence_length == task.length and config.data.dir == out
     assert config.evaluate == ["task"] and task.family == family
-    assert config.run.dir in text.split(family)[1].splitlines()[0]
+    assert config.run.dir in text.split(f"eval {family} ")[1].splitlines()[0]

@@ -21,10 +21,8 @@ from nlscale.data.progress import phase, say
 from nlscale.data.shards import TokenShards
 from nlscale.data.sources import fingerprint
 from nlscale.data.tally import shown
-from nlscale.data.tasks import PREFIX
 from nlscale.data.tasks.examples import Split, example, identity
 from nlscale.data.tasks.table import task_of
-from nlscale.data.tokenizer import SymbolTokenizer
 from nlscale.errors import UserError
 
 DEFAULT_EXAMPLES = 10_000
@@ -81,7 +79,7 @@ def build_task(
     # Here, not at the top: it imports torch, and finding the data up to date should be quick.
     from nlscale.data.writer import DataWriter
 
-    encoder = SymbolTokenizer(f"{PREFIX}{task}", task.symbols)
+    encoder = task.tokenizer
     repeated = {}
     try:
         clear(out)

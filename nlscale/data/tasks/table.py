@@ -9,7 +9,17 @@ from typing import Any, get_type_hints
 from nlscale.config import scalars
 from nlscale.config.schema import nearest
 from nlscale.data.index import Index
-from nlscale.data.tasks import PREFIX, babi, groups, languages, mad_copy, mad_recall, mqar, needle
+from nlscale.data.tasks import (
+    PREFIX,
+    babi,
+    groups,
+    languages,
+    mad_copy,
+    mad_recall,
+    mqar,
+    needle,
+    text_needle,
+)
 from nlscale.data.tasks.task import Task, arguments
 from nlscale.errors import UserError
 
@@ -33,6 +43,7 @@ TASKS: dict[str, type[Task]] = {
         mad_copy.SelectiveCopy,
         mad_copy.Compress,
         needle.Needle,
+        text_needle.TextNeedle,
         babi.WhereIsSomeone,
         babi.WhereIsSomething,
         babi.WhereWasSomething,
@@ -46,7 +57,7 @@ FAMILIES = {
 """The names of the tasks of each, as `nlscale eval` asks for them."""
 
 _CALL = re.compile(r"(?P<name>[\w-]*)\s*(?:\((?P<given>[^()]*)\))?")
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 def task_of(text: str) -> Task:

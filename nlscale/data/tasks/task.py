@@ -17,6 +17,8 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from nlscale.config.fields import Range
+from nlscale.data.tasks import PREFIX
+from nlscale.data.tokenizer import SymbolTokenizer, Tokenizer
 from nlscale.errors import UserError
 
 Ids = NDArray[np.int64]
@@ -40,7 +42,8 @@ class Task(ABC):
     """A kind of example with its arguments, which are the fields of the subclass.
 
     Subclasses are frozen dataclasses whose fields all have defaults, numbers with their range
-    (`nlscale.config.fields.within`); each has a line in `nlscale.data.tasks.table`.
+    (`nlscale.config.fields.within`), texts without commas and brackets; each has a line in
+    `nlscale.data.tasks.table`.
 
     Raises:
         UserError: an argument outside its range, or sizes that do not go together.
@@ -55,7 +58,7 @@ class Task(ABC):
     def __post_init__(self) -> None:
         for field in arguments(type(self)):
             value, wanted = getattr(self, field.name), field.metadata.get("range", Range())
-            if not wanted.holds(value):
+            if not isinstance(value, str) and not wanted.holds(value):
                 raise UserError(
                     f"task {self.name}: {field.name} is {value}; it must be {wanted.without(value)}"
                 )
@@ -99,6 +102,11 @@ class Task(ABC):
             UserError: there is none of that length.
         """
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of its ids."""
+        return SymbolTokenizer(f"{PREFIX}{self}", self.symbols)
+
     @cached_property
     def symbols(self) -> tuple[str, ...]:
         """The symbol of each id."""
@@ -133,7 +141,7 @@ def arguments(kind: type[Task]) -> tuple[Field[Any], ...]:
     return fields(kind)
 
 
-def shown(value: float | bool) -> str:
+def shown(value: float | bool | str) -> str:
     """An argument as it is typed."""
     return str(value).lower() if isinstance(value, bool) else f"{value}"
 

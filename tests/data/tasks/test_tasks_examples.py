@@ -14,7 +14,12 @@ from nlscale.data.tasks.task import Example, Task
 from nlscale.errors import UserError
 
 EXAMPLES = 200
-NAMES = [*TASKS, "mqar(forgetting=true, pairs=6)", "needle(needles=4, length=64)"]
+NAMES = [
+    *TASKS,
+    "mqar(forgetting=true, pairs=6)",
+    "needle(needles=4, length=64)",
+    "text-needle(kinds=s1+s3+mk1+mk2+mv+vt, shortest=48, length=300, form=short)",
+]
 every_task = pytest.mark.parametrize("name", NAMES)
 
 

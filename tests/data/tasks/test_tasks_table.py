@@ -51,6 +51,10 @@ def test_the_listing_can_be_typed() -> None:
         ("mad-selective-copy(length=20)", "take 33 tokens"),
         ("needle(needles=50)", "50 needles and the question take 306 tokens"),
         ("needle(needles=17)", "set keys to 17"),
+        ("text-needle(kinds=s1+mk9)", "no kind of needle is called 'mk9'"),
+        ("text-needle(form=long)", "no form is called 'long'; there are short, ruler"),
+        ("text-needle(length=100)", "needles of kind mq take 187 tokens without any haystack"),
+        ("text-needle(shortest=513)", "shortest is above length; lower it"),
         ("babi-3(facts=5)", "3 questions need 3 facts each; set facts to 9"),
     ],
 )

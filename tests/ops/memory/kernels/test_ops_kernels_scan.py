@@ -33,7 +33,9 @@ def compare(seed: int, bound: float, *what: Any, **sizes: int) -> None:
     exact = low.cast(torch.float64)
     read, state = low.scan()
     want = exact.reference()
-    assert read.dtype == torch.float32 and set(state.position.tolist()) == {want.shape[2] % low.rules.chunk}
+    assert read.dtype == torch.float32 and set(state.position.tolist()) == {
+        want.shape[2] % low.rules.chunk
+    }
     weight = torch.randn_like(want)
     assert_same(
         {"read": read, **low.gradients((read * weight.float()).sum())},

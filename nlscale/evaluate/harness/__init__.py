@@ -1,0 +1,1 @@
+"""lm-evaluation-harness on models of this package: the adapter, its tasks and their figures."""

@@ -1,0 +1,70 @@
+"""Heat maps of needles: length by depth, one for each model and kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nlscale.errors import UserError
+from nlscale.evaluate.asking.sizes import shown
+from nlscale.evaluate.trained import Answer, Result
+from nlscale.telemetry.figures import STYLE, save_figure
+
+
+def draw(answers: Sequence[Answer], out: Path) -> None:
+    """Draw a row of maps for each model, a map for each kind; each cell with its share in percent.
+
+    Raises:
+        UserError: none of the models was asked needles in text.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    answers = [answer for answer in answers if not answer.result["symbols"]]
+    if not answers:
+        raise UserError("needles of a task of symbols have no depth to draw; leave out --figure")
+    kinds = list(dict.fromkeys(kind for answer in answers for kind in answer.result["kinds"]))
+    lengths = max(len(answer.result["lengths"]) for answer in answers)
+    size = (1.0 + (0.55 * lengths + 0.35) * len(kinds), 0.6 + 2.1 * len(answers))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(max(5.0, size[0]), size[1]), dpi=160, layout="constrained")
+        maps = figure.subplots(len(answers), len(kinds), squeeze=False, sharey=True)
+        image = None
+        for row, answer in zip(maps, answers, strict=True):
+            for axes, kind in zip(row, kinds, strict=True):
+                image = _map(axes, answer.result, kind) or image
+            row[0].set_ylabel(f"{answer.label}\n{answer.mixer}", fontsize=9)
+        for axes, kind in zip(maps[0], kinds, strict=True):
+            axes.set_title(kind, fontsize=10)
+        figure.supxlabel("length (tokens)", fontsize=10)
+        if image is not None:
+            bar = figure.colorbar(image, ax=maps, shrink=0.8, label="references found")
+            bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        save_figure(figure, out)
+
+
+def _map(axes: Any, result: Result, kind: str) -> Any:
+    """The map of a kind; None where the model was not asked it."""
+    cells = [cell for cell in result["cells"] if cell["kind"] == kind]
+    if not cells:
+        axes.set_axis_off()
+        return None
+    ends = sorted({d["to"] for cell in cells for d in cell["depths"]})
+    values = np.full((len(ends), len(cells)), np.nan)
+    for x, cell in enumerate(cells):
+        for depth in cell["depths"]:
+            values[ends.index(depth["to"]), x] = depth["share"]
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for (y, x), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            color = "black" if value > 0.6 else "white"
+            axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=color)
+    axes.set_xticks(range(len(cells)), [shown(cell["length"]) for cell in cells], fontsize=8)
+    axes.set_yticks(range(len(ends)), [f"{end:.0%}" for end in ends], fontsize=8)
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return image

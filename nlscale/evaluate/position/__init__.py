@@ -1,0 +1,1 @@
+"""Loss by position in the context: `nlscale eval loss`."""
