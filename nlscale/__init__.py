@@ -51,6 +51,11 @@ def load(
     import warnings
 
     from nlscale.cluster.life.exits import quiet
+    from nlscale.config.fields import path_of
+    from nlscale.errors import UserError
+
+    if not path_of(path).is_dir():  # said at once, before torch is imported
+        raise UserError(f"{path} is no folder; give that of a run, a checkpoint or an export")
 
     with warnings.catch_warnings():
         quiet()

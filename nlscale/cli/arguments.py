@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 
 from nlscale.config import recipe
-from nlscale.config.arguments import number, path, whole
+from nlscale.config.arguments import figure, number, path, whole
 from nlscale.config.vocabulary import Config
 
-__all__ = ["add_cluster", "add_recipe", "config_of", "number", "path", "whole"]
+__all__ = ["add_cluster", "add_recipe", "config_of", "figure", "number", "path", "whole"]
 
 
 def add_recipe(parser: argparse.ArgumentParser, optional: bool = False) -> None:

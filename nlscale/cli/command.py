@@ -79,8 +79,9 @@ _VERBS = (
     _Verb(
         "eval",
         eval,
-        "score a run on the task that it was trained on",
-        "Score a trained model on fresh examples of its task, and on longer ones, beside chance.",
+        "ask trained models: loss by position, needles, tasks, lm-evaluation-harness",
+        "Ask one or several trained models a question, and print an interval beside every figure. "
+        "Results are kept: asked again they are there at once, and a killed command goes on.",
     ),
     _Verb(
         "generate",

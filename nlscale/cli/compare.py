@@ -6,11 +6,10 @@ import argparse
 import json
 import sys
 
-from nlscale.cli.arguments import number, path
+from nlscale.cli.arguments import figure, number, path
 from nlscale.errors import UserError
 
 _FILE_WIDTH = 120  # columns, where there is no terminal to ask
-_FIGURES = (".png", ".svg", ".pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="that all intervals of the table hold together with (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--figure", type=path, metavar="FILE", help="draw it too: .png, .svg, .pdf")
+    parser.add_argument(
+        "--figure", type=figure, metavar="FILE", help="draw it too: .png, .svg, .pdf"
+    )
     parser.set_defaults(func=_compare)
 
 
@@ -81,8 +82,6 @@ def _compare(args: argparse.Namespace) -> int:
     from nlscale.scaling.compare.question import SEED, Question
     from nlscale.scaling.compare.show import draw_answer, print_answer, to_plain
 
-    if args.figure is not None and args.figure.suffix not in _FIGURES:
-        raise UserError(f"--figure {args.figure} must end in {', '.join(_FIGURES)}")
     question = Question(
         by=args.by,
         paired_by=args.paired_by or [SEED],

@@ -143,7 +143,9 @@ def _build_text(args: argparse.Namespace) -> Index:
     from nlscale.data.build import build  # pyarrow and the tokenizers are slow to import
 
     if args.tokenizer is None:
-        raise UserError("no --tokenizer; use bytes, or bpe:N such as bpe:32000, or a folder with one")
+        raise UserError(
+            "no --tokenizer; use bytes, or bpe:N such as bpe:32000, or a folder with one"
+        )
     if args.examples is not None:
         raise UserError("--examples is for tasks, and the sources are text; leave it out")
     return build(

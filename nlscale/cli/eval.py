@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from nlscale.config.arguments import path
+from nlscale.config.arguments import figure, path
 from nlscale.errors import UserError
 from nlscale.evaluate.trained import TRAINED, Answer, trained
 
@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="write the results as JSON; without FILE they are printed instead of the table",
         )
         if one.drawn_by is not None:
-            sub.add_argument("--figure", type=path, metavar="FILE", help="draw them, such as a PNG")
+            drawn = "draw them: .png, .svg, .pdf"
+            sub.add_argument("--figure", type=figure, metavar="FILE", help=drawn)
         sub.add_argument(
             "--cache",
             type=path,
@@ -73,7 +74,7 @@ def _eval(args: argparse.Namespace) -> int:
     from nlscale.evaluate.asking.ranks import begin
     from nlscale.evaluate.asking.session import ask_all
 
-    one, figure = trained(args.evaluation), getattr(args, "figure", None)
+    one, drawing = trained(args.evaluation), getattr(args, "figure", None)
     options = {key: value for key, value in vars(args).items() if key not in _OURS}
     ranks = begin()
     with ranks.together():
@@ -89,9 +90,9 @@ def _eval(args: argparse.Namespace) -> int:
         if args.json not in (None, _PRINTED):
             _write(args.json, _json(answers) + "\n")
             print(f"results: {args.json}")
-        if figure is not None:
-            one.draw(answers, figure)
-            print(f"figure: {figure}")
+        if drawing is not None:
+            one.draw(answers, drawing)
+            print(f"figure: {drawing}")
     return 0
 
 

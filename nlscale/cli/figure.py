@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nlscale.cli.arguments import path
+from nlscale.cli.arguments import figure, path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="run folders")
     parser.add_argument(
         "--out",
-        type=path,
+        type=figure,
         metavar="PNG",
         help="the file to write (default: RUN/loss.png, or comparison.png for several runs)",
     )

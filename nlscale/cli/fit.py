@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nlscale.cli.arguments import add_cluster, number, path, whole
+from nlscale.cli.arguments import add_cluster, figure, number, path, whole
 from nlscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
-        "--figure", type=path, metavar="PNG", help="draw the law, its residuals and its optima"
+        "--figure", type=figure, metavar="PNG", help="draw the law, its residuals and its optima"
     )
     parser.add_argument(
         "--frontier",

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from nlscale.cli.arguments import add_cluster, add_recipe, config_of, number, path
+from nlscale.cli.arguments import add_cluster, add_recipe, config_of, figure, number
 from nlscale.cluster.machines import UTILISATION
 from nlscale.errors import UserError
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
-        "--figure", type=path, metavar="PNG", help="draw the bytes of each step of a cycle"
+        "--figure", type=figure, metavar="PNG", help="draw the bytes of each step of a cycle"
     )
     parser.set_defaults(func=_plan)
 

@@ -10,6 +10,8 @@ from typing import Any
 from nlscale.config import scalars
 from nlscale.config.fields import Range, expanded
 
+_FIGURES = (".png", ".svg", ".pdf")
+
 
 def path(text: str) -> Path:
     """A `type` of argparse: a file or folder, as keys of recipes take one."""
@@ -17,6 +19,14 @@ def path(text: str) -> Path:
         return expanded(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
+
+
+def figure(text: str) -> Path:
+    """A `type` of argparse: the file of a figure, of a format that can be drawn."""
+    out = path(text)
+    if out.suffix not in _FIGURES or out.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} must end in {', '.join(_FIGURES)}, and be a file")
+    return out
 
 
 def whole(**ends: float) -> Callable[[str], int]:

@@ -112,10 +112,13 @@ def test_a_whole_one_is_loaded_without_a_word(two: Path) -> None:
         nlscale.load(two, device="cpu")
 
 
-@pytest.mark.parametrize("name", ["nothing", "empty"])
-def test_a_folder_without_a_model_says_what_to_give(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("nothing", "is no folder"), ("empty", "holds no finished checkpoint")],
+)
+def test_a_folder_without_a_model_says_what_to_give(tmp_path: Path, name: str, why: str) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=rf"{name} holds no finished checkpoint; give") as refused:
+    with pytest.raises(UserError, match=rf"{name} {why}; give") as refused:
         nlscale.load(tmp_path / name)
     assert "\n" not in str(refused.value)
 
