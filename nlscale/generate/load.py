@@ -51,7 +51,7 @@ def load(
     for line in said:
         warnings.warn(line, stacklevel=3)  # where `nlscale.load` was called
     beside = folder if (folder / TOKENIZER_NAME).is_file() else None
-    return Model(decoder.to(place), config, described["step"], beside)
+    return Model(decoder.to(place), config, described.get("step", 0), beside)
 
 
 def _device(given: str | torch.device | None) -> torch.device:

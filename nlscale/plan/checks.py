@@ -122,10 +122,13 @@ def _base_width(model: ModelConfig) -> None:
     if base is None or base % size == 0:
         return
     near = " or ".join(str(n) for n in sorted({base // size * size, -(-base // size) * size} - {0}))
+    by, key = f"model.d_model {model.d_model} / model.heads {model.heads}", "model.heads"
+    if model.attention.head_dim is not None:
+        by = key = "model.attention.head_dim"
     raise UserError(
-        f"model.mup_base_width {base} is not a whole number of heads of {size} (model.d_model "
-        f"{model.d_model} / model.heads {model.heads}), and muP carries over between widths of one "
-        f"head size; use {near}, or model.heads that keep the head size of the model that was tuned"
+        f"model.mup_base_width {base} is not a whole number of heads of {size} ({by}), and muP "
+        f"carries over between widths of one head size; use {near}, or {key} that keeps the head "
+        f"size of the model that was tuned"
     )
 
 

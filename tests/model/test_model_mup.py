@@ -176,3 +176,6 @@ def test_base_widths_that_cannot_be_are_refused() -> None:
         with pytest.raises(UserError, match=says) as refused:
             check_sizes(recipe.load(None, [*sizes, f"model.mup_base_width={base}"]).config, 1)
         assert "\n" not in str(refused.value)
+    sizes += ["model.mixer=attention", "model.attention.head_dim=48", "model.mup_base_width=64"]
+    with pytest.raises(UserError, match=r"heads of 48 \(model.attention.head_dim\).* 48 or 96"):
+        check_sizes(recipe.load(None, sizes).config, 1)

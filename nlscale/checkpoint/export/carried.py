@@ -17,6 +17,11 @@ from nlscale.errors import UserError
 from nlscale.model.mixers.table import mixer
 
 MODELING_FILE = "modeling_nlscale.py"
+AUTO_MAP = {
+    "AutoConfig": "modeling_nlscale.NlscaleConfig",
+    "AutoModelForCausalLM": "modeling_nlscale.NlscaleForCausalLM",
+}
+"""In config.json: the class of that file that each of transformers' makes."""
 _MODELING = "nlscale.checkpoint.export.modeling"
 _TABLE = "nlscale.model.mixers.table"
 """The one module that is not copied: the file carries one mixer, and says so in its place."""

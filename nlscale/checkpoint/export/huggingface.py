@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nlscale.checkpoint.export.card import write_card
-from nlscale.checkpoint.export.carried import MODELING_FILE, modeling_source
+from nlscale.checkpoint.export.carried import AUTO_MAP, MODELING_FILE, modeling_source
+from nlscale.checkpoint.export.class_keys import class_keys
 from nlscale.checkpoint.export.files import CONFIG_FILE
 from nlscale.checkpoint.export.tokenizer import write_tokenizer
 from nlscale.checkpoint.export.weights import (
@@ -24,13 +25,12 @@ from nlscale.checkpoint.export.weights import (
     export,
 )
 from nlscale.checkpoint.store.store import Checkpoint
-from nlscale.config.units import declared_period, human_count
-from nlscale.config.vocabulary import CmsForm, Config, Dtype
+from nlscale.config.units import human_count
+from nlscale.config.vocabulary import Config, Dtype
 from nlscale.data.tokenizer import Tokenizer, load_tokenizer
 from nlscale.errors import UserError
-from nlscale.model.mixers.table import mixer, plain_mixer
-from nlscale.model.sizes import level_hidden, level_parameters
-from nlscale.model.width import width_multiplier
+from nlscale.model.mixers.table import plain_mixer
+from nlscale.model.sizes import level_parameters
 
 GENERATION_FILE = "generation_config.json"
 _PROMPT = "The "
@@ -90,47 +90,14 @@ def described_for(own: dict[str, Any], config: Config) -> dict[str, Any]:
         own: `nlscale.checkpoint.export.weights.describe`.
         config: of that.
     """
-    model = config.model
-    made_by = MODELING_FILE.removesuffix(".py")
     return {
         "architectures": ["NlscaleForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{made_by}.NlscaleConfig",
-            "AutoModelForCausalLM": f"{made_by}.NlscaleForCausalLM",
-        },
+        "auto_map": AUTO_MAP,
         "model_type": HUGGING_FACE,
         "dtype": own["torch_dtype"],
-        "vocab_size": model.vocabulary,
-        "hidden_size": model.d_model,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "mixer": model.mixer,
-        "mixer_options": mixer(model.mixer).plain_options(model),
-        "levels": _levels(config),
-        "cms": model.cms.value,
-        "norm_eps": model.norm_eps,
-        "init_std": model.init_std,
-        "width_multiplier": width_multiplier(model),
-        "tie_word_embeddings": model.tie_embeddings,
+        **class_keys(config),
         **{key: own[key] for key in ("step", "tokens", "versions", "nlscale")},
     }
-
-
-def _levels(config: Config) -> list[dict[str, Any]]:
-    """Each level with its parameters by name, `*` standing for any number; fastest first."""
-    independent = config.model.cms == CmsForm.independent
-    levels = []
-    for number, level in enumerate(config.levels.spectrum):
-        names = [f"blocks.*.cms.mlps.{number}.*"]
-        names += [] if independent else [f"blocks.*.cms.norms.{number}.*"]
-        of = {
-            "name": level.name,
-            "period": str(declared_period(number, level)),
-            "hidden": level_hidden(config)[number],
-            "parameters": names if number else "all that no other level has",
-        }
-        levels.append(of)
-    return levels
 
 
 def _tokenizer(config: Config, folder: Path | None) -> Tokenizer:

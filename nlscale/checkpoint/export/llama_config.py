@@ -20,6 +20,8 @@ _LONGEST = 2048
 """Tokens of a sequence in the recipe, unless the model knows fewer **[choice]**."""
 _MULTIPLES = (128, 64, 32, 16, 8, 4, 2, 1)
 """Of these a level's hidden units are whole ones: of the first of which there are enough."""
+_SILU = ("silu", "swish")
+"""Names of the one activation."""
 _NO_PLACE = "asks for what nlscale's model has no place for"
 
 
@@ -102,9 +104,8 @@ def config_from_llama(
 def _family(described: dict[str, Any], where: Path) -> Family:
     name = described.get("model_type")
     if not isinstance(name, str) or name not in _FAMILIES:
-        raise UserError(
-            f"{where}: model_type is {name!r}; what can be imported is {', '.join(_FAMILIES)}"
-        )
+        known = ", ".join(key for key, family in _FAMILIES.items() if not family.biases)
+        raise UserError(f"{where}: model_type is {name!r}; what can be imported is {known}")
     return _FAMILIES[name]
 
 
@@ -115,7 +116,7 @@ def _refuse(described: dict[str, Any], family: Family, where: Path) -> None:
         "mlp_bias": described.get("mlp_bias"),
         "use_sliding_window": described.get("use_sliding_window"),
         "layer_types": any(kind != "full_attention" for kind in kinds),
-        "hidden_act": described.get("hidden_act", "silu") != "silu",
+        "hidden_act": described.get("hidden_act", "silu") not in _SILU,
         "quantization_config": described.get("quantization_config"),
         "partial_rotary_factor": described.get("partial_rotary_factor") not in (None, 1),
     }

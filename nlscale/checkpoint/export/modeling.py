@@ -22,6 +22,12 @@ from nlscale.model.plain import Padding, PlainBlock, PlainLinear, PlainRMSNorm, 
 CACHE = (
     "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
 )
+_OF_PACKED = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+"""What collators give of rows that hold several sequences."""
+_PACKED = (
+    "rows with several sequences, one after the other, would be read as one: their positions have "
+    "to count up by one from token to token; pad instead, or split the rows"
+)
 
 
 class NlscaleCache(Cache):
@@ -104,6 +110,7 @@ class NlscaleForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -120,6 +127,8 @@ class NlscaleForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: [batch, n].
             attention_mask: 0 at padding, which may stand anywhere in a row and changes nothing,
                 [batch, n]; with a cache also [batch, what it has read + n]. None: no padding.
+            position_ids: [batch or 1, n], which have to count up by one along the tokens of a row,
+                padding left out; nothing else is made of them. None: the same.
             inputs_embeds: [batch, n, hidden_size], in the place of `input_ids`.
             labels: tokens [batch, n], of which each is predicted from those before it; -100: not.
             use_cache: return the state after these tokens; None: as the configuration says, but
@@ -127,9 +136,16 @@ class NlscaleForCausalLM(PreTrainedModel, GenerationMixin):
             cache: what an earlier call has returned; it is written to. `past_key_values` likewise.
             logits_to_keep: of so many last tokens alone, or of those of these indices; 0: of all.
             output_hidden_states: return the residual stream before each block and after the last.
+
+        Raises:
+            ValueError: rows hold several sequences each, or the mask or the cache is of another
+                kind.
         """
-        cache = past_key_values if cache is None else cache
+        cache = _own(past_key_values if cache is None else cache)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        _check_positions(position_ids, attention_mask, x)
+        if any(kwargs.get(name) is not None for name in _OF_PACKED):
+            raise ValueError(_PACKED)
         if use_cache is None:
             use_cache = cache is not None or (self.config.use_cache and not self.training)
         if use_cache and cache is None:
@@ -178,6 +194,7 @@ class NlscaleForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         cache: NlscaleCache | None = None,
         past_key_values: NlscaleCache | None = None,
@@ -189,13 +206,14 @@ class NlscaleForCausalLM(PreTrainedModel, GenerationMixin):
 
         `input_ids` are all of them, or, where `attention_mask` is longer, only the new ones.
         """
-        cache = past_key_values if cache is None else cache
+        cache = _own(past_key_values if cache is None else cache)
         read = 0 if cache is None else cache.columns
         given: dict[str, Any] = {"use_cache": use_cache, CACHE: cache}
         if logits_to_keep is not None:
             given["logits_to_keep"] = logits_to_keep
         if inputs_embeds is not None and read == 0:
-            return {**given, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+            given |= {"attention_mask": attention_mask, "position_ids": position_ids}
+            return {**given, "inputs_embeds": inputs_embeds}
         if inputs_embeds is not None:
             input_ids = input_ids[:, -1:]  # those that came first were no ids
         elif attention_mask is None or attention_mask.shape[1] <= input_ids.shape[1]:
@@ -207,7 +225,13 @@ class NlscaleForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids = input_ids[:, read:]
         if attention_mask is not None:
             attention_mask = attention_mask[:, -input_ids.shape[1] :]
-        return {**given, "input_ids": input_ids, "attention_mask": attention_mask}
+        if position_ids is not None:
+            position_ids = position_ids[:, -input_ids.shape[1] :]
+        given |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        return {**given, "input_ids": input_ids}
+
+    def _prepare_position_ids_for_generation(self, *given: Any) -> None:
+        """None: `forward` counts the tokens itself, also where padding stands after them."""
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -228,8 +252,40 @@ class NlscaleForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: Any) -> None:
         """Draw a module's own weights; those of matrices that are wider in a wide model by muP."""
         std = self.config.init_std
+        # of a file that lacks others: transformers guards them from torch.nn.init alone
+        own = module.parameters(recurse=False)
+        loaded = [(p, p.clone()) for p in own if getattr(p, "_is_hf_initialized", False)]
         if isinstance(module, nn.Embedding) or module is self.head:
             nn.init.normal_(module.weight, std=std)
         elif hasattr(module, "initialize"):
             scaled = std * self.config.width_multiplier**-0.5
             module.initialize(scaled, scaled / (2 * self.config.num_hidden_layers) ** 0.5)
+        for parameter, value in loaded:
+            parameter.copy_(value)
+
+
+def _own(cache: Any) -> NlscaleCache | None:
+    if cache is not None and not isinstance(cache, NlscaleCache):
+        raise ValueError(
+            f"a cache of {type(cache).__name__} cannot hold the state of this model; leave it "
+            f"out, or give what an earlier call has returned"
+        )
+    return cache
+
+
+def _check_positions(positions: Tensor | None, mask: Tensor | None, x: Tensor) -> None:
+    batch, time = x.shape[:2]
+    if positions is None:
+        return
+    if positions.shape not in ((1, time), (batch, time)):
+        raise ValueError(f"position_ids of shape {tuple(positions.shape)}: give [batch, n]")
+    if time == 1:
+        return
+    stands = torch.ones(batch, time, dtype=torch.bool, device=x.device)
+    if mask is not None and mask.dim() == 2:
+        stands = mask[:, -time:].bool()
+    ahead, limits = positions - stands.cumsum(1), torch.iinfo(torch.int64)
+    least = ahead.masked_fill(~stands, limits.max).amin(1)
+    most = ahead.masked_fill(~stands, limits.min).amax(1)
+    if bool((least < most).any()):
+        raise ValueError(_PACKED)

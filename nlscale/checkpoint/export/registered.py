@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from nlscale.checkpoint.export import modeling
-from nlscale.checkpoint.export.carried import MODELING_FILE, modeling_source
+from nlscale.checkpoint.export.carried import AUTO_MAP, MODELING_FILE, modeling_source
 
 
 class NlscaleForCausalLM(modeling.NlscaleForCausalLM):
     """The same as exports carry; what it saves carries it too."""
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        self.config.auto_map = dict(AUTO_MAP)  # one that was made anew has none
         super().save_pretrained(save_directory, *args, **kwargs)
         source = modeling_source(self.config.mixer)
         (Path(save_directory) / MODELING_FILE).write_text(source, encoding="utf-8")

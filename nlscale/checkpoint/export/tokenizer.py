@@ -1,7 +1,8 @@
 """Our tokenizers as the files of Hugging Face: `tokenizer.json` and `tokenizer_config.json`.
 
-The same text has the same ids, and ids the same text. The separator, which follows each document in
-the data, is the token of its end.
+The same text has the same ids, and ids the same text: no token is put before a text or after it,
+which the tokenizer of an imported Llama does by itself. The separator, which follows each document
+in the data, is the token of its end.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
-        "bos_token": separator,
         "eos_token": separator,
         "pad_token": separator,
         "padding_side": "left",
@@ -76,7 +76,10 @@ def _symbols(saved: Path) -> hf.Tokenizer:
 
 
 def _bpe(saved: Path) -> hf.Tokenizer:
-    return hf.Tokenizer.from_file(str(saved))
+    """As it is, but for the template that begins or ends each text with a token."""
+    content = json.loads(saved.read_text(encoding="utf-8"))
+    content["post_processor"] = None
+    return hf.Tokenizer.from_str(json.dumps(content))
 
 
 def _characters() -> dict[int, str]:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from nlscale.checkpoint.export.class_keys import check_class_keys
 from nlscale.checkpoint.export.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, opened, read_json
 from nlscale.checkpoint.store import files
 from nlscale.checkpoint.store.pieces import Piece
@@ -38,6 +39,8 @@ _MODEL_TYPE = "hope"
 HUGGING_FACE = "nlscale"
 """The model_type by which transformers finds its class."""
 _MODEL_TYPES = (_MODEL_TYPE, HUGGING_FACE)
+_READ_AS_FP32 = ("float16", "float64")
+"""What transformers saves weights in beside, and no run is of."""
 _FLOATING = ("F64", "F32", "F16", "BF16")
 
 
@@ -211,11 +214,14 @@ def config_of(described: dict[str, Any], where: Path) -> Config:
     if described.get("model_type") not in _MODEL_TYPES or not isinstance(own, dict):
         raise UserError(f"{where} is not of a model exported by nlscale checkpoint export")
     dtypes = {_hugging_face(dtype): dtype.value for dtype in Dtype}
+    dtypes |= dict.fromkeys(_READ_AS_FP32, Dtype.fp32.value)
     try:
         sections = {key: own[key] for key in ("model", "levels")}
         sections["data"] = own.get("data") or {"dir": "none"}
         sections["train"] = {"dtype": dtypes[described[_dtype_key(described)]]}
-        vocabulary = int(own["model"]["vocabulary"])
+        of_class = described["model_type"] == HUGGING_FACE
+        # transformers may have given it tokens more: resize_token_embeddings
+        vocabulary = int(described["vocab_size"] if of_class else own["model"]["vocabulary"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where} is damaged: {error} is missing or wrong; export again") from None
     overrides = [f"{key}={trees.dump(value)}" for key, value in sections.items()]
@@ -231,6 +237,8 @@ def config_of(described: dict[str, Any], where: Path) -> Config:
             f"import that first: {reason}"
         ) from None
     config.model.vocabulary = vocabulary
+    if of_class:
+        check_class_keys(described, config, where)
     return config
 
 

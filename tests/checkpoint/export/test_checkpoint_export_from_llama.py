@@ -189,7 +189,7 @@ def changed(source: Path, folder: Path, **keys: Any) -> Path:
         ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_scaling=.* scales"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"model_type": "qwen2"}, "model_type='qwen2' has biases"),
-        ({"model_type": "mamba2"}, "model_type is 'mamba2'; what can be imported is llama, qwen2"),
+        ({"model_type": "mamba2"}, "model_type is 'mamba2'; what can be imported is llama, qwen3$"),
         ({"hidden_size": "many"}, "hidden_size is 'many'"),
         ({"num_key_value_heads": 3}, "model.heads 4 do not share model.attention.kv_heads 3"),
         ({"num_hidden_layers": 1}, "holds model.layers.1.*no place"),
@@ -205,6 +205,11 @@ def test_what_ours_cannot_be_is_refused(
     with pytest.raises(UserError, match=said):
         import_transformer(source, tmp_path / "ours")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+def test_swish_is_another_name_of_silu(theirs: dict[str, Path], tmp_path: Path) -> None:
+    source = changed(theirs["llama"], tmp_path / "theirs", hidden_act="swish")
+    assert import_transformer(source, tmp_path / "ours").tensors > 0
 
 
 def test_biases_and_pickles_are_refused(theirs: dict[str, Path], tmp_path: Path) -> None:

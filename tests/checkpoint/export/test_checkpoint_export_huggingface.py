@@ -16,6 +16,7 @@ from checkpoint.export.huggingface_models import (
     pair,
     tokens,
 )
+from transformers import DynamicCache
 
 from nlscale.checkpoint.export.modeling import CACHE, NlscaleForCausalLM
 from nlscale.model.init import initialize
@@ -205,6 +206,35 @@ def test_what_else_forward_takes() -> None:
     assert exported(x, use_cache=False).get(CACHE) is None
     with pytest.raises(ValueError, match="attention_mask of shape"):
         exported(x, attention_mask=torch.ones(2, 1, 9, 9))
+
+
+@torch.no_grad()
+def test_packed_rows_are_refused_and_padded_ones_are_not() -> None:
+    exported, x = of("hope").exported, tokens(2, 9)
+    mask = (torch.arange(9) >= torch.tensor([[0], [4]])).long()
+    padded = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)  # as transformers counts them
+    plain = exported(x, attention_mask=mask).logits
+    assert torch.equal(exported(x, attention_mask=mask, position_ids=padded).logits, plain)
+    assert exported(x, position_ids=torch.arange(9)[None]).logits.isfinite().all()
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    for given in ({"position_ids": packed}, {"seq_idx": packed}):
+        with pytest.raises(ValueError, match="pad instead, or split the rows"):
+            exported(x[:1], **given)
+    with pytest.raises(ValueError, match="pad instead, or split the rows"):
+        exported.generate(x[:1], position_ids=packed, max_new_tokens=2)
+    with pytest.raises(ValueError, match="position_ids of shape"):
+        exported(x, position_ids=torch.arange(8)[None])
+    greedy = {"attention_mask": mask.flip(1), "max_new_tokens": 4, "do_sample": False}
+    cached, again = (exported.generate(x, **greedy, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, again)
+
+
+def test_a_cache_of_another_kind_is_refused() -> None:
+    exported, x = of("hope").exported, tokens(1, 5)
+    with pytest.raises(ValueError, match="a cache of DynamicCache cannot hold the state"):
+        exported.generate(x, **{CACHE: DynamicCache()}, max_new_tokens=2)
+    with pytest.raises(ValueError, match="a cache of DynamicCache cannot hold the state"):
+        exported(x, **{CACHE: DynamicCache()})
 
 
 @pytest.mark.parametrize("mixer", ["hope", "hope-pure", "grouped"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers as hf
 import torch
 import world
 from checkpoint.export.huggingface_models import VOCABULARY, tokens
@@ -18,12 +20,13 @@ from checkpoint.export.test_checkpoint_export import TRAINED, start
 from checkpoint.saved_runs import save, state
 from generate.models import saved
 from levels import level_runs
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import nlscale
 from nlscale import cli
 from nlscale.checkpoint.export import carried, registration
+from nlscale.checkpoint.export.configuration import NlscaleConfig
 from nlscale.checkpoint.export.huggingface import export_huggingface
 from nlscale.checkpoint.export.registered import NlscaleForCausalLM
 from nlscale.checkpoint.export.tokenizer import write_tokenizer
@@ -173,6 +176,66 @@ def test_what_transformers_saves_loads_in_both(tied: bool, exported: Path, tmp_p
     assert half(x).logits.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_come_back_in_fp32(exported: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    AutoModelForCausalLM.from_pretrained(exported, dtype=dtype).save_pretrained(tmp_path / "saved")
+    ours, x = nlscale.load(tmp_path / "saved", device="cpu"), tokens(1, 9)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)(x)
+    assert ours.logits(x).dtype == torch.float32
+    torch.testing.assert_close(ours.logits(x), expected.logits.detach(), rtol=0, atol=1e-5)
+
+
+def test_more_tokens_come_back_and_other_sizes_do_not(exported: Path, tmp_path: Path) -> None:
+    model, folder, x = (
+        AutoModelForCausalLM.from_pretrained(exported),
+        tmp_path / "more",
+        tokens(1, 9),
+    )
+    model.resize_token_embeddings(VOCABULARY + 3)
+    model.save_pretrained(folder)
+    expected = model(x).logits.detach()
+    described = json.loads((folder / "config.json").read_text())
+    del described["step"]  # as of a model that nothing was trained for
+    (folder / "config.json").write_text(json.dumps(described))
+    ours = nlscale.load(folder, device="cpu")
+    torch.testing.assert_close(ours.logits(x), expected, rtol=0, atol=1e-5)
+    levels = [{**level, "hidden": 8} for level in described["levels"]]
+    for key, value in (
+        ("num_hidden_layers", 3),
+        ("levels", levels),
+        ("mixer_options", {"heads": 1}),
+    ):
+        (folder / "config.json").write_text(json.dumps({**described, key: value}))
+        with pytest.raises(UserError, match=rf"says {key}=.* under nlscale makes that .*"):
+            nlscale.load(folder, device="cpu")
+
+
+def test_a_model_from_a_new_configuration_is_saved_with_its_code(
+    exported: Path, tmp_path: Path
+) -> None:
+    described = json.loads((exported / "config.json").read_text())
+    expected = described.pop("auto_map")
+    model = AutoModelForCausalLM.from_config(NlscaleConfig(**described))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == expected
+    assert (tmp_path / "modeling_nlscale.py").exists()
+
+
+def test_only_weights_that_are_missing_are_drawn(exported: Path, tmp_path: Path) -> None:
+    folder, lacking = tmp_path / "lacking", "blocks.0.mixer.memory_key"
+    shutil.copytree(exported, folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    kept = {name: weight for name, weight in weights.items() if name != lacking}
+    assert len(kept) == len(weights) - 1
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for name, weight in kept.items():
+        assert torch.equal(model.get_parameter(name), weight), name
+    drawn = model.get_parameter(lacking).detach()
+    torch.testing.assert_close(drawn @ drawn.mT, torch.eye(drawn.shape[-1]).expand_as(drawn))
+
+
 def test_there_and_back_is_bit_identical(tmp_path: Path) -> None:
     """An export starts a run, whose weights exported again are the same file."""
     SymbolTokenizer("numbers", [f"w{i}" for i in range(32)]).save(tmp_path)
@@ -228,6 +291,20 @@ def test_the_tokenizer_is_ours_on_any_text(kind: str, tmp_path: Path) -> None:
     for _ in range(100):  # what a model may write: bytes that are no UTF-8, separators among them
         ids = torch.randint(ours.vocabulary, (12,), generator=generator).tolist()
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+
+
+def test_a_template_that_begins_texts_is_left_out(tmp_path: Path) -> None:
+    train_bpe(["levels of levels, and periods of periods" for _ in range(9)], 265).save(tmp_path)
+    carrier = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    begin = carrier.token_to_id("a")
+    carrier.post_processor = hf.processors.TemplateProcessing("a $A", None, [("a", begin)])
+    carrier.save(str(tmp_path / "tokenizer.json"))
+    assert carrier.encode("levels").ids[0] == begin
+    ours = load_tokenizer(tmp_path)
+    write_tokenizer(ours, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("levels")["input_ids"] == ours.encode("levels").tolist()
+    assert theirs.bos_token is None and theirs.eos_token_id == ours.separator
 
 
 def test_symbols_are_words_there_too(exported: Path) -> None:

@@ -1,0 +1,82 @@
+"""What config.json of an export says of what the class of transformers is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nlscale.config.units import declared_period
+from nlscale.config.vocabulary import CmsForm, Config
+from nlscale.errors import UserError
+from nlscale.model.mixers.table import mixer
+from nlscale.model.sizes import level_hidden
+from nlscale.model.width import width_multiplier
+
+_OF_A_LEVEL = ("name", "period", "hidden")
+
+
+def class_keys(config: Config) -> dict[str, Any]:
+    """The arguments of `nlscale.checkpoint.export.configuration.NlscaleConfig`."""
+    model = config.model
+    return {
+        "vocab_size": model.vocabulary,
+        "hidden_size": model.d_model,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "mixer": model.mixer,
+        "mixer_options": mixer(model.mixer).plain_options(model),
+        "levels": _levels(config),
+        "cms": model.cms.value,
+        "norm_eps": model.norm_eps,
+        "init_std": model.init_std,
+        "width_multiplier": width_multiplier(model),
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+
+
+def check_class_keys(described: dict[str, Any], config: Config, where: Path) -> None:
+    """Refuse a model that is made otherwise than its run was configured.
+
+    Args:
+        described: `config.json`.
+        config: of what that holds under "nlscale", with the vocabulary of `described`.
+        where: it is from, for messages.
+
+    Raises:
+        UserError: naming the first key that differs and both values.
+    """
+    for key, ours in class_keys(config).items():
+        theirs = described.get(key, ours)
+        if isinstance(ours, dict) and isinstance(theirs, dict):  # another version has others
+            ours, theirs = ({k: x[k] for k in ours.keys() & theirs.keys()} for x in (ours, theirs))
+        elif key == "levels":
+            ours, theirs = _compared(ours), _compared(theirs)
+        if ours != theirs:
+            raise UserError(
+                f"{where} says {key}={theirs!r}, and what it holds under nlscale makes that "
+                f"{ours!r}; correct what is wrong of both"
+            )
+
+
+def _compared(levels: Any) -> Any:
+    try:
+        return [{key: level[key] for key in _OF_A_LEVEL} for level in levels]
+    except (TypeError, KeyError):  # no levels at all
+        return levels
+
+
+def _levels(config: Config) -> list[dict[str, Any]]:
+    """Each level with its parameters by name, `*` standing for any number; fastest first."""
+    independent = config.model.cms == CmsForm.independent
+    levels = []
+    for number, level in enumerate(config.levels.spectrum):
+        names = [f"blocks.*.cms.mlps.{number}.*"]
+        names += [] if independent else [f"blocks.*.cms.norms.{number}.*"]
+        of = {
+            "name": level.name,
+            "period": str(declared_period(number, level)),
+            "hidden": level_hidden(config)[number],
+            "parameters": names if number else "all that no other level has",
+        }
+        levels.append(of)
+    return levels
