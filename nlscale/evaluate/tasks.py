@@ -11,6 +11,7 @@ import torch
 from nlscale.data.tasks.examples import Split, example
 from nlscale.data.tasks.task import Task
 from nlscale.errors import UserError
+from nlscale.evaluate.finite import finite
 from nlscale.evaluate.intervals import Share
 from nlscale.generate.model import Model
 
@@ -65,7 +66,7 @@ def score(
         drawn = [example(task, Split.fresh, 0, number) for number in numbers]
         ids = torch.from_numpy(np.stack([one.ids for one in drawn]))
         counts = torch.from_numpy(np.stack([one.mask for one in drawn]))[:, 1:]
-        said = model.logits(ids[:, :-1]).argmax(-1).cpu()
+        said = finite(model.logits(ids[:, :-1])).argmax(-1).cpu()
         wrong = counts & (said != ids[:, 1:])
         of += int(counts.sum())
         right += int(counts.sum() - wrong.sum())

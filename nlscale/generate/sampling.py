@@ -10,14 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nlscale.errors import UserError
+from nlscale.generate.tokens import is_whole
 
 _SEEDS = 1 << 64
+_ABOVE_0 = math.ulp(0.0)
 
 
 @dataclass(frozen=True)
@@ -40,20 +43,17 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, holds, wanted in (
-            ("temperature", self.temperature >= 0, "0 or above"),
-            (
-                "top_k",
-                self.top_k >= 0 and self.top_k == int(self.top_k),
-                "a whole number, 0 or above",
-            ),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        for name, least, most, wanted in (
+            ("temperature", 0, math.inf, "0 or above"),
+            ("top_k", 0, math.inf, "a whole number, 0 or above"),
+            ("top_p", _ABOVE_0, 1, "above 0 and at most 1"),
+            ("min_p", 0, 1, "from 0 to 1"),
+            ("repetition_penalty", _ABOVE_0, math.inf, "above 0"),
         ):
             value = getattr(self, name)
-            if not holds or not math.isfinite(value):
-                raise UserError(f"{name}={value} must be {wanted}")
+            is_number = is_whole(value) if name == "top_k" else isinstance(value, Real)
+            if not is_number or not math.isfinite(value) or not least <= value <= most:
+                raise UserError(f"{name}={value!r} must be {wanted}")
 
 
 def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -127,13 +127,13 @@ def chosen(
 
     Args:
         logits: [rows, vocabulary] of the model, of any dtype and device.
-        seen: bool [rows, vocabulary], on the CPU.
+        seen: bool [rows, n], on the CPU: which of the first n ids occur; the others are not drawn.
         sampling: of all rows.
         numbers: one a row, from 0 to below 1; not used at temperature 0.
 
     Returns:
-        int64 [rows], and float64 [rows]: log p(token) of the model itself, in nats, before penalty,
-        temperature and filters.
+        int64 [rows], and float64 [rows]: log p(token) of the model itself, in nats, over the whole
+        vocabulary, before penalty, temperature and filters.
 
     Raises:
         UserError: a logit is not finite.
@@ -144,7 +144,7 @@ def chosen(
             "the model gives logits that are not finite: its training has diverged, or its weights "
             "are damaged; `nlscale checkpoint verify` tells, and an older checkpoint may do"
         )
-    shaped = penalized(logits, seen, sampling.repetition_penalty)
+    shaped = penalized(logits[:, : seen.shape[1]], seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         tokens = shaped.argmax(-1)
     else:
@@ -154,5 +154,5 @@ def chosen(
 
 def check_seed(seed: int) -> None:
     """Raises UserError: it is none that `number` takes."""
-    if not 0 <= seed < _SEEDS:
-        raise UserError(f"seed={seed} must be a whole number from 0 to 2^64 - 1")
+    if not is_whole(seed) or not 0 <= seed < _SEEDS:
+        raise UserError(f"seed={seed!r} must be a whole number from 0 to 2^64 - 1")

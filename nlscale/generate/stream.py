@@ -13,6 +13,7 @@ from nlscale.errors import UserError
 from nlscale.generate.tokens import Integers, Tokens, counted, known, numbered, shaped
 from nlscale.model.decoder import Decoder
 from nlscale.model.graph import AFTER, CapturedToken
+from nlscale.model.mixers.module import check_takes_lengths
 from nlscale.model.mixers.state import State
 from nlscale.model.one_token import DecoderOneToken
 from nlscale.parallel.alone import alone
@@ -41,6 +42,9 @@ class Stream:
         self._decoder, self._vocabulary = decoder, vocabulary
         self._device = next(decoder.parameters()).device
         self._states: dict[str, Any] | None = None
+        self._whole = True
+        """Whether no piece was broken off in the middle."""
+        self._takes_lengths = False  # whether all mixers were asked
         self._apart = False
         """Whether no tensors of the states share memory, so that they can be written in place."""
         self._since = 0  # tokens that were read one by one
@@ -64,8 +68,10 @@ class Stream:
 
         Raises:
             UserError: tokens of another shape or type, beyond the vocabulary, or for another batch
-                than the stream's; other lengths; lengths for a mixer that reads all rows alike.
+                than the stream's; other lengths; lengths for a mixer that reads all rows alike; or
+                an earlier piece was broken off.
         """
+        self._check_whole()
         tokens = shaped(tokens)
         if len(tokens) != self.batch:
             raise UserError(
@@ -80,6 +86,11 @@ class Stream:
             tokens = tokens.masked_fill(padding.to(tokens.device), 0)
             read = None if int(read.min()) == most else read
         tokens = known(tokens, self._vocabulary).to(self._device)
+        if read is not None and not self._takes_lengths:
+            for block in self._decoder.blocks.values():
+                check_takes_lengths(block.mixer)  # type: ignore[arg-type]
+            self._takes_lengths = True
+        self._whole = False  # until all of it is read: blocks write into their states
         with torch.no_grad(), alone():
             if tokens.shape[1] == 1 and self._states is not None:
                 logits = self._read_one(tokens[:, 0], read, last)
@@ -87,6 +98,7 @@ class Stream:
                 logits = self._read(tokens, read, last)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         self.lengths = self.lengths + (tokens.shape[1] if read is None else read)
+        self._whole = True
         if last:
             return logits
         return F.pad(logits, (0, 0, 0, n - tokens.shape[1])).contiguous()
@@ -108,8 +120,7 @@ class Stream:
         if self._one_token is None:
             self._one_token = DecoderOneToken(self._decoder)
         if not self._apart:
-            self._states, self._apart = self._copied(torch.arange(self.batch)), True
-            self._since = 0
+            self._set_apart()
         assert self._states is not None
         active = None if read is None else read.bool()
         if active is None and tokens.is_cuda and self._one_token.capturable:
@@ -130,14 +141,22 @@ class Stream:
             self._captured = CapturedToken(one_token, states, tokens)
         return self._captured.logits(tokens)
 
-    def _copied(self, rows: Tensor) -> dict[str, Any] | None:
-        """The states of some rows, which share no memory with these; of no `State`: themselves."""
-        if self._states is None:
-            return None
-        return {
-            name: state.select(rows) if isinstance(state, State) else state
-            for name, state in self._states.items()
+    def _set_apart(self) -> None:
+        """Copy the states, so that they share no memory; those that are no `State` stay."""
+        every = torch.arange(self.batch)
+        self._states = {
+            name: state.select(every) if isinstance(state, State) else state
+            for name, state in (self._states or {}).items()
         }
+        self._apart, self._since = True, 0
+
+    def _check_whole(self) -> None:
+        if not self._whole:
+            raise UserError(
+                "a piece was broken off while this stream read it, and the stream is half way "
+                "through it; go on from a clone() or tensors() taken before, or begin anew with "
+                "model.stream"
+            )
 
     def select(self, rows: Integers) -> Stream:
         """Another stream, of these sequences in their order, that goes on from here on its own.
@@ -145,14 +164,17 @@ class Stream:
         A sequence may be given several times, to go on in several ways.
 
         Raises:
-            UserError: there is no such sequence; or the state of the mixer is not one of
-                `nlscale.model.mixers.module.State`.
+            UserError: there is no such sequence; a piece was broken off; or the state of the mixer
+                is not one of `nlscale.model.mixers.module.State`.
         """
+        self._check_whole()
         chosen = numbered(rows, self.batch)
         other = Stream(self._decoder, self._vocabulary, len(chosen))
         other.lengths = self.lengths[chosen]
         if self._states is not None:
             other._states = {name: state.select(chosen) for name, state in self._each()}
+            other._apart = True
+        other._one_token, other._takes_lengths = self._one_token, self._takes_lengths
         return other
 
     def clone(self) -> Stream:
@@ -161,19 +183,27 @@ class Stream:
 
     def reset(self, rows: Integers) -> None:
         """Begin these sequences anew; raises as `select`."""
+        self._check_whole()
         chosen = numbered(rows, self.batch)
+        states = dict(self._each())
+        if states and not self._apart:
+            self._set_apart()
+            states = dict(self._each())
+        for state in states.values():
+            state.reset(chosen)
         self.lengths = self.lengths.index_fill(0, chosen, 0)
-        if self._states is not None:
-            for _, state in self._each():
-                state.reset(chosen)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that it holds, by name, for `Model.stream_from`; before it has read: lengths alone.
 
         Raises:
-            UserError: the state of the mixer is not one of `nlscale.model.mixers.module.State`.
+            UserError: a piece was broken off; or the state of the mixer is not one of
+                `nlscale.model.mixers.module.State`.
         """
-        return {name: x.clone() for name, x in self._held().items()}
+        self._check_whole()
+        return {
+            name: x.clone(memory_format=torch.contiguous_format) for name, x in self._held().items()
+        }
 
     @property
     def nbytes(self) -> int:
@@ -188,7 +218,15 @@ class Stream:
             raise UserError("these are not the tensors of a stream: it has lengths, int64 [batch]")
         stream = cls(decoder, vocabulary, len(lengths))
         stream.lengths = lengths.cpu().clone()
+        least, most = (int(x) for x in stream.lengths.aminmax())
+        if least < 0:
+            raise UserError(f"these are not the tensors of a stream: one of its lengths is {least}")
         if set(tensors) == {_LENGTHS}:
+            if most:
+                raise UserError(
+                    f"the tensors of a stream that has read {most} tokens have the states of its "
+                    f"blocks with lengths; give all that tensors() returned"
+                )
             return stream
         like = cls(decoder, vocabulary, 1)
         like.feed([[0]])
@@ -197,6 +235,7 @@ class Stream:
             name: _restored(state, name, tensors, stream).select(every)
             for name, state in like._each()
         }
+        stream._apart = True
         odd = set(tensors) ^ set(stream._held())
         if odd:
             raise UserError(f"the tensors are of a stream of another model: {min(odd)} is odd")
@@ -243,4 +282,9 @@ def _restored(like: State, name: str, tensors: Mapping[str, Tensor], stream: Str
                 f"the tensors are of a stream of another model: blocks.{name}.{key} is "
                 f"{form[0]} of shape {tuple(found[key].shape)}"
             )
+    if not state.fits(stream._decoder.blocks[name].mixer, stream.lengths):
+        raise UserError(
+            f"these are not the tensors of a stream: what is in blocks.{name} is not after lengths "
+            f"{stream.lengths.tolist()[:8]}; take them anew with tensors()"
+        )
     return state

@@ -9,11 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nlscale.config.vocabulary import Config
 from nlscale.data.tokenizer import Tokenizer
 from nlscale.errors import UserError
 from nlscale.generate.detokenize import Detokenizer, Stops
 from nlscale.generate.sampling import Sampling, check_seed, chosen, number
 from nlscale.generate.stream import Stream
+from nlscale.generate.tokens import is_whole, listed
 
 TOKENS = 200
 """How many are generated unless said otherwise."""
@@ -27,6 +29,9 @@ Prompt = str | Sequence[int]
 
 class Speaker(Protocol):
     """What is asked of a `nlscale.generate.model.Model`."""
+
+    @property
+    def config(self) -> Config: ...
 
     @property
     def vocabulary(self) -> int: ...
@@ -87,7 +92,7 @@ class _Row:
     sample: int
     recent: list[int]
     read: int
-    """Tokens of the sequence so far."""
+    """Tokens of the sequence so far; of its document, where these are kept apart."""
     decoder: Detokenizer
     stops: Stops
     text: str = ""
@@ -120,10 +125,14 @@ class Generation:
     First `reading` is to be gone through, then `writing`, which may be left at any time; then
     `results` says what came. Rows are the samples of the first prompt, then those of the second ...
 
+    Ids that the tokenizer does not know, which fill up some models' vocabularies, are never drawn.
+    A model that was trained on each document as if it stood alone (`data.document_mask`) begins
+    anew at the last separator of what it is to read, and what comes before that changes nothing.
+
     Args:
         model: a `nlscale.generate.model.Model`.
         prompts: texts, or token ids; an empty one stands for the separator of documents, after
-            which a document begins.
+            which a document begins. A text is read as it stands: no token is put before it.
         tokens: to generate of each at most; 0 only reads.
         samples: of each prompt. Sample i of a seed is the same whatever else is generated, up to
             draws that the rounding of logits decides.
@@ -133,51 +142,53 @@ class Generation:
         begun: what the one prompt goes on from, where it may be empty; its stream is read on.
 
     Raises:
-        UserError: an argument out of its range; ids that the model does not know; there is no
-            tokenizer, or a text that it does not know.
+        UserError: an argument of another type or out of its range; ids or a text that the tokenizer
+            does not know; there is no tokenizer.
     """
 
     def __init__(
         self,
         model: Speaker,
-        prompts: Sequence[Prompt],
+        prompts: str | Sequence[Prompt],
         tokens: int = TOKENS,
         samples: int = 1,
         sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int = 0,
         begun: Begun | None = None,
     ) -> None:
-        check_seed(seed)
-        if tokens < 0 or samples < 1 or not prompts:
-            raise UserError(
-                f"{len(prompts)} prompts, samples={samples}, tokens={tokens}; give at least one "
-                f"prompt, one sample, and 0 tokens or more"
-            )
-        assert begun is None or len(prompts) == 1, "a state is that of one sequence"
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        stop = [stop] if isinstance(stop, str) else stop
+        _check(prompts, tokens, samples, seed, begun)
         self._model, self._seed, self._begun, self._tokens = model, seed, begun, tokens
         self._sampling, self._samples = sampling or Sampling(), samples
-        before = begun.recent if begun else []
+        tokenizer, before = model.tokenizer, begun.recent if begun else []
         self._ids = [self._encoded(prompt) for prompt in prompts]
         self._unread = [[*before[-1:], *ids] for ids in self._ids]
-        known = begun.seen[None].repeat(len(prompts), 1) if begun else None
-        seen = torch.zeros(len(prompts), model.vocabulary, dtype=torch.bool)
-        seen = seen if known is None else known
-        for row, ids in zip(seen, self._ids, strict=True):
+        past = begun.tokens - 1 if begun else 0
+        self._seen = torch.zeros(len(prompts), model.vocabulary, dtype=torch.bool)
+        if model.config.data.document_mask:
+            self._unread = [_last_document(ids, tokenizer.separator) for ids in self._unread]
+            if begun and self._unread[0][0] == tokenizer.separator:
+                begun, before, past = None, [], 0
+        if begun:
+            self._seen |= begun.seen
+        for row, ids in zip(self._seen, self._unread, strict=True):
             row[ids] = True
-        self._seen = seen.repeat_interleave(samples, 0)
-        tokenizer, past = model.tokenizer, begun.tokens if begun else 0
+        self._seen = self._seen.repeat_interleave(samples, 0)
         self.rows = []
-        for prompt, ids in zip(prompts, self._ids, strict=True):
+        for prompt, ids, unread in zip(prompts, self._ids, self._unread, strict=True):
             text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-            recent = [*before, *ids][-_RECENT:]
+            recent = [*before[:-1], *unread][-_RECENT:]
             for sample in range(samples):
-                decoder = Detokenizer(tokenizer, recent)
-                row = _Row(text, len(ids), sample, recent, past + len(ids), decoder, Stops(stop))
+                decoder, read = Detokenizer(tokenizer, recent), past + len(unread)
+                row = _Row(text, len(ids), sample, recent, read, decoder, Stops(stop))
                 row.ended = None if tokens else "tokens"
                 self.rows.append(row)
         self._stream = begun.stream if begun else model.stream(len(prompts))
         self._active = [row for row in self.rows if row.ended is None]
+        self._has_read: bool | None = False
+        """None while it reads."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -189,7 +200,13 @@ class Generation:
 
         Args:
             piece: tokens of a row at a time; None: `PIECE`.
+
+        Raises:
+            UserError: it has begun before.
         """
+        if self._has_read is not False:
+            raise UserError("the prompts have been read; make another Generation to read anew")
+        self._has_read = None
         piece = piece or PIECE
         for start in range(0, max(len(ids) for ids in self._unread) - 1, piece):
             parts = [ids[start : min(start + piece, len(ids) - 1)] for ids in self._unread]
@@ -202,15 +219,23 @@ class Generation:
         if self._samples > 1:
             prompts = range(len(self._unread))
             self._stream = self._stream.select([p for p in prompts for _ in range(self._samples)])
+        self._has_read = True
 
     def writing(self) -> Iterator[list[tuple[int, str]]]:
-        """Generate; yields after each token of all rows those that have new text, with the text."""
-        end = self._model.tokenizer.separator
+        """Generate; yields after each token of all rows those that have new text, with the text.
+
+        Raises:
+            UserError: `reading` is not over; or the model gives logits that are not finite.
+        """
+        if not self._has_read:
+            raise UserError("the prompts are not read yet; go through reading() to its end first")
+        end, known = self._model.tokenizer.separator, self._model.tokenizer.vocabulary
         place = {id(row): index for index, row in enumerate(self.rows)}
         while self._active:
             logits = self._stream.feed([row.recent[-1:] for row in self._active], last=True)
             numbers = [number(self._seed, row.sample, row.read) for row in self._active]
-            drawn, log_probabilities = chosen(logits, self._seen, self._sampling, numbers)
+            seen = self._seen[:, :known]
+            drawn, log_probabilities = chosen(logits, seen, self._sampling, numbers)
             self._seen.scatter_(1, drawn[:, None], True)
             new = []
             pairs = zip(drawn.tolist(), log_probabilities.tolist(), strict=True)
@@ -250,21 +275,50 @@ class Generation:
 
     @property
     def begun(self) -> Begun:
-        """What the one row has come to, to go on from."""
-        assert len(self.rows) == 1, "a state is that of one sequence"
+        """What the one row has come to, to go on from.
+
+        Raises:
+            UserError: there are several rows; `reading` is not over, or a token was interrupted.
+        """
+        if len(self.rows) > 1:
+            raise UserError(f"{len(self.rows)} texts are no state to go on from; generate one")
+        if not self._has_read or int(self._stream.lengths[0]) != self.rows[0].read - 1:
+            raise UserError(
+                "what the model has read and what was generated differ: reading() is not over, or "
+                "a token was interrupted; read the prompt anew"
+            )
         return Begun(self._stream, self.rows[0].recent, self._seen[0])
 
     def _encoded(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
-            ids = [int(token) for token in prompt]
-            if any(not 0 <= token < self._model.vocabulary for token in ids):
-                raise UserError(
-                    f"a prompt has ids from {min(ids)} to {max(ids)}, and the model knows 0 to "
-                    f"{self._model.vocabulary - 1}"
-                )
+        tokenizer = self._model.tokenizer
+        if isinstance(prompt, str):
+            ids: list[int] = tokenizer.encode(prompt).tolist()
         else:
-            ids = self._model.tokenizer.encode(prompt).tolist()
-        return ids if ids or self._begun else [self._model.tokenizer.separator]
+            ids = listed(prompt, tokenizer.vocabulary)
+        return ids if ids or self._begun else [tokenizer.separator]
+
+
+def _check(prompts: object, tokens: object, samples: object, seed: int, begun: object) -> None:
+    """Raises UserError: they are none of `Generation`."""
+    check_seed(seed)
+    if not isinstance(prompts, Sequence):
+        raise UserError(
+            f"prompts of type {type(prompts).__name__}; give a text, or a list of texts and of "
+            f"lists of ids (tolist() of a tensor makes these)"
+        )
+    whole = is_whole(tokens) and is_whole(samples)
+    if not whole or tokens < 0 or samples < 1 or not prompts:  # type: ignore[operator]
+        raise UserError(
+            f"{len(prompts)} prompts, samples={samples}, tokens={tokens}; give at least one "
+            f"prompt, and whole numbers: one sample or more, and 0 tokens or more"
+        )
+    if begun is not None and len(prompts) > 1:
+        raise UserError(f"{len(prompts)} prompts go on from one state; give one")
+
+
+def _last_document(ids: list[int], separator: int) -> list[int]:
+    """From the last separator on, which begins a document."""
+    return ids[max((i for i, token in enumerate(ids) if token == separator), default=0) :]
 
 
 def generate(
@@ -277,8 +331,6 @@ def generate(
     seed: int = 0,
 ) -> list[Continuation]:
     """See `nlscale.generate.model.Model.generate`."""
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    stop = [stop] if isinstance(stop, str) else stop
     generation = Generation(model, prompts, tokens, samples, sampling, stop, seed)
     for _ in generation.reading():
         pass

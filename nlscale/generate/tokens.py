@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,32 @@ Tokens = Tensor | NDArray[Any] | Sequence[Sequence[int]]
 """Token ids [batch, n], integers of any width."""
 Integers = Tensor | NDArray[Any] | Sequence[int]
 """[n], of any width."""
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is an integer by its type, of Python or numpy; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def listed(prompt: Iterable[Any], vocabulary: int) -> list[int]:
+    """The ids of a prompt.
+
+    Raises:
+        UserError: it is no sequence of integers, or has ids that the tokenizer does not know.
+    """
+    try:
+        ids = [operator.index(token) for token in prompt]
+    except TypeError:
+        raise UserError(
+            f"{prompt!r:.60} is no prompt; give a text, or a list of ids such as [1, 2, 3], and "
+            f"several prompts as a list of these"
+        ) from None
+    if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+        raise UserError(
+            f"a prompt has ids from {min(ids)} to {max(ids)}, and the tokenizer knows 0 to "
+            f"{vocabulary - 1}"
+        )
+    return ids
 
 
 def shaped(tokens: Tokens) -> Tensor:

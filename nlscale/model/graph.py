@@ -42,7 +42,7 @@ class CapturedToken:
                 one_token.logits(self.tokens, copies, None)
         torch.cuda.current_stream(tokens.device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.device(tokens.device), torch.cuda.graph(self.graph, stream=side):
             self.result = one_token.logits(self.tokens, dict(states), None)
 
     def logits(self, tokens: Tensor) -> Tensor:

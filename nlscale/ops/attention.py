@@ -23,6 +23,10 @@ _SCORES = 2**18
 """That are held at a time, unless those of one block in one head are more: what a core's cache
 holds."""
 
+_SEEN = 2**22
+"""Pairs of a query and a key of which a mask is held at a time, unless those of one query are
+more."""
+
 
 def causal_attention(
     q: Tensor,
@@ -62,7 +66,7 @@ def causal_attention(
         return F.scaled_dot_product_attention(q, k, v, documents.attends())
     time = q.shape[2]
     if isinstance(past, Tensor):
-        return F.scaled_dot_product_attention(q, k, v, seen_by(past.to(k.device), time, k.shape[2]))
+        return _later_piece(q, k, v, past.to(k.device))
     by_blocks = (
         kernels and not q.is_cuda and torch.is_grad_enabled() and _QUERIES < time <= _LONGEST
     )
@@ -73,8 +77,23 @@ def causal_attention(
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=native)
     if time == 1:
         return F.scaled_dot_product_attention(q, k, v)
-    mask = torch.ones(time, past + time, dtype=torch.bool, device=k.device).tril(past)
-    return F.scaled_dot_product_attention(q, k, v, mask)
+    return _later_piece(q, k, v, torch.full((1,), past, device=k.device))
+
+
+def _later_piece(q: Tensor, k: Tensor, v: Tensor, past: Tensor) -> Tensor:
+    """Of a piece after others; `past`, [batch] or [1], came before.
+
+    The mask that says what each token sees is as large as the scores of a head: it is made for a
+    block of queries at a time.
+    """
+    time, keys = q.shape[2], k.shape[2]
+    step = max(1, _SEEN // (len(past) * keys))
+    read = []
+    for first in range(0, time, step):
+        queries = q[:, :, first : first + step]
+        seen = seen_by(past + first, queries.shape[2], keys)
+        read.append(F.scaled_dot_product_attention(queries, k, v, seen))
+    return read[0] if len(read) == 1 else torch.cat(read, 2)
 
 
 def _one_token(q: Tensor, k: Tensor, v: Tensor, past: int | Tensor) -> Tensor:

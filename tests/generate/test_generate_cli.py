@@ -300,7 +300,7 @@ def test_without_the_data_another_tokenizer_is_asked_for(shell: Shell, tmp_path:
     )
     SYMBOLS.save(tmp_path)
     assert shell("run", *SHORT, "--tokenizer", ".").startswith("s1 s2 s3 s")
-    assert "no finished checkpoint" in shell("nowhere", *SHORT, code=2)
+    assert "nowhere is no folder; give that of a run" in shell("nowhere", *SHORT, code=2)
     assert "'x' is no symbol of letters" in shell(
         "run", "--prompt", "x", "--tokenizer", ".", code=2
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,95 @@ def test_tensors_of_another_stream_are_refused(load: Load) -> None:
     ):
         with pytest.raises(UserError, match=says):
             model.stream_from(odd)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "changed", "says"),
+    [
+        ("hope", {"blocks.0.position": [99, -3]}, r"blocks\.0 is not after lengths \[3, 3\]"),
+        ("hope", {"lengths": [700, 3]}, r"not after lengths \[700, 3\]"),
+        ("attention", {"lengths": [4, 3]}, r"not after lengths \[4, 3\]"),
+        ("attention", {"lengths": [9, 3], "blocks.0.lengths": [9, 3]}, "not after lengths"),
+        ("attention", {"lengths": [-1, 3]}, "one of its lengths is -1"),
+    ],
+    ids=str,
+)
+def test_tensors_that_do_not_go_together_are_refused(
+    mixer: str, changed: dict[str, list[int]], says: str, load: Load
+) -> None:
+    model = load(mixer)
+    stream = model.stream(2)
+    stream.feed([[1, 2, 3], [4, 5, 6]])
+    held = stream.tensors() | {name: torch.tensor(x) for name, x in changed.items()}
+    with pytest.raises(UserError, match=says):
+        model.stream_from(held)
+    with pytest.raises(UserError, match="that has read 3 tokens have the states of its blocks"):
+        model.stream_from({"lengths": stream.lengths})
+
+
+@pytest.mark.parametrize("mixer", ["hope", "attention"])
+def test_a_stream_that_was_broken_off_in_a_piece_says_so(
+    mixer: str, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(mixer)
+    tokens = random_tokens(2, 6)
+    stream = model.stream(2)
+    stream.feed(tokens[:, :4])
+    kept = stream.clone()
+
+    def broken_off(*_: Any) -> None:
+        raise RuntimeError("no memory is left")
+
+    for piece in (tokens[:, 4:5], tokens[:, 4:]):  # token by token, and at once
+        stream = kept.clone()
+        with monkeypatch.context() as patch:  # the first block has read it by then
+            patch.setattr(model._decoder.blocks["1"].mixer, "one_token", lambda: broken_off)
+            patch.setattr(model._decoder.blocks["1"].mixer, "forward", broken_off)
+            with pytest.raises(RuntimeError, match="no memory"):
+                stream.feed(piece)
+        acts: list[Callable[[], object]] = [
+            partial(stream.feed, piece),
+            partial(stream.select, [0]),
+            partial(stream.reset, [0]),
+            stream.clone,
+            stream.tensors,
+        ]
+        for act in acts:
+            with pytest.raises(UserError, match=r"broken off .* go on from a clone\(\)"):
+                act()
+    assert far(kept.feed(tokens[:, 4:]), model.logits(tokens)[:, 4:]) < EXACT
+
+
+@pytest.mark.parametrize("mixer", ["hope", "hope-pure", "gated-delta", "attention"])
+def test_a_row_that_begins_anew_in_its_first_chunk_leaves_the_others(
+    mixer: str, load: Load, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = load(mixer)
+    tokens = random_tokens(2, 12)
+    stream = model.stream(2)
+    stream.feed(tokens[:, :3])  # some memories of both rows are still one and the same
+    stream.reset([0])
+    found = stream.feed(torch.stack([tokens[0, :9], tokens[1, 3:]]))
+    assert far(found[0], model.logits(tokens[:1, :9])[0]) < EXACT
+    assert far(found[1], model.logits(tokens[1:])[0, 3:]) < EXACT
+    assert not [w for w in recwarn if "expanded" in str(w.message)]
+
+
+def test_a_choice_of_rows_is_not_copied_again_and_attention_holds_what_it_counts(
+    load: Load,
+) -> None:
+    stream = load("attention").stream(2)
+    stream.feed(random_tokens(2, 5))
+    state = stream._states["0"]  # type: ignore[index]
+    for x in (state.keys, state.values):
+        assert x.untyped_storage().nbytes() == x.nbytes
+    stream.feed([[1], [2]])
+    fork = stream.select([1, 1])
+    chosen = fork._states["0"].values  # type: ignore[index]
+    stream.feed([[1], [2]])
+    assert chosen.shape[2] > 7 and fork._one_token is stream._one_token
+    fork.feed([[3], [4]])
+    assert fork._states["0"].values is chosen  # type: ignore[index]
 
 
 def test_a_stream_that_has_read_nothing_can_be_all_that_too(load: Load) -> None:

@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers as hf
 import torch
+from checkpoint.saved_runs import config
 from generate import models
 from generate.models import VOCABULARY, saved
 
 import nlscale
-from nlscale.data.tokenizer import ByteTokenizer, SymbolTokenizer, Tokenizer, train_bpe
+from nlscale.data.tokenizer import (
+    BpeTokenizer,
+    ByteTokenizer,
+    SymbolTokenizer,
+    Tokenizer,
+    train_bpe,
+)
 from nlscale.errors import UserError
 from nlscale.generate import state_file
 from nlscale.generate.detokenize import Detokenizer, Stops
@@ -40,10 +48,25 @@ def bpe() -> Tokenizer:
     return train_bpe([MIXED * 40], 300)
 
 
+@pytest.fixture(scope="module")
+def fallback() -> Tokenizer:
+    """As of Llama 2: a few letters, and bytes for all others; decoding strips a space at first."""
+    names = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a"]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    carrier = hf.Tokenizer(hf.models.BPE(vocabulary, [("▁", "a")], byte_fallback=True))
+    norm, decode = hf.normalizers, hf.decoders
+    carrier.normalizer = norm.Sequence([norm.Prepend("▁"), norm.Replace(" ", "▁")])
+    carrier.decoder = decode.Sequence(
+        [decode.Replace("▁", " "), decode.ByteFallback(), decode.Fuse(), decode.Strip(" ", 1, 0)]
+    )
+    return BpeTokenizer(carrier, "</s>")
+
+
 class Scripted:
     """A model of bytes that says one text, whatever it reads, and then ends it."""
 
     vocabulary = 256
+    config = config()
 
     def __init__(self, says: bytes, prompt: int) -> None:
         self.tokenizer = ByteTokenizer()
@@ -75,23 +98,55 @@ def said(
     return pieces, generation.results[0]
 
 
-@pytest.mark.parametrize("kind", ["bytes", "bpe", "symbols"])
-def test_pieces_add_up_to_the_text_in_whole_characters(kind: str, bpe: Tokenizer) -> None:
-    tokenizer = {"bytes": ByteTokenizer(), "bpe": bpe, "symbols": SYMBOLS}[kind]
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "symbols", "fallback"])
+def test_pieces_add_up_to_the_text_in_whole_characters(
+    kind: str, bpe: Tokenizer, fallback: Tokenizer
+) -> None:
+    tokenizer = {"bytes": ByteTokenizer(), "bpe": bpe, "symbols": SYMBOLS, "fallback": fallback}[
+        kind
+    ]
+    drawn = random.Random(kind)
     for trial in range(60):
-        broken = trial % 2 == 1 and kind != "symbols"
+        broken = trial % 2 == 1 and kind in ("bytes", "bpe")
         if kind == "symbols" or broken:
-            ids = [random.randrange(tokenizer.vocabulary) for _ in range(40)]
+            ids = [drawn.randrange(tokenizer.vocabulary) for _ in range(40)]
         else:
-            letters = "".join(random.choices(MIXED, k=20))
-            ids = tokenizer.encode(letters).tolist()
-        cut = random.randrange(len(ids))
-        decoder = Detokenizer(tokenizer, ids[:cut])
-        pieces = [decoder.push(token) for token in ids[cut:]]
-        before = tokenizer.decode(ids[:cut]).removesuffix("�")
-        whole = tokenizer.decode(ids).removesuffix("�")
-        assert before + "".join(pieces) == whole
-        assert broken or not any("�" in piece for piece in pieces)
+            ids = tokenizer.encode("".join(drawn.choices(MIXED, k=20))).tolist()
+        cut = drawn.randrange(len(ids))
+        first = Detokenizer(tokenizer)
+        pieces = [first.push(token) for token in ids[:cut]]
+        decoder = Detokenizer(tokenizer, ids[:cut][-16:])
+        pieces += [decoder.push(token) for token in ids[cut:]]
+        text, whole = "".join(pieces), tokenizer.decode(ids)
+        assert text == whole or broken
+        # A text that goes on elsewhere is that of one go; no more than what is undecided is kept.
+        assert whole.startswith(text) and whole[len(text) :] in ("", "�", "��", "���")
+        assert broken or "�" not in text
+
+
+@pytest.mark.parametrize("kind", ["bytes", "fallback"])
+def test_bytes_that_become_no_character_come_too(kind: str, fallback: Tokenizer) -> None:
+    """And what is decoded for each does not grow."""
+    tokenizer = ByteTokenizer() if kind == "bytes" else fallback
+    broken, letter = (1 + 0x80, 258) if kind == "fallback" else (0x80, ord("a"))
+    longest = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return type(tokenizer).decode(tokenizer, ids)
+
+    tokenizer.decode = decode  # type: ignore[method-assign, assignment]
+    try:
+        decoder = Detokenizer(tokenizer, [letter])
+        pieces = [decoder.push(broken) for _ in range(200)]
+        assert len("".join(pieces)) == 197
+        pieces += [decoder.push(tokenizer.separator) for _ in range(200)]
+        pieces.append(decoder.push(letter))
+    finally:
+        del tokenizer.decode
+    assert "".join(pieces) == "�" * 200 + "a"
+    assert longest <= 33
 
 
 def test_a_text_ends_before_the_first_stop_wherever_it_is_cut() -> None:
@@ -136,8 +191,65 @@ def test_half_a_character_is_never_shown() -> None:
     assert pieces == ["�a", "�("]
 
 
+def test_ids_beyond_the_tokenizer_are_never_drawn(model: Model) -> None:
+    """Of a vocabulary that was filled up; what the model gives them still counts."""
+    model.tokenizer = SymbolTokenizer("few", [f"s{i}" for i in range(5)])
+    try:
+        hot = Sampling(temperature=50.0, top_p=1.0, repetition_penalty=0.7)
+        found = generate(model, "s1", tokens=20, samples=8, sampling=hot)
+        with pytest.raises(UserError, match="ids from 2 to 9, and the tokenizer knows 0 to 4"):
+            generate(model, [[2, 9]], tokens=1)
+    finally:
+        model.tokenizer = SYMBOLS
+    assert {token for one in found for token in one.ids} == {0, 1, 2, 3, 4}
+    assert all(one.ended in ("tokens", "end of text") for one in found)
+    one = max(found, key=lambda one: len(one.ids))
+    expected = model.logits([[1, *one.ids]])[0, :-1].double().log_softmax(-1)
+    expected = expected.gather(1, torch.tensor(one.ids)[:, None])[:, 0]
+    assert one.log_probabilities == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_documents_that_were_trained_apart_begin_anew(tmp_path: Path) -> None:
+    saved(tmp_path, "data.document_mask=true")
+    model = nlscale.load(tmp_path, device="cpu")
+    model.tokenizer = SYMBOLS
+    end: int = SYMBOLS.separator
+    how: dict[str, Any] = {"tokens": 6, "sampling": Sampling(repetition_penalty=1.5), "seed": 2}
+    (fresh,) = generate(model, [[end, 7, 8]], **how)
+    (after,) = generate(model, [[1, 2, end, 3, end, 7, 8]], **how)
+    assert (after.ids, after.text) == (fresh.ids, fresh.text)
+    both = generate(model, [[1, 2, end, 7, 8], [4, 5, 6, 7, 8, 9]], **how)
+    assert both[0].ids == fresh.ids
+    for parts in (([3, 4, end], [7, 8]), ([3, 4], [5, end, 7, 8]), ([3, end, 7], [8])):
+        begun = None
+        for part in parts:
+            last = Generation(model, [part], **{**how, "tokens": 0}, begun=begun)
+            list(last.reading())
+            begun = last.begun
+        assert begun is not None and begun.tokens == 3
+        last = Generation(model, [[]], **how, begun=begun)
+        list(last.reading())
+        list(last.writing())
+        assert (last.results[0].ids, last.results[0].text) == (fresh.ids, fresh.text)
+
+
+def test_what_is_not_read_to_its_end_is_not_gone_on_from(model: Model) -> None:
+    generation = Generation(model, [[1, 2, 3, 4]], tokens=2)
+    next(generation.reading(2))
+    with pytest.raises(UserError, match=r"reading\(\) to its end first"):
+        next(generation.writing())
+    with pytest.raises(UserError, match="differ: reading"):
+        _ = generation.begun
+    with pytest.raises(UserError, match="another Generation"):
+        next(generation.reading())
+    two = Generation(model, [[1], [2]], tokens=1)
+    with pytest.raises(UserError, match="2 texts are no state"):
+        _ = two.begun
+
+
 def test_one_that_is_left_has_what_came() -> None:
     generation = Generation(Scripted(b"abcEN", 1), ["x"], stop=["END"])
+    list(generation.reading())
     for count, _ in enumerate(generation.writing()):
         if count == 4:
             break
@@ -279,8 +391,15 @@ def test_a_file_that_is_no_state_is_refused(model: Model, tmp_path: Path) -> Non
         ({"tokens": -1}, "tokens=-1; give"),
         ({"samples": 0}, "samples=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 1.5}, "seed=1.5 must be a whole"),
+        ({"tokens": 2.5}, "tokens=2.5; give"),
+        ({"samples": True}, "samples=True"),
+        ({"prompts": [1, 2, 3]}, "1 is no prompt; give a text, or a list"),
+        ({"prompts": [[1.7]]}, r"\[1.7\] is no prompt"),
+        ({"prompts": torch.tensor([[1, 2], [3, 4]])}, r"type Tensor; give .*tolist\(\)"),
+        ({"stop": [1]}, "a stop is a text"),
         ({"stop": [""]}, "a stop is empty"),
-        ({"prompts": [[3, 61]]}, "ids from 3 to 61, and the model knows 0 to 60"),
+        ({"prompts": [[3, 61]]}, "ids from 3 to 61, and the tokenizer knows 0 to 60"),
         ({"prompts": ["s1 nothing"]}, "'nothing' is no symbol"),
     ],
 )

@@ -33,3 +33,16 @@ def test_recomputed_parts_change_memory_and_nothing_else(build, mixer, cms, part
     for expected, gradient in zip(plain[1], recomputed[1], strict=True):
         assert torch.equal(expected, gradient)
     assert recomputed[2] < 0.95 * plain[2]
+
+
+def test_recomputed_pieces_of_a_sequence_change_nothing(build, mixer, tokens) -> None:
+    def gradients(parts: str) -> list[torch.Tensor]:
+        model, states, pieces = build(mixer, f"train.recompute=[{parts}]"), None, []
+        for piece in tokens.split([10, 8, 3, 5], dim=1):
+            out, states = model.hidden(piece, states)
+            pieces.append(out)
+        model.logits(torch.cat(pieces)).square().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    for expected, gradient in zip(gradients(""), gradients("mixer"), strict=True):
+        assert torch.equal(expected, gradient)

@@ -98,3 +98,23 @@ def test_by_blocks_bf16_is_about_as_exact_as_torch(seed: int) -> None:
     for ours, torchs, true in zip(run(low, True), run(low, False), want, strict=True):
         errors = [(x.double() - true).norm() / true.norm() for x in (ours, torchs)]
         assert 0 < errors[0] <= 1.4 * errors[1]  # 1.23 at most in 40 seeds, mostly less than 1
+
+
+@pytest.mark.parametrize("past", [7, [7, 0, 4]], ids=str)
+def test_the_mask_of_a_later_piece_is_made_for_some_queries_at_a_time(
+    past: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    q, (k, v) = torch.randn(3, 2, 9, 8).double(), torch.randn(2, 3, 2, 16, 8).double()
+    past = torch.tensor(past) if isinstance(past, list) else past
+    wanted, made = causal_attention(q, k, v, past=past), []
+    seen_by = attention.seen_by
+
+    def counted(*given: Any) -> Tensor:
+        made.append(seen_by(*given))
+        return made[-1]
+
+    monkeypatch.setattr(attention, "seen_by", counted)
+    monkeypatch.setattr(attention, "_SEEN", 100)
+    torch.testing.assert_close(causal_attention(q, k, v, past=past), wanted, rtol=0, atol=1e-14)
+    assert len(made) > 1 and max(mask.numel() for mask in made) <= 100

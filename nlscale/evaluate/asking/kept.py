@@ -107,14 +107,20 @@ class Kept:
 
 
 def home_of(folder: Path) -> Path:
-    """Where the results of a model are kept: in its run's folder, else beside its files.
+    """Where the results of a model are kept: in its run's folder, else in that of its files.
+
+    Never in the folder of a checkpoint, which holds what its manifest lists and nothing else: those
+    of one that is in no run lie beside it.
 
     Args:
-        folder: of a run, of one of its checkpoints, or of an export.
+        folder: of a run, of one or all of its checkpoints, or of an export.
     """
-    run = folder.parent.parent
-    if folder.parent.name == FOLDER and (run / _RUN_CONFIG).is_file():
-        return run / EVALS
+    folder = folder.resolve()
+    for inside in (folder, folder.parent):
+        if inside.name == FOLDER and (inside.parent / _RUN_CONFIG).is_file():
+            return inside.parent / EVALS
+    if (folder / _MANIFEST).is_file():
+        return folder.with_name(f"{folder.name}.{EVALS}")
     return folder / EVALS
 
 
@@ -136,9 +142,10 @@ def named(folder: Path, step: int | None = None) -> Named:
     """
     if (folder / _MANIFEST).is_file():
         return _checkpoint(folder)
+    inside = folder / FOLDER
     found = {
         int(match[1]): path
-        for path in (folder / FOLDER).glob("step-*")
+        for path in (inside if inside.is_dir() else folder).glob("step-*")
         if (match := _STEP.fullmatch(path.name)) and (path / _MANIFEST).is_file()
     }
     if found:
@@ -154,7 +161,7 @@ def named(folder: Path, step: int | None = None) -> Named:
 
 
 def _checkpoint(folder: Path) -> Named:
-    match, state = _STEP.fullmatch(folder.name), _object(folder / _STATE)
+    match, state = _STEP.fullmatch(folder.resolve().name), _object(folder / _STATE)
     step = int(match[1]) if match else None
     return Named(step, _digest(folder / _MANIFEST), _data(state.get("config")))
 

@@ -62,6 +62,12 @@ def _ask(
 
     progress = Progress(f"nlscale eval {name} {folder}", ranks.first)
     model = load(folder, device=_device(ranks))
+    steps = set(ranks.gather(model.step))
+    if len(steps) > 1:
+        raise UserError(
+            f"ranks read {folder} at steps {', '.join(f'{s:,}' for s in sorted(steps))}: it is "
+            f"being trained, or nodes see other files; name one of its checkpoints"
+        )
     kept = Kept(home if ranks.first else None, stem(name, named(folder, model.step), asked))
     kept.make()
     context = Context(name, folder, ranks, kept, progress)

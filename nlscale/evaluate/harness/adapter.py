@@ -101,7 +101,9 @@ class Adapter(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        pairs = [self._cut(context, continuation) for _, context, continuation in requests]
+        # White space alone belongs to what follows it, and leaves no context.
+        first = [self.prefix_token_id]
+        pairs = [self._cut(context or first, asked) for _, context, asked in requests]
         found = self._asked("loglikelihood", questions(pairs))
         return [found[pair] for pair in pairs]
 

@@ -35,8 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def factors(text: str) -> list[int]:
     """A `type` of argparse: such as 1x,2x,4x."""
-    numbers = [part.strip().removesuffix("x") for part in text.split(",")]
-    if not all(n.isascii() and n.isdecimal() and 1 <= int(n) <= _LONGEST for n in numbers):
+    parts = [part.strip() for part in text.split(",")]
+    numbers = [part.removesuffix("x") for part in parts if part.endswith("x")]
+    if len(numbers) < len(parts) or not all(
+        n.isascii() and n.isdecimal() and 1 <= int(n) <= _LONGEST for n in numbers
+    ):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no list of lengths; write such as 1x,2x,4x, each from 1x to {_LONGEST}x"
         )

@@ -22,6 +22,7 @@ from nlscale.data.tokenizer import Tokenizer
 from nlscale.errors import UserError
 from nlscale.evaluate.asking.context import Advance, Context, Part
 from nlscale.evaluate.asking.sizes import shown
+from nlscale.evaluate.finite import finite
 from nlscale.evaluate.instruments.score import score_all
 from nlscale.evaluate.intervals import Share
 from nlscale.evaluate.needles.options import only_factors, tokens
@@ -170,7 +171,7 @@ def answers(
     said: list[list[int]] = [[] for _ in prompts]
     texts = ["" for _ in prompts]
     for number in range(most):
-        chosen = logits.argmax(-1).cpu()
+        chosen = finite(logits).argmax(-1).cpu()
         for row, token in zip(said, chosen.tolist(), strict=True):
             row.append(token)
         texts = [tokenizer.decode([i for i in row if i < tokenizer.vocabulary]) for row in said]

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from nlscale.errors import UserError
 from nlscale.evaluate.asking.context import Advance, Context, Part
 from nlscale.evaluate.asking.sizes import shown
+from nlscale.evaluate.finite import finite
 from nlscale.evaluate.intervals import Ratio
 from nlscale.evaluate.position.text import Text, text_of
 from nlscale.evaluate.trained import Result
@@ -135,7 +136,7 @@ def _read(
     step = max(1, min(_PIECE, _LOGITS // (rows * model.vocabulary)))
     for first in range(0, length, step):
         here = slice(first, min(first + step, length))
-        logits = stream.feed(ids[:, here])
+        logits = finite(stream.feed(ids[:, here]))
         nats = _nats(logits, ids[:, 1:][:, here]) * counted[:, here]
         for kind, values in enumerate((nats, counted[:, here], size[:, here])):
             sums[:, :, kind].index_add_(1, range_of[here], values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class State:
                 x[rows.to(x.device)] = 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that it holds, by name, for `of`."""
+        """All that it holds, by name, for `of`; they may share memory with it."""
         return {k: x for k, x in self._fields().items() if x is not None}
 
     @classmethod
@@ -46,6 +46,15 @@ class State:
     def form(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Of each of `tensors` the dtype, and the sizes that are the same for any rows."""
         return {k: (x.dtype, tuple(x.shape[1:])) for k, x in self.tensors().items()}
+
+    def fits(self, mixer: Any, lengths: Tensor) -> bool:
+        """Whether this mixer can go on from it.
+
+        Args:
+            mixer: one whose states have this `form`.
+            lengths: tokens that each row has read, int64 [batch], on the CPU.
+        """
+        return True
 
     def _fields(self) -> dict[str, Tensor | None]:
         return {f.name: getattr(self, f.name) for f in fields(self)}

@@ -84,7 +84,7 @@ class Attention(Mixer):
         if state is None:
             state = AttentionState.begun(k, v, lengths)
         else:
-            k, v = state.add(k, v, lengths)
+            state, k, v = state.add(k, v, lengths)
         out = causal_attention(q, k, v, documents, self.kernels, past)
         return out.permute(2, 0, 1, 3).reshape(length, batch, -1), state
 

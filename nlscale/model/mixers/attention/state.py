@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class AttentionState(State):
     def begun(cls, k: Tensor, v: Tensor, lengths: Tensor | None) -> AttentionState:
         """Of the first piece; see `add`."""
         read = torch.full((len(k),), k.shape[2]) if lengths is None else lengths.clone()
+        if not torch.is_grad_enabled():  # a part of the projection, all of which it would keep
+            v = v.clone(memory_format=torch.contiguous_format)
         return cls(k, v, read)
 
     def past(self) -> int | Tensor:
@@ -33,39 +36,53 @@ class AttentionState(State):
         first, last = (int(x) for x in self.lengths.aminmax())
         return first if first == last else self.lengths
 
-    def add(self, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    def add(
+        self, k: Tensor, v: Tensor, lengths: Tensor | None
+    ) -> tuple[AttentionState, Tensor, Tensor]:
         """Put the keys and values of a piece behind those of each row.
+
+        Without gradients they are written into this state. With them it stays as it is: its keys
+        may be wanted again in the backward pass, which may also compute the piece again.
 
         Args:
             k, v: [batch, heads, time, d].
             lengths: how many of them each row has read, int64 [batch], on the CPU; None: all.
 
         Returns:
-            Keys and values up to the last of any row.
+            The state after the piece, and keys and values up to the last of any row.
         """
         time, past = k.shape[2], self.lengths
         first, last = (int(x) for x in past.aminmax())
         end = last + time
-        self._make_room(end)
-        if first == last:
-            self.keys[:, :, first:end], self.values[:, :, first:end] = k, v
-        else:  # what is not read as well: it stands beyond the row's length
+        after = past + (time if lengths is None else lengths)
+        place = None  # that of each row's; what is not read as well: beyond the row's length
+        if first < last:
             place = (past[:, None] + torch.arange(time)).to(k.device)[:, None, :, None]
-            self.keys.scatter_(2, place.expand_as(k), k)
-            self.values.scatter_(2, place.expand_as(v), v)
-        self.lengths = past + (time if lengths is None else lengths)
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        if torch.is_grad_enabled():
+            k, v = (_after(x, last, new, place) for x, new in ((self.keys, k), (self.values, v)))
+            return AttentionState(k, v, after), k, v
+        self._make_room(end)
+        for x, new in ((self.keys, k), (self.values, v)):
+            if place is None:
+                x[:, :, first:end] = new
+            else:
+                x.scatter_(2, place.expand_as(new), new)
+        self.lengths = after
+        return self, self.keys[:, :, :end], self.values[:, :, :end]
 
     def _make_room(self, tokens: int) -> None:
-        """For so many in all, doubling what there is.
-
-        Where gradients are taken the old keys and values may be wanted again: then always anew.
-        """
+        """For so many in all, doubling what there is; anew where a backward pass may want it."""
         room = self.keys.shape[2]
-        if tokens <= room and not torch.is_grad_enabled():
+        differentiated = self.keys.requires_grad or self.values.requires_grad
+        if tokens <= room and not differentiated:
             return
-        room = max(tokens, 0 if torch.is_grad_enabled() else 2 * room)
+        room = max(tokens, 2 * room)
         self.keys, self.values = (_longer(x, room) for x in (self.keys, self.values))
+
+    def fits(self, mixer: Any, lengths: Tensor) -> bool:
+        """There are the keys and values of all that was read."""
+        same = torch.equal(self.lengths, lengths) and self.keys.shape == self.values.shape
+        return same and int(lengths.max()) <= self.keys.shape[2]
 
     def reset(self, rows: Tensor) -> None:
         self.lengths[rows] = 0
@@ -73,8 +90,8 @@ class AttentionState(State):
     def tensors(self) -> dict[str, Tensor]:
         longest = int(self.lengths.max())
         return {
-            "keys": self.keys[:, :, :longest].contiguous(),
-            "values": self.values[:, :, :longest].contiguous(),
+            "keys": self.keys[:, :, :longest],
+            "values": self.values[:, :, :longest],
             "lengths": self.lengths,
         }
 
@@ -82,6 +99,14 @@ class AttentionState(State):
         return {
             k: (dtype, (*sizes[:1], *sizes[2:])) for k, (dtype, sizes) in super().form().items()
         }
+
+
+def _after(x: Tensor, length: int, new: Tensor, place: Tensor | None) -> Tensor:
+    """x up to a length, and what is new behind it, or at places [batch, 1, time, 1]."""
+    if place is None:
+        return torch.cat([x[:, :, :length], new], 2)
+    behind = torch.cat([x[:, :, :length], torch.zeros_like(new)], 2)
+    return behind.scatter(2, place.expand_as(new), new)
 
 
 def _longer(x: Tensor, room: int) -> Tensor:

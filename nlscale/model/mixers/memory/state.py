@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,10 @@ class MixerState(State):
     @property
     def memory(self) -> MemoryState:
         return MemoryState(self.start, self.current, self.position)
+
+    def fits(self, mixer: Any, lengths: Tensor) -> bool:
+        """Chunks begin where their length divides what a row has read."""
+        return torch.equal(self.position, lengths % mixer.rules.chunk)
 
     def reset(self, rows: Tensor) -> None:
         """Pi begins as I, and all else as zeros."""
