@@ -92,7 +92,8 @@ class Model:
         """The stream that `Stream.tensors` returned these of, exactly.
 
         Raises:
-            UserError: they are not of a stream, or of one of another model or dtype.
+            UserError: they are not of a stream, do not go together, or are of one of another model
+                or dtype: shapes and lengths are compared, and not what is in them.
         """
         return Stream.of(self._decoder, self.vocabulary, tensors)
 

@@ -83,7 +83,8 @@ def prompt(
     if (taken := count(text)) > room:
         raise UserError(
             f"needles of kind {kind} in the {form} form take {taken + length - room} tokens "
-            f"without any haystack, and the context has {length}; give longer ones, or other kinds"
+            f"without any haystack, and the context has {length}; make it longer, or ask other "
+            f"kinds, or in the short form"
         )
     return Prompt(text, needles.answer, tuple(needles.references), tuple(needles.at))
 

@@ -14,7 +14,7 @@ import torch
 from nlscale.data.index import read_index
 from nlscale.data.needles.haystack import text_of
 from nlscale.data.needles.kinds import KINDS
-from nlscale.data.needles.prompt import DEPTHS, Prompt, prompt
+from nlscale.data.needles.prompt import DEPTHS, Prompt, prompt, smallest
 from nlscale.data.tasks.table import task_of_index
 from nlscale.data.tasks.task import Task
 from nlscale.data.tasks.text_needle import TextNeedle
@@ -66,9 +66,9 @@ def evaluate(model: Model, options: argparse.Namespace, context: Context) -> Res
         factors = only_factors(options.lengths)
         return {"symbols": True, **score_all(model, task, factors, options.samples, context)}
     tokenizer = tokenizer_of(model)
-    asked = _asked(model, task, options)
     trained = model.config.data.sequence_length
     lengths = tokens(options.lengths, trained)
+    asked = _asked(model, task, options, lengths[0], tokenizer)
     for kind in asked.kinds:  # before anything else is done: that all of it can be
         _prompt(asked, kind, lengths[0], 0, options.samples, tokenizer)
         _prompt(asked, kind, lengths[-1], 0, options.samples, tokenizer)
@@ -119,11 +119,17 @@ def _task(model: Model) -> Task | None:
         return None
 
 
-def _asked(model: Model, task: Task | None, options: argparse.Namespace) -> _Asked:
+def _asked(
+    model: Model,
+    task: Task | None,
+    options: argparse.Namespace,
+    shortest: int,
+    tokenizer: Tokenizer,
+) -> _Asked:
     """What options, and the training of the model where they do not say it, ask for."""
     own = task if isinstance(task, TextNeedle) else None
     kinds = options.kinds or (own.all_kinds if own else list(KINDS))
-    form = options.form or (own.form if own else "ruler")
+    form = options.form or (own.form if own else _form(kinds, shortest, tokenizer))
     source: Path | None = options.haystack
     if source is None and own is not None and own.haystack != "noise":
         source = Path(own.haystack)
@@ -132,6 +138,12 @@ def _asked(model: Model, task: Task | None, options: argparse.Namespace) -> _Ask
     haystack = "" if source is None else text_of(source, "validation")
     named = "noise" if source is None else str(source)
     return _Asked(kinds, form, haystack, named, options.seed)
+
+
+def _form(kinds: list[str], shortest: int, tokenizer: Tokenizer) -> str:
+    """RULER's words, where the shortest length has room for them."""
+    least = max(smallest(kind, "ruler", lambda text: len(tokenizer.encode(text))) for kind in kinds)
+    return "ruler" if least <= shortest else "short"
 
 
 def _prompt(

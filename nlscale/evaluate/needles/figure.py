@@ -33,10 +33,13 @@ def draw(answers: Sequence[Answer], out: Path) -> None:
         figure = Figure(figsize=(max(5.0, size[0]), size[1]), dpi=160, layout="constrained")
         maps = figure.subplots(len(answers), len(kinds), squeeze=False, sharey=True)
         image = None
-        for row, answer in zip(maps, answers, strict=True):
+        names = [Path(answer.label).name for answer in answers]
+        if len(set(names)) < len(names):
+            names = [answer.label for answer in answers]
+        for row, answer, name in zip(maps, answers, names, strict=True):
             for axes, kind in zip(row, kinds, strict=True):
                 image = _map(axes, answer.result, kind) or image
-            row[0].set_ylabel(f"{answer.label}\n{answer.mixer}", fontsize=9)
+            row[0].set_ylabel(f"{name}\n{answer.mixer}\n\ndepth", fontsize=9)
         for axes, kind in zip(maps[0], kinds, strict=True):
             axes.set_title(kind, fontsize=10)
         figure.supxlabel("length (tokens)", fontsize=10)
@@ -62,6 +65,7 @@ def _map(axes: Any, result: Result, kind: str) -> Any:
         if np.isfinite(value):
             color = "black" if value > 0.6 else "white"
             axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=color)
+    axes.set_facecolor("#DDDDDD")  # where no sample had this depth
     axes.set_xticks(range(len(cells)), [shown(cell["length"]) for cell in cells], fontsize=8)
     axes.set_yticks(range(len(ends)), [f"{end:.0%}" for end in ends], fontsize=8)
     axes.tick_params(length=0)

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--form",
         choices=list(FORMS),
         help="the words around a question: ruler, those of RULER; short, next to none (default: as "
-        "the model was trained, else ruler)",
+        "the model was trained, else ruler where the shortest length has room for it)",
     )
     parser.add_argument(
         "--seed", type=whole(least=0), default=0, metavar="N", help="(default: %(default)s)"

@@ -22,12 +22,14 @@ def draw(answers: Sequence[Answer], out: Path) -> None:
         axes = figure.subplots()
         axes.spines["top"].set_visible(False)
         trained = dict.fromkeys(answer.result["trained_length"] for answer in answers)
+        longest = max(answer.result["all"]["to"] for answer in answers)
         for length in trained:
             axes.axvline(length, color="#8C8C8C", linestyle=(0, (5, 3)), linewidth=1.0)
-            at = (length, 1.0)
+            offset, side = ((4, 5), "left") if 4 * length <= longest else ((-4, 5), "right")
             axes.annotate(
-                f"trained at {shown(length)}", at, (4, -10), xycoords=("data", "axes fraction"),
-                textcoords="offset points", fontsize=8.5, color="#666666",
+                f"trained at {shown(length)}", (length, 0.0), offset, ha=side,
+                xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8.5,
+                color="#666666",
             )  # fmt: skip
         for index, answer in enumerate(answers):
             ranges = [one for one in answer.result["curve"] if one[name] is not None]
@@ -44,12 +46,11 @@ def draw(answers: Sequence[Answer], out: Path) -> None:
                     alpha=0.15, linewidth=0,
                 )  # fmt: skip
         axes.set_xscale("log", base=2)
-        longest = max(answer.result["all"]["to"] for answer in answers)
         ticks = [4**i for i in range(1, 16) if 4**i <= longest]
         axes.set_xticks(ticks, [shown(tick) for tick in ticks])
         axes.minorticks_off()
         axes.set_xlabel("position in the context (tokens read before)")
         axes.set_ylabel("bits a byte" if text else "loss (nats a token)")
         axes.grid(axis="y")
-        axes.legend(loc="upper right")
+        figure.legend(loc="outside upper left")
         save_figure(figure, out)

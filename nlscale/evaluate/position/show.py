@@ -23,7 +23,7 @@ def show(console: Console, answers: Sequence[Answer]) -> None:
         for answer in answers:
             table.add_column(f"{answer.label}\n{answer.mixer}", justify="right")
     else:
-        for name in ("contexts", "targets", "bits a byte", "perplexity", "nats a token"):
+        for name in ("contexts", "targets", "bits a byte", "perplexity"):
             table.add_column(name, justify="right", no_wrap=True)
     for i in range(len(first.result["positions"])):
         _row(table, [answer.result["positions"][i] for answer in answers])
@@ -44,7 +44,7 @@ def _row(table: Table, ranges: Sequence[Result], label: str = "") -> None:
     if len(ranges) > 1:
         table.add_row(label, *(_shown(r["bits_per_byte"] or r["loss"]) for r in ranges))
         return
-    figures = (one["bits_per_byte"], one["perplexity"], one["loss"])
+    figures = (one["bits_per_byte"], one["perplexity"])
     table.add_row(label, f"{one['contexts']}", f"{one['targets']:,}", *map(_shown, figures))
 
 
