@@ -20,6 +20,23 @@ class Share:
 
     right: float
     of: int
+    worth: float | None = None
+    """How many independent ones they say as much as; None: as many as there are."""
+
+    @classmethod
+    def of_groups(cls, right: Sequence[int], counted: Sequence[int]) -> Share:
+        """Of what comes in groups, such as the targets of an example, which go right together.
+
+        They are worth as many independent ones as have the variance of the share that the groups
+        show; where none or all are right, as many as there are groups.
+        """
+        of, groups = sum(counted), len(counted)
+        share = sum(right) / of
+        rest = sum((r - share * n) ** 2 for r, n in zip(right, counted, strict=True))
+        if not rest or groups < 2:
+            return cls(sum(right), of, float(groups))
+        variance = rest * groups / (groups - 1) / of**2
+        return cls(sum(right), of, min(float(of), share * (1 - share) / variance))
 
     @property
     def share(self) -> float:
@@ -29,11 +46,14 @@ class Share:
     @property
     def interval(self) -> tuple[float, float]:
         """Its ends."""
-        n, p = self.of, self.share
+        n, p = self.of if self.worth is None else self.worth, self.share
         middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
         half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n * n))
         # Exactly, where rounding would leave a little.
-        return middle - half if self.right else 0.0, middle + half if self.right < n else 1.0
+        return (
+            middle - half if self.right else 0.0,
+            middle + half if self.right < self.of else 1.0,
+        )
 
     def described(self) -> dict[str, Any]:
         """For JSON."""

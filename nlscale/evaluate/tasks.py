@@ -60,7 +60,8 @@ def score(
         )
     task = task if factor == 1 else task.longer(factor)
     rows = max(1, min(64, _LOGITS // (task.length * model.vocabulary)))
-    right = of = whole = 0
+    right: list[int] = []
+    counted: list[int] = []
     for first in range(0, examples, rows):
         numbers = range(first, min(first + rows, examples))
         drawn = [example(task, Split.fresh, 0, number) for number in numbers]
@@ -68,8 +69,8 @@ def score(
         counts = torch.from_numpy(np.stack([one.mask for one in drawn]))[:, 1:]
         said = finite(model.logits(ids[:, :-1])).argmax(-1).cpu()
         wrong = counts & (said != ids[:, 1:])
-        of += int(counts.sum())
-        right += int(counts.sum() - wrong.sum())
-        whole += int((~wrong.any(1)).sum())
+        counted += counts.sum(1).tolist()
+        right += (counts.sum(1) - wrong.sum(1)).tolist()
         advance(len(drawn) * task.length)
-    return Score(factor, task, Share(right, of), Share(whole, examples))
+    whole = sum(r == n for r, n in zip(right, counted, strict=True))
+    return Score(factor, task, Share.of_groups(right, counted), Share(whole, examples))
