@@ -6,13 +6,15 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tokenizers as hf
 from numpy.typing import ArrayLike, NDArray
 
 from nlscale.errors import UserError
+
+if TYPE_CHECKING:  # imported where it is used: the tasks of data are listed where it is missing
+    import tokenizers as hf
 
 TOKENIZER_NAME = "tokenizer.json"
 SETTINGS_NAME = "tokenizer_config.json"
@@ -223,6 +225,8 @@ def train_bpe(texts: Iterable[str], vocabulary: int) -> BpeTokenizer:
     Raises:
         UserError: the texts are too small to give that many ids.
     """
+    import tokenizers as hf
+
     carrier = hf.Tokenizer(hf.models.BPE())
     carrier.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     carrier.decoder = hf.decoders.ByteLevel()
@@ -264,6 +268,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     try:
         if isinstance(content, dict) and content.get("nlscale") == "symbols":
             return _symbols(content)
+        import tokenizers as hf
+
         carrier = hf.Tokenizer.from_str(text)
         return BpeTokenizer(carrier, _end_of_text(carrier, settings))
     except UserError as error:

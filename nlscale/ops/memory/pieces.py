@@ -85,6 +85,11 @@ class RaggedPiece(Piece):
         return _along(super().joined(reads), self.place)
 
 
+def whole_piece(batch: int, length: int, chunk: int) -> Piece:
+    """How a piece is cut that every row reads whole, at its start."""
+    return _alike(0, batch, length, chunk)
+
+
 def piece_of(
     position: Tensor, length: int, lengths: Tensor | None, chunk: int, device: torch.device
 ) -> Piece:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nlscale.ops.memory.chunk import ChunkWrites
 from nlscale.ops.memory.kernels import sizes as fused_scan
-from nlscale.ops.memory.pieces import piece_of
+from nlscale.ops.memory.pieces import piece_of, whole_piece
 from nlscale.ops.memory.reads import ChunkReads
 from nlscale.ops.memory.rules import MemoryRules, MemoryState, MemoryWeights
 
@@ -74,10 +74,14 @@ def memory_scan(
     dtype, length, d = a.dtype, a.shape[2], a.shape[3]
     wide = torch.promote_types(dtype, torch.float32)
     assert carried is None or (state is None and lengths is None and length % rules.chunk == 0)
+    anew = state is None
     if state is None:
         state = _initial_state(a, wide, weights, rules)
     start, current = state.start, state.current
-    piece = piece_of(state.position, length, lengths, rules.chunk, a.device)
+    if anew and lengths is None:
+        piece = whole_piece(len(a), length, rules.chunk)
+    else:
+        piece = piece_of(state.position, length, lengths, rules.chunk, a.device)
     makers = None if weights is None else _makers(weights, wide)
     additive = weights is None or weights.lambda_key is not None
     fused = kernels and fused_scan.supports(a, b, q, rules, weights is None)
