@@ -174,8 +174,10 @@ def test_tests_mirror_the_rooms() -> None:
             assert (PACKAGE / inside).is_dir(), f"tests/{inside} mirrors no room"
 
 
-HEAVY = ("torch", "deepspeed", "einops", "fsspec", "matplotlib", "megatron", "pyarrow", "safetensors",
-         "scipy", "tokenizers", "wandb", "webdataset")  # fmt: skip
+HEAVY = (
+    "torch", "deepspeed", "einops", "fsspec", "matplotlib", "megatron", "pyarrow", "safetensors",
+    "scipy", "tokenizers", "wandb", "webdataset",
+)  # fmt: skip
 LIGHTLY = f"""
 import sys
 sys.modules.update(dict.fromkeys({HEAVY}))  # importing one is an error now
