@@ -51,12 +51,9 @@ def load(
     import warnings
 
     from nlscale.cluster.life.exits import quiet
-    from nlscale.config.fields import path_of
-    from nlscale.errors import UserError
+    from nlscale.generate.given import check_folder
 
-    if not path_of(path).is_dir():  # said at once, before torch is imported
-        raise UserError(f"{path} is no folder; give that of a run, a checkpoint or an export")
-
+    check_folder(path)
     with warnings.catch_warnings():
         quiet()
         from nlscale.parallel.cpu import import_megatron_core  # imports torch

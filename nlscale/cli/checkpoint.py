@@ -13,7 +13,9 @@ from nlscale.cli.arguments import path
 from nlscale.cluster.life.owner import hold
 from nlscale.config.units import human_bytes, human_count
 from nlscale.config.vocabulary import Dtype
+from nlscale.data.tokenizer import TOKENIZER_NAME
 from nlscale.errors import UserError
+from nlscale.generate.imports import import_models
 from nlscale.telemetry.files import to_json
 
 if TYPE_CHECKING:  # torch is slow to import, and --help needs none
@@ -229,10 +231,11 @@ def _diff(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     """JSON: `checkpoint`, `step`, `folder`, `files` (of weights), `tensors`, `parameters`, `bytes`
     (of weights), `dtype`."""
-    from nlscale.checkpoint.export.weights import default_folder, export  # imports the model
-
     if args.tokenizer and args.to != "huggingface":
         raise UserError("--tokenizer is for --to huggingface; safetensors hold none")
+    import_models()
+    from nlscale.checkpoint.export.weights import default_folder, export
+
     checkpoint = _newest(args.folder)
     folder = args.out or default_folder(checkpoint)
     if folder.exists():  # before anything is held there
@@ -251,8 +254,8 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    """JSON: `folder`, `recipe`, `files` (of weights), `tensors`, `parameters`, `bytes` (of
-    weights), `dtype`."""
+    """JSON: `folder`, `recipe`, `tokenizer` (None: the folder brought none), `files` (of weights),
+    `tensors`, `parameters`, `bytes` (of weights), `dtype`."""
     from nlscale.checkpoint.export.from_llama import RECIPE_FILE, import_transformer
 
     if args.out.exists():  # before anything is held there
@@ -261,6 +264,8 @@ def _import(args: argparse.Namespace) -> int:
     with hold(args.out.parent, "nlscale checkpoint import", "another --out", name=args.out.name):
         written = import_transformer(args.folder, args.out, periods)
     found = {**asdict(written), "dtype": written.dtype.value}
+    tokenizer = args.out / TOKENIZER_NAME
+    found["tokenizer"] = str(tokenizer) if tokenizer.is_file() else None
     _show(args, {**found, "recipe": str(args.out / RECIPE_FILE)}, _print_import)
     return 0
 
@@ -271,6 +276,11 @@ def _print_import(found: dict[str, Any]) -> None:
         f"{found['dtype']}, {human_bytes(found['bytes'])}\n{found['folder']}\n"
         f"to train on from it: nlscale train {found['recipe']} data.dir=..."
     )
+    if found["tokenizer"] is None:
+        print(
+            f"the folder has no {TOKENIZER_NAME}: for text, put one into {found['folder']}, or "
+            f"name its folder with --tokenizer"
+        )
 
 
 def _print_export(found: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from contextlib import nullcontext
 from types import ModuleType
 from typing import NamedTuple, NoReturn
@@ -26,6 +27,7 @@ from nlscale.cli import (
     train,
     verify,
 )
+from nlscale.cli.options import unknown_option
 from nlscale.cluster.life.exits import exit_with, quiet
 from nlscale.cluster.life.place import alone
 from nlscale.cluster.life.signals import ends_as_interrupted
@@ -171,14 +173,17 @@ def main(argv: list[str] | None = None) -> None:
     asked: list[_Verb] = []
 
     def work() -> int:
-        args = _parse(argv)
+        quiet()
+        imports, rest = _imports(argv)
+        # Before anything is parsed: what `nlscale eval` can be asked is what they have added.
+        with ends_as_interrupted():
+            import_all(imports)
+        args = _parse(rest, imports)
         verb = next(verb for verb in _VERBS if verb.name == args.command)
         asked.append(verb)
-        quiet()
         with nullcontext() if verb.stops_itself else ends_as_interrupted():
             if verb.one_process:
                 alone(f"nlscale {verb.name}")
-            import_all(args.imports)
             return args.func(args)
 
     exit_with(work, output_is_result=lambda: all(verb.output_is_result for verb in asked))
@@ -191,19 +196,27 @@ class _Parser(argparse.ArgumentParser):
         self.exit(UserError.exit_code, f"nlscale: {message}; `{self.prog} --help` says more\n")
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    # `--import` may stand before or after the verb, which argparse knows no way to say.
+def _imports(argv: list[str] | None) -> tuple[list[str], list[str]]:
+    """The modules that `--import` names, before or after the verb, and the other arguments."""
     anywhere = _Parser(prog="nlscale", add_help=False, allow_abbrev=False)
     _add_import(anywhere)
     found, others = anywhere.parse_known_args(argv)
-    args, rest = parser.parse_known_args(others)
+    return found.imports, others
+
+
+def _parse(argv: list[str], imports: Sequence[str] = ()) -> argparse.Namespace:
+    parser = _parser()
+    wrong = unknown_option(parser, argv, ["--import"])
+    if wrong is not None:  # before argparse misses what was meant by it
+        command, said = wrong
+        command.error(said)
+    args, rest = parser.parse_known_args(argv)
     # argparse takes no more positional arguments once an option has come between them.
     if any(text.startswith("-") for text in rest) or (rest and "overrides" not in args):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
-    args.imports = found.imports
+    args.imports = list(imports)
     if args.imports and "overrides" in args:  # what starts the recipe elsewhere passes it on
         args.overrides.append(f"run.imports=[{','.join(args.imports)}]")
     return args

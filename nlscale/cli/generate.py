@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from time import perf_counter
 from types import FrameType
@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from nlscale.cli.arguments import number, path, whole
 from nlscale.cli.generate_output import Paper, reading, say_what_it_took
+from nlscale.cluster.life.owner import hold
 from nlscale.cluster.life.signals import handled, with_hangup
 from nlscale.errors import UserError
+from nlscale.generate.given import add_tokenizer, check_folder, tokenizer_for
+from nlscale.generate.imports import import_models
 from nlscale.telemetry import screen
 from nlscale.telemetry.files import to_json
 
 if TYPE_CHECKING:  # torch is slow to import, and --help needs none
-    from nlscale.data.tokenizer import Tokenizer
-    from nlscale.generate.model import Model
     from nlscale.generate.text import Continuation, Generation
 
 _INTERRUPTED = 130
@@ -88,12 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on from the file of --state, and leave it as it is",
     )
-    parser.add_argument(
-        "--tokenizer",
-        type=path,
-        metavar="DIR",
-        help="the folder of a tokenizer.json, or that file, where the data of the run are not",
-    )
+    add_tokenizer(parser)
     parser.add_argument("--json", action="store_true", help="print one object of JSON")
     parser.set_defaults(func=_generate)
 
@@ -151,10 +147,25 @@ def _generate(args: argparse.Namespace) -> int:
     `ended`), `reading_seconds`, `seconds`, `tokens_per_second`, `state`."""
     _check(args)
     prompt = _prompt(args)
-    tokenizer = _given_tokenizer(args)
+    with _held(args):
+        return _generate_from(args, prompt)
+
+
+def _held(args: argparse.Namespace) -> AbstractContextManager[object]:
+    """The file of --state, which one process at a time goes on from and saves."""
+    if args.state is None or args.state_read_only:
+        return nullcontext()
+    folder, name = args.state.absolute().parent, args.state.name
+    return hold(folder, f"nlscale generate --state {args.state}", "another --state", name=name)
+
+
+def _generate_from(args: argparse.Namespace, prompt: str) -> int:
+    """`_generate`, of arguments that go together."""
     begins = args.state is None or not args.state.exists()
     if args.tokens == 0 and begins and not prompt:
         raise UserError("there is nothing to read and nothing to generate; give --prompt or --file")
+    check_folder(args.model)
+    import_models()
     from nlscale.generate import state_file
 
     if not begins:
@@ -165,7 +176,7 @@ def _generate(args: argparse.Namespace) -> int:
     from nlscale.generate.text import Generation
 
     model = nlscale.load(args.model)
-    _set_tokenizer(model, tokenizer)
+    tokenizer_for(model, args.tokenizer)
     begun = None if begins else state_file.load(args.state, model)
     sampling = Sampling(
         args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty
@@ -238,26 +249,6 @@ def _prompt(args: argparse.Namespace) -> str:
     if not text:
         raise UserError(f"{args.file} is empty; leave out --file to begin with a new document")
     return text
-
-
-def _given_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
-    from nlscale.data.tokenizer import TOKENIZER_NAME, load_tokenizer
-
-    if args.tokenizer is None:
-        return None
-    is_file = args.tokenizer.name == TOKENIZER_NAME and not args.tokenizer.is_dir()
-    return load_tokenizer(args.tokenizer.parent if is_file else args.tokenizer)
-
-
-def _set_tokenizer(model: Model, given: Tokenizer | None) -> None:
-    """The given one, else the model's own, which has to be there."""
-    if given is not None:
-        model.tokenizer = given
-    try:
-        _ = model.tokenizer
-    except UserError as error:
-        reason = str(error).partition(";")[0]
-        raise UserError(f"{reason}; name the folder of one with --tokenizer") from None
 
 
 @contextmanager

@@ -109,8 +109,14 @@ def read(given: str | Path, kind: Kind[Any]) -> tuple[dict[str, Any], dict[str, 
 def others(path: Path, kind: Kind[Any]) -> str:
     """What to say where there is no file: the name that is nearest to it, or all names."""
     known = shipped.names(kind.folder)
-    near = _close(path.name.removesuffix(path.suffix), known) or _close(path.name, known)
-    return near or f"give a path, or one of {', '.join(known)}"
+    inside = shipped.beside(path, kind.folder)
+    for name in (path.name.removesuffix(path.suffix), path.name):
+        if near := difflib.get_close_matches(name, inside, 1, 0.5):
+            return f"did you mean '{path.parent.name}/{near[0]}'?"
+        if not inside and (said := _close(name, known)):
+            return said
+    listed = [f"{path.parent.name}/{name}" for name in inside] or known
+    return f"give a path, or one of {', '.join(listed)}"
 
 
 def _locate(node: Any, key: str, path: str, sources: dict[str, str]) -> None:

@@ -258,7 +258,8 @@ class TrainConfig:
     validate_every: int = within(100, above=0)
     """Steps between validations; one is always made before the first and after the last step."""
     validation_sequences: int = within(64, above=0, most=MOST)
-    """Held-out sequences a validation reads."""
+    """Held-out sequences a validation reads, the first ones, the same each time; and each of what
+    `evaluate` names."""
     drop_spikes: float | None = within(None, above=1)
     """Drop a step whose loss is more than this many times the median of the last 50 steps; null:
     only steps whose loss or gradient is not finite are dropped."""
@@ -368,7 +369,9 @@ class Config:
     """A run."""
 
     evaluate: list[str] = field(default_factory=list)
-    """Evaluations made with each validation, beside its loss, into metrics.jsonl."""
+    """Evaluations made with each validation (`train.validate_every`), beside its loss, into
+    metrics.jsonl and loss.png: `positions`, the loss by position in the context; `task`, the
+    accuracy on a task; what `run.imports` add. Each of these two takes as long as a validation."""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -6,12 +6,13 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from nlscale.data import Samples
 from nlscale.data.tasks.table import task_of_index
 from nlscale.errors import UserError
 from nlscale.evaluate.loss import validation_loss
+from nlscale.evaluate.stand_in import StandIn
 from nlscale.model.decoder import Decoder
 from nlscale.model.layers import vocabulary_group
 from nlscale.ops.documents import Documents
@@ -38,15 +39,8 @@ def accuracy(trainer: Trainer, samples: Samples) -> dict[str, float | None]:
     return {"accuracy": hits, "chance": task.chance}
 
 
-class _Hits(nn.Module):
+class _Hits(StandIn):
     """A stage that says of each target whether it is the most likely token, instead of its loss."""
-
-    def __init__(self, stage: Decoder) -> None:
-        super().__init__()
-        self._stage = [stage]  # in a list: its parameters are not this module's
-        # What megatron-core's schedules ask of a stage.
-        self.config, self.model_type = stage.config, stage.model_type
-        self.set_input_tensor = stage.set_input_tensor
 
     def forward(self, tokens: Tensor, targets: Tensor, documents: Documents | None) -> Tensor:
         """1 or 0 a token, fp32 [sequence, batch]; on an earlier stage its output."""

@@ -8,7 +8,7 @@ from nlscale.errors import UserError
 
 
 def finite(logits: Tensor) -> Tensor:
-    """The logits as they are.
+    """The logits, or what sums of them came to, as they are: of any shape.
 
     Raises:
         UserError: some are infinite or no number.

@@ -28,9 +28,12 @@ class Share:
         """Of what comes in groups, such as the targets of an example, which go right together.
 
         They are worth as many independent ones as have the variance of the share that the groups
-        show; where none or all are right, as many as there are groups.
+        show; where none or all are right, as many as there are groups. Groups of one are
+        independent themselves.
         """
         of, groups = sum(counted), len(counted)
+        if of == groups:
+            return cls(sum(right), of)
         share = sum(right) / of
         rest = sum((r - share * n) ** 2 for r, n in zip(right, counted, strict=True))
         if not rest or groups < 2:

@@ -10,7 +10,7 @@ import torch
 from nlscale.data import Samples
 from nlscale.model.decoder import Decoder
 from nlscale.parallel.consensus import Verdict, agree
-from nlscale.step.micro_batches import run_micro_batches
+from nlscale.step.micro_batches import Batch, run_micro_batches
 from nlscale.step.trainer import Trainer
 
 
@@ -32,6 +32,16 @@ def validation_loss(
     """Loss over the first held-out sequences, shared out over the data-parallel ranks.
 
     `stages` stand in for those of the trainer, where something else is asked of each target.
+    """
+    batches = held_out_batches(trainer, samples)
+    layout = trainer.layout
+    seen = run_micro_batches(stages or trainer.stages, batches, None)
+    no_gradient = torch.ones((), dtype=torch.bool, device=layout.device)
+    return agree(layout, *seen, no_gradient).read()
+
+
+def held_out_batches(trainer: Trainer, samples: Samples) -> list[Batch]:
+    """This rank's micro batches of the first held-out sequences.
 
     Every rank passes as many micro batches of one size as the schedule wants; rows beyond its
     share are read again to fill them and are not counted.
@@ -49,6 +59,4 @@ def validation_loss(
         counts = np.stack([mask for mask in masks if mask is not None]) if masks else None
         separator = samples.shards.separator
         batches.append(trainer.to_batch(rows, separator, len(numbers), counts))
-    seen = run_micro_batches(stages or trainer.stages, batches, None)
-    no_gradient = torch.ones((), dtype=torch.bool, device=layout.device)
-    return agree(layout, *seen, no_gradient).read()
+    return batches

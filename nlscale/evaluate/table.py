@@ -35,6 +35,7 @@ class Evaluation:
 
 _TABLE: dict[str, Evaluation] = {
     "loss": Evaluation("nlscale.evaluate.loss:loss"),
+    "positions": Evaluation("nlscale.evaluate.position.training:positions"),
     "task": Evaluation("nlscale.evaluate.accuracy:accuracy"),
 }
 

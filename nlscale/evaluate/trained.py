@@ -1,7 +1,8 @@
 """The evaluations of a trained model by name, as `nlscale eval` asks. No torch is imported.
 
-Those that ask a model while it trains are in `nlscale.evaluate.table`. One takes a folder, and a
-few lines here.
+Those that ask a model while it trains are in `nlscale.evaluate.table`. One of this package takes a
+folder, and a few lines here. A package of your own calls `register` when it is imported, by
+`--import`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,20 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Failed:
+    """A model that has no answer, where others have."""
+
+    label: str
+    """The model, as it was named."""
+    error: str
+    """Cause and fix, a line."""
+
+    def described(self) -> Result:
+        """For JSON."""
+        return {"run": self.label, "error": self.error}
+
+
+@dataclass(frozen=True)
 class Trained:
     """A question asked of trained models. Names are `package.module:function`, imported when asked.
 
@@ -59,6 +74,8 @@ class Trained:
         shown_by: `show(console, answers)`, of a module that imports no torch: prints the answers of
             one or several models to the same options, beside each other.
         drawn_by: `draw(answers, out)`: writes a figure; None: there is none.
+        speed: names of options that change how fast it is and no figure, so that a result that is
+            kept answers whatever they are.
     """
 
     help: str
@@ -67,6 +84,7 @@ class Trained:
     made_by: str
     shown_by: str
     drawn_by: str | None = None
+    speed: tuple[str, ...] = ()
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add its options to a parser."""
@@ -88,8 +106,17 @@ class Trained:
 
 
 def _named(name: str) -> Any:
+    """What a name stands for.
+
+    Raises:
+        UserError: there is no such module or function.
+    """
     module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ModuleNotFoundError, AttributeError) as error:
+        fix = "an evaluation names what it is made of as package.module:function"
+        raise UserError(f"{name!r} cannot be imported: {error}; {fix}") from error
 
 
 def _instrument(family: str) -> Trained:
@@ -139,6 +166,7 @@ TRAINED: dict[str, Trained] = {
         arguments="nlscale.evaluate.harness.arguments:add_arguments",
         made_by="nlscale.evaluate.harness.measure:evaluate",
         shown_by="nlscale.evaluate.harness.show:show",
+        speed=("batch",),
     ),
 }
 
@@ -152,3 +180,14 @@ def trained(name: str) -> Trained:
     if name not in TRAINED:
         raise UserError(f"no evaluation is called {name!r}; {nearest(name, TRAINED)}")
     return TRAINED[name]
+
+
+def register(name: str, new: Trained) -> None:
+    """Add an evaluation, which `nlscale eval` knows from then on.
+
+    Raises:
+        UserError: the name is taken.
+    """
+    if name in TRAINED:
+        raise UserError(f"an evaluation is called {name!r} already; give yours another name")
+    TRAINED[name] = new

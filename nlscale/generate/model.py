@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nlscale.checkpoint.export import NO_DATA
 from nlscale.config.vocabulary import Config
-from nlscale.data.tokenizer import Tokenizer, load_tokenizer
+from nlscale.data.tokenizer import TOKENIZER_NAME, Tokenizer, load_tokenizer
 from nlscale.errors import UserError
 from nlscale.generate.sampling import Sampling
 from nlscale.generate.stream import Stream as Stream
@@ -57,13 +58,16 @@ class Model:
                 model.
         """
         if self._tokenizer is None:
+            call = "model.tokenizer = nlscale.data.tokenizer.load_tokenizer(FOLDER)"
+            if self._tokenizer_folder == Path(NO_DATA):
+                raise UserError(
+                    f"the model has no tokenizer: the folder that it was imported from had no "
+                    f"{TOKENIZER_NAME}; assign one: {call}"
+                )
             try:
                 self.tokenizer = load_tokenizer(self._tokenizer_folder)
             except UserError as error:
-                raise UserError(
-                    f"{error}, and assign it: model.tokenizer = "
-                    f"nlscale.data.tokenizer.load_tokenizer(FOLDER)"
-                ) from None
+                raise UserError(f"{error}, and assign it: {call}") from None
             assert self._tokenizer is not None
         return self._tokenizer
 

@@ -15,8 +15,8 @@ class Field:
     """A field of a record, as JSON has it."""
 
     type: str
-    """`integer`, `number`, `text`, `true or false`, `object`, `list of objects` or `list of
-    texts`."""
+    """`integer`, `number`, `text`, `number or text`, `true or false`, `object`, or `list of`
+    objects, texts, numbers or integers."""
     unit: str
     """Of its value; empty where it has none."""
     meaning: str
@@ -193,7 +193,14 @@ METRICS: Mapping[str, Mapping[str, Field]] = {
         "time": Field("number", "Unix s", "when it was over"),
         "seconds": Field("number", "s", "that it took"),
         "tokens": Field("integer", "tokens", "trained on so far"),
-        "FIGURE": Field("number", "its own", "what the evaluation found, by its own names"),
+        "FIGURE": Field(
+            "number",
+            "its own",
+            "what the evaluation found, by its own names: `positions` FROM-TO/loss, in nats a "
+            "token, for ranges of positions; `task` accuracy and chance, shares; `loss` those of "
+            "a validation",
+            null="no target counts, or `not_finite` names it",
+        ),
         "not_finite": _NOT_FINITE,
     },
 }

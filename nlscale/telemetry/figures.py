@@ -13,6 +13,16 @@ from nlscale.config.units import human_count
 from nlscale.errors import UserError
 from nlscale.telemetry.fields import SUMMARY
 from nlscale.telemetry.files import read_object
+from nlscale.telemetry.panels import (
+    HEIGHT,
+    TOKENS,
+    draw_panel,
+    draw_panel_of_run,
+    left_out,
+    panels_of,
+    panels_of_runs,
+    rows_of,
+)
 from nlscale.telemetry.records import mistyped, parse
 
 METRICS_FILE = "metrics.jsonl"
@@ -79,7 +89,7 @@ def update_steps(records: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
 
 
 def draw_loss(run_dir: Path, out: Path | None = None) -> Path:
-    """Draw training and validation loss, with the update steps of every level below.
+    """Draw training and validation loss; below it evaluations, and the update steps of levels.
 
     Loss is in nats per token over step, with tokens seen on the top axis. Where summary.json has
     `unigram_nats_per_token`, or `unigram_bits_per_byte` and a validation record to convert it
@@ -106,16 +116,16 @@ def draw_loss(run_dir: Path, out: Path | None = None) -> Path:
     if not validation and all(r.get("loss") is None for r in train):
         raise UserError(f"{run_dir / METRICS_FILE} holds no loss yet: nothing to draw")
     levels = update_steps(train)
-    strip = 0.26 * len(levels) + 0.1  # inches
+    panels, more = panels_of(records)
+    strip = [0.26 * len(levels) + 0.1] if levels else []  # inches
     with rc_context(STYLE):
-        figure = Figure(figsize=(8.0, 4.6 + strip), dpi=160, layout="constrained")
+        figure = Figure(dpi=160, layout="constrained")
+        axes, *others = rows_of(figure, [4.6, *[HEIGHT] * len(panels), *strip])
         if levels:
-            axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4.6, strip])
-            axes.tick_params(axis="x", bottom=False, labelbottom=False)
-            _draw_levels(below, levels, train)
-        else:
-            axes = below = figure.subplots()
-        below.set_xlabel("step")
+            _draw_levels(others[-1], levels, train)
+        for below, panel in zip(others, panels, strict=False):  # the levels' row is the last
+            draw_panel_of_run(below, panel, CYCLE)
+        figure.axes[-1].set_xlabel(f"step{left_out(more)}")
         _draw_curves(axes, train, validation, _unigram_nats(run_dir, validation))
         _add_token_axis(axes, [*train, *validation])
         title = run_dir.resolve().name
@@ -126,7 +136,7 @@ def draw_loss(run_dir: Path, out: Path | None = None) -> Path:
 
 
 def draw_comparison(runs: dict[str, Path], out: Path) -> Path:
-    """Draw the validation loss of several runs over tokens seen, final values in the legend.
+    """Draw validation loss of several runs over tokens seen, and below it their evaluations.
 
     The horizontal axis is tokens, not steps, so that runs of different batch sizes compare.
 
@@ -147,28 +157,37 @@ def draw_comparison(runs: dict[str, Path], out: Path) -> Path:
     if not runs:
         raise UserError("no runs to compare")
     with rc_context(STYLE):
-        figure = Figure(figsize=(8.0, 4.8), dpi=160, layout="constrained")
-        axes = figure.subplots()
+        records = {label: read_records(run_dir) for label, run_dir in runs.items()}
+        panels, more = panels_of_runs(records)
+        figure = Figure(dpi=160, layout="constrained")
+        axes, *others = rows_of(figure, [4.8, *[HEIGHT] * len(panels)])
         axes.spines["top"].set_visible(False)
+        styles = {}
         for index, (label, run_dir) in enumerate(runs.items()):
-            points = _validated(read_records(run_dir))
+            points = _validated(records[label])
             if not points:
                 raise UserError(f"run {label!r} ({run_dir}) has no validation loss to compare")
             final = f"{points[-1]['loss']:.3f}"
             if (bits := points[-1].get("bits_per_byte")) is not None:
                 final += f" ({bits:.3f} bits per byte)"
+            styles[label] = {
+                "color": CYCLE[index % len(CYCLE)],
+                "linestyle": ("-", "--", ":")[index // len(CYCLE) % 3],
+            }
             axes.plot(
                 [float(r.get("tokens") or 0) for r in points],
                 [r["loss"] for r in points],
-                color=CYCLE[index % len(CYCLE)],
-                linestyle=("-", "--", ":")[index // len(CYCLE) % 3],
+                **styles[label],
                 marker="o",
                 markersize=3.5,
                 linewidth=1.6,
                 label=f"{label}: {final}",
             )
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
-        axes.set_xlabel("tokens")
+        for below, panel in zip(others, panels, strict=True):
+            draw_panel(below, panel, TOKENS, styles)
+        lowest = figure.axes[-1]
+        lowest.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
+        lowest.set_xlabel(f"tokens{left_out(more)}")
         axes.set_ylabel("validation loss (nats per token)")
         axes.grid(axis="y")
         axes.legend(loc="upper right")

@@ -271,6 +271,37 @@ def test_config_lists_keys_and_asks_for_a_recipe(nlscale: Nlscale) -> None:
     assert "recipe" in refused(nlscale("config"))
 
 
+INTERRUPTED = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "nlscale.cli":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder())
+from nlscale.__main__ import program
+program()
+"""
+
+
+def test_ctrl_c_while_a_command_starts_is_one_line() -> None:
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "nlscale: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("generate run --temprature 0.5", "there is no --temprature; the nearest is --temperature"),
+        ("checkpoint export run --too=safetensors", "the nearest is --to; `nlscale checkpoint ex"),
+        ("eval loss run --figrue a.png", "there is no --figrue; the nearest is --figure; `nlscale"),
+        ("train --imprt x some.yaml", "there is no --imprt; the nearest is --import"),
+        ("train some.yaml --xyzzy", "there is no --xyzzy; `nlscale train --help` says more"),
+    ],
+)
+def test_a_misspelt_option_is_told_the_nearest(nlscale: Nlscale, arguments: str, says: str) -> None:
+    assert says in refused(nlscale(*arguments.split()))
+
+
 @pytest.mark.parametrize(
     "arguments", [["config", "some.yaml", "--foo"], ["figure", "a", "--foo"], []]
 )

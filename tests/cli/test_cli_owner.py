@@ -54,6 +54,23 @@ def test_two_builds_of_one_data_folder(
     assert not list((tmp_path / "other").glob(".owner*"))
 
 
+@pytest.mark.parametrize("held", ["talk.st"], indirect=True)
+def test_two_texts_that_go_on_from_one_state(
+    held: tuple[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before a model is loaded, of which there is none; one that only reads is not."""
+    out, pid = held
+    command = ("generate", tmp_path / "model", "--state", out / "talk.st")
+    before = {path.name for path in out.iterdir()}
+    assert ends(*command) == 2
+    said = capsys.readouterr().err
+    assert f"is held by nlscale test, process {pid} on" in said and "another --state" in said
+    assert {path.name for path in out.iterdir()} == before
+    (out / "talk.st").touch()
+    assert ends(*command, "--state-read-only") == 2
+    assert "model is no folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("held", [""], indirect=True)
 def test_two_verifications_into_one_folder(
     held: tuple[Path, int], capsys: pytest.CaptureFixture[str]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import world
+from described import differences
 from train.test_train_run import run, small_data
 
 from nlscale.config.recipe import load
@@ -22,42 +23,6 @@ from nlscale.plan.fields import PLAN
 from nlscale.telemetry.fields import ATTEMPTS, METRICS, SUMMARY, Field
 
 ROOT = Path(__file__).parents[2]
-TYPES: dict[str, tuple[type, ...]] = {
-    "integer": (int,),
-    "number": (int, float),
-    "text": (str,),
-    "true or false": (bool,),
-    "object": (dict,),
-    "list of objects": (list,),
-    "list of texts": (list,),
-}
-
-
-def differences(record: Mapping[str, Any], fields: Mapping[str, Field], at: str = "") -> set[str]:
-    """How a record differs from its description; `not_finite` excuses the nulls it names."""
-    lost = record.get("not_finite", [])
-    return {each for each in _differences(record, fields, at) if each.partition(":")[0] not in lost}
-
-
-def _differences(record: Mapping[str, Any], fields: Mapping[str, Field], at: str) -> set[str]:
-    found = set()
-    for name, value in record.items():
-        key = f"{at}{name}"
-        field = fields.get(name) or next((fields[k] for k in fields if k.isupper()), None)
-        if field is None:
-            found.add(f"{key}: not described")
-        elif value is None:
-            found |= set() if field.null else {f"{key}: null"}
-        elif not isinstance(value, TYPES[field.type]) or (
-            isinstance(value, bool) and field.type != "true or false"
-        ):
-            found.add(f"{key}: {value!r} is no {field.type}")
-        elif field.type == "object":
-            found |= _differences(value, field.fields, f"{key}.")
-        elif field.type == "list of objects":
-            found |= set().union(*(_differences(v, field.fields, f"{key}[].") for v in value))
-    missing = {k for k, f in fields.items() if not (k.isupper() or f.only)} - record.keys()
-    return found | {f"{at}{name}: missing" for name in missing}
 
 
 def sometimes(fields: Mapping[str, Field], at: str = "") -> set[str]:
@@ -78,7 +43,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     text.mkdir()
     data = f"data.dir={small_data(text, documents=40, held_out=0.1)}"
     good, bad = folder / "good", folder / "bad"
-    asked = ["evaluate=[loss]", "parallel.straggler_check_every=3", "checkpoint.every=null"]
+    asked = [
+        "evaluate=[loss,positions]",
+        "parallel.straggler_check_every=3",
+        "checkpoint.every=null",
+    ]
     ways = {good: [], bad: ["optimizer.learning_rate=1e30", "train.max_dropped_steps=1"]}
     for run_dir, overrides in ways.items():
         here = [data, f"run.dir={run_dir}", *asked, *overrides]

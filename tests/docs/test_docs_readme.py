@@ -161,6 +161,8 @@ def options_of(words: list[str]) -> set[str]:
         verbs = next((a for a in parser._actions if isinstance(a, _SubParsersAction)), None)
         if verbs is None:
             break
+        if "--import" in words and verbs.choices.get(word) is None:  # what the module adds
+            break
         assert word in verbs.choices, f"nlscale has no command {' '.join(words[:3])}"
         parser = verbs.choices[word]
     of_verb = {option for action in parser._actions for option in action.option_strings}

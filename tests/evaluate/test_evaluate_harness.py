@@ -16,6 +16,7 @@ import pytest
 import torch
 import world
 import yaml
+from asked import described
 from harness_tasks import DOCUMENTS, save_model, write_tasks
 from rich.console import Console
 
@@ -274,6 +275,8 @@ def test_models_stand_beside_each_other_and_ranks_change_nothing(
 
     assert nlscale_eval(*asked, "--cache", str(tmp_path / "one"), "--json") == 0
     alone = json.loads(capsys.readouterr().out)
+    for answer in alone:
+        described("harness", answer)
     out = tmp_path / "two.json"
     words = ["eval", "harness", *asked, "--cache", str(tmp_path / "two"), "--json", str(out)]
     ended = world.command(2, words, tmp_path / "ranks")
@@ -307,7 +310,19 @@ def test_one_that_was_cut_off_goes_on(
     assert nlscale_eval(*asked) == 0
     assert len(done) == 9 and sum(done) == len(DOCUMENTS["choice"]) + len(DOCUMENTS["pages"])
     monkeypatch.setattr(adapter, "likelihoods", None)
-    assert nlscale_eval(*asked) == 0, "and a result that is there is not asked for again"
+    again = [*asked, "--batch", "3"]  # which changes no figure
+    assert nlscale_eval(*again) == 0, "and a result that is there is not asked for again"
+
+
+def test_a_model_whose_tokenizer_is_gone_is_given_one(model: Model, folder: Path) -> None:
+    poor = Model(model._decoder, model.config, model.step, folder / "gone")
+    asked = options(folder, "--limit", "1")
+    asked.tasks = arguments.tasks(chosen(folder, "choice"))
+    with pytest.raises(UserError, match=r"gone/tokenizer.json; name the folder .* --tokenizer"):
+        measure.evaluate(poor, asked, cast(Any, Working()))
+    asked.tokenizer = options(folder, "--tokenizer", str(folder / "data")).tokenizer
+    found = measure.evaluate(poor, asked, cast(Any, Working()))
+    assert found == measure.evaluate(model, asked, cast(Any, Working()))
 
 
 def test_without_the_hub_one_line_says_what_to_do(

@@ -11,10 +11,10 @@ from typing import Any, cast
 import pytest
 import torch
 import world
+from asked import described, nlscale
 from generate.models import saved
 from torch import Tensor
 
-from nlscale import cli
 from nlscale.config import recipe, shipped
 from nlscale.data import Samples, TokenShards
 from nlscale.data.tasks.build import build_task
@@ -39,45 +39,72 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def found(data: Path, keys: list[str], counts_alone: bool) -> tuple[dict[str, float | None], float]:
-    """What `evaluate: [task]` says on this rank; and a count by hand, where that is one rank."""
+Said = dict[str, float | None]
+
+
+def found(data: Path, keys: list[str], counts_alone: bool) -> tuple[Said, Said, Said]:
+    """What `evaluate: [task, positions]` says on this rank; and both by hand, of one rank."""
     from nlscale.evaluate.accuracy import accuracy
+    from nlscale.evaluate.position.training import positions
     from nlscale.levels.spectrum import spectrum
     from nlscale.parallel.layout import process_groups
     from nlscale.step.trainer import Trainer
 
     config = recipe.load(None, [f"data.dir={data}", *KEYS, *keys]).config
-    samples, right, of = Samples(TokenShards(data, "validation"), 32), 0, 0
+    samples = Samples(TokenShards(data, "validation"), 32)
+    counted = torch.zeros(3, 32, dtype=torch.float64)  # targets, right ones, nats, by position
     with process_groups(config) as layout:
         trainer = Trainer.build(config, layout, spectrum(config.levels, 1), 8)
-        said = accuracy(trainer, samples)
+        random = torch.get_rng_state()
+        right, by_position = accuracy(trainer, samples), positions(trainer, samples)
+        assert torch.equal(torch.get_rng_state(), random), "a resumed run would draw others"
+        assert all(p.grad is None for stage in trainer.stages for p in stage.parameters())
         for number in range(11 if counts_alone else 0):
             (stage,), row = trainer.stages, torch.from_numpy(samples[number])[None]
             with torch.no_grad():
                 logits = stage.logits(stage.hidden(row[:, :-1])[0])[:, 0]
             mask = samples.mask(number)
             assert mask is not None
-            right += int((logits.argmax(-1) == row[0, 1:])[torch.from_numpy(mask[1:])].sum())
-            of += int(mask[1:].sum())
-    return said, right / max(1, of)
+            here, targets = torch.from_numpy(mask[1:]), row[0, 1:]
+            nats = -logits.double().log_softmax(-1)[range(32), targets]
+            counted += here * torch.stack([here, logits.argmax(-1) == targets, nats])
+    early, late, whole = (counted[:, part].sum(1) for part in (slice(8), slice(8, 32), slice(32)))
+    by_hand: Said = {"0-8/loss": float(early[2] / early[0])}
+    by_hand["8-32/loss"] = float(late[2] / late[0])
+    by_hand["accuracy"] = float(whole[1] / whole[0])
+    return right, by_position, by_hand
 
 
 @pytest.fixture(scope="module")
-def alone(data: Path) -> dict[str, float | None]:
-    ((said, counted),) = world.run(1, found, data, [], True)
-    assert said == {"accuracy": pytest.approx(counted), "chance": 0.5}
-    assert 0 < counted < 1, "a test of nothing otherwise"
-    return said
+def alone(data: Path) -> tuple[Said, Said]:
+    ((right, by_position, by_hand),) = world.run(1, found, data, [], True)
+    assert right == {"accuracy": pytest.approx(by_hand.pop("accuracy")), "chance": 0.5}
+    assert 0 < right["accuracy"] < 1, "a test of nothing otherwise"
+    assert by_position == pytest.approx(by_hand, rel=1e-6)
+    early, late = by_position.values()
+    assert abs(early - late) > 1e-3, "nor is this one"
+    return right, by_position
 
 
 @pytest.mark.parametrize(
     "keys", [["parallel.tensor=2"], ["parallel.pipeline=2"], []], ids=["tensor", "pipeline", "data"]
 )
 def test_while_it_trains_every_layout_finds_the_same(
-    keys: list[str], data: Path, alone: dict[str, float | None]
+    keys: list[str], data: Path, alone: tuple[Said, Said]
 ) -> None:
-    for said, _ in world.run(2, found, data, keys, False):
-        assert said == alone
+    for right, by_position, _ in world.run(2, found, data, keys, False):
+        assert right == alone[0]
+        assert by_position == pytest.approx(alone[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("length", "ends"),
+    [(4096, [64, 256, 1024, 4096]), (256, [16, 64, 256]), (100, [25, 100]), (31, [31]), (1, [1])],
+)
+def test_ranges_of_positions_share_out_the_context(length: int, ends: list[int]) -> None:
+    from nlscale.evaluate.position.training import ranges_of
+
+    assert ranges_of(length) == list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def test_of_text_there_is_no_accuracy(data: Path) -> None:
@@ -134,13 +161,6 @@ def test_intervals_are_those_of_wilson() -> None:
     assert Share(64, 64).interval == pytest.approx((1 - 0.05662, 1), abs=1e-5)
 
 
-def nlscale(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(list(arguments))
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
-
-
 def test_a_run_is_scored_on_the_task_of_its_data(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +168,7 @@ def test_a_run_is_scored_on_the_task_of_its_data(
     asked = ["eval", "automata", str(tmp_path), "--examples", "20"]
     assert nlscale(*asked, "--json", "--lengths", "1x,3x") == 0
     said = json.loads(capsys.readouterr().out)
+    described("recall, automata, mad, babi", said)
     assert said["task"] == str(task_of(TASK)) and said["chance"] == 0.5 and said["step"] == 6
     assert [one["factor"] for one in said["lengths"]] == [1, 3]
     assert [one["length"] for one in said["lengths"]] == [32, 96]

@@ -155,6 +155,7 @@ def test_an_unknown_evaluation_is_refused_before_anything_starts(
 def names_are_taken() -> list[str]:
     from examples.retention.facts import RetentionFacts
     from nlscale.evaluate import table as evaluations
+    from nlscale.evaluate import trained
     from nlscale.model.mixers import table as mixers
     from nlscale.optim import table as rules
 
@@ -163,6 +164,7 @@ def names_are_taken() -> list[str]:
         (mixers, "hope", RetentionFacts()),
         (rules, "adamw", rules.Rule("a:b", ())),
         (evaluations, "loss", evaluations.Evaluation("a:b")),
+        (trained, "loss", trained.Trained("", "", "a:b", "a:b", "a:b")),
     ):
         try:
             table.register(name, new)
@@ -177,8 +179,8 @@ def names_are_taken() -> list[str]:
 
 def test_a_name_belongs_to_one() -> None:
     (said,) = world.run(1, in_root, names_are_taken)
-    assert len(said) == 4 and all("already" in line for line in said[:3])
-    assert "needs whole matrices" in said[3]
+    assert len(said) == 5 and all("already" in line for line in said[:4])
+    assert "needs whole matrices" in said[4]
 
 
 def in_root(function: Any, *arguments: Any) -> Any:
@@ -295,6 +297,19 @@ def test_their_runs_can_be_inspected_compared_and_benched(split: Path) -> None:
         argv = [sys.executable, "-m", "nlscale", *command, f"--import={IMPORTS[0]}"]
         ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
         assert ended.returncode == 0, (command, ended.stdout + ended.stderr)
+
+
+def test_their_evaluation_is_asked_of_a_trained_model(split: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    asked = ["eval", "guesses", str(split), "--contexts", "2", "--json", str(out)]
+    (ended,) = world.command(1, [*asked, f"--import={IMPORTS[0]}"], tmp_path)
+    assert ended.code == 0, ended.output
+    said = json.loads(out.read_text())
+    guessed = said["guessed"]
+    assert said["mixer"] == "retention" and guessed["of"] == 2 * 32 and 0 <= guessed["share"] <= 1
+    assert f"{100 * guessed['share']:.1f}%" in ended.output
+    (kept,) = (split / "evals").iterdir()
+    assert kept.name.startswith("guesses-step9-")
 
 
 def mistaken(mistake: str) -> str:

@@ -288,6 +288,7 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(
 ) -> None:
     (tmp_path / "binary").write_bytes(b"ab\xff")
     (tmp_path / "empty").touch()
+    (tmp_path / "run").mkdir()
     monkeypatch.setattr("nlscale.load", lambda path: pytest.fail("it is loaded"))
     assert says in shell("run", *arguments.split(), code=2)
 

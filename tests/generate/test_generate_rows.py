@@ -21,6 +21,13 @@ from nlscale.generate.model import Model
 
 EXACT = 1e-12
 """Largest |difference| / |largest logit| in float64; seen: 5e-15."""
+PRODUCTS = 25
+"""Between a token and its logits in the tiny model: in each of 2 blocks 8 of the mixer and 4 of the
+MLPs, and the head."""
+ROUNDED = 2 * torch.finfo(torch.float32).eps * (2 * PRODUCTS) ** 0.5
+"""The same in fp32, 1.7e-6: a product of another number of rows adds in another order, so that both
+logits have gathered an eps a product, independent of each other; and the largest of some thousand
+differences is taken."""
 Load = Callable[..., Model]
 
 
@@ -93,8 +100,8 @@ def test_in_fp32_too_neighbours_change_no_more_than_rounding(mixer: str, load: L
     after = stream.feed(tokens[:, :1], last=True)
     for i, n in enumerate(lengths):
         alone = model.stream()
-        assert far(begun[i], alone.feed(tokens[i : i + 1, :n], last=True)[0]) < 2e-6
-        assert far(after[i], alone.feed(tokens[i : i + 1, :1], last=True)[0]) < 2e-6
+        assert far(begun[i], alone.feed(tokens[i : i + 1, :n], last=True)[0]) < ROUNDED
+        assert far(after[i], alone.feed(tokens[i : i + 1, :1], last=True)[0]) < ROUNDED
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from nlscale.errors import UserError
 from nlscale.telemetry import figures
 from nlscale.telemetry.figures import draw_comparison, draw_loss, human_count, update_steps
+from nlscale.telemetry.files import to_json
 from nlscale.telemetry.run import Telemetry, WandbOptions
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -43,14 +45,31 @@ def records(steps: int, dropped: int | None = None) -> list[dict[str, Any]]:
     return out
 
 
-def run(run_dir: Path, **options: Any) -> Path:
-    summary = options.pop("summary", {})
-    with Telemetry(run_dir, 20, WandbOptions(), {}, 1000) as telemetry:
-        for record in records(20, **options):
-            report = telemetry.train_step if record["kind"] == "train" else telemetry.validation
-            report(record)
-        telemetry.finish(summary)
+def run(run_dir: Path, more: str = "", dropped: int | None = None, **summary: float) -> Path:
+    """What a run of 20 steps leaves for its figure."""
+    run_dir.mkdir(exist_ok=True)
+    lines = "".join(to_json(record) + "\n" for record in records(20, dropped))
+    (run_dir / "metrics.jsonl").write_text(lines + more)
+    (run_dir / "summary.json").write_text(to_json(summary))
     return run_dir
+
+
+def evaluations(steps: Iterable[int]) -> str:
+    """Lines of metrics.jsonl: an evaluation of two quantities, one of a score beside chance."""
+    lines = []
+    for step in steps:
+        seen = {
+            "kind": "evaluation",
+            "step": step,
+            "tokens": 1000 * step,
+            "time": 0.5,
+            "seconds": 2.0,
+        }
+        parts = {"0-8/loss": 2.0 + 1 / (step + 1), "8-32/loss": 1.5, "rank_of_all": float(step)}
+        lines += [seen | {"name": "parts"} | parts]
+        score = step / 20 if step else None
+        lines += [seen | {"name": "task", "samples": 64, "accuracy": score, "chance": 0.25}]
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def is_png(path: Path) -> bool:
@@ -67,7 +86,11 @@ def test_update_steps_follow_what_happened_not_the_period() -> None:
 
 
 def test_finish_writes_summary_and_figure(tmp_path: Path) -> None:
-    run(tmp_path, summary={"steps": 20, "loss": math.nan})
+    with Telemetry(tmp_path, 20, WandbOptions(), {}, 1000) as telemetry:
+        for record in records(20):
+            report = telemetry.train_step if record["kind"] == "train" else telemetry.validation
+            report(record)
+        telemetry.finish({"steps": 20, "loss": math.nan})
     assert is_png(tmp_path / "loss.png")
     assert json.loads((tmp_path / "summary.json").read_text()) == {
         "steps": 20,
@@ -97,6 +120,47 @@ def test_the_figure_draws_each_level_at_its_updates(
     assert saved[0].get_suptitle() == f"{tmp_path.name}: 2.500 bits per byte in validation"
 
 
+def test_evaluations_stand_below_the_loss_a_quantity_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Any] = []
+    run(tmp_path, evaluations(range(0, 21, 5)))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, out: saved.append(figure) or out)
+    draw_loss(tmp_path)
+    loss, *panels, levels = saved[0].axes
+    titles = ["parts: loss", "parts: rank of all", "task: accuracy"]
+    assert [axes.get_title("left") for axes in panels] == titles
+    shown = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in panels]
+    assert shown == [["0-8: 2.048", "8-32: 1.5"], ["last: 20"], ["last: 1", "chance: 0.25"]]
+    assert panels[0].get_ylabel() == "nats per token"
+    for axes in panels:
+        assert axes.get_xlim() == loss.get_xlim() == levels.get_xlim()
+    line, chance = panels[2].lines
+    assert list(line.get_xdata()) == [5, 10, 15, 20], "null is no point"
+    assert list(line.get_ydata()) == [0.25, 0.5, 0.75, 1.0] and set(chance.get_ydata()) == {0.25}
+    lines, alone = panels[0].get_ylim(), panels[1].get_ylim()
+    assert lines[1] < 3.0, "how lines differ later is not lost in how they begin"
+    assert alone[0] < 0 and alone[1] > 20
+
+
+def test_more_evaluations_than_can_be_read_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Any] = []
+    one = {"kind": "evaluation", "step": 1, "name": "much"}
+    many = {f"{i}/loss": 1.0 for i in range(10)} | {f"other{i}": 1.0 for i in range(10)}
+    bare = {"kind": "train", "step": 1, "tokens": 10, "loss": 2.0}
+    lines = (json.dumps(line) + "\n" for line in (bare, one | many))
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, out: saved.append(figure) or out)
+    draw_loss(tmp_path)
+    _, *panels = saved[0].axes
+    drawn = sum(len(axes.lines) for axes in panels)
+    assert drawn == 15 and len(panels) == 8
+    said = panels[-1].get_xlabel()
+    assert said == "step\n5 more figures of evaluations are in metrics.jsonl"
+
+
 @pytest.mark.parametrize(
     ("summary", "expected"),
     [
@@ -108,7 +172,7 @@ def test_the_figure_draws_each_level_at_its_updates(
 def test_the_unigram_reference_is_in_nats_per_token(
     summary: dict[str, float], expected: float | None, tmp_path: Path
 ) -> None:
-    run(tmp_path, summary=summary)
+    run(tmp_path, **summary)
     validation = [r for r in figures.read_records(tmp_path) if r["kind"] == "validation"]
     assert figures._unigram_nats(tmp_path, validation) == expected
     assert figures._unigram_nats(tmp_path, []) == summary.get("unigram_nats_per_token")
@@ -144,7 +208,10 @@ def test_nothing_to_draw_is_a_clear_error_but_finish_only_warns(
 
 
 def test_comparison_names_final_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = {"one": run(tmp_path / "a"), "two": run(tmp_path / "b")}
+    runs = {
+        "one": run(tmp_path / "a", evaluations([5, 10])),
+        "two": run(tmp_path / "b", evaluations([10, 20])),
+    }
     assert is_png(draw_comparison(runs, tmp_path / "figures" / "both.png"))
     saved: list[Any] = []
     monkeypatch.setattr(figures, "save_figure", lambda figure, out: saved.append(figure) or out)
@@ -155,6 +222,15 @@ def test_comparison_names_final_values(tmp_path: Path, monkeypatch: pytest.Monke
         "two: 2.000 (2.500 bits per byte)",
     ]
     assert list(axes.lines[0].get_xdata()) == [5000, 10000, 15000, 20000]
+    *parts, task = saved[0].axes[1:]
+    assert [below.get_title("left").split(": ")[1] for below in parts] == [
+        "0-8/loss", "8-32/loss", "rank of all"
+    ]  # fmt: skip
+    first, second, _ = task.lines
+    assert list(first.get_xdata()) == [5000, 10000] and list(second.get_xdata()) == [10000, 20000]
+    colours = [line.get_color() for line in axes.lines]
+    assert [first.get_color(), second.get_color()] == colours
+    assert [text.get_text() for text in task.get_legend().get_texts()] == ["chance: 0.25"]
 
 
 def test_comparison_of_a_run_without_validation_names_it(tmp_path: Path) -> None:

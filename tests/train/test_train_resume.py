@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import world
@@ -41,13 +42,20 @@ def only_until(folder: Path, step: int) -> None:
             checkpoint.path.rename(folder / f"later-{checkpoint.step}")
 
 
+def evaluated(folder: Path) -> list[dict[str, Any]]:
+    """The records of evaluations, but for the clock."""
+    found = records(folder, "evaluation")
+    return [{k: v for k, v in one.items() if k not in ("time", "seconds")} for one in found]
+
+
 def test_the_same_command_goes_on_and_ends_the_same(data: Path, tmp_path: Path) -> None:
-    here = [*keys(data, tmp_path), f"train.steps={STEPS}"]
+    here = [*keys(data, tmp_path), f"train.steps={STEPS}", "evaluate=[positions]"]
+    here += ["train.validation_sequences=7"]  # micro batches of two
     (first,) = world.run(1, run, here)
     index = json.loads((data / "index.json").read_text())
     assert index["splits"]["train"]["tokens"] // 32 < STEPS * 8, "an epoch must end on the way"
     assert [c.step for c in Store(tmp_path / "checkpoints").checkpoints()] == [36, 40]
-    whole = records(tmp_path, "train")
+    whole, asked = records(tmp_path, "train"), evaluated(tmp_path)
     only_until(tmp_path, 36)
     (second,) = world.run(1, run, here)
     assert "resuming from" in (tmp_path / "train.log").read_text()
@@ -59,6 +67,10 @@ def test_the_same_command_goes_on_and_ends_the_same(data: Path, tmp_path: Path) 
     assert [(r["step"], r["loss"], r["tokens"]) for r in again] == [
         (r["step"], r["loss"], r["tokens"]) for r in whole
     ]
+    assert evaluated(tmp_path) == asked
+    for one, validation in zip(asked, records(tmp_path, "validation"), strict=True):
+        mean = (8 * one["0-8/loss"] + 24 * one["8-32/loss"]) / 32
+        assert mean == pytest.approx(validation["loss"], rel=1e-6)
     resumed = Store(tmp_path / "checkpoints").checkpoints()[-1]
     assert compare(resumed, Checkpoint(tmp_path / "later-40", STEPS))["bitwise"]
 

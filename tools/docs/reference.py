@@ -22,6 +22,7 @@ _PAGES = {
     "reference/metrics.md": reference_fields.metrics,
     "reference/summary.md": reference_fields.summary,
     "reference/plan-json.md": reference_fields.plan,
+    "reference/eval-json.md": reference_fields.evaluations,
     "reference/exit-codes.md": reference_exits.page,
 }
 _NAMED = re.compile(r"docs/(?P<path>[\w-]+/[\w-]+\.md)(?P<anchor>#[\w.-]+)?")

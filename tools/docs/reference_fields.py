@@ -1,9 +1,10 @@
-"""The pages of what a run writes and a plan prints, made of the tables of fields in the code."""
+"""The pages of what runs, plans and evaluations write, made of the tables of fields in the code."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from nlscale.evaluate.fields import ANSWERS, FAILED
 from nlscale.plan.fields import PLAN
 from nlscale.telemetry.fields import ATTEMPTS, METRICS, SUMMARY, Field
 
@@ -39,6 +40,21 @@ What [`nlscale plan --json`](commands.md#plan) prints. Bytes of traffic are thos
 node, the mean over the nodes; link seconds are those bytes at the full rate of a node's links.
 {_NAMES}
 """
+_EVAL = f"""# eval --json
+
+What [`nlscale eval --json`](commands.md#eval) prints or writes: the object of one model, or of
+several a list of them in the order in which they were named. Shares are from 0 to 1. All but the
+first three fields also lie in the folder `evals` of the model, as `result`, beside the `options`
+that were asked for. What a package has [added](../how-to/add-an-evaluation.md#of-a-trained-model)
+has fields of its own behind the first three.
+{_NAMES}
+"""
+_FAILED = """
+## A model that could not be asked { #failed }
+
+Where several were asked, it is in the list all the same, and the exit code is 1.
+
+"""
 
 
 def metrics() -> str:
@@ -58,6 +74,16 @@ def summary() -> str:
 def plan() -> str:
     """The page of a plan in Markdown."""
     return _PLAN + _table(PLAN, "")
+
+
+def evaluations() -> str:
+    """The page of what evaluations find in Markdown."""
+    parts = [
+        f"## {name} {{ #{anchor} }}\n\n{_table(of, anchor)}"
+        for name, of in ANSWERS.items()
+        for anchor in [name.replace(", ", "-").replace(" ", "-")]
+    ]
+    return "\n".join([_EVAL, *parts, _FAILED + _table(FAILED, "failed")])
 
 
 def _table(fields: Mapping[str, Field], anchor: str) -> str:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from nlscale.checkpoint.export.origin import ORIGIN, beginning
 from nlscale.checkpoint.inspection import inspection
 from nlscale.checkpoint.store.store import Checkpoint
 from nlscale.config import trees
@@ -23,7 +24,7 @@ tags: [nlscale, {mixer}]
 # {name}
 
 A language model of {parameters} parameters, trained by nlscale {version} for {steps:,} steps on
-{tokens} tokens. Its sequence mixer is `{mixer}`; its feed-forward part is of {count}.
+{tokens} tokens.{beginning} Its sequence mixer is `{mixer}`; its feed-forward part is of {count}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -98,6 +99,7 @@ def write_card(
         version=state["versions"].get("nlscale", "of unknown version"),
         steps=state["step"],
         tokens=human_count(state["tokens"]),
+        beginning=beginning(own["run"].get("weights"), described.get(ORIGIN, {})),
         count=f"{count} levels" if count > 1 else "one level",
         dtype=described["dtype"],
         levels=_table(

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from nlscale.checkpoint.export.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, opened, read_json
 from nlscale.checkpoint.export.llama_config import config_from_llama
+from nlscale.checkpoint.export.origin import ORIGIN, imported_from
 from nlscale.checkpoint.export.weights import Exported, config_json, write_folder, write_json
 from nlscale.checkpoint.store import files
 from nlscale.config import recipe
@@ -98,6 +99,7 @@ def import_transformer(source: Path, folder: Path, periods: Sequence[str] = ("1"
             "tokens": 0,
             "versions": {name: version(name) for name in ("nlscale", "torch")},
             "imported": described,
+            ORIGIN: imported_from(source, described),
         }
 
         def write_beside(partial: Path) -> None:
@@ -204,11 +206,17 @@ def _recipe(plain: dict[str, Any], source: Path, folder: Path) -> str:
     }
     spectrum = plain["levels"]["spectrum"]
     levels = [{key: level[key] for key in ("name", "period", "hidden")} for level in spectrum]
-    weights = str(folder.absolute())
-    run = {"dir": f"runs/{folder.name}-run", "weights": weights}  # not where the export lies
+    run = {"dir": f"runs/{folder.name}-run", "weights": _path(folder)}  # not where the export lies
     kept = {"run": run, **changed, "levels": levels}
     text = yaml.safe_dump(kept, sort_keys=False, default_flow_style=False)
     return (
         f"# Trains on from {source.name}. Build data with its tokenizer, then:\n"
-        f"#   nlscale train {folder / RECIPE_FILE} data.dir=DATA\n{text}"
+        f"#   nlscale train {folder / RECIPE_FILE} data.dir=DATA\n"
+        f"# Paths are those of the folder in which that is called, as in every recipe.\n{text}"
     )
+
+
+def _path(folder: Path) -> str:
+    """From the working folder where it is inside it: both can be moved together then."""
+    folder, here = folder.absolute(), Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)

@@ -15,6 +15,7 @@ from nlscale.checkpoint.export.card import write_card
 from nlscale.checkpoint.export.carried import AUTO_MAP, MODELING_FILE, modeling_source
 from nlscale.checkpoint.export.class_keys import class_keys
 from nlscale.checkpoint.export.files import CONFIG_FILE
+from nlscale.checkpoint.export.origin import ORIGIN
 from nlscale.checkpoint.export.tokenizer import write_tokenizer
 from nlscale.checkpoint.export.weights import (
     HUGGING_FACE,
@@ -97,6 +98,7 @@ def described_for(own: dict[str, Any], config: Config) -> dict[str, Any]:
         "dtype": own["torch_dtype"],
         **class_keys(config),
         **{key: own[key] for key in ("step", "tokens", "versions", "nlscale")},
+        **({ORIGIN: own[ORIGIN]} if ORIGIN in own else {}),
     }
 
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nlscale.checkpoint.export import NO_DATA
 from nlscale.config import recipe, trees
+from nlscale.config.units import Period
 from nlscale.config.vocabulary import Config, Dtype
 from nlscale.errors import UserError
 from nlscale.levels.spectrum import spectrum
@@ -18,6 +20,8 @@ from nlscale.plan.checks import check_sizes
 
 _LONGEST = 2048
 """Tokens of a sequence in the recipe, unless the model knows fewer **[choice]**."""
+_BATCH = 8
+"""Sequences of a step in the recipe **[choice]**."""
 _MULTIPLES = (128, 64, 32, 16, 8, 4, 2, 1)
 """Of these a level's hidden units are whole ones: of the first of which there are enough."""
 _SILU = ("silu", "swish")
@@ -87,18 +91,33 @@ def config_from_llama(
         for name, period, units in zip(names, periods, hidden, strict=True)
     ]
     longest = _whole(described, "max_position_embeddings", where, _LONGEST)
+    length = min(longest, _LONGEST)
+    _check_periods(periods, _BATCH * length)
     sections = {
         "model": model,
         "levels": levels,
-        "data": {"dir": "none", "sequence_length": min(longest, _LONGEST)},
+        "data": {"dir": NO_DATA, "sequence_length": length},
         # of a model that has learned: a rate far below that of a new one [choice]
         "optimizer": {"learning_rate": 2e-5},
-        "train": {"dtype": dtype.value, "global_batch": 8, "micro_batch": 1},
+        "train": {"dtype": dtype.value, "global_batch": _BATCH, "micro_batch": 1},
     }
     config = recipe.load(None, [f"{k}={trees.dump(v)}" for k, v in sections.items()]).config
     spectrum(config.levels, config.train.global_batch * config.data.sequence_length)
     check_sizes(config, ranks=1)
     return config
+
+
+def _check_periods(periods: Sequence[str], tokens_per_step: int) -> None:
+    """Raises UserError: they are not those of levels, fastest first."""
+    given, before = f"--levels {','.join(periods)}", 0
+    for text in periods:
+        try:
+            steps = Period.parse(text).in_steps(tokens_per_step)
+        except UserError as error:
+            raise UserError(f"{given}: {error}; such as --levels 1,4,16") from None
+        if steps < before:
+            raise UserError(f"{given}: {text} is a shorter period than {before}; fastest first")
+        before = steps
 
 
 def _family(described: dict[str, Any], where: Path) -> Family:

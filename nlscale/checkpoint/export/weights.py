@@ -20,8 +20,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from nlscale.checkpoint.export import NO_DATA
 from nlscale.checkpoint.export.class_keys import check_class_keys
 from nlscale.checkpoint.export.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, opened, read_json
+from nlscale.checkpoint.export.origin import ORIGIN, origin_of
 from nlscale.checkpoint.store import files
 from nlscale.checkpoint.store.pieces import Piece
 from nlscale.checkpoint.store.store import Checkpoint
@@ -217,7 +219,7 @@ def config_of(described: dict[str, Any], where: Path) -> Config:
     dtypes |= dict.fromkeys(_READ_AS_FP32, Dtype.fp32.value)
     try:
         sections = {key: own[key] for key in ("model", "levels")}
-        sections["data"] = own.get("data") or {"dir": "none"}
+        sections["data"] = own.get("data") or {"dir": NO_DATA}
         sections["train"] = {"dtype": dtypes[described[_dtype_key(described)]]}
         of_class = described["model_type"] == HUGGING_FACE
         # transformers may have given it tokens more: resize_token_embeddings
@@ -312,6 +314,8 @@ def describe(checkpoint: Checkpoint, dtype: Dtype | None) -> dict[str, Any]:
     """What `config.json` of an export in that dtype holds; None: in which it was trained."""
     state = checkpoint.state
     of_run = {key: state[key] for key in ("step", "tokens", "versions")}
+    origin = origin_of(state["config"].get("run", {}).get("weights"))
+    of_run |= {ORIGIN: origin} if origin else {}
     return config_json(state["config"], dtype or _trained_in(checkpoint), of_run)
 
 

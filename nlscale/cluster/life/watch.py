@@ -37,6 +37,7 @@ _LEAVE_SECONDS = 10.0
 """What a rank has to end by itself once another has said why the run ends."""
 _LINGER_SECONDS = 15.0
 """For which the first rank, which may hold the store, waits at most for the others to hear why."""
+_RESUMES = "the same command goes on from the last checkpoint"
 
 
 @dataclass
@@ -105,13 +106,21 @@ class Watch:
         meeting: the ranks.
         timeouts: of the configuration.
         on_end: takes the reason where a thread ends the process, just before.
+        goes_on: says of a rank that was lost what to do then.
+        steps: whether the run consists of steps, which are told by number.
     """
 
     def __init__(
-        self, meeting: Rendezvous, timeouts: TimeoutsConfig, on_end: Callable[[str], None]
+        self,
+        meeting: Rendezvous,
+        timeouts: TimeoutsConfig,
+        on_end: Callable[[str], None],
+        goes_on: str = _RESUMES,
+        steps: bool = True,
     ) -> None:
         self._place, self._rank, self._hosts = meeting.place, meeting.place.rank, meeting.hosts
         self._silence, self._on_end = timeouts.silence, on_end
+        self._goes_on, self._steps = goes_on, steps
         self._store, self._asking = meeting.another_client(), meeting.another_client()
         self._count = 0
         self._over = threading.Event()
@@ -167,7 +176,7 @@ class Watch:
             mute = [r for r in range(ranks) if not self._store.check([_word_of(r)])]
             raise LostRank(
                 f"lost {name_ranks(mute)}: nothing heard for {seconds:g} s since all ranks had "
-                f"met; the same command goes on from the last checkpoint"
+                f"met; {self._goes_on}"
             )
 
     def _explain(self) -> UserError | None:
@@ -280,17 +289,18 @@ class Watch:
 
     def _lost(self, ranks: list[int], seconds: float, words: dict[int, _Word]) -> str:
         what = "; ".join(
-            f"rank {r} on {self._hosts[r]}, last heard in {words[r].what!r} of step {words[r].step}"
-            for r in ranks[:8]
+            f"rank {r} on {self._hosts[r]}, last heard in {self._part(words[r])}" for r in ranks[:8]
         )
         others = [word.what for rank, word in words.items() if rank not in ranks]
         if others:
             what += f", while others were in {Counter(others).most_common(1)[0][0]!r}"
         return (
             f"lost {name_ranks(ranks)}: nothing heard for {seconds:g} s ({what}). Killed (out of "
-            f"memory? the node's log says), stopped, or cut off by the network; the same command "
-            f"goes on from the last checkpoint"
+            f"memory? the node's log says), stopped, or cut off by the network; {self._goes_on}"
         )
+
+    def _part(self, word: _Word) -> str:
+        return f"{word.what!r} of step {word.step}" if self._steps else f"{word.what!r}"
 
     def _hung(self, limit: float, words: dict[int, _Word]) -> str:
         """Blame who has been longest in another part than most."""
@@ -307,8 +317,7 @@ class Watch:
         return (
             f"rank {rank} on {self._hosts[rank]} hangs: {word.seconds:.0f} s in {word.what!r} of "
             f"step {word.step}, while the others are in {common[1]!r} of step {common[0]}; the "
-            f"limit of {limit:g} s is set by timeouts; the same command goes on from the last "
-            f"checkpoint"
+            f"limit of {limit:g} s is set by timeouts; {self._goes_on}"
         )
 
     def _cut_off(self) -> UserError:
@@ -316,10 +325,10 @@ class Watch:
 
         The first rank of the first node may be what was lost, so it is not left to a first one.
         """
+        step = f" (step {_now.step})" if self._steps else ""
         message = (
             f"{self._place.who} cannot reach {self._place.meeting_point}: rank 0 on "
-            f"{self._hosts[0]} was lost, or the network to it is down (step {_now.step}); the same "
-            f"command goes on from the last checkpoint"
+            f"{self._hosts[0]} was lost, or the network to it is down{step}; {self._goes_on}"
         )
         if self._place.local_rank == self._place.local_world - 1:
             return LostRank(message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nlscale.data.index import INDEX_NAME
-from nlscale.data.tokenizer import load_tokenizer
+from nlscale.data.tokenizer import SymbolTokenizer, load_tokenizer
 from nlscale.errors import UserError
 
 _MOST_TOKENS = 1 << 23
@@ -35,7 +35,7 @@ def _of_folder(folder: Path, split: str) -> str:
     from nlscale.data.shards import TokenShards
 
     shards, tokenizer = TokenShards(folder, split), load_tokenizer(folder)
-    if not tokenizer.byte_lengths().any():
+    if isinstance(tokenizer, SymbolTokenizer):
         raise UserError(
             f"the haystack {folder} holds {tokenizer.name}, and no text; name a text file, or a "
             f"folder of text, with --haystack"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +17,8 @@ from nlscale.errors import UserError
 
 Count = Callable[[str], int]
 """Of the tokens of a text."""
+_ENDLESS = sys.maxsize
+"""Units of a haystack that is made as it is wanted."""
 DEPTHS = 40
 """Points from the start of the haystack to its end, at which needles can be."""
 
@@ -67,24 +70,33 @@ def prompt(
             round. Empty: the sentences of `NOISE` stand for it.
 
     Raises:
-        UserError: what is asked takes more tokens than that without any haystack, or the text is
-            shorter than the haystack.
+        UserError: what is asked takes more tokens than that without any haystack, or the prompt
+            has room for more than the whole of the text.
     """
     asked, worded = KINDS[kind], FORMS[form]
     needles = _needles(asked, worded, rng, depth)
+    most = _ENDLESS
     if asked.haystack == "needles":
         build = _among_needles(asked, worded, needles, int(rng.integers(1 << 62)))
         each = count(needles.sentences[0])
     else:
         text = haystack if asked.haystack == "text" and haystack else ""
         build, each = _in_text(needles, text, float(rng.random())), 1
+        most = len(text) or most
     room = length - count(needles.answer)
-    text = build(_most(lambda size: count(build(size)), room, each))
+    size = _most(lambda size: count(build(size)), room, each, most)
+    text = build(size)
     if (taken := count(text)) > room:
         raise UserError(
             f"needles of kind {kind} in the {form} form take {taken + length - room} tokens "
             f"without any haystack, and the context has {length}; make it longer, or ask other "
             f"kinds, or in the short form"
+        )
+    if size == most and taken < room:  # one character more might have fitted
+        raise UserError(
+            f"the haystack has {most:,} characters of text, and a context of {length:,} tokens has "
+            f"room for {room - taken:,} tokens more; give more text with --haystack, or shorter "
+            f"lengths"
         )
     return Prompt(text, needles.answer, tuple(needles.references), tuple(needles.at))
 
@@ -136,18 +148,13 @@ def _depths(rng: Generator, first: float, count: int) -> list[float]:
 
 
 def _in_text(needles: _Needles, text: str, offset: float) -> Callable[[int], str]:
-    """The prompt with so many characters of haystack."""
+    """The prompt with so many characters of haystack, of a text at most as many as it has."""
     noise = not text
 
     def build(size: int) -> str:
         if noise:
             whole = (NOISE * (size // len(NOISE) + 1))[:size]
         else:
-            if size > len(text):
-                raise UserError(
-                    f"the haystack takes {size:,} characters of text, and there are {len(text):,}; "
-                    f"give more text with --haystack, or shorter lengths"
-                )
             first = int(offset * len(text))
             whole = (text[first : first + size] + text)[:size]
         places = [_before(whole, int(depth * size), noise) for depth in needles.depths]
@@ -192,17 +199,20 @@ def _among_needles(kind: Kind, form: Form, needles: _Needles, seed: int) -> Call
     return build
 
 
-def _most(tokens: Callable[[int], int], room: int, each: int) -> int:
-    """The largest size of at most so many tokens, about `each` a unit; 0 where there is none.
+def _most(tokens: Callable[[int], int], room: int, each: int, most: int) -> int:
+    """The largest size, up to `most`, of at most so many tokens, about `each` a unit; 0 where there
+    is none.
 
     Tokens are nearly in proportion to the size, so that few prompts are made to find it.
     """
-    low, high = 0, max(1, room // each)
+    low, high = 0, min(most, max(1, room // each))
     at_low, at_high = tokens(low), tokens(high)
     if at_low > room:
         return 0
     while at_high <= room:
-        low, at_low, high = high, at_high, 2 * high
+        if high == most:
+            return most
+        low, at_low, high = high, at_high, min(most, 2 * high)
         at_high = tokens(high)
     halves = False
     while high - low > 1:

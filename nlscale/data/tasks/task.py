@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -101,6 +102,11 @@ class Task(ABC):
         Raises:
             UserError: there is none of that length.
         """
+
+    @property
+    def reads(self) -> Sequence[Path]:
+        """Files and data folders that examples are made of, beside random numbers."""
+        return ()
 
     @property
     def tokenizer(self) -> Tokenizer:

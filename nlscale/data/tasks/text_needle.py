@@ -70,6 +70,10 @@ class TextNeedle(Task):
         return {kind: smallest(kind, self.form, _bytes) for kind in self.all_kinds}
 
     @property
+    def reads(self) -> Sequence[Path]:
+        return () if self.haystack == "noise" else (Path(self.haystack),)
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return ByteTokenizer()
 
@@ -83,7 +87,7 @@ class TextNeedle(Task):
         return range(32, 127)
 
     def draw(self, rng: Generator) -> Example:
-        text = "" if self.haystack == "noise" else _training_text(self.haystack)
+        text = _training_text(*self.reads) if self.reads else ""
         ids: list[int] = []
         counted: list[int] = []
         while kinds := [k for k, n in self._needed.items() if n <= self.length - len(ids)]:
@@ -115,5 +119,5 @@ def _bytes(text: str) -> int:
 
 
 @cache
-def _training_text(haystack: str) -> str:
-    return text_of(Path(haystack), "train")
+def _training_text(haystack: Path) -> str:
+    return text_of(haystack, "train")

@@ -3,9 +3,10 @@
     RUN/evals/loss-step400-3f2a9c01b7d4.json          a result
     RUN/evals/loss-step400-3f2a9c01b7d4.parts.jsonl   parts of one that is not finished
 
-The digits are a hash of the checkpoint, the options, what the files hold that they name, and the
-version of nlscale. So a question that was answered before is not asked again, one that was cut off
-goes on, and another checkpoint, another text or another option is another question.
+The digits are a hash of the checkpoint, the options, what the files hold that they name, the data
+that the model was trained on with their tokenizer, and the version of nlscale. So a question that
+was answered before is not asked again, one that was cut off goes on, and another checkpoint,
+another text or another option is another question.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from typing import Any, NamedTuple
 
 from nlscale import __version__
 from nlscale.checkpoint import FOLDER
+from nlscale.data.index import INDEX_NAME, read_index
+from nlscale.data.tasks.table import task_of_index
+from nlscale.data.tokenizer import SETTINGS_NAME, TOKENIZER_NAME
 from nlscale.errors import UserError
 from nlscale.telemetry.files import LineFile, read_object, replace, to_json
 
@@ -28,8 +32,8 @@ EVALS = "evals"
 _FORM = 1
 """Of results; one that reads otherwise is not found again."""
 _MANIFEST, _STATE = "manifest.json", "state.json"  # of a checkpoint
-_INDEX, _RUN_CONFIG, _EXPORT_CONFIG = "index.json", "config.yaml", "config.json"
-_STEP = re.compile(r"step-(\d{8,})")
+_RUN_CONFIG, _EXPORT_CONFIG = "config.yaml", "config.json"
+_STEP = re.compile(r"step-(\d{8,})(\.replaced)?")
 _CHUNK = 1 << 20
 
 
@@ -143,11 +147,11 @@ def named(folder: Path, step: int | None = None) -> Named:
     if (folder / _MANIFEST).is_file():
         return _checkpoint(folder)
     inside = folder / FOLDER
-    found = {
-        int(match[1]): path
-        for path in (inside if inside.is_dir() else folder).glob("step-*")
-        if (match := _STEP.fullmatch(path.name)) and (path / _MANIFEST).is_file()
-    }
+    found: dict[int, Path] = {}
+    for path in sorted((inside if inside.is_dir() else folder).glob("step-*")):
+        match = _STEP.fullmatch(path.name)
+        if match and (path / _MANIFEST).is_file():
+            found.setdefault(int(match[1]), path)  # one set aside only where no other is there
     if found:
         return _checkpoint(found[step if step in found else max(found)])
     hashed = hashlib.sha256()
@@ -189,25 +193,52 @@ def stem(name: str, model: Named, options: Mapping[str, Any]) -> str:
         model: which is asked.
         options: what was asked for. Paths stand for what they hold.
     """
-    asked = {key: _content(value) for key, value in sorted(options.items())}
-    of = [_FORM, __version__, name, model.digest, asked, _content(model.data)]
-    text = json.dumps(of, default=str)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return f"{name}-{'' if model.step is None else f'step{model.step}-'}{digest}"
+    of = [_FORM, __version__, name, model.digest, contents(options), _of_data(model.data)]
+    step = "" if model.step is None else f"step{model.step}-"
+    return f"{name}-{step}{digest_of(of)[:12]}"
+
+
+def contents(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options in the order of their names; paths as what they hold."""
+    return {key: _content(value) for key, value in sorted(options.items())}
+
+
+def digest_of(value: Any) -> str:
+    """A hash, in hex, of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
+
+
+def _of_data(folder: Path | None) -> Any:
+    """What is in a data folder, and in what the task reads that it was made of."""
+    if folder is None:
+        return None
+    try:
+        beside = task_of_index(read_index(folder), folder).reads
+    except UserError:  # text; or it is not there, which says who needs it
+        beside = ()
+    return [_content(folder), *map(_content, beside)]
 
 
 def _content(value: Any) -> Any:
     """A value; a path as what is in the file, or the folder."""
     if not isinstance(value, Path):
         return value
+    if value.name == TOKENIZER_NAME:
+        return _of_tokenizer(value.parent)
     if value.is_file():
         return _digest(value)
-    if (value / _INDEX).is_file():
-        return _digest(value / _INDEX)
+    if (value / INDEX_NAME).is_file():  # which has hashes of the shards
+        return [_digest(value / INDEX_NAME), _of_tokenizer(value)]
     if not value.is_dir():
         return str(value)
     inside = sorted(path for path in value.rglob("*") if path.is_file())
     return [[str(path.relative_to(value)), _digest(path)] for path in inside]
+
+
+def _of_tokenizer(folder: Path) -> list[str | None]:
+    """Of its file, and of what is said beside it of which token ends a text."""
+    files = (folder / TOKENIZER_NAME, folder / SETTINGS_NAME)
+    return [_digest(file) if file.is_file() else None for file in files]
 
 
 def _digest(path: Path) -> str:

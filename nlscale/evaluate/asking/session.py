@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nlscale.errors import UserError
+from nlscale.errors import LostRank, SaidElsewhere, UserError
 from nlscale.evaluate.asking.context import Context
 from nlscale.evaluate.asking.kept import Kept, home_of, named, stem
 from nlscale.evaluate.asking.progress import Progress
 from nlscale.evaluate.asking.ranks import Ranks
 from nlscale.evaluate.asking.tracked import track
-from nlscale.evaluate.trained import Answer, trained
+from nlscale.evaluate.trained import Answer, Failed, trained
+from nlscale.generate.imports import import_models
 from nlscale.telemetry.files import to_json
 
 
@@ -24,8 +25,10 @@ def ask_all(
     options: argparse.Namespace,
     ranks: Ranks,
     cache: Path | None = None,
-) -> list[Answer]:
+) -> list[Answer | Failed]:
     """The answers of several models, each kept as soon as it is found.
+
+    Of several, one that cannot be asked does not keep the others from it.
 
     Args:
         name: of the evaluation.
@@ -35,21 +38,33 @@ def ask_all(
         cache: where to keep results; None: each in its model's folder.
 
     Raises:
-        UserError: there is no such evaluation or model, it cannot be asked this, or its results
-            cannot be kept.
+        UserError: there is no such evaluation or folder; or the model, the only one, cannot be
+            asked this, or its results cannot be kept.
     """
     for folder in folders:
         if not folder.is_dir():
             raise UserError(
                 f"{folder} is no folder; give that of a run, of a checkpoint, or of an export"
             )
-    return [_ask(name, folder, options, ranks, cache) for folder in folders]
+    found: list[Answer | Failed] = []
+    for number, folder in enumerate(folders):
+        try:
+            with ranks.trying(f"model{number}") as those:
+                found.append(_ask(name, folder, options, those, cache))
+        except (LostRank, SaidElsewhere):
+            raise
+        except UserError as error:
+            if len(folders) == 1:
+                raise
+            found.append(Failed(str(folder), str(error)))
+    return found
 
 
 def _ask(
     name: str, folder: Path, options: argparse.Namespace, ranks: Ranks, cache: Path | None
 ) -> Answer:
-    asked: Mapping[str, Any] = vars(options)
+    one = trained(name)
+    asked = {key: value for key, value in vars(options).items() if key not in one.speed}
     found = named(folder)
     home = cache or home_of(folder)
     # The first rank's files decide for all: not every node need see them alike.
@@ -58,7 +73,8 @@ def _ask(
     if before is not None:
         return _answer(folder, before)
 
-    from nlscale.generate.load import load  # imports torch
+    import_models()
+    from nlscale.generate.load import load
 
     progress = Progress(f"nlscale eval {name} {folder}", ranks.first)
     model = load(folder, device=_device(ranks))
@@ -69,9 +85,13 @@ def _ask(
             f"being trained, or nodes see other files; name one of its checkpoints"
         )
     kept = Kept(home if ranks.first else None, stem(name, named(folder, model.step), asked))
+    # The newest checkpoint may be broken, and the one before it have been asked.
+    before = ranks.broadcast(kept.result())
+    if before is not None:
+        return _answer(folder, before)
     kept.make()
     context = Context(name, folder, ranks, kept, progress)
-    result = trained(name).evaluate(model, options, context)
+    result = one.evaluate(model, options, context)
     whole = {
         "evaluation": name,
         "step": model.step,
@@ -82,7 +102,7 @@ def _ask(
     whole = json.loads(to_json(whole))  # as it is when it is read again
     if ranks.first:
         kept.finish(whole)
-        track(folder, name, whole["result"].get("figures", {}), progress.say)
+        track(folder, name, asked, whole["result"].get("figures", {}), progress.say)
     return _answer(folder, whole)
 
 

@@ -32,7 +32,7 @@ _SETTINGS = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
 _Item = TypeVar("_Item")
 
 
-class Share(Protocol):
+class ShareOut(Protocol):
     """As `nlscale.evaluate.asking.context.Context.parts`."""
 
     def __call__(
@@ -67,7 +67,7 @@ class Adapter(TemplateLM):
         model: Model,
         rows: int = 16,
         max_length: int | None = None,
-        share: Share = _by_itself,
+        share: ShareOut = _by_itself,
     ) -> None:
         super().__init__()
         self._model, self._rows, self._share = model, rows, share

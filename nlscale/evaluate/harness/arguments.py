@@ -12,6 +12,7 @@ from typing import NamedTuple
 from nlscale.config.arguments import whole
 from nlscale.errors import UserError
 from nlscale.evaluate.harness.suite import SUITES
+from nlscale.generate.given import add_tokenizer
 
 _DISTRIBUTION = "lm-eval"
 
@@ -23,6 +24,9 @@ class Chosen(NamedTuple):
     """Of the harness's own; or the path of a YAML file."""
     content: str
     """A hash of that file and of what it names beside it; of the harness's own its version."""
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def is_file(self) -> bool:
@@ -68,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cut what a model reads down to its last tokens, as is done for models that can read "
         "no more (default: nothing is cut)",
     )
+    add_tokenizer(parser)
 
 
 def tasks(text: str) -> list[Chosen]:

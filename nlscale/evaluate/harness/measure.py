@@ -12,6 +12,7 @@ import numpy as np
 
 from nlscale.errors import UserError
 from nlscale.evaluate.asking.context import Context
+from nlscale.evaluate.asking.tokenizer import tokenizer_of
 from nlscale.evaluate.harness.arguments import harness_version
 from nlscale.evaluate.harness.figures import called, figure, normal
 from nlscale.generate.model import Model
@@ -32,10 +33,11 @@ def evaluate(model: Model, options: argparse.Namespace, context: Context) -> dic
         context: shares requests out over the ranks, and keeps what they find.
 
     Raises:
-        UserError: the harness is not installed; a task that is not there, cannot be read or
-            cannot be had; one that the harness or the model refuses.
+        UserError: the harness is not installed; the model has no tokenizer of text; a task that is
+            not there, cannot be read or cannot be had; one that the harness or the model refuses.
     """
     version = harness_version()
+    tokenizer_of(model, options.tokenizer)
     from nlscale.evaluate.harness.adapter import Adapter
     from nlscale.evaluate.harness.load import load, quiet
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nlscale.errors import UserError
+from nlscale.evaluate.finite import finite
 from nlscale.generate.model import Model, Stream
 
 Ids = tuple[int, ...]
@@ -140,12 +140,7 @@ def _continued(
             weigh(branch.feed(tokens, lengths), start)
             start += tokens.shape[1]
             advance(int(lengths.sum()))
-    if not total.isfinite().all():
-        raise UserError(
-            "the model gives logits that are not finite: its training has diverged, or its weights "
-            "are damaged; `nlscale checkpoint verify` tells, and an older checkpoint may do"
-        )
-    pairs = zip(total.tolist(), greedy.tolist(), strict=True)
+    pairs = zip(finite(total).tolist(), greedy.tolist(), strict=True)
     return [Likelihood(log_probability, is_greedy) for log_probability, is_greedy in pairs]
 
 

@@ -13,6 +13,7 @@ from nlscale.evaluate.asking.context import Advance, Context, Part
 from nlscale.evaluate.intervals import Share
 from nlscale.evaluate.tasks import Score, score
 from nlscale.evaluate.trained import Result
+from nlscale.generate.given import data_of
 from nlscale.generate.model import Model
 
 
@@ -35,7 +36,7 @@ def task_of(model: Model, options: argparse.Namespace, context: Context) -> Task
     Raises:
         UserError: there is none, or the data that are named are of another one.
     """
-    folder = options.data or model.config.data.dir
+    folder = options.data or data_of(model.config, "name the data of its task with --data")
     try:
         task = task_of_index(read_index(folder), folder)
     except UserError as error:

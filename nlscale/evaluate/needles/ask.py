@@ -22,12 +22,13 @@ from nlscale.data.tokenizer import Tokenizer
 from nlscale.errors import UserError
 from nlscale.evaluate.asking.context import Advance, Context, Part
 from nlscale.evaluate.asking.sizes import shown
+from nlscale.evaluate.asking.tokenizer import tokenizer_of
 from nlscale.evaluate.finite import finite
 from nlscale.evaluate.instruments.score import score_all
 from nlscale.evaluate.intervals import Share
 from nlscale.evaluate.needles.options import only_factors, tokens
-from nlscale.evaluate.position.text import tokenizer_of
 from nlscale.evaluate.trained import Result
+from nlscale.generate.given import data_of
 from nlscale.generate.model import Model
 
 _ROWS = 16
@@ -65,7 +66,7 @@ def evaluate(model: Model, options: argparse.Namespace, context: Context) -> Res
     if task is not None and task.family == context.name and not isinstance(task, TextNeedle):
         factors = only_factors(options.lengths)
         return {"symbols": True, **score_all(model, task, factors, options.samples, context)}
-    tokenizer = tokenizer_of(model)
+    tokenizer = tokenizer_of(model, options.tokenizer)
     trained = model.config.data.sequence_length
     lengths = tokens(options.lengths, trained)
     asked = _asked(model, task, options, lengths[0], tokenizer)
@@ -131,10 +132,10 @@ def _asked(
     kinds = options.kinds or (own.all_kinds if own else list(KINDS))
     form = options.form or (own.form if own else _form(kinds, shortest, tokenizer))
     source: Path | None = options.haystack
-    if source is None and own is not None and own.haystack != "noise":
-        source = Path(own.haystack)
+    if source is None and own is not None:
+        source = next(iter(own.reads), None)
     if source is None and own is None and any(KINDS[kind].haystack == "text" for kind in kinds):
-        source = Path(model.config.data.dir)
+        source = data_of(model.config, "name text with --haystack, or ask --kinds without any")
     haystack = "" if source is None else text_of(source, "validation")
     named = "noise" if source is None else str(source)
     return _Asked(kinds, form, haystack, named, options.seed)
@@ -164,8 +165,9 @@ def answers(
 ) -> list[str]:
     """What a model says to each, the most likely token at each step.
 
-    It stops when all that can be found is found in all of them, or when all have said some tokens
-    more than the longest answer has.
+    An answer ends with the separator of documents: what comes after it is another text. It stops
+    when all that can be found is found in all of them, or they have ended, or when all have said
+    some tokens more than the longest answer has.
     """
     ids = [torch.from_numpy(tokenizer.encode(one.text).astype(np.int64)) for one in prompts]
     sizes = torch.tensor([len(row) for row in ids])
@@ -186,11 +188,21 @@ def answers(
         chosen = finite(logits).argmax(-1).cpu()
         for row, token in zip(said, chosen.tolist(), strict=True):
             row.append(token)
-        texts = [tokenizer.decode([i for i in row if i < tokenizer.vocabulary]) for row in said]
-        if number + 1 == most or all(map(_complete, prompts, texts)):
+        texts = [_text(row, tokenizer) for row in said]
+        ended = [
+            tokenizer.separator in row or _complete(one, text)
+            for one, row, text in zip(prompts, said, texts, strict=True)
+        ]
+        if number + 1 == most or all(ended):
             break
         logits = stream.feed(chosen[:, None], last=True)
     return texts
+
+
+def _text(ids: list[int], tokenizer: Tokenizer) -> str:
+    """Of what a model says, up to its end; ids that the tokenizer lacks are no text."""
+    end = ids.index(tokenizer.separator) if tokenizer.separator in ids else len(ids)
+    return tokenizer.decode([i for i in ids[:end] if i < tokenizer.vocabulary])
 
 
 def _hits(one: Prompt, text: str) -> list[tuple[float, bool]]:
@@ -207,19 +219,27 @@ def _complete(one: Prompt, text: str) -> bool:
 
 def _cell(kind: str, length: int, rows: Sequence[Sequence[Any]], depths: int) -> Result:
     """Of a kind and length: the share of references found, each sample counting alike; by depth,
-    each reference."""
+    each reference. Those of one sample go right together, at one depth, too."""
     shares = [sum(hit for _, hit in row) / len(row) for row in rows]
-    by_depth: list[list[bool]] = [[] for _ in range(depths)]
+    by_depth: list[list[list[bool]]] = [[] for _ in range(depths)]
     for row in rows:
+        here: dict[int, list[bool]] = {}
         for depth, hit in row:
-            by_depth[min(depths - 1, int(depth * depths))].append(hit)
+            here.setdefault(min(depths - 1, int(depth * depths)), []).append(hit)
+        for place, hits in here.items():
+            by_depth[place].append(hits)
     return {
         "kind": kind,
         "length": length,
         "score": Share(sum(shares), len(shares)).described(),
         "depths": [
-            {"from": i / depths, "to": (i + 1) / depths, **Share(sum(hits), len(hits)).described()}
-            for i, hits in enumerate(by_depth)
-            if hits
+            {"from": i / depths, "to": (i + 1) / depths, **_share(groups).described()}
+            for i, groups in enumerate(by_depth)
+            if groups
         ],
     }
+
+
+def _share(groups: Sequence[Sequence[bool]]) -> Share:
+    """Of references, each group those of one sample."""
+    return Share.of_groups([sum(hits) for hits in groups], [len(hits) for hits in groups])

@@ -10,6 +10,7 @@ from nlscale.data.needles.kinds import FORMS, KINDS
 from nlscale.errors import UserError
 from nlscale.evaluate.asking.sizes import lengths
 from nlscale.evaluate.instruments.options import factors
+from nlscale.generate.given import add_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=whole(least=0), default=0, metavar="N", help="(default: %(default)s)"
     )
+    add_tokenizer(parser)
 
 
 def _kinds(text: str) -> list[str]:

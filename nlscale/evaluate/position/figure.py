@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 
 from nlscale.evaluate.asking.sizes import shown
+from nlscale.evaluate.position.show import with_interval
 from nlscale.evaluate.trained import Answer
 from nlscale.telemetry.figures import CYCLE, STYLE, save_figure
 
@@ -36,15 +38,15 @@ def draw(answers: Sequence[Answer], out: Path) -> None:
             middles = [(max(1, one["from"]) * one["to"]) ** 0.5 for one in ranges]
             values = [one[name]["value"] for one in ranges]
             color = CYCLE[index % len(CYCLE)]
-            whole = answer.result["all"][name]["value"]
-            label = f"{answer.label} ({answer.mixer}): {whole:.3f} in all"
+            whole = with_interval(answer.result["all"][name])
+            label = f"{answer.label} ({answer.mixer}): {whole} in all"
             axes.plot(middles, values, color=color, marker="o", markersize=3.5, label=label)
-            ends = [one[name]["interval"] for one in ranges]
-            if all(ends):
-                axes.fill_between(
-                    middles, [e[0] for e in ends], [e[1] for e in ends], color=color,
-                    alpha=0.15, linewidth=0,
-                )  # fmt: skip
+            # Of one context there is none: a gap in the band.
+            ends = [one[name]["interval"] or (nan, nan) for one in ranges]
+            axes.fill_between(
+                middles, [e[0] for e in ends], [e[1] for e in ends], color=color,
+                alpha=0.15, linewidth=0,
+            )  # fmt: skip
         axes.set_xscale("log", base=2)
         ticks = [4**i for i in range(1, 16) if 4**i <= longest]
         axes.set_xticks(ticks, [shown(tick) for tick in ticks])

@@ -39,7 +39,7 @@ def evaluate(model: Model, options: argparse.Namespace, context: Context) -> Res
     Raises:
         UserError: the text cannot be read, or is shorter than a context.
     """
-    text = text_of(model, options.data, options.text)
+    text = text_of(model, options.data, options.text, options.tokenizer)
     ends: list[int] = options.lengths
     contexts = contexts_of(text, ends, options.contexts)
     fine = _curve(ends)
@@ -69,6 +69,7 @@ def evaluate(model: Model, options: argparse.Namespace, context: Context) -> Res
         "tokens": text.tokens,
         "contexts": {str(length): len(starts) for length, starts in contexts.items()},
         "trained_length": model.config.data.sequence_length,
+        "document_mask": model.config.data.document_mask,
         "positions": positions,
         "all": whole,
         "curve": [figures(low, high) for low, high in zip([0, *fine[:-1]], fine, strict=True)],

@@ -6,6 +6,7 @@ import argparse
 
 from nlscale.config.arguments import path, whole
 from nlscale.evaluate.asking.sizes import lengths
+from nlscale.generate.given import add_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,8 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lengths,
         default=lengths("256,1k,4k"),
         metavar="256,1k,...",
-        help="ends of the ranges of positions, in tokens, 1k being 1,024; a context is as long as "
-        "the last (default: 256,1k,4k)",
+        help="ends of the ranges of positions in the table, in tokens, 1k being 1,024; a context "
+        "is as long as the last (default: 256,1k,4k). The curve of --figure and --json is of the "
+        "same contexts, in ranges half an octave wide from 16 tokens on (16, 23, 32, 45, ...), "
+        "which also end where those of the table do",
     )
     parser.add_argument(
         "--contexts",
@@ -39,3 +42,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a file to read instead: text, or documents as `nlscale data build` takes them",
     )
+    add_tokenizer(parser)

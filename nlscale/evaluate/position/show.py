@@ -32,6 +32,9 @@ def show(console: Console, answers: Sequence[Answer]) -> None:
     console.print(table)
     for answer in answers if several else answers[:1]:
         console.print(_about(answer, several))
+    for answer in answers:
+        if answer.result.get("document_mask"):  # results that were kept before do not say it
+            console.print(_masked(answer))
     console.print(
         "position: tokens of the context that were read before; in brackets 95% intervals over the "
         "contexts (Student's), none where there is one context"
@@ -42,23 +45,32 @@ def _row(table: Table, ranges: Sequence[Result], label: str = "") -> None:
     one = ranges[0]
     label = label or f"{shown(one['from']) if one['from'] else 0} - {shown(one['to'])}"
     if len(ranges) > 1:
-        table.add_row(label, *(_shown(r["bits_per_byte"] or r["loss"]) for r in ranges))
+        table.add_row(label, *(with_interval(r["bits_per_byte"] or r["loss"]) for r in ranges))
         return
     figures = (one["bits_per_byte"], one["perplexity"])
-    table.add_row(label, f"{one['contexts']}", f"{one['targets']:,}", *map(_shown, figures))
+    table.add_row(label, f"{one['contexts']}", f"{one['targets']:,}", *map(with_interval, figures))
 
 
 def _about(answer: Answer, several: bool) -> str:
     result = answer.result
     whose = f"{answer.label}, step {answer.step:,}: " if several else ""
-    unit = "" if result["all"]["bits_per_byte"] else ", nats a token, as its ids are no text"
+    unit = "" if result["all"]["bits_per_byte"] else ", nats a token, as its ids are no bytes"
     return (
         f"{whose}{result['text']}, {result['tokens']:,} tokens; trained at "
         f"{shown(result['trained_length'])}{unit}"
     )
 
 
-def _shown(figure: dict[str, Any] | None) -> str:
+def _masked(answer: Answer) -> str:
+    return (
+        f"{answer.label} was trained with documents masked (data.document_mask), each as if it "
+        f"stood alone; here it reads on over separators, as it was not trained to: what it loses "
+        f"late in a context may be due to that"
+    )
+
+
+def with_interval(figure: dict[str, Any] | None) -> str:
+    """A figure and the ends of its interval, where it has them."""
     if figure is None:
         return "-"
     if figure["interval"] is None:

@@ -14,6 +14,8 @@ from nlscale.data.documents import SourceFile, UnreadableError, format_of, read_
 from nlscale.data.tally import shown
 from nlscale.data.tokenizer import Tokenizer, load_tokenizer
 from nlscale.errors import UserError
+from nlscale.evaluate.asking.tokenizer import tokenizer_of
+from nlscale.generate.given import data_of, tokenizer_for
 from nlscale.generate.model import Model
 
 
@@ -31,20 +33,25 @@ class Text:
     """UTF-8 bytes that each id stands for, [vocabulary]; zeros where they are no text."""
 
 
-def text_of(model: Model, data: Path | None, file: Path | None) -> Text:
+def text_of(
+    model: Model, data: Path | None, file: Path | None, tokenizer_file: Path | None = None
+) -> Text:
     """The text of a question.
 
     Args:
         model: whose tokenizer reads it.
         data: a data folder, whose held-out split it is; None: that of the model's run.
         file: a file, instead.
+        tokenizer_file: of `--tokenizer`, which the model reads with from now on.
 
     Raises:
         UserError: it cannot be read, or was not made by the model's tokenizer.
     """
     if file is not None:
-        return _of_file(model, file)
-    folder = data or Path(model.config.data.dir)
+        return _of_file(file, tokenizer_of(model, tokenizer_file))
+    if tokenizer_file is not None:
+        tokenizer_for(model, tokenizer_file)
+    folder = data or data_of(model.config, "name text with --data or --text")
     try:
         shards = TokenShards(folder, "validation")
     except UserError as error:
@@ -52,32 +59,9 @@ def text_of(model: Model, data: Path | None, file: Path | None) -> Text:
             raise
         raise UserError(f"{error}; or name text with --data or --text") from None
     tokenizer = load_tokenizer(folder)
-    if data is not None:
-        _check(model, tokenizer, data)
+    _check(model, tokenizer, folder)
     label, size = f"held-out text of {folder}", tokenizer.byte_lengths()
     return Text(label, shards.tokens, shards.read, shards.read_mask, size)
-
-
-def tokenizer_of(model: Model) -> Tokenizer:
-    """The tokenizer of a model.
-
-    Raises:
-        UserError: it is not there any more, or its ids are no text.
-    """
-    try:
-        tokenizer = model.tokenizer
-    except UserError as error:
-        reason = str(error).split(", and assign it")[0].split(";")[0]
-        raise UserError(
-            f"{reason}: the model's tokenizer is that of its data, and text cannot be read without "
-            f"it; put the folder back, or export the model where it is"
-        ) from None
-    if not tokenizer.byte_lengths().any():
-        raise UserError(
-            f"the model reads symbols of {tokenizer.name}, and no text; ask it with nlscale eval "
-            f"recall, automata, mad or babi"
-        )
-    return tokenizer
 
 
 def _check(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
@@ -99,8 +83,7 @@ def _check(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
         )
 
 
-def _of_file(model: Model, file: Path) -> Text:
-    tokenizer = tokenizer_of(model)
+def _of_file(file: Path, tokenizer: Tokenizer) -> Text:
     pieces: list[NDArray] = []
     end = np.array([tokenizer.separator], dtype=np.int64)
     for text in _documents(file):

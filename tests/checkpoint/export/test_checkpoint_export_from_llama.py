@@ -12,6 +12,7 @@ import pytest
 import tokenizers as hf
 import torch
 import world
+from generate.models import saved as trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config, Qwen3ForCausalLM
@@ -19,8 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config
 import nlscale
 from nlscale import cli
 from nlscale.checkpoint.export.from_llama import import_transformer
+from nlscale.checkpoint.export.huggingface import export_huggingface
+from nlscale.checkpoint.export.origin import beginning, imported_from, origin_of
 from nlscale.checkpoint.restore import start_from_weights
 from nlscale.config import recipe
+from nlscale.data.tokenizer import SymbolTokenizer
 from nlscale.errors import UserError
 
 VOCABULARY = 96
@@ -128,9 +132,15 @@ def started(recipe_file: Path) -> tuple[float, float]:
 
 
 def test_its_recipe_trains_on_from_it(
-    theirs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    theirs: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source, out = theirs["qwen3, tied"], tmp_path / "ours"
+    """Also where the folder in which it lies was moved as a whole."""
+    (tmp_path / "before").mkdir()
+    monkeypatch.chdir(tmp_path / "before")
+    source, out = theirs["qwen3, tied"], tmp_path / "before" / "ours"
     with pytest.raises(SystemExit) as ended:
         cli.main(
             ["checkpoint", "import", str(source), "--out", str(out), "--levels", "1, 4", "--json"]
@@ -138,12 +148,66 @@ def test_its_recipe_trains_on_from_it(
     assert ended.value.code == 0
     said = json.loads(capsys.readouterr().out)
     assert said["recipe"] == str(out / "recipe.yaml") and said["dtype"] == "fp32"
+    cli.checkpoint._print_import(said)
+    assert said["tokenizer"] is None and "has no tokenizer.json" in capsys.readouterr().out
+    for command, error in (
+        (("generate", out), "the model has no tokenizer: the folder that it was imported from"),
+        (("eval", "needle", out), "; name the folder of one with --tokenizer\n"),
+        (("eval", "loss", out), "was imported, and has no data of its own; name text with --data"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*map(str, command)])
+        assert error in capsys.readouterr().err
+    (tmp_path / "before").rename(tmp_path / "after")
+    monkeypatch.chdir(tmp_path / "after")
+    out = Path("ours")
     (first, second), _ = world.run(2, started, out / "recipe.yaml")
     logits = logits_of(source, TOKENS[:, :-1]).flatten(0, 1)
     want = torch.nn.functional.cross_entropy(logits, TOKENS[:, 1:].flatten()).item()
     assert first == pytest.approx(want, rel=1e-5) and second < first
     config = recipe.load(out / "recipe.yaml", ["data.dir=none"]).config
     assert [level.period for level in config.levels.spectrum] == ["1", "4"]
+
+
+@pytest.mark.parametrize(
+    ("periods", "said"),
+    [
+        ("4,1", "--levels 4,1: 1 is a shorter period than 4; fastest first"),
+        ("1,fast", "--levels 1,fast: period 'fast' is not a duration; .* such as --levels 1,4,16"),
+        ("1,,4", "--levels 1,,4: period '' is not"),
+        ("1,2.5", "--levels 1,2.5: period '2.5' is not a whole number of steps"),
+    ],
+)
+def test_periods_that_are_none_are_refused_by_what_was_typed(
+    theirs: dict[str, Path], tmp_path: Path, periods: str, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        import_transformer(theirs["llama"], tmp_path / "ours", periods.split(","))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_card_names_what_was_imported_and_what_was_trained_since(
+    theirs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also of a run that began with an export of such a run."""
+    source = changed(theirs["llama"], tmp_path / "Their-1B")
+    (source / "README.md").write_text("---\ntags: [a]\nlicense: apache-2.0\n---\nlicense: no\n")
+    import_transformer(source, tmp_path / "ours")
+    SymbolTokenizer("numbers", [f"w{i}" for i in range(61)]).save(tmp_path)
+    for begun, run in (("ours", "first"), ("hf-first", "second")):
+        checkpoint = trained(tmp_path / run, f"run.weights={tmp_path / begun}")
+        export_huggingface(checkpoint, tmp_path / f"hf-{run}", tokenizer_folder=tmp_path)
+        card = " ".join((tmp_path / f"hf-{run}" / "README.md").read_text().split())
+        since = "for 6 steps on 768 tokens. It began with the weights of the folder"
+        assert f"{since} `{begun}`" in card
+        from_theirs = "imported from `Their-1B`, a `LlamaForCausalLM`; the steps and tokens are"
+        assert from_theirs in card and "the imported folder states: `apache-2.0`." in card
+    gone = beginning("runs/gone", origin_of("runs/gone"))
+    assert gone.startswith(" It began with the weights of the folder `gone`;")
+    assert beginning(None, {}) == ""
+    assert imported_from(source, {"license": "mit"})["license"] == "mit"
+    (source / "README.md").write_text("license: mit\n")
+    assert imported_from(source, {}) == {"name": "Their-1B"}
 
 
 def test_its_tokenizer_comes_along(theirs: dict[str, Path], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -141,6 +142,28 @@ def test_transformers_runs_it_where_nlscale_is_not(exported: Path, tmp_path: Pat
     rest = here.generate(prompt, max_new_tokens=3)[0].tolist()
     assert texts[0] == " ".join(f"w{i}" for i in rest)
     assert texts[1].startswith("w8 ")
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "export-to-hugging-face.md"
+
+
+def test_the_python_of_the_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what goes on from a copy of the state is what goes on from the text."""
+    ByteTokenizer().save(tmp_path)
+    found = saved(tmp_path / "run", "model.vocabulary=256")
+    export_huggingface(found, tmp_path / "runs" / "hf", tokenizer_folder=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    program = "\n".join(blocks).replace("max_new_tokens=200", "max_new_tokens=2")
+    names: dict[str, Any] = {}
+    exec(program.replace("max_new_tokens=20", "max_new_tokens=3, do_sample=False"), names)
+    said = capsys.readouterr().out
+    assert said.count("def read(path):") == 3
+    again = names["model"].generate(names["both"], max_new_tokens=3, do_sample=False)
+    assert torch.equal(again, names["output"])
 
 
 def test_the_class_is_registered_where_nlscale_is_imported(exported: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import world
-from asked import nlscale
+from asked import described, nlscale
+from described import differences
 from generate.models import saved
 
 from nlscale.checkpoint.export.weights import export
 from nlscale.checkpoint.store.store import Checkpoint
 from nlscale.config import recipe
 from nlscale.data.build import build
+from nlscale.errors import UserError
+from nlscale.evaluate.asking import ranks
 from nlscale.evaluate.asking.kept import Kept, home_of, named
+from nlscale.evaluate.fields import FAILED
 from nlscale.evaluate.position import measure
 from nlscale.generate import load as loading
 
@@ -134,12 +139,20 @@ def test_models_stand_beside_each_other(
 ) -> None:
     exported = tmp_path / "exported"
     export(trained[1], exported)
+    broken = tmp_path / "broken"
+    shutil.copytree(exported, broken)
+    (broken / "model.safetensors").write_bytes(b"cut off")
     models = [str(run), str(trained[1].path), str(exported)]
     out = tmp_path / "all.json"
-    assert nlscale("eval", "loss", *models, *ASK, "--json", str(out)) == 0
-    printed = capsys.readouterr().out
+    asked = ["eval", "loss", str(broken), *models, *ASK, "--json", str(out)]
+    assert nlscale(*asked) == 1, "one could not be asked"
+    printed, errors = capsys.readouterr()
     assert all(model in printed for model in models) and "8 - 32" in printed
-    answers = json.loads(out.read_text())
+    failed, *answers = json.loads(out.read_text())
+    assert not differences(failed, FAILED) and failed["run"] == str(broken)
+    assert errors.splitlines()[-1] == f"nlscale: {broken}: {failed['error']}"
+    for answer in answers:
+        described("loss", answer)
     assert [answer["run"] for answer in answers] == models
     assert len({json.dumps(answer["positions"]) for answer in answers}) == 1
     assert home_of(trained[1].path) == home_of(run) == run / "evals"
@@ -177,6 +190,62 @@ def test_ranks_that_fail_end_together_and_one_says_why(run: Path, tmp_path: Path
     assert len(said) == 1 and "a context of 1M needs 1,048,577" in said[0]
 
 
+def failing_apart() -> list[Any]:
+    """What ranks go on with when one of them has failed at something."""
+    with ranks.together({}) as all_of_them:
+        try:
+            with all_of_them.trying("one") as those:
+                if those.rank == 1:
+                    raise UserError("its part is broken; mend it")
+                those.gather("waits for the other")
+        except UserError as error:
+            said = str(error)
+        with all_of_them.trying("two") as those:
+            return [said, those.gather(those.rank)]
+
+
+def test_what_one_rank_cannot_do_all_leave_and_go_on() -> None:
+    assert world.run(2, failing_apart) == [["its part is broken; mend it", [0, 1]]] * 2
+
+
+def soon() -> None:
+    small_parts()
+    ranks._SILENCE_SECONDS, ranks._MEET_SECONDS = 3.0, 5.0
+
+
+def impatient() -> None:
+    ranks._MEET_SECONDS = 0.5
+
+
+def killed() -> None:
+    """Rank KILLED dies at its first part."""
+    soon()
+    if os.environ["RANK"] == os.environ["KILLED"]:
+        measure._read = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("lost", "said"), [
+    (1, "nlscale: lost rank 1: nothing heard for 3 s"), (0, "rank 0 on"),
+])  # fmt: skip
+def test_a_rank_that_is_lost_ends_the_others(
+    lost: int, said: str, run: Path, tmp_path: Path
+) -> None:
+    ends = world.command(
+        2, ["eval", "loss", str(run), *ASK], tmp_path, before=killed,
+        environment={"KILLED": str(lost)},
+    )  # fmt: skip
+    assert ends[lost].code == -signal.SIGKILL and ends[1 - lost].code == 5
+    last = ends[1 - lost].output.splitlines()[-1]
+    assert said in last and "lost" in last
+    assert last.endswith("the same command goes on with what was found")
+
+
+def test_a_rank_that_never_comes_is_named(run: Path, tmp_path: Path) -> None:
+    command = ["eval", "loss", str(run), *ASK]
+    (end,) = world.command(2, command, tmp_path, before=impatient, started=1)
+    assert end.code == 5 and "rank 1" in end.output and len(end.output.splitlines()) == 1
+
+
 class FakeRun:
     """Takes what wandb would."""
 
@@ -210,9 +279,8 @@ def test_figures_are_in_the_summary_of_the_wandb_run(
     (one,) = inits
     assert one["mode"] == "offline" and one["id"] == "theirs" and one["dir"] == str(run)
     (result,) = (json.loads(path.read_text())["result"] for path in (run / "evals").iterdir())
-    assert (
-        tracked.ended and tracked.summary["eval/loss/8-32/loss"] == result["figures"]["8-32/loss"]
-    )
+    (key,) = (key for key in tracked.summary if key.endswith("/8-32/loss"))
+    assert tracked.ended and tracked.summary[key] == result["figures"]["8-32/loss"]
     assert nlscale("eval", "loss", str(run), *ASK) == 0
     assert len(inits) == 1, "what is kept was tracked before"
 
@@ -228,6 +296,9 @@ def test_figures_are_in_the_summary_of_the_wandb_run(
         (["loss", "RUN", "--text", "gone.txt"], "no file gone.txt"),
         (["loss", "RUN", "--data", "EMPTY"], "no data at"),
         (["loss", "RUN", "--cache", "FILE"], "where results are kept"),
+        (["loss", "RUN", "--json", "FILE"], "file is no folder; name a file in a folder that"),
+        (["loss", "RUN", "--json", "EMPTY"], "empty: it is a folder; name a file in it"),
+        (["loss", "RUN", "--figure", "FILE.png"], "file is no folder; name a file in a folder"),
         (["recall", "RUN"], "holds text, and no task"),
     ],
 )
@@ -240,10 +311,13 @@ def test_a_mistake_is_one_line(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    places = {"RUN": run, "EMPTY": tmp_path / "empty", "FILE": tmp_path / "file" / "below"}
+    below = tmp_path / "file" / "below"
+    places = {"RUN": run, "EMPTY": tmp_path / "empty", "FILE": below,
+              "FILE.png": below.with_suffix(".png")}  # fmt: skip
     assert nlscale("eval", *(str(places.get(a, a)) for a in arguments)) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert said in error
+    assert not list((run / "evals").glob("*")), "it was asked all the same"
 
 
 def test_a_model_whose_tokenizer_is_gone_can_be_given_data(
@@ -254,9 +328,18 @@ def test_a_model_whose_tokenizer_is_gone_can_be_given_data(
     moved = str(tmp_path / "moved")
     assert nlscale("eval", "loss", moved, *ASK) == 2
     assert "or name text with --data or --text" in capsys.readouterr().err
-    assert nlscale("eval", "loss", moved, *ASK, "--text", str(data.parent / "1.txt")) == 2
-    assert "the model's tokenizer is that of its data" in capsys.readouterr().err
+    asked = ["eval", "loss", moved, *ASK, "--text", str(data.parent / "1.txt")]
+    assert nlscale(*asked) == 2
+    said = "moved/away/tokenizer.json; name the folder of one with --tokenizer"
+    assert said in capsys.readouterr().err
+    assert nlscale(*asked, "--tokenizer", str(data)) == 0
+    assert nlscale(*asked, "--tokenizer", str(tmp_path)) == 2
+    assert f"no tokenizer at {tmp_path}" in capsys.readouterr().err
     assert nlscale("eval", "loss", moved, *ASK, "--data", str(data)) == 0
+    needle = ["eval", "needle", moved, "--kinds", "s1", "--lengths", "200", "--samples", "1"]
+    assert nlscale(*needle) == 2
+    assert said in capsys.readouterr().err
+    assert nlscale(*needle, "--tokenizer", str(data / "tokenizer.json")) == 0
 
 
 def test_a_result_that_is_kept_is_whole_or_not_there(tmp_path: Path) -> None:

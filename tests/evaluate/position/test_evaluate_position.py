@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from asked import alone, nlscale
+from asked import alone, described, nlscale
 from generate.models import saved
 
 import nlscale as face
@@ -41,7 +41,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run")
-    saved(run, f"data.dir={data}", "model.mixer=gated-delta", "model.vocabulary=256")
+    saved(run, f"data.dir={data}", "model.mixer=gated-delta", "model.vocabulary=256",
+          "data.document_mask=true")  # fmt: skip
     return run
 
 
@@ -51,7 +52,7 @@ def model(run: Path) -> Model:
 
 
 def asked(**changes: Any) -> argparse.Namespace:
-    options = {"lengths": ENDS, "contexts": 3, "data": None, "text": None}
+    options = {"lengths": ENDS, "contexts": 3, "data": None, "text": None, "tokenizer": None}
     return argparse.Namespace(**options | changes)
 
 
@@ -152,6 +153,8 @@ def test_one_context_has_no_interval_and_is_shown(
     assert "8 - 64" in printed and f"figure: {figure}" in printed
     assert figure.stat().st_size > 10_000
     said = json.loads(out.read_text())
+    described("loss", said)
+    assert said["document_mask"] and "was trained with documents masked" in printed
     assert said["all"]["loss"]["interval"] is None and said["contexts"] == {"64": 1}
 
 

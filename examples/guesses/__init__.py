@@ -1,0 +1,1 @@
+"""How often the most likely token is the one that follows: `nlscale eval guesses`."""
