@@ -54,8 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--each",
+        action="append",
+        default=[],
         metavar="KEY",
-        help="a table for each value of this key, such as data.dir for several tasks",
+        help="a table for each value of this key, such as data.dir for several tasks, or finalist "
+        "for each place of a search that kept several; may be repeated",
     )
     parser.add_argument(
         "--effect",

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -120,19 +120,12 @@ def _sweep(args: argparse.Namespace) -> int:
         last = _stage(asked, sweep)
         plain = last.plain
     else:
-        first = _stage(asked, searching.search_of(sweep, search), search=True)
-        found = searching.choices(search, first.runs, first.states, first.diverged)
-        if found is None:
-            console.print(
-                f"The search has not finished: after it come, with the best {search.keep} of its "
-                f"{len(search.values)} values,",
-                soft_wrap=True,
-            )
-        for line in searching.lines(search, found or {}):
-            console.print(line, soft_wrap=True)
-        finals = searching.finals_of(sweep, search)
-        last = _stage(asked, finals, partial(_chosen, search, found), waits=found is None)
-        plain = last.plain | {"search": first.plain, "chosen": found}
+        found, searched = _search(asked, sweep, search)
+        if found is not None and not args.dry_run:
+            searching.finalists(sweep, search, found).write(sweep.folder)
+        pick = partial(searching.goes_on, search, found, search.keep)
+        last = _stage(asked, searching.finals_of(sweep, search), pick, waits=found is None)
+        plain = last.plain | {"search": searched, "chosen": found}
     if sweep.compare is not None and all(state.finished for state in last.states.values()):
         try:
             plain["compared"] = _compare(sweep.compare, last, console, args.json)
@@ -157,10 +150,26 @@ def _compare(question: Question, last: _Stage, console: Console, quiet: bool) ->
     return to_plain(found)
 
 
-def _chosen(search: Search, found: Choices | None, runs: list[Run]) -> list[Run]:
-    from nlscale.scaling.sweep.search import chosen
+def _search(asked: _Asked, sweep: Sweep, search: Search) -> tuple[Choices | None, dict[str, Any]]:
+    """Search, round by round; what the last has found, None while it has not, and all as JSON."""
+    from nlscale.scaling.sweep import search as searching
+    from nlscale.scaling.sweep.listing import to_plain
 
-    return chosen(search, runs, found)
+    found: Choices | None = None
+    runs: list[Run] = []
+    states: dict[str, Status] = {}
+    rounds = searching.rounds_of(sweep, search)
+    for n, (one, most) in enumerate(zip(rounds, search.tried, strict=True), start=1):
+        pick = partial(searching.goes_on, search, found, most)
+        # once a round is over, what has not finished has diverged: nothing begins from it
+        earlier = [run for run in runs if found is None or states[run.name].finished]
+        stage = _stage(asked, one, pick, n > 1 and found is None, True, earlier)
+        found = searching.choices(search, stage.runs, stage.states, stage.diverged)
+        runs, states = [*runs, *stage.runs], states | stage.states
+        said = [searching.waiting(search, n)] if found is None else []
+        for line in said or searching.lines(search, found or {}, n):
+            asked.console.print(line, soft_wrap=True)
+    return found, to_plain(rounds[0], runs, states, asked.price) | {"failed": {}}
 
 
 @dataclass(frozen=True)
@@ -178,18 +187,20 @@ class _Stage:
 def _stage(
     asked: _Asked,
     sweep: Sweep,
-    pick: Callable[[list[Run]], list[Run]] = lambda runs: runs,
+    pick: Callable[[Mapping[str, str]], bool] = lambda axes: True,
     waits: bool = False,
     search: bool = False,
+    earlier: Sequence[Run] = (),
 ) -> _Stage:
     """List runs, and do what is still to do.
 
     Args:
         asked: by the command line.
         sweep: without a search.
-        pick: those of its runs that are meant.
+        pick: whether a run is one, by the names of its values.
         waits: for something else; they are only listed.
         search: they choose a setting: one that diverges has found something.
+        earlier: runs of stages before, from which these may begin.
 
     Raises:
         TrainingFailed: some have failed.
@@ -201,10 +212,11 @@ def _stage(
     from nlscale.scaling.sweep.status import status
 
     args, console = asked.args, asked.console
-    runs = pick(expand(sweep, assumed=_ASSUMED_VOCABULARY if asked.scripts else None))
+    runs = expand(sweep, assumed=_ASSUMED_VOCABULARY if asked.scripts else None, wanted=pick)
     check_question(sweep, runs)
     states = {run.name: status(run) for run in runs}
-    share_stable_phases(sweep, runs, states)
+    before = states | {run.name: status(run) for run in earlier}
+    share_stable_phases(sweep, runs, before, earlier)
     workers = args.workers or sweep.workers
     if not (args.dry_run or waits):
         for line in check_data(sweep, runs):
@@ -227,7 +239,7 @@ def _stage(
             states = {run.name: status(run) for run in runs}
     if search:
         diverged = remember_diverged(sweep.folder, failed)
-        for name in diverged:
+        for name in (name for name in diverged if name in states):
             console.print(f"diverged: {name}", style="yellow", soft_wrap=True)
         failed = {name: why for name, why in failed.items() if name not in diverged}
     plain = to_plain(sweep, runs, states, asked.price) | {"failed": failed}

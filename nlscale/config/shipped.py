@@ -28,6 +28,16 @@ def everything() -> list[str]:
     return [*names(), *(f"{sub}/{name}" for sub in folders for name in names(f"recipes/{sub}"))]
 
 
+def beside(path: Path, folder: str) -> list[str]:
+    """The names in the folder below `folder` that a path names: those of tasks/ of `tasks/party`.
+
+    Empty where there is no such folder.
+    """
+    inner = path.parent.name
+    there = {each.name for each in (SHIPPED / folder).iterdir() if each.is_dir()}
+    return names(f"{folder}/{inner}") if inner in there else []
+
+
 def find(given: str | Path, folder: str = "recipes") -> Path:
     """The file that a person means: a path, or else the name of one that comes with nlscale.
 

@@ -53,6 +53,8 @@ def test_a_folder_of_that_name_is_none() -> None:
     [
         ("quikstart", "no recipe at quikstart; did you mean 'quickstart'?"),
         ("recipes/hope-1.4b.yaml", "no recipe at recipes/hope-1.4b.yaml; did you mean 'hope-1.3b'"),
+        ("tasks/party", "no recipe at tasks/party; did you mean 'tasks/parity'?"),
+        ("tasks/zzz", "no recipe at tasks/zzz; give a path, or one of tasks/aa, tasks/abab"),
         ("zzz", "no recipe at zzz; give a path, or one of bench-sync, hope-1.3b"),
         ("../setup", "no recipe at ../setup; "),
         ("train.steps=3", "is an override; give the recipe before it: a path, or one of bench"),

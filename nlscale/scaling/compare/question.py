@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 SEED = "run.seed"
 VAL_LOSS = "val_loss"
 """The metric that is a mean over the last validations."""
+FINALIST = "finalist"
+"""Stands for a key: the place, from 1, that the search of its sweep gave a run's setting."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,8 @@ class Question:
     paired_by: Sequence[str] = (SEED,)
     metric: str = VAL_LOSS
     baselines: Mapping[str, str] = field(default_factory=dict)
-    each: str | None = None
-    """A key: the runs of each of its values are a table of their own."""
+    each: Sequence[str] = ()
+    """Keys: the runs of each combination of their values are a table of their own."""
     only: Mapping[str, str] = field(default_factory=dict)
     effect: float | None = None
     level: float = 0.95

@@ -12,7 +12,8 @@ from typing import Any
 from nlscale.config import recipe
 from nlscale.config.vocabulary import Purpose
 from nlscale.errors import UserError
-from nlscale.scaling.compare.question import VAL_LOSS
+from nlscale.scaling.compare.finalists import Finalists
+from nlscale.scaling.compare.question import FINALIST, VAL_LOSS
 from nlscale.telemetry.figures import SUMMARY_FILE, read_records
 from nlscale.train.folder import CONFIG_FILE, Run, read_summary
 
@@ -42,6 +43,8 @@ class Measured:
     tokens: float
     searched: bool
     """Whether it was one of a search: what it found has chosen a setting."""
+    searched_key: str | None
+    """The key whose value a search has chosen for it; None: no search has."""
 
 
 def find_runs(paths: Iterable[Path], metric: str) -> tuple[list[Measured], list[str]]:
@@ -109,8 +112,17 @@ def values_of(runs: Sequence[Measured], key: str) -> list[str]:
     """
     there = list(dict.fromkeys(run.keys[key] for run in runs if key in run.keys))
     if not there:
-        raise UserError(recipe.unknown_key(key))
+        raise _no_such(key)
     return there
+
+
+def _no_such(key: str) -> UserError:
+    if key == FINALIST:
+        return UserError(
+            "none of these runs is a finalist of a search, or the search was of a version that "
+            "kept no places: the same `nlscale sweep` writes them"
+        )
+    return UserError(recipe.unknown_key(key))
 
 
 def where(runs: Sequence[Measured], key: str, value: str) -> list[Measured]:
@@ -127,8 +139,11 @@ def where(runs: Sequence[Measured], key: str, value: str) -> list[Measured]:
 
 
 def _measured(folder: Path, summary: Mapping[str, Any], metric: str) -> Measured:
-    plain = recipe.to_plain(Run(folder).config)
-    keys = flat(plain)
+    keys = flat(recipe.to_plain(Run(folder).config))
+    finalists = Finalists.read(folder.parent)
+    place = finalists.places.get(folder.name) if finalists else None
+    if place is not None:
+        keys[FINALIST] = str(place)
     return Measured(
         folder=folder,
         keys=keys,
@@ -137,6 +152,7 @@ def _measured(folder: Path, summary: Mapping[str, Any], metric: str) -> Measured
         parameters=_number(folder, summary, "parameters"),
         tokens=_number(folder, summary, "tokens"),
         searched=keys["run.purpose"] == Purpose.search.value,
+        searched_key=finalists.key if finalists and place is not None else None,
     )
 
 
@@ -252,7 +268,7 @@ def grid(runs: Sequence[Measured], factors: Sequence[str], paired_by: Sequence[s
     names = sorted({key for run in runs for key in run.keys})
     for key in (*factors, *paired_by):
         if key not in names:
-            raise UserError(f"{recipe.unknown_key(key)}")
+            raise _no_such(key)
     for key in factors:
         values = {run.keys.get(key) for run in runs}
         if len(values) < 2:

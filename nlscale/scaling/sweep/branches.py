@@ -16,7 +16,7 @@ stable phase, so that a sweep can be extended to longer runs later.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from nlscale.config import recipe
 from nlscale.errors import UserError
@@ -26,7 +26,9 @@ from nlscale.scaling.sweep.spec import Sweep
 from nlscale.scaling.sweep.status import Status, checkpoint_at
 
 
-def share_stable_phases(sweep: Sweep, runs: list[Run], states: Mapping[str, Status]) -> None:
+def share_stable_phases(
+    sweep: Sweep, runs: list[Run], states: Mapping[str, Status], earlier: Sequence[Run] = ()
+) -> None:
     """Set where each run begins, and what it keeps for others.
 
     A run that has finished without its checkpoint being there any more is not begun from.
@@ -34,20 +36,26 @@ def share_stable_phases(sweep: Sweep, runs: list[Run], states: Mapping[str, Stat
     Args:
         sweep: as read.
         runs: all of it; changed in place.
-        states: where they stand, by name.
+        states: where they and `earlier` stand, by name.
+        earlier: those of the rounds of a search before, of which this has been asked already.
 
     Raises:
         UserError: two of them are the same run.
     """
     chains: dict[str, list[Run]] = {}
-    for run in runs:
+    placed = {run.name for run in earlier}
+    for run in (*earlier, *runs):
         chains.setdefault(_but_for_length(run), []).append(run)
     for chain in chains.values():
         chain.sort(key=lambda run: run.steps)
         before: list[Run] = []
         for run in chain:
+            if run.name in placed:
+                before.append(run)
+                continue
             run.chain = chain[0].name
-            if before and before[-1].steps == run.steps:
+            same = before and before[-1].steps == run.steps
+            if same and before[-1].name not in placed:
                 raise UserError(
                     f"{sweep.path}: {before[-1].name} and {run.name} are the same run of "
                     f"{run.steps:,} steps; take one of them out"
@@ -80,4 +88,6 @@ def _keep_stable_end(run: Run) -> None:
 def _but_for_length(run: Run) -> str:
     plain = recipe.to_plain(run.config)
     del plain["run"]["dir"], plain["train"]["steps"]
+    # what is set here, of earlier rounds already
+    del plain["resume"]["start"], plain["checkpoint"]["steps"], plain["checkpoint"]["keep_every"]
     return json.dumps(plain)

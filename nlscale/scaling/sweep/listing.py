@@ -70,10 +70,11 @@ def to_plain(sweep: Sweep, runs: list[Run], states: States, price: Price | None)
         sweep, dir: the file and the folder.
         flops: of all runs, what they share counted once; flops_alone: if no run began from another.
         price: null, or cluster, gpu_tflops, utilisation, gpu_hours of all, hours on all its GPUs.
-        runs: one a run: name, axes, dir, parameters, non_embedding_parameters, tokens, steps, flops
-            (its own), begins_from (null or a run), begins_at_step, gpu_hours (null without a
-            cluster), estimated_hours (null until measured), state (`finished`, `begun`, `to do`),
-            step and val_loss (nats per token, null until finished).
+        runs: one a run: name, axes (`search.round` among them in later rounds of a search), dir,
+            parameters, non_embedding_parameters, tokens, steps, flops (its own), begins_from (null
+            or a run), begins_at_step, gpu_hours (null without a cluster), estimated_hours (null
+            until measured), state (`finished`, `begun`, `to do`), step and val_loss (nats per
+            token, null until finished).
 
     `nlscale sweep` adds `failed`: why, of each run that failed, by name.
     """

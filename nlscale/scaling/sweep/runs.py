@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,9 @@ from nlscale.model.flops import flops_per_token
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
 from nlscale.plan.checks import check_sizes
 from nlscale.scaling.compare.runs import flat, same
-from nlscale.scaling.sweep.spec import Budget, Sweep, Value
+from nlscale.scaling.sweep.build_data import require_data, vocabulary_to_be
+from nlscale.scaling.sweep.spec import Sweep
+from nlscale.scaling.sweep.values import Budget, Value
 from nlscale.train.prepare import prepare
 
 _MOST_STEPS = 10**15
@@ -72,23 +75,27 @@ class Run:
         return max(0, step - self.start_step) * self.tokens_per_step * self.flops_per_token
 
 
-def expand(sweep: Sweep, ranks: int = 1, assumed: int | None = None) -> list[Run]:
+def expand(
+    sweep: Sweep,
+    ranks: int = 1,
+    assumed: int | None = None,
+    wanted: Callable[[Mapping[str, str]], bool] = lambda axes: True,
+) -> list[Run]:
     """The runs of a sweep, in the order of its axes, the last one fastest.
 
     Args:
         sweep: as read.
         ranks: on which each run will be.
         assumed: the vocabulary of runs of which nobody knows it yet; None: that is an error.
+        wanted: whether a run is one, by the names of its values.
 
     Raises:
         UserError: a run's configuration is wrong (which run, and what), or a vocabulary is neither
-            in the recipe nor, because the data are missing, known.
+            in the recipe nor, because the data are missing and build_data is no task, known.
     """
     runs: list[Run] = []
     vocabularies: dict[str, int] = {}
-    for values in itertools.product(*sweep.axes.values()):
-        name = "-".join(value.name for value in values)  # unique: no part has a dash
-        axes = {axis: v.name for axis, v in zip(sweep.axes, values, strict=True)}
+    for name, axes, values in combinations(sweep, wanted):
         try:
             run = _run(sweep, name, axes, list(values), vocabularies, assumed)
             check_sizes(run.config, ranks)
@@ -100,6 +107,17 @@ def expand(sweep: Sweep, ranks: int = 1, assumed: int | None = None) -> list[Run
     return runs
 
 
+def combinations(
+    sweep: Sweep, wanted: Callable[[Mapping[str, str]], bool]
+) -> Iterator[tuple[str, dict[str, str], tuple[Value, ...]]]:
+    """Of each run that is wanted its name, the names of its values by axis, and the values."""
+    for values in itertools.product(*sweep.axes.values()):
+        name = "-".join(value.name for value in values)  # unique: no part has a dash
+        axes = {axis: v.name for axis, v in zip(sweep.axes, values, strict=True)}
+        if wanted(axes):
+            yield name, axes, values
+
+
 def check_data(sweep: Sweep, runs: list[Run]) -> list[str]:
     """Open the data of every run, as it will itself; a line for each that reads them repeatedly.
 
@@ -108,7 +126,7 @@ def check_data(sweep: Sweep, runs: list[Run]) -> list[str]:
     """
     lines = []
     for run in runs:
-        _require_data(sweep, run.config)
+        require_data(sweep, run.config.data.dir)
         try:
             prepared = prepare(run.config)
         except UserError as error:
@@ -205,12 +223,14 @@ def _vocabulary(sweep: Sweep, config: Config, known: dict[str, int], assumed: in
     folder = config.data.dir
     if folder not in known:
         try:
-            _require_data(sweep, config)
+            require_data(sweep, config.data.dir)
             known[folder] = read_index(folder)["vocabulary"]
         except UserError:
-            if assumed is None:
+            found = None if Path(folder).exists() else vocabulary_to_be(sweep, folder)
+            found = found or (assumed and (_seen_vocabulary(sweep, folder) or assumed))
+            if found is None:
                 raise
-            return _seen_vocabulary(sweep, folder) or assumed
+            return found
     return known[folder]
 
 
@@ -222,12 +242,3 @@ def _seen_vocabulary(sweep: Sweep, data: str) -> int | None:
             if config.data.dir == data and config.model.vocabulary:
                 return config.model.vocabulary
     return None
-
-
-def _require_data(sweep: Sweep, config: Config) -> None:
-    if sweep.build_data and not Path(config.data.dir).exists():
-        its_own = [text for text in sweep.build_data if config.data.dir in text.split()]
-        commands = " && ".join(its_own or sweep.build_data)
-        raise UserError(
-            f"no data at {config.data.dir}; build it with: {commands} (--build-data does)"
-        )

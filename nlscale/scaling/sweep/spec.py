@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +11,29 @@ from omegaconf import MISSING
 from nlscale.config import recipe, scalars, schema
 from nlscale.config.fields import path as path_field
 from nlscale.config.fields import within
-from nlscale.config.units import Period
 from nlscale.errors import UserError
-from nlscale.scaling.compare.question import VAL_LOSS, Question
+from nlscale.scaling.compare.question import FINALIST, VAL_LOSS, Question
 from nlscale.scaling.sweep.ladder import Ladder
+from nlscale.scaling.sweep.values import (
+    Value,
+    as_text,
+    check_known,
+    folder_name,
+    read_budgets,
+    read_bundle,
+    read_count,
+    read_keys,
+    read_number,
+    value_of_key,
+)
 
-_MOST = 1_000_000
-_SIZE, _TOKENS, _PER_PARAMETER = "size", "tokens", "per_parameter"
+_MOST_ROUNDS = 20
+_SIZE, _TOKENS = "size", "tokens"
 _SEED = "run.seed"
+ROUND = "search.round"
+"""The axis of the rounds of a search but the first: no key, and of no file."""
 _BUILD = "write it as it is typed: nlscale data build --source ... --out ..."
 _SEARCH = "write {key: optimizer.learning_rate, values: [1e-3, 2e-3], seed: 1, length: 0.25}"
-_OURS = ("run.dir", "run.purpose", "resume.start", "checkpoint.steps", "checkpoint.keep_every")
-"""Keys that a sweep sets itself."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The length of a run: so many tokens a parameter, or so many tokens."""
-
-    per_parameter: float | None = None
-    tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class Value:
-    """One value of an axis."""
-
-    name: str
-    """What a run that has it is called after it."""
-    keys: dict[str, Any] = field(default_factory=dict)
-    """The configuration keys that it sets."""
-    budget: Budget | None = None
-    """How long it trains, on the axis `tokens`."""
-    target: int | None = None
-    """Parameters it should have, on a ladder of sizes."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +47,17 @@ class Search:
     seed: int
     """Of the runs that choose."""
     length: float
-    """Share of a run's length that they have."""
+    """Share of a run's length that they have, in the first round."""
+    rounds: int = 1
+    """After each but the last the better half goes on to one of twice the length."""
+
+    @property
+    def tried(self) -> list[int]:
+        """How many values each round tries, if all have a loss."""
+        counts = [len(self.values)]
+        while len(counts) < self.rounds:
+            counts.append(max(self.keep, (counts[-1] + 1) // 2))
+        return counts
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ def read_sweep(given: str | Path) -> Sweep:
         path=path,
         recipe=file.recipe,
         folder=Path(file.dir),
-        common=_keys(file.set or {}, f"{path}: set"),
+        common=read_keys(file.set or {}, f"{path}: set"),
         axes=axes,
         ladder=ladder,
         workers=file.workers,
@@ -138,13 +135,8 @@ def read_sweep(given: str | Path) -> Sweep:
         compare=_question(file.compare, f"{path}: compare") if file.compare is not None else None,
         search=_search(file.search, axes, f"{path}: search") if file.search is not None else None,
     )
-    if sweep.search is not None and sweep.search.keep > 1 and sweep.compare is not None:
-        raise UserError(
-            f"{path}: search.keep is {sweep.search.keep}, and compare would have several runs for "
-            f"one place; keep 1, or compare them yourself (nlscale compare --by {sweep.search.key})"
-        )
     _check_overlap(sweep)
-    return sweep
+    return sweep if sweep.search is None else replace(sweep, compare=_of_finalists(sweep))
 
 
 def _axes(tree: Any, path: Path) -> tuple[dict[str, list[Value]], Ladder | None]:
@@ -156,13 +148,13 @@ def _axes(tree: Any, path: Path) -> tuple[dict[str, list[Value]], Ladder | None]
         if not value:
             raise UserError(f"{where} has no values")
         if name == _TOKENS:
-            axes[name] = _budgets(value, where)
+            axes[name] = read_budgets(value, where)
         elif name == _SIZE and isinstance(value, dict) and "parameters" in value:
             axes[name], ladder = _sizes(value, where)
         elif isinstance(value, dict):
-            axes[name] = [_bundle(k, v, f"{where}.{k}") for k, v in value.items()]
+            axes[name] = [read_bundle(k, v, f"{where}.{k}") for k, v in value.items()]
         elif isinstance(value, list):
-            axes[name] = [_of_key(str(name), item, where) for item in value]
+            axes[name] = [value_of_key(str(name), item, where) for item in value]
         else:
             raise UserError(
                 f"{where} is {scalars.shown(value)}; it must be a list of values, or named bundles"
@@ -187,48 +179,52 @@ def _question(tree: Any, where: str) -> Question:
     known = ("by", "each", "metric", "baseline", "effect")
     if not isinstance(tree, dict) or not tree.get("by"):
         raise UserError(f"{where}: write what is compared, such as {{by: model.mixer}}")
-    _known(tree, known, where)
+    check_known(tree, known, where)
     by = tree["by"] if isinstance(tree["by"], list) else [tree["by"]]
-    each, baselines = tree.get("each"), tree.get("baseline") or {}
+    each, baselines = tree.get("each") or [], tree.get("baseline") or {}
+    each = each if isinstance(each, list) else [each]
     if not isinstance(baselines, dict):
         raise UserError(f"{where}.baseline: write a value for a key: {{model.mixer: attention}}")
-    for key in (*by, *([each] if each else []), *baselines):
-        if not recipe.has_key(str(key)):
+    for key in (*by, *each, *baselines):
+        if key != FINALIST and not recipe.has_key(str(key)):
             raise UserError(f"{where}: {recipe.unknown_key(str(key))}")
     effect = tree.get("effect")
     return Question(
         by=[str(key) for key in by],
         metric=str(tree.get("metric", VAL_LOSS)),
         baselines={str(key): str(value) for key, value in baselines.items()},
-        each=None if each is None else str(each),
-        effect=None if effect is None else _number(effect, f"{where}.effect", float),
+        each=[str(key) for key in each],
+        effect=None if effect is None else read_number(effect, f"{where}.effect", float),
     )
 
 
 def _search(tree: Any, axes: dict[str, list[Value]], where: str) -> Search:
-    known = ("key", "values", "keep", "seed", "length")
+    known = ("key", "values", "keep", "seed", "length", "rounds")
     if not isinstance(tree, dict):
         raise UserError(f"{where} is {scalars.shown(tree)}; {_SEARCH}")
-    _known(tree, known, where)
+    check_known(tree, known, where)
     key, values = tree.get("key"), tree.get("values")
     if not isinstance(key, str) or not isinstance(values, list) or len(values) < 2:
         raise UserError(f"{where}: a key and two values of it or more are needed; {_SEARCH}")
-    named = [_of_key(key, value, f"{where}.values") for value in values]
+    named = [value_of_key(key, value, f"{where}.values") for value in values]
     if len({str(value.name).replace('"', "") for value in named}) < len(named):
         raise UserError(f"{where}.values: one of them is there twice")
+    if ROUND in axes:
+        raise UserError(f"{where}: an axis is called {ROUND}, as that of its rounds is; rename it")
     setters = [axis for axis, of in axes.items() for value in of if key in value.keys]
     if setters:
         raise UserError(f"{where}: the axis {setters[0]} sets {key}; what is searched no axis sets")
     seeds = [value.keys.get(_SEED) for value in axes.get(_SEED, [])]
     if not seeds or None in seeds:
         raise UserError(f"{where}: the runs need seeds of their own: an axis {_SEED}: [2, 3, 4]")
-    taken = {round(_number(seed, f"{where}: axes.{_SEED}", int)) for seed in seeds}
+    taken = {round(read_number(seed, f"{where}: axes.{_SEED}", int)) for seed in seeds}
     found = Search(
         key,
         named,
-        round(_number(tree.get("keep", 1), f"{where}.keep", int)),
-        round(_number(tree.get("seed"), f"{where}.seed", int)),
-        _number(tree.get("length", 1), f"{where}.length", float),
+        round(read_number(tree.get("keep", 1), f"{where}.keep", int)),
+        round(read_number(tree.get("seed"), f"{where}.seed", int)),
+        read_number(tree.get("length", 1), f"{where}.length", float),
+        round(read_number(tree.get("rounds", 1), f"{where}.rounds", int)),
     )
     if found.seed in taken:
         raise UserError(
@@ -239,87 +235,68 @@ def _search(tree: Any, axes: dict[str, list[Value]], where: str) -> Search:
         raise UserError(f"{where}: of {len(named)} values {found.keep} are kept; keep fewer")
     if found.length > 1:
         raise UserError(f"{where}.length is {found.length:g}; it is a share of a run, at most 1")
+    _check_rounds(found, where)
     return found
 
 
-def _of_key(key: str, value: Any, where: str) -> Value:
-    """A value of an axis that is named by its key."""
-    keys = _keys({key: value}, where)
-    value = scalars.guess(value)
-    return Value(_name(value if isinstance(value, str) else f"{key.split('.')[-1]}{value}"), keys)
-
-
-def _bundle(name: Any, tree: Any, where: str) -> Value:
-    if not isinstance(tree, dict) or not tree:
+def _check_rounds(search: Search, where: str) -> None:
+    """Every round has something to leave out, and none is longer than a run."""
+    if search.rounds > _MOST_ROUNDS or search.length * 2 ** (search.rounds - 1) > 1:
         raise UserError(
-            f"{where} is {scalars.shown(tree)}; it must be keys such as {{model.d_model: 64}}"
+            f"{where}: {search.rounds} rounds, each twice as long as the one before and the first "
+            f"{search.length:g} of a run, end beyond the length of a run; give a length of "
+            f"{2.0 ** (1 - min(search.rounds, _MOST_ROUNDS)):g} or less, or fewer rounds"
         )
-    return Value(_name(scalars.guess(name)), _keys(tree, where))
+    if search.tried[-1] <= search.keep:
+        raise UserError(
+            f"{where}: {search.rounds} rounds try {', '.join(map(str, search.tried))} values, and "
+            f"{search.keep} are kept: the last has nothing to choose; give fewer rounds, or more "
+            f"values"
+        )
 
 
-def _budgets(tree: Any, where: str) -> list[Value]:
-    if isinstance(tree, list):
-        return [
-            Value(_name(scalars.guess(each)), budget=Budget(tokens=_count(each, where)))
-            for each in tree
-        ]
-    if isinstance(tree, dict):
-        _known(tree, (_PER_PARAMETER,), where)
-        values = tree[_PER_PARAMETER]
-        if isinstance(values, list) and values:
-            counts = [_number(each, where, float) for each in values]
-            return [Value(f"{n:g}x", budget=Budget(per_parameter=n)) for n in counts]
-    raise UserError(f"{where}: write {{{_PER_PARAMETER}: [5, 10, 20]}}, or token budgets: [1M, 2M]")
+def _of_finalists(sweep: Sweep) -> Question | None:
+    """What is asked, of several finalists one by one: which is best, these seeds may not say.
+
+    Raises:
+        UserError: the searched key is compared beside others: not all of them need have the same
+            finalists.
+    """
+    search, question = sweep.search, sweep.compare
+    if search is None or question is None or search.keep == 1:
+        return question
+    if search.key in question.by and len(question.by) > 1:
+        raise UserError(
+            f"{sweep.path}: compare.by names {search.key}, which is searched, beside other keys, "
+            f"and each of their values may have finalists of its own; leave it out: each finalist "
+            f"has a table"
+        )
+    if {search.key, FINALIST} & {*question.by, *question.each}:
+        return question
+    return replace(question, each=[*question.each, FINALIST])
 
 
 def _sizes(tree: dict[str, Any], where: str) -> tuple[list[Value], Ladder]:
-    _known(tree, ("parameters", "width_per_layer", "head_dim"), where)
+    check_known(tree, ("parameters", "width_per_layer", "head_dim"), where)
     ladder = Ladder(
-        _number(tree.get("width_per_layer"), f"{where}.width_per_layer", float),
-        round(_number(tree.get("head_dim"), f"{where}.head_dim", int)),
+        read_number(tree.get("width_per_layer"), f"{where}.width_per_layer", float),
+        round(read_number(tree.get("head_dim"), f"{where}.head_dim", int)),
     )
     targets = tree["parameters"]
     if isinstance(targets, list):
-        targets = dict.fromkeys(map(_scalar, targets))
+        targets = dict.fromkeys(map(as_text, targets))
     if not isinstance(targets, dict) or not targets:
         raise UserError(f"{where}.parameters: write a list such as [100M, 340M]")
     values = [
         Value(
-            _name(scalars.guess(name)),
-            _keys(keys or {}, f"{where}.parameters.{name}"),
+            folder_name(scalars.guess(name)),
+            read_keys(keys or {}, f"{where}.parameters.{name}"),
             None,
-            _count(name, where),
+            read_count(name, where),
         )
         for name, keys in targets.items()
     ]
     return values, ladder
-
-
-def _keys(tree: Any, where: str) -> dict[str, Any]:
-    """Configuration keys, dotted; nested mappings are flattened."""
-    if not isinstance(tree, dict):
-        raise UserError(
-            f"{where} is {scalars.shown(tree)}; it must be keys such as {{model.d_model: 64}}"
-        )
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            inner = _keys({f"{key}.{name}": item for name, item in value.items()}, where)
-        else:
-            _check_key(str(key), where)
-            inner = {str(key): value}
-        twice = found.keys() & inner.keys()
-        if twice:
-            raise UserError(f"{where}: {min(twice)} is there twice")
-        found |= inner
-    return found
-
-
-def _check_key(key: str, where: str) -> None:
-    if key in _OURS:
-        raise UserError(f"{where}: {key} is what a sweep sets itself for each run")
-    if not recipe.has_key(key):
-        raise UserError(f"{where}: {recipe.unknown_key(key)}")
 
 
 def _check_overlap(sweep: Sweep) -> None:
@@ -335,42 +312,3 @@ def _check_overlap(sweep: Sweep) -> None:
             other = setters.setdefault(key, axis)
             if other != axis:
                 raise UserError(f"{sweep.path}: the axes {other} and {axis} both set {key}")
-
-
-def _known(tree: dict[str, Any], known: tuple[str, ...], where: str) -> None:
-    for key in tree:
-        if key not in known:
-            raise UserError(f"{where}: {schema.unknown_name(str(key), known)}")
-
-
-def _name(value: Any) -> str:
-    """A text that can be part of the name of a folder."""
-    return re.sub(r"[^A-Za-z0-9._+]+", ".", str(value)).strip(".") or "none"
-
-
-def _count(value: Any, where: str) -> int:
-    try:
-        return Period.parse(f"{scalars.guess(value)} tokens").count
-    except UserError:
-        raise UserError(
-            f"{where}: {scalars.shown(value)} is not a count such as 340M or 1.3B"
-        ) from None
-
-
-def _scalar(value: Any) -> Any:
-    """What an entry of a list is called; what is none is refused by who reads it."""
-    return value if isinstance(value, str) else str(value)
-
-
-def _number(value: Any, where: str, kind: type) -> float:
-    """A number of a grid, above 0 and at most `_MOST`."""
-    try:
-        found = float(scalars.read(value, kind))
-    except scalars.Unreadable:
-        found = math.nan
-    if not 0 < found <= _MOST:
-        what = "a whole number" if kind is int else "a number"
-        raise UserError(
-            f"{where} is {scalars.shown(value)}; it must be {what} above 0 and at most {_MOST:,}"
-        )
-    return found

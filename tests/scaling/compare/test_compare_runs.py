@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ import pytest
 from scaling.run_folders import finished_run
 
 from nlscale import cli
+from nlscale.errors import UserError
+from nlscale.scaling.compare.answer import Answer, answer
+from nlscale.scaling.compare.finalists import Finalists
+from nlscale.scaling.compare.question import Question
+from nlscale.scaling.compare.runs import Measured, find_runs
 
 LOSSES = {
     "attention": {1: 2.00, 2: 2.10, 3: 1.95},
@@ -161,6 +167,59 @@ def test_the_runs_of_a_search_are_no_evidence(
     assert code == 2 and "of a search" in err
 
 
+PLACES = {("hope", "0.004"): 1, ("hope", "0.002"): 2, ("attention", "0.002"): 1}
+PLACES |= {("attention", "0.004"): 2}
+
+
+@pytest.fixture
+def finalists(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
+    """Asks two finalists of two mixers; on their own seeds the second of attention is best."""
+    losses = {("hope", 1): 1.0, ("hope", 2): 1.2, ("attention", 1): 1.1, ("attention", 2): 0.9}
+    rate, runs = "optimizer.learning_rate", []
+    for (mixer, value), place in PLACES.items():
+        for seed, noise in ((1, 0.0), (2, 0.1), (3, 0.05)):
+            keys = {"model.mixer": mixer, rate: value, "run.seed": str(seed)}
+            keys["finalist"] = str(place)
+            loss, folder = losses[mixer, place] + noise, Path(f"{mixer}-{seed}-{place}")
+            runs.append(Measured(folder, keys, keys, loss, 1e5, 1e6, False, rate))
+    monkeypatch.setattr("nlscale.scaling.compare.answer.find_runs", lambda *_: (runs, []))
+    return lambda **more: answer([], Question(**{"by": ["model.mixer"], **more}))
+
+
+def test_finalists_are_compared_place_by_place(finalists: Callable[..., Answer]) -> None:
+    tables = finalists(each=["finalist"]).tables
+    assert list(tables) == ["finalist 1", "finalist 2"]
+    means = [table.contrasts[0].paired.mean for table in tables.values()]
+    assert means == pytest.approx([0.1, -0.3])
+    levels = [table.contrasts[0].paired.level for table in tables.values()]
+    assert levels == pytest.approx([0.975, 0.975]), "both count"
+    first = finalists(only={"finalist": "1"}).tables[""]
+    assert first.contrasts[0].paired.mean == pytest.approx(0.1)
+    rate = "optimizer.learning_rate"
+    assert len(finalists(by=["model.mixer", rate]).tables[""].contrasts) == 2, "all are shown"
+    assert len(finalists(each=[rate]).tables) == 2
+
+
+def test_no_finalist_is_chosen_on_the_seeds_of_the_claim(
+    finalists: Callable[..., Answer],
+) -> None:
+    with pytest.raises(UserError, match="these seeds may not decide: --where finalist=1 takes"):
+        finalists()
+    with pytest.raises(UserError, match="may pick the luckiest"):
+        finalists(only={"optimizer.learning_rate": "0.004"})
+
+
+def test_a_sweep_keeps_the_places_that_its_search_gave(tmp_path: Path) -> None:
+    run_folder(tmp_path / "one", "hope", 1, 2.0)
+    (tmp_path / "search").mkdir()
+    Finalists("optimizer.learning_rate", {"one": 2}).write(tmp_path)
+    ((run,), _) = find_runs([tmp_path], "val_loss")
+    assert (run.keys["finalist"], run.searched_key) == ("2", "optimizer.learning_rate")
+    (tmp_path / "search" / "finalists.json").write_text('{"key": "x", "places": {"one": "b"}}')
+    with pytest.raises(UserError, match=r"finalists\.json is damaged; move it away"):
+        find_runs([tmp_path], "val_loss")
+
+
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
@@ -173,6 +232,7 @@ def test_the_runs_of_a_search_are_no_evidence(
         (["--by", "run.seed", "--paired-by", "model.layers"], "they differ in model.mixer"),
         (["--by", "model.mixer", "--figure", "f.bmp"], ".png"),
         (["--by", "model.mixer", "--level", "1"], "--level"),
+        (["--by", "model.mixer", "--each", "finalist"], "none of these runs is a finalist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

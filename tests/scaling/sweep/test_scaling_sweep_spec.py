@@ -225,6 +225,7 @@ def test_listing_imports_no_torch(room: Room) -> None:
         ("hope-ladder", 25, 5),
         ("transformer-ladder", 25, 5),
         ("periods", 36, 12),
+        ("needles", 6, 6),  # of a task, and of bytes
     ],
 )
 def test_the_sweeps_of_the_repository_are_listed_without_data(
