@@ -1,4 +1,4 @@
-"""Importing this module adds a mixer, an optimizer rule and two evaluations to nlscale.
+"""Importing this module adds a mixer, optimizer rules and two evaluations to nlscale.
 
 It names them and imports no torch: what makes them is imported when they are made.
 """
@@ -11,6 +11,10 @@ from nlscale.optim import table as rules
 
 mixers.register("retention", RetentionFacts())
 rules.register("lion", rules.Rule("examples.lion:lion", state=("momentum",)))
+rules.register(
+    "heavy-ball",
+    rules.Rule("examples.heavy_ball:HeavyBall", state=("momentum",), whole_matrices=True),
+)
 evaluations.register("backwards", evaluations.Evaluation("examples.backwards:backwards"))
 trained.register(
     "guesses",

@@ -25,8 +25,8 @@ from nlscale.config.units import human_bytes, human_count
 from nlscale.config.vocabulary import Config, Pending
 from nlscale.errors import TrainingFailed, UserError
 from nlscale.levels.groups import group_parameters
+from nlscale.levels.kept import kept_by_group
 from nlscale.levels.spectrum import spectrum
-from nlscale.optim.table import rule
 from nlscale.parallel.layout import Layout, process_groups
 from nlscale.step.trainer import Trainer
 
@@ -48,8 +48,8 @@ def bench_checkpoint(config: Config, steps: int, out: Path | None) -> dict[str, 
         (the copy to host memory, and the reduction of pending windows across nodes), and
         `write_seconds`, in the background; `bytes_per_second` of the writing.
         Of the last checkpoint: `bytes` and `files` on the disk; `theoretical_bytes`: 4 a parameter
-        (fp32 weights), more where it has updated (8 of Adam's moments) and 4 where its window is
-        pending (of each node with checkpoint.pending=exact); `ratio` of these;
+        (fp32 weights), what its rule keeps where it has updated (8 of Adam's moments) and 4 where
+        its window is pending (of each node with checkpoint.pending=exact); `ratio` of these;
         `largest_file_ratio`, the largest file of tensors over the mean; `verify_seconds` and
         `load_seconds`, read back at once and so, where they fit, from the system's cache;
         `read_ratio`, bytes that all ranks read to load it over those on the disk (None where the
@@ -198,15 +198,15 @@ def _held(trainer: Trainer) -> dict[str, int]:
     assert config.model.vocabulary is not None
     sizes = group_parameters(config, trainer.levels, config.model.vocabulary, config.levels.stagger)
     total = sum(sizes.values())
-    updated = sum(size for group, size in sizes.items() if progress[group].updates)
     pending = sum(size for group, size in sizes.items() if progress[group].tokens)
     exact = config.checkpoint.pending == Pending.exact
     copies = trainer.layout.nodes if exact else 1
-    kept = rule(config.optimizer.rule).state_bytes
+    by_group = kept_by_group(config, trainer.levels, config.model.vocabulary)
+    kept = sum(size for group, size in by_group.items() if progress[group].updates)
     return {
         "parameters": total,
         "pending_parameters": pending,
-        "theoretical_bytes": 4 * total + kept * updated + 4 * copies * pending,
+        "theoretical_bytes": 4 * total + kept + 4 * copies * pending,
     }
 
 

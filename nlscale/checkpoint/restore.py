@@ -8,10 +8,12 @@ gathering inside the node as after an update.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from nlscale.checkpoint.export.weights import read_weights
 from nlscale.checkpoint.flat import Flat, cut
@@ -21,6 +23,7 @@ from nlscale.config.vocabulary import Pending
 from nlscale.errors import UserError
 from nlscale.levels.engine import Progress
 from nlscale.levels.spectrum import SyncGroup
+from nlscale.levels.state import Shard
 from nlscale.model.init import full_shape
 from nlscale.parallel.layout import Layout
 from nlscale.step.trainer import Counters, Trainer
@@ -43,7 +46,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         )
     if state["pending"] != trainer.config.checkpoint.pending.value:
         canonical = state["pending"] == Pending.canonical.value
-    held = held_of(trainer, canonical, lambda shard, n: shard.begin_state(n) if n else {})
+    held = held_of(trainer, canonical, _kept(trainer, checkpoint))
     checkpoint.read(held.pieces(layout))
     _spread(held.everywhere, layout)
     if canonical:
@@ -51,6 +54,29 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.optimizer.gather_parameters()
     names = Counters.__dataclass_fields__
     trainer.counters = Counters(**{name: _all_counted(state)[name] for name in names})
+
+
+def _kept(trainer: Trainer, checkpoint: Checkpoint) -> Callable[[Shard, int], dict[str, Tensor]]:
+    """What is to be read of a shard's optimizer state.
+
+    Of a level whose rule is another than it was, which `resume.allow` has let pass, what both keep;
+    the rest begins as zeros.
+    """
+    saved = checkpoint.state["config"]
+    before = [
+        level.get("optimizer", {}).get("rule", saved["optimizer"].get("rule", "adamw"))
+        for level in saved["levels"]["spectrum"]
+    ]
+    changed = {i for i, own in enumerate(trainer.optimizer.rules) if own.rule != before[i]}
+    there = checkpoint.tensors()
+
+    def kept(shard: Shard, updates: int) -> dict[str, Tensor]:
+        state = shard.begin_state(updates) if updates else {}
+        if shard.group.level not in changed:
+            return state
+        return {kind: x for kind, x in state.items() if f"{kind}/{shard.name}" in there}
+
+    return kept
 
 
 def start_from_weights(trainer: Trainer, folder: Path) -> None:

@@ -22,7 +22,6 @@ from nlscale.cluster.life.owner import LostOwnership
 from nlscale.cluster.life.watch import doing
 from nlscale.config.vocabulary import CheckpointConfig, RunConfig
 from nlscale.errors import TrainingFailed, UserError
-from nlscale.optim.table import rule
 from nlscale.plan.checks import checkpoint_interval
 from nlscale.step.trainer import Counters, Trainer
 
@@ -196,10 +195,10 @@ class Saver:
 
 def _expected(trainer: Trainer) -> float:
     """Seconds of a save, by what this rank has to write of the state, windows not counted."""
-    elements = sum(shard.weights.numel() for shard in trainer.shards())
+    size = sum(shard.weights.nbytes * (1 + len(shard.kept)) for shard in trainer.shards())
     if trainer.optimizer.alike_on_nodes:
-        elements //= trainer.layout.nodes
-    return elements * (4 + rule(trainer.config.optimizer.rule).state_bytes) / _SLOW_DISK
+        size //= trainer.layout.nodes
+    return size / _SLOW_DISK
 
 
 def saves(checkpoint: CheckpointConfig) -> bool:

@@ -8,7 +8,19 @@ from nlscale.config import recipe
 from nlscale.config.arguments import figure, number, path, whole
 from nlscale.config.vocabulary import Config
 
-__all__ = ["add_cluster", "add_recipe", "config_of", "figure", "number", "path", "whole"]
+__all__ = [
+    "FILE_WIDTH",
+    "add_cluster",
+    "add_recipe",
+    "config_of",
+    "figure",
+    "number",
+    "path",
+    "whole",
+]
+
+FILE_WIDTH = 100
+"""Columns of a table, where there is no terminal to ask."""
 
 
 def add_recipe(parser: argparse.ArgumentParser, optional: bool = False) -> None:

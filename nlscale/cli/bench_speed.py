@@ -1,4 +1,4 @@
-"""`nlscale bench scan|layer|step|train`: how fast, from the kernel to the training step."""
+"""`nlscale bench scan|layer|optimizer|step|train`: how fast, from kernel to training step."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _SCANNED = ["hope", "gated-delta", "hope-pure", "attention"]
 _COMPARED = ["hope", "gated-delta", "attention"]
+_UPDATED = ["quickstart", "model.vocabulary=256"]
 
 
 def add_arguments(verbs: Any) -> None:
@@ -33,6 +34,7 @@ def add_arguments(verbs: Any) -> None:
     layer.add_argument("--json", action="store_true", help="print JSON instead of a table")
     layer.set_defaults(func=_layer)
 
+    _add_optimizer(verbs)
     step = verbs.add_parser(
         "step",
         help="tokens a second of whole training steps",
@@ -111,6 +113,32 @@ def _add_scan(verbs: Any) -> None:
     )
     scan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     scan.set_defaults(func=_scan)
+
+
+def _add_optimizer(verbs: Any) -> None:
+    optimizer = verbs.add_parser(
+        "optimizer",
+        help="an update by each optimizer rule, beside one by adamw",
+        description="Time updates of all parameters of a model by each optimizer rule, in turn "
+        "with adamw, on random gradients and one process: what a run of several ranks shares "
+        "among them. A level's own rule is left out of account.",
+    )
+    optimizer.add_argument(
+        "words",
+        nargs="*",
+        metavar="RECIPE | KEY=VALUE",
+        help=f"a YAML file of keys, or the name of one that comes with nlscale (default: "
+        f"{' '.join(_UPDATED)}), and overrides of its keys",
+    )
+    optimizer.add_argument(
+        "--rules",
+        nargs="+",
+        metavar="RULE",
+        help="values of optimizer.rule (default: all but adamw)",
+    )
+    _add_repeats(optimizer)
+    optimizer.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    optimizer.set_defaults(func=_optimizer)
 
 
 def _add_mixers(parser: argparse.ArgumentParser, mixers: list[str]) -> None:
@@ -195,6 +223,30 @@ def _layer(args: argparse.Namespace) -> int:
     from nlscale.bench.layer import bench_layer, print_layer  # imports torch
 
     _print(bench_layer(configs, args.repeats), print_layer, args)
+    return 0
+
+
+def _optimizer(args: argparse.Namespace) -> int:
+    _at_least_one("--repeats", args.repeats)
+    alone("bench optimizer")
+    from nlscale.config import recipe
+    from nlscale.optim.table import REST, RULES
+    from nlscale.plan.checks import check_sizes
+
+    given = bool(args.words) and "=" not in args.words[0]
+    words = args.words if given else [*_UPDATED, *args.words]
+    rules = args.rules or [name for name in RULES if name != REST]
+    configs = [
+        recipe.load(words[0], [*words[1:], f"optimizer.rule={name}"], trusted=True).config
+        for name in (REST, *rules)
+    ]
+    for config in configs:
+        for level in config.levels.spectrum:
+            level.optimizer = {k: v for k, v in level.optimizer.items() if k != "rule"}
+        check_sizes(config, place().world)
+    from nlscale.bench.updates import bench_optimizer, print_optimizer  # imports torch
+
+    _print(bench_optimizer(configs[0], configs[1:], args.repeats), print_optimizer, args)
     return 0
 
 

@@ -6,11 +6,9 @@ import argparse
 import json
 import sys
 
-from nlscale.cli.arguments import add_cluster, add_recipe, config_of, figure, number
+from nlscale.cli.arguments import FILE_WIDTH, add_cluster, add_recipe, config_of, figure, number
 from nlscale.cluster.machines import UTILISATION
 from nlscale.errors import UserError
-
-_FILE_WIDTH = 100  # columns, where there is no terminal to ask
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +52,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(plan.to_plain(), indent=1))
     else:
-        width = None if sys.stdout.isatty() else _FILE_WIDTH
+        width = None if sys.stdout.isatty() else FILE_WIDTH
         print_plan(plan, Console(highlight=False, markup=False, width=width))
     if args.figure:
         try:

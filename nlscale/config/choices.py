@@ -91,3 +91,24 @@ class Recompute(str, Enum):
     """The memory scan, or softmax attention, from its projected inputs."""
     cms = "cms"
     """The hidden units of every CMS MLP, from the normalised residual stream."""
+
+
+class UpdateScale(str, Enum):
+    """Size of an orthogonalised update of a matrix [out, in]."""
+
+    adamw_rms = "adamw-rms"
+    """0.2 sqrt(max(out, in)): entries of the size of AdamW's (Liu et al. 2025, arXiv 2502.16982).
+    """
+    keller = "keller"
+    """sqrt(max(1, out / in)) (Jordan 2024)."""
+    spectral = "spectral"
+    """sqrt(out / in): muP of matrices (Yang et al. 2023, arXiv 2310.17813)."""
+
+
+class NewtonSchulz(str, Enum):
+    """Coefficients of the iteration that orthogonalises."""
+
+    keller = "keller"
+    """The same at each step; singular values end between 0.7 and 1.2 (Jordan 2024)."""
+    polar_express = "polar-express"
+    """Of each step its own, the best there are for it (Amsel et al. 2025, arXiv 2505.16932)."""

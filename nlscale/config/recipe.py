@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from nlscale.config import keys, schema, shipped, trees
+from nlscale.config import keys, level_optimizer, schema, shipped, trees
 from nlscale.config.extensions import import_all
 from nlscale.config.keys import class_doc, field_docs, to_plain
 from nlscale.config.pages import page_of
@@ -79,6 +79,7 @@ def load(
     config = schema.build(tree, RECIPE, sources)
     for index, level in enumerate(config.levels.spectrum):
         declared_period(index, level)
+    level_optimizer.settle(config, sources)
     _fill_presets(config, sources)
     return Recipe(config, sources)
 

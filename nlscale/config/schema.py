@@ -257,6 +257,15 @@ def _guess(key: str, known: list[str]) -> str | None:
     return near[0].replace(".N", f".{index[0]}" if index else ".0") if near else None
 
 
+def _texts(value: Any) -> Any:
+    """What was typed as texts, all the way down."""
+    if isinstance(value, dict):
+        return {name: _texts(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_texts(item) for item in value]
+    return str(value) if isinstance(value, Plain) else value
+
+
 class _Checker:
     """Holds a tree against a dataclass, all the way down."""
 
@@ -319,7 +328,9 @@ class _Checker:
                 some = f"{', '.join(choices)}{more}"
                 self._refuse(key, f"{key}: {shown(value)} is not one of {some}")
             return hint(value)
-        return value if hint is Any else self._scalar(value, hint, key)
+        if hint is Any:  # OmegaConf, which resolves references to keys, holds texts alone
+            return _texts(value) if self._kind.interpolates else value
+        return self._scalar(value, hint, key)
 
     def _list(self, value: Any, hint: Any, key: str, f: Field[Any]) -> list[Any]:
         (item,) = typing.get_args(hint)

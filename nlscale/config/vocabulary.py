@@ -7,6 +7,7 @@ How a recipe is read, merged, explained and checked is in `nlscale.config.recipe
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -22,13 +23,11 @@ from nlscale.config.choices import Schedule as Schedule
 from nlscale.config.choices import Sharding as Sharding
 from nlscale.config.choices import WireFormat as WireFormat
 from nlscale.config.fields import one_of, path, within
+from nlscale.config.optimizer import RULES as RULES
+from nlscale.config.optimizer import OptimizerConfig as OptimizerConfig
 
 MIXERS = ["hope", "hope-pure", "hope-paper", "gated-delta", "attention"]
 """Names of the sequence mixers; what each is stands in `nlscale.model.mixers.table`."""
-
-RULES = ["adamw"]
-"""Names of the optimizer rules; what each is stands in `nlscale.optim.table`."""
-
 
 MOST = 2**31 - 1
 """Of sizes: what an index of 32 bits reaches."""
@@ -173,6 +172,9 @@ class LevelConfig:
     """Hidden units of this level's MLP in each block; null: an equal share of model.hidden."""
     learning_rate: float = within(1.0, least=0)
     """Factor on optimizer.learning_rate for this level, beside the rule of its period."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """Keys of `optimizer` that are otherwise for this level, such as {rule: muon}; its peak
+    learning rate is a factor beside this."""
     wire: WireFormat = WireFormat.fp32
     """How its gradients cross between nodes. fp32: exactly. bf16: half the bytes, but approximate:
     each node's sum, and then the sum of all, is rounded to bf16, and the error is not kept."""
@@ -197,39 +199,6 @@ class LevelsConfig:
     reduction: Reduction = Reduction.deferred
     """deferred: a window crosses the inter-node network once, when due. every-step: at each step,
     with the same updates; only for measuring what deferral saves."""
-
-
-@dataclass
-class OptimizerConfig:
-    """The rule that updates weights, sampled at each update of a level."""
-
-    rule: str = one_of(RULES)
-    """How a gradient becomes an update: adamw."""
-    learning_rate: float = within(1e-3, above=0)
-    """Peak learning rate."""
-    min_learning_rate: float = within(0.1, least=0, most=1)
-    """Final learning rate as a fraction of the peak."""
-    schedule: Schedule = Schedule.cosine
-    """cosine, or wsd: warm-up, stable, linear decay."""
-    warmup_steps: int = within(100, least=0)
-    """Steps of linear warm-up of the whole run."""
-    warmup_updates: int = within(0, least=0)
-    """Updates over which each level warms up beside that, linearly, counted in its own updates:
-    a slow level makes its first ones when the run's warm-up is long over. 0: none."""
-    decay_fraction: float = within(0.2, least=0, most=1)
-    """Share of the steps that wsd spends decaying."""
-    beta1: float = within(0.9, least=0, below=1)
-    """Decay of the first moment, per update."""
-    beta2: float = within(0.95, least=0, below=1)
-    """Decay of the second moment, per update."""
-    eps: float = within(1e-8, above=0)
-    """Added to the root of the second moment."""
-    weight_decay: float = within(0.1, least=0)
-    """Decoupled weight decay per update, on matrices; vectors and gains (norms) have none."""
-    clip: float = within(1.0, least=0)
-    """Largest norm of the window gradient; 0 switches clipping off."""
-    clip_scope: ClipScope = ClipScope.level
-    """level: each updating level by its own norm; joint: by the norm of all that update."""
 
 
 @dataclass

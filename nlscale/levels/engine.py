@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from nlscale.config.level_optimizer import of_level
 from nlscale.config.vocabulary import ClipScope, Config, Reduction, Sharding
 from nlscale.levels.groups import group_parameters
 from nlscale.levels.optimizers import (
@@ -23,11 +24,13 @@ from nlscale.levels.optimizers import (
     make_group_optimizer,
     split_by_group,
 )
+from nlscale.levels.passes import group_matrices, matrix_crossing_bytes
 from nlscale.levels.spectrum import Level, SyncGroup, gathered_bytes, reduction_bytes
 from nlscale.levels.window import Window, all_finite, sum_of_squares, take_step
 from nlscale.levels.wire import Waited, Wire
 from nlscale.model.decoder import Decoder, named_parameters
 from nlscale.ops.transfer import HostCopy
+from nlscale.optim.period import at_period, decay_at
 from nlscale.optim.schedule import learning_rate, update_warmup
 from nlscale.parallel import cpu
 from nlscale.parallel.consensus import Consensus, Verdict
@@ -77,10 +80,19 @@ class LevelOptimizer:
         layout: Layout,
     ) -> None:
         self.config, self.levels, self.layout = config, levels, layout
+        self.rules = [at_period(of_level(config, level.index), level.period) for level in levels]
+        """The `optimizer` section as it is for each level."""
         self.wire = Wire(layout, gathered_bytes(config))
         self.groups = [
             make_group_optimizer(
-                group, parameters, config, megatron, layout, self.wire, levels[group.level].wire
+                group,
+                parameters,
+                config,
+                self.rules[group.level],
+                megatron,
+                layout,
+                self.wire,
+                levels[group.level].wire,
             )
             for group, parameters in split_by_group(config, levels, stages).items()
         ]
@@ -91,6 +103,10 @@ class LevelOptimizer:
         self._waited: list[Waited] = []
         self._sent_again = 0.0
         """Bytes of windows that crossed a second time after the last step."""
+        stagger, depths = config.levels.stagger, range(config.model.layers)
+        self._whole = {m.group: m for m in group_matrices(config, levels, stagger, depths)}
+        self._of_matrices = 0.0
+        """Bytes of matrices that crossed in the updates of the last step."""
 
     @property
     def windows(self) -> list[Window]:
@@ -104,6 +120,7 @@ class LevelOptimizer:
     def start_step(self, step: int) -> None:
         """Before the first backward pass of a step, counted from 1."""
         closing = self._closing(step)
+        self._of_matrices = 0.0
         for window in self.windows:
             window.start_step(closes=window.group in closing)
 
@@ -204,25 +221,31 @@ class LevelOptimizer:
         compared = {g for g in tokens if self.progress[g].updates % _RATIO_EVERY == 0}
         measured = [g for g in due if g.group in compared]
         before = [[p.detach().clone() for p in main_parameters(g)] for g in measured]
-        rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
-        rates = {
-            group: rate
-            * self.levels[group.level].learning_rate_scale
-            * update_warmup(self.config.optimizer, self.progress[group].updates)
-            for group in tokens
-        }
+        rates = {group: self._rate(group, step) for group in tokens}
         for g in due:
             count = tokens[g.group]
             g.window.scale(self._clip_factor(norms, g.group.level) / count.clamp(min=1))
             inner: Any = g.optimizer.optimizer
             # What torch's gradient scaler sets where the optimizer is to change nothing at all.
             inner.found_inf = (count == 0).to(torch.float32)
+            inner.updates = self.progress[g.group].updates
             for param_group in inner.param_groups:
-                param_group["lr"] = rates[g.group] * param_group["lr_mult"]
+                rate = param_group["lr"] = rates[g.group] * param_group["lr_mult"]
+                decay, period = param_group["decay"], self.levels[g.group.level].period
+                param_group["weight_decay"] = decay_at(
+                    self.rules[g.group.level], decay, rate, period
+                )
             with cpu.cuda_by_name():
                 g.optimizer.step_with_ready_grads()
+        self._of_matrices += sum(self._crossing(group) for group in tokens)
         moved = HostCopy(self._moved(measured, before)) if compared else None
         return Update(step, rates, norms_for_host, moved)
+
+    def _rate(self, group: SyncGroup, step: int) -> float:
+        rule = self.rules[group.level]
+        rate = learning_rate(rule, step, self.config.train.steps)
+        warmup = update_warmup(rule, self.progress[group].updates)
+        return rate * self.levels[group.level].learning_rate_scale * warmup
 
     def _count(self, update: Update) -> dict[int, dict[str, float | None]]:
         """Note that the groups of an update have made it, and read what is told of it.
@@ -293,8 +316,8 @@ class LevelOptimizer:
     def traffic(self, step: int) -> tuple[float, float]:
         """Inter-node bytes that a node sent at the last step, and that it did not have to send.
 
-        Gradients only, mean over the nodes, as `nlscale plan` counts them; the second because
-        groups are not due.
+        Gradients, and what updates of whole matrices send, mean over the nodes, as `nlscale plan`
+        counts them; the second because groups are not due.
         """
         deferred = self.config.levels.reduction == Reduction.deferred
         sent, saved, closing = 0.0, 0.0, self._closing(step)
@@ -304,7 +327,15 @@ class LevelOptimizer:
                 saved += crossing
             else:
                 sent += crossing
-        return sent + self._sent_again, saved
+        return sent + self._sent_again + self._of_matrices, saved
+
+    def _crossing(self, group: SyncGroup) -> float:
+        """Bytes of matrices that leave a node, mean over the nodes, in a group's next update."""
+        if group not in self._whole:
+            return 0.0
+        values = self._whole[group].values()
+        own, nodes = values[self.progress[group].updates % len(values)], self.layout.nodes
+        return matrix_crossing_bytes(self.config, own, nodes) * nodes / self.layout.all_nodes
 
     def _bytes(self, group: SyncGroup, parameters: int) -> float:
         """That leave a node, the mean over the nodes, when parameters of a group cross."""
@@ -400,7 +431,7 @@ class LevelOptimizer:
         return torch.stack(torch._foreach_norm(counted)).square().sum() if counted else 0.0
 
     def _clip_factor(self, norms: Tensor, level: int) -> Tensor:
-        clip = self.config.optimizer.clip
+        clip = self.rules[level].clip
         if clip == 0:
             return torch.ones_like(norms[level])
         joint = self.config.optimizer.clip_scope == ClipScope.joint

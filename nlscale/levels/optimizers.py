@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,11 +14,12 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer, Rang
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nlscale.config.vocabulary import Config, Dtype, WireFormat
+from nlscale.config.vocabulary import Config, Dtype, OptimizerConfig, WireFormat
+from nlscale.levels.exchange import MatrixExchange, MatrixRange
 from nlscale.levels.spectrum import Level, SyncGroup, sync_group
 from nlscale.levels.window import Window
 from nlscale.levels.wire import Wire, part_range
-from nlscale.model.decoder import Decoder
+from nlscale.model.decoder import Decoder, depth_of
 from nlscale.model.width import width_multiplier
 from nlscale.optim.table import rule
 from nlscale.parallel import cpu
@@ -39,6 +41,15 @@ class ShardedOptimizer(DistributedOptimizer):
         buffer = param_and_grad_buffer
         ranges = [self._range_map(buffer, bucket, *self._wire.part) for bucket in buffer.buckets]
         return {(buffer.param_dtype, buffer.grad_dtype): ranges}
+
+    def held(self) -> Iterator[tuple[nn.Parameter, int, Any]]:
+        """Of each parameter of which this rank holds a range: where that begins in its flattened
+        part, and the fp32 range that the inner optimizer updates."""
+        for parameter, (index, order) in self.model_param_group_index_map.items():
+            buffer, dtype, bucket = self.model_param_gbuf_map[parameter]
+            ranges = self.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]
+            values = self.optimizer.param_groups[index]["params"][order]
+            yield parameter, ranges["param"].start, values
 
     def held_in_node(self, buffer: int, bucket: int) -> dict[nn.Parameter, Any]:
         """The ranges of parameters in this rank's part of a bucket, whatever other nodes have."""
@@ -129,22 +140,35 @@ def make_group_optimizer(
     group: SyncGroup,
     parameters: dict[str, nn.Parameter],
     config: Config,
+    own: OptimizerConfig,
     megatron: TransformerConfig,
     layout: Layout,
     wire: Wire,
     wire_format: WireFormat,
 ) -> GroupOptimizer:
+    """The window and the optimizer of a sync group; all ranks of a stage make it alike.
+
+    Args:
+        group: the group.
+        parameters: this rank's parts, by name.
+        config: of the run.
+        own: its `optimizer` section as it is for the level.
+        megatron: what the model is made with.
+        layout: this rank's place.
+        wire: between the nodes.
+        wire_format: how the level crosses.
+    """
     window = Window(group, parameters, megatron, layout, wire, wire_format, config)
-    inner = rule(config.optimizer.rule).make(
-        config.optimizer, width_multiplier(config.model), [*parameters.values()]
-    )
+    inner: Any = rule(own.rule).make(own, width_multiplier(config.model), [*parameters.values()])
+    for param_group in inner.param_groups:
+        param_group["decay"] = param_group["weight_decay"]  # at a period of one step
     with cpu.cuda_by_name():
         optimizer = ShardedOptimizer(
             wire,
             inner,
             MegatronOptimizerConfig(
                 optimizer="adam",
-                lr=config.optimizer.learning_rate,
+                lr=own.learning_rate,
                 bf16=config.train.dtype == Dtype.bf16,
                 params_dtype=megatron.params_dtype,
                 use_distributed_optimizer=True,
@@ -159,4 +183,36 @@ def make_group_optimizer(
             data_parallel_group_idx=0,
             distributed_optimizer_instance_id=0,
         )
+    if rule(own.rule).whole_matrices:
+        inner.layers = config.model.layers
+        inner.exchange = _exchange(parameters, optimizer, config, layout, wire)
     return GroupOptimizer(window, optimizer)
+
+
+def _exchange(
+    parameters: dict[str, nn.Parameter],
+    optimizer: ShardedOptimizer,
+    config: Config,
+    layout: Layout,
+    wire: Wire,
+) -> MatrixExchange | None:
+    """How the matrices of a group become whole; None where it has none."""
+    matrices: dict[str, Any] = {n: p for n, p in parameters.items() if _is_matrix(p)}
+    if not matrices:
+        return None
+    held = {parameter: (start, values) for parameter, start, values in optimizer.held()}
+    ranges = [MatrixRange(name, *held[p]) for name, p in matrices.items() if p in held]
+    return MatrixExchange(
+        matrices,
+        {name: depth_of(name, config.model.layers) for name in matrices},
+        ranges,
+        layout.matrices,
+        (layout.tensor_rank, layout.tensor_size),
+        torch.bfloat16 if config.train.dtype == Dtype.bf16 else torch.float32,
+        layout.node_rank,
+        wire,
+    )
+
+
+def _is_matrix(parameter: Any) -> bool:
+    return parameter.matrix  # type: ignore[no-any-return]

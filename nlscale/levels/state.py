@@ -77,23 +77,21 @@ def shards(optimizer: LevelOptimizer, parameters: dict[str, Any]) -> list[Shard]
         optimizer: of this rank's part of the model.
         parameters: that part, by name.
     """
-    kept = rule(optimizer.config.optimizer.rule).state
     names = {parameter: name for name, parameter in parameters.items()}
     found = []
+    held: Any
     for g in optimizer.groups:
-        distributed: Any = g.optimizer
-        for parameter, (index, order) in distributed.model_param_group_index_map.items():
-            buffer, dtype, bucket = distributed.model_param_gbuf_map[parameter]
-            ranges = distributed.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]
+        own = rule(optimizer.rules[g.group.level].rule)
+        for held, start, values in g.optimizer.held():
             found.append(
                 Shard(
-                    name=names[parameter],
-                    parameter=parameter,
+                    name=names[held],
+                    parameter=held,
                     group=g.group,
-                    start=ranges["param"].start,
-                    weights=distributed.optimizer.param_groups[index]["params"][order],
-                    inner=distributed.optimizer,
-                    kept=kept,
+                    start=start,
+                    weights=values,
+                    inner=g.optimizer.optimizer,
+                    kept=own.of(held.matrix).state,
                 )
             )
     return found

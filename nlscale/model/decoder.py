@@ -58,11 +58,8 @@ class Decoder(nn.Module):
 
     def level_and_depth(self, name: str) -> tuple[int, int]:
         """Level and depth of a parameter, by its name."""
-        parts = name.split(".")
-        if parts[0] != "blocks":
-            return 0, 0 if parts[0] == "embedding" else self.layers - 1
-        depth = int(parts[1])
-        if parts[2] != "cms":
+        parts, depth = name.split("."), depth_of(name, self.layers)
+        if parts[0] != "blocks" or parts[2] != "cms":
             return 0, depth
         cms = self.blocks[parts[1]].cms
         return cms.level_of(".".join(parts[3:])), depth  # type: ignore[operator, union-attr]
@@ -120,6 +117,14 @@ class Decoder(nn.Module):
             return x
         targets = targets.transpose(0, 1).contiguous()
         return cross_entropy(self.logits(x), targets, vocabulary_group(), self.z_loss, self.kernels)
+
+
+def depth_of(name: str, layers: int) -> int:
+    """Depth of the block that a parameter counts with, by its name in the whole model."""
+    first, _, rest = name.partition(".")
+    if first != "blocks":
+        return 0 if first == "embedding" else layers - 1
+    return int(rest.partition(".")[0])
 
 
 def named_parameters(stages: list[Decoder]) -> dict[str, nn.Parameter]:

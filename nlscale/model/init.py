@@ -26,6 +26,7 @@ def tag(
     partial_gradient: bool = False,
     width_multiplier: float = 1.0,
     decays: bool | None = None,
+    matrix: bool = False,
 ) -> None:
     """Say how a parameter is initialised, split over the tensor-parallel group and scaled by width.
 
@@ -42,6 +43,9 @@ def tag(
             the root of it, the learning rate by it.
         decays: whether weight decay acts on it; None: if it has two dimensions or more. A gain says
             False whatever its shape: pulled toward zero, it would shrink what it scales.
+        matrix: whether rules over whole matrices (`nlscale.optim.table`) take it: of
+            [out, in] each section is one, of [heads, out, in] each head. What is looked up, gates
+            entry by entry or is no linear map between features says False.
     """
     carrier: Any = parameter
     carrier.initializer = init
@@ -49,6 +53,7 @@ def tag(
     carrier.partial_gradient = partial_gradient
     carrier.width_multiplier = width_multiplier
     carrier.decays = parameter.dim() > 1 if decays is None else decays
+    carrier.matrix = matrix
     # the names under which megatron-core looks for the same
     carrier.tensor_model_parallel = partition_dim is not None
     carrier.partition_dim = -1 if partition_dim is None else partition_dim

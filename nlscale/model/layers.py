@@ -91,16 +91,17 @@ def column_linear(
     outputs: Sequence[int],
     init: Initializer,
     width_multiplier: float = 1.0,
+    matrix: bool = True,
 ) -> ColumnParallelLinear:
     """y = x W^T with the rows of W split over the tensor-parallel group.
 
     Outputs of these sizes are stacked in W; each is split by itself, so that a rank holds the same
-    part of every one.
+    part of every one, and is a matrix of its own (`nlscale.model.init.tag`).
     """
     layer = ColumnParallelLinear(
         inputs, sum(outputs), config=megatron, init_method=_unused, bias=False, gather_output=False
     )
-    tag(layer.weight, init, 0, sections=outputs, width_multiplier=width_multiplier)
+    tag(layer.weight, init, 0, sections=outputs, width_multiplier=width_multiplier, matrix=matrix)
     return layer
 
 
@@ -121,7 +122,7 @@ def row_linear(
         input_is_parallel=True,
         skip_bias_add=True,
     )
-    tag(layer.weight, init, 1, width_multiplier=width_multiplier)
+    tag(layer.weight, init, 1, width_multiplier=width_multiplier, matrix=True)
     return layer
 
 
@@ -180,7 +181,9 @@ def head(
     the sum of both uses.
     """
     if tied is None:
-        return column_linear(megatron, megatron.hidden_size, [vocabulary], normal(std))
+        return column_linear(
+            megatron, megatron.hidden_size, [vocabulary], normal(std), matrix=False
+        )
     # The product adds its gradient to the buffer by itself, the lookup by way of autograd; with
     # this megatron-core takes both.
     carrier: Any = tied.weight

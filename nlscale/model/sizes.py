@@ -67,6 +67,21 @@ def level_parameters(config: Config, vocabulary: int) -> list[int]:
     return counts
 
 
+def level_matrices(config: Config) -> list[dict[tuple[int, int], int]]:
+    """How many matrices of each shape [out, in] a block has, by level, fastest first.
+
+    What rules over whole matrices take (`nlscale.optim.table`); neither embedding nor head.
+    """
+    d, found = config.model.d_model, []
+    for hidden in level_hidden(config):
+        shapes = {(hidden, d): 2}
+        shapes[d, hidden] = shapes.get((d, hidden), 0) + 1
+        found.append(shapes)
+    for shape, number in mixer(config.model.mixer).matrices(config.model).items():
+        found[0][shape] = found[0].get(shape, 0) + number
+    return found
+
+
 def tables(config: Config) -> int:
     """Matrices of vocabulary x d_model: the embedding and the head, or one that is both."""
     return 1 if config.model.tie_embeddings else 2

@@ -20,6 +20,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class OnWhole:
+    """A call of `nlscale.optim.matrices.Exchange.on_whole` that orthogonalises, for the plan."""
+
+    given: int = 1
+    """Arguments: as often each matrix goes to its owner."""
+    results: int = 1
+    """As often it comes back."""
+    every: str | None = None
+    """Key of `optimizer` that says every how many updates of a block; None: at each."""
+
+
+@dataclass(frozen=True)
 class Rule:
     """How a gradient becomes an update, and what that takes beside the weights."""
 
@@ -32,7 +44,11 @@ class Rule:
     state: tuple[str, ...]
     """Names of what it keeps of each parameter: fp32, of the parameter's shape, sharded like it."""
     whole_matrices: bool = False
-    """Whether an update of one element follows from the whole matrix, not from that element."""
+    """Whether an update of one element follows from the whole matrix. Then `made_by` makes a
+    `nlscale.optim.matrices.MatrixRule`, and `state` is what that keeps of matrices; the rest is
+    under `adamw`."""
+    on_whole: tuple[OnWhole, ...] = (OnWhole(),)
+    """The calls of an update, where it takes whole matrices."""
 
     def __post_init__(self) -> None:
         """Names are those of tensors in checkpoints, beside `weights` and `window`.
@@ -48,8 +64,12 @@ class Rule:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that it keeps of each parameter."""
+        """Bytes that it keeps of each parameter that it takes."""
         return 4 * len(self.state)
+
+    def of(self, matrix: bool) -> Rule:
+        """The rule of a parameter: this, or, of what is no matrix, that of the rest."""
+        return self if matrix or not self.whole_matrices else rule(REST)
 
     def make(
         self, config: OptimizerConfig, width_multiplier: float, parameters: list[Any]
@@ -57,16 +77,11 @@ class Rule:
         """The optimizer of some parameters; imports torch.
 
         Raises:
-            UserError: the rule needs whole matrices, of which a rank holds ranges, or is none that
-                megatron-core takes.
+            UserError: it is none that megatron-core takes, or takes whole matrices without being a
+                `MatrixRule`.
         """
         from torch.optim import AdamW
 
-        if self.whole_matrices:
-            raise UserError(
-                f"{self.made_by} needs whole matrices, and a rank holds a range of each parameter; "
-                f"a rule has to work on ranges"
-            )
         module, _, name = self.made_by.partition(":")
         made = getattr(importlib.import_module(module), name)(config, width_multiplier, parameters)
         if not isinstance(made, AdamW):
@@ -74,12 +89,44 @@ class Rule:
                 f"{self.made_by} returned {type(made).__name__}; megatron-core's sharded optimizer "
                 f"takes a torch.optim.AdamW, or a subclass with a step of its own"
             )
+        if self.whole_matrices:
+            from nlscale.optim.matrices import MatrixRule
+
+            if not isinstance(made, MatrixRule):
+                raise UserError(
+                    f"{self.made_by} returned {type(made).__name__}, and takes whole matrices; "
+                    f"a rank holds ranges, which a subclass of MatrixRule of "
+                    f"nlscale.optim.matrices makes whole"
+                )
         return made
 
 
 _TABLE: dict[str, Rule] = {
     "adamw": Rule("nlscale.optim.adamw:adamw", state=("exp_avg", "exp_avg_sq")),
+    "sgd": Rule("nlscale.optim.sgd:sgd", state=("momentum",)),
+    "muon": Rule("nlscale.optim.muon:Muon", state=("momentum",), whole_matrices=True),
+    "delta": Rule(
+        "nlscale.optim.delta:Delta",
+        state=("momentum",),
+        whole_matrices=True,
+        on_whole=(OnWhole(given=2, results=2),),
+    ),
+    "deep": Rule(
+        "nlscale.optim.deep:Deep",
+        state=("momentum", "network"),
+        whole_matrices=True,
+        on_whole=(OnWhole(given=3, results=2),),
+    ),
+    "m3": Rule(
+        "nlscale.optim.m3:M3",
+        state=("momentum", "second_moment", "slow_momentum", "slow_direction"),
+        whole_matrices=True,
+        on_whole=(OnWhole(), OnWhole(every="m3.every")),
+    ),
 }
+
+REST = "adamw"
+"""The rule of what is no matrix, where a rule takes whole matrices."""
 
 
 def rule(name: str) -> Rule:

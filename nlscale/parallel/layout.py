@@ -56,6 +56,9 @@ class Layout:
     replica: dist.ProcessGroup
     """All ranks of one copy of the optimizer state: its tensor, pipeline and within-node ranks;
     with `parallel.shard_optimizer=all` the run's."""
+    matrices: dist.ProcessGroup | None
+    """The ranks that together hold the optimizer's state of this pipeline stage: its tensor and
+    within-node ranks; with `parallel.shard_optimizer=all` those of all nodes. None: this rank."""
     hosts: tuple[str, ...]
     """Name of the host of each rank."""
 
@@ -225,6 +228,7 @@ def _layout(parallel: ParallelConfig, timeout: datetime.timedelta) -> Layout:
         across_nodes=across,
         host=host,
         replica=_replica(parallel.shard_optimizer),
+        matrices=_matrices(across, parallel.shard_optimizer, host, timeout),
         hosts=tuple(hosts),
     )
 
@@ -235,6 +239,25 @@ def _replica(sharding: Sharding) -> dist.ProcessGroup:
         whole = parallel_state.get_intra_distributed_optimizer_instance_group()
     assert whole is not None
     return whole
+
+
+def _matrices(
+    across: dist.ProcessGroup | None,
+    sharding: Sharding,
+    host: dist.ProcessGroup,
+    timeout: datetime.timedelta,
+) -> dist.ProcessGroup | None:
+    """The group of ranks of one stage, on one node or on all that share the optimizer's state."""
+    spread = across is None or sharding == Sharding.all
+    node = 0 if spread else dist.get_rank(across)
+    places: list[tuple[int, int]] = [(0, 0)] * dist.get_world_size()
+    mine = (parallel_state.get_pipeline_model_parallel_rank(), node)
+    dist.all_gather_object(places, mine, group=host)
+    ranks = [[r for r, p in enumerate(places) if p == place] for place in sorted(set(places))]
+    if len(ranks[0]) == 1:
+        return None
+    found, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout)
+    return found  # type: ignore[no-any-return]
 
 
 def _ranks_here() -> int:

@@ -16,8 +16,7 @@ from nlscale.cluster.machines import Cluster
 from nlscale.config.vocabulary import Config, Pending, Reduction
 from nlscale.levels.spectrum import Level, reduction_bytes
 from nlscale.model.stages import stage_blocks
-from nlscale.optim.table import rule
-from nlscale.plan.memory import held_by_stage
+from nlscale.plan.memory import held_by_stage, kept_by_stage
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,6 @@ def checkpoint_plan(
     """
     tensor, ranks = config.parallel.tensor, config.parallel.pipeline
     exact = config.checkpoint.pending == Pending.exact
-    of_a_parameter = 4 + rule(config.optimizer.rule).state_bytes
     # with pending=exact each node stores windows of its own
     of_a_window = 4 * (group_nodes if exact else 1)
     writers = cluster.ranks // ranks  # of a pipeline rank
@@ -70,11 +68,14 @@ def checkpoint_plan(
     total = largest = read = slow = 0.0
     for rank in range(ranks):
         once = twice = 0.0
-        held = held_by_stage(config, vocabulary, cut[rank::ranks])
-        for level, (split, whole) in zip(levels, held, strict=True):
+        mine = cut[rank::ranks]
+        held = held_by_stage(config, vocabulary, mine)
+        kept = kept_by_stage(config, vocabulary, mine)
+        for level, (split, whole), (split_kept, whole_kept) in zip(levels, held, kept, strict=True):
             waits = level.period > 1
-            once += (split * tensor + whole) * (of_a_parameter + of_a_window * waits)
-            twice += whole * (tensor - 1) * (of_a_parameter + of_a_window * waits)
+            of_a_parameter = 4 + of_a_window * waits  # fp32 weights, and windows
+            once += (split * tensor + whole) * of_a_parameter + split_kept * tensor + whole_kept
+            twice += (tensor - 1) * (whole * of_a_parameter + whole_kept)
             slow += (split * tensor + whole) * waits
         total += once
         read += once + twice

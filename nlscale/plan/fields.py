@@ -186,6 +186,54 @@ PLAN: Mapping[str, Field] = {
             "all": Field("object", "", "sharded over those of all nodes", fields=_SHARDED),
         },
     ),
+    "whole_matrices": Field(
+        "object",
+        "",
+        "what rules over whole matrices take",
+        null="no level has such a rule",
+        fields={
+            "levels": Field(
+                "list of objects",
+                "",
+                "the levels that have one, fastest first",
+                fields={
+                    "name": Field("text", "", "of the level"),
+                    "rule": Field("text", "", "`optimizer.rule`, or the level's own"),
+                    "matrices": Field("integer", "", "of the model"),
+                    "parameters": Field("integer", "", "in them"),
+                },
+            ),
+            "owners": Field(
+                "integer", "", "ranks over which the matrices of a pipeline stage are dealt"
+            ),
+            "in_node_bytes_per_step": Field(
+                "number",
+                "bytes",
+                "that a rank sends to others of its node, the mean; of the pipeline rank that "
+                "sends most",
+            ),
+            "in_node_peak_bytes": Field("number", "bytes", "the same at the largest step"),
+            "inter_node_bytes_per_step": Field(
+                "number", "bytes", "that a node sends, the mean; part of those of the levels"
+            ),
+            "newton_schulz_flops_per_step": Field(
+                "number",
+                "FLOPs",
+                "of all ranks, the mean; counted as often as nodes compute the same",
+            ),
+            "to_model_flops": Field("number", "", "the same over the model FLOPs of a step"),
+            "newton_schulz_seconds_per_step": Field(
+                "number",
+                "s",
+                "that a rank computes it or waits for the busiest owner, the mean, at the "
+                "utilisation",
+                null="in fp32, or the cluster's `gpu_tflops` is not given",
+            ),
+            "newton_schulz_peak_seconds": Field(
+                "number", "s", "the same at the largest step", null="likewise"
+            ),
+        },
+    ),
     "memory": Field(
         "object",
         "",

@@ -3,8 +3,8 @@
 A sync group's gradient is cut into buckets of `parallel.bucket_size` elements, from the last block
 to the first, as the backward pass of the last micro batch makes it. A bucket whose blocks are done
 queues for the link; what crosses when the last pipeline stage has ended its backward pass is
-exposed, and so is all of it where `parallel.overlap` is false. Updated parameters, which cross too
-with `parallel.shard_optimizer=all`, do so when nothing else goes on.
+exposed, and so is all of it where `parallel.overlap` is false. Updated parameters and whole
+matrices, which cross too with `parallel.shard_optimizer=all`, do so when nothing else goes on.
 
     compute       seconds of a step: model FLOPs over the GPUs' peak at a utilisation, or as given
     a pass        (1 - bubble) / micro batches of it, the backward pass 2/3 of a pass
@@ -26,6 +26,7 @@ from nlscale.cluster.machines import Cluster
 from nlscale.config.vocabulary import Config, Dtype, Reduction
 from nlscale.errors import UserError
 from nlscale.levels.groups import parameters_by_depth
+from nlscale.levels.passes import matrices_by_level, matrix_crossing_bytes
 from nlscale.levels.spectrum import (
     Level,
     SyncGroup,
@@ -62,7 +63,7 @@ class _Piece:
     seconds: float
     """That it occupies the link."""
     after: float
-    """Seconds that updated parameters occupy it, when the step is over."""
+    """Seconds that matrices and updated parameters occupy it, when the step is over."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,16 @@ class Links:
     pipeline: Pipeline
     step_seconds: float
     _by_depth: list[list[int]] = field(init=False)
+    _matrices: list[float] = field(init=False)
+    """Bytes of whole matrices that leave a node, of each level in a block, a mean update."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_by_depth", parameters_by_depth(self.config, self.vocabulary))
+        crossing = [
+            matrix_crossing_bytes(self.config, own.passes * own.elements, self.group_nodes)
+            for own in matrices_by_level(self.config)
+        ]
+        object.__setattr__(self, "_matrices", crossing)
 
     @property
     def backward_seconds(self) -> float:
@@ -141,12 +149,13 @@ class Links:
         mine = stage_blocks(self.config, self.vocabulary)[rank :: parallel.pipeline]
         depths = [depth for blocks in reversed(mine) for depth in reversed(blocks)]
         waiting: dict[SyncGroup, int] = {}
+        whole: dict[SyncGroup, float] = {}
 
         def piece(group: SyncGroup, done: int) -> _Piece:
             wire, parameters = self.levels[group.level].wire, waiting.pop(group)
             gathered, nodes = gathered_bytes(self.config), self.group_nodes
             sent = reduction_bytes(parameters, nodes, wire, None if gathered is None else 0)
-            after = reduction_bytes(parameters, nodes, wire, gathered) - sent
+            after = reduction_bytes(parameters, nodes, wire, gathered) - sent + whole.pop(group)
             ready = self.backward_seconds * (1 - done / len(depths))
             seconds = self.cluster.link_seconds
             return _Piece(group, ready, seconds(sent), seconds(after))
@@ -155,6 +164,7 @@ class Links:
             for level, counts in zip(self.levels, self._by_depth, strict=True):
                 group = sync_group(level, depth, self.config.model.layers, stagger)
                 waiting[group] = waiting.get(group, 0) + counts[depth]
+                whole[group] = whole.get(group, 0.0) + self._matrices[level.index]
                 if waiting[group] / parallel.tensor >= parallel.bucket_size:
                     yield piece(group, done)
         for group in list(waiting):

@@ -4,9 +4,9 @@
     gradients     4 bytes a parameter: megatron-core's buffer, in fp32
     windows       4 bytes a parameter of a level of period above 1, sharded over a node; and what
                   a level that crosses in bf16 takes in passing
-    optimizer     what the rule keeps (8 bytes a parameter, Adam's moments), and with bf16 4 more,
-                  the fp32 weights; sharded over a node, or with
-                  `parallel.shard_optimizer=all` over all nodes
+    optimizer     what the rules keep (8 bytes a parameter, Adam's moments; of each level and of
+                  matrices by their own rule), and with bf16 4 more, the fp32 weights; sharded over
+                  a node, or with `parallel.shard_optimizer=all` over all nodes
     activations   what `nlscale.plan.activations` counts, for the micro batches in flight
 
 Between steps there are no activations, but for a while something else, and the larger counts:
@@ -26,10 +26,10 @@ from dataclasses import asdict, dataclass
 from nlscale.cluster.spread import COMPARED_AT_ONCE
 from nlscale.config.vocabulary import CmsForm, Config, Dtype, Sharding, WireFormat
 from nlscale.levels.groups import parameters_by_depth
+from nlscale.levels.kept import kept_by_depth, rules_by_level
 from nlscale.levels.spectrum import BF16_AT_ONCE, Level
 from nlscale.model.mixers.table import mixer
 from nlscale.model.stages import stage_blocks
-from nlscale.optim.table import rule
 from nlscale.plan.activations import Activations
 from nlscale.plan.pipeline import most_kept
 
@@ -113,13 +113,13 @@ def memory(
     bf16 = config.train.dtype == Dtype.bf16
     ranks, batch = config.parallel.pipeline, Activations(config, vocabulary)
     stages = stage_blocks(config, vocabulary)
-    of_rule = rule(config.optimizer.rule).state_bytes
     spread = in_node * (group_nodes if config.parallel.shard_optimizer == Sharding.all else 1)
     result = []
     for rank in range(ranks):
         mine = stages[rank::ranks]
         held = [sum(counts) for counts in held_by_stage(config, vocabulary, mine)]
         parameters = sum(held)
+        kept_by_rules = sum(map(sum, kept_by_stage(config, vocabulary, mine)))
         waiting = sum(n for level, n in zip(levels, held, strict=True) if level.period > 1)
         kept = most_kept([_stage(batch, blocks) for blocks in mine], ranks, rank, micro_batches)
         result.append(
@@ -127,7 +127,7 @@ def memory(
                 weights=parameters * (2 if bf16 else 4),
                 gradients=parameters * 4,
                 windows=waiting * 4 / in_node + _crossing(levels, held, in_node),
-                optimizer=parameters * (of_rule + (4 if bf16 else 0)) / spread,
+                optimizer=(kept_by_rules + parameters * (4 if bf16 else 0)) / spread,
                 activations=kept + batch.transient() + batch.gathered(),
                 validation=batch.forward(head=config.model.layers in [b.stop for b in mine]),
                 comparison=_comparison(config, vocabulary),
@@ -184,3 +184,24 @@ def held_by_stage(
         split = (sum(by_depth[depth] for depth in depths) - on_every) / tensor
         held.append((split, float(on_every)))
     return held
+
+
+def kept_by_stage(
+    config: Config, vocabulary: int, stages: list[range]
+) -> list[tuple[float, float]]:
+    """Bytes that the rules keep of what `held_by_stage` counts, before they are sharded.
+
+    What each tensor-parallel rank holds whole is no matrix.
+    """
+    depths = [depth for blocks in stages for depth in blocks]
+    found = []
+    for own, (_, whole), by_depth in zip(
+        rules_by_level(config),
+        held_by_stage(config, vocabulary, stages),
+        kept_by_depth(config, vocabulary),
+        strict=True,
+    ):
+        on_every = whole * own.of(matrix=False).state_bytes
+        split = (sum(by_depth[depth] for depth in depths) - on_every) / config.parallel.tensor
+        found.append((split, on_every))
+    return found

@@ -25,6 +25,7 @@ from nlscale.plan.memory import GIB, USABLE, Memory, memory
 from nlscale.plan.pipeline import Pipeline, pipeline
 from nlscale.plan.programs import advise, serial_programs
 from nlscale.plan.traffic import Traffic, activation_bytes, cycle_steps, node_bytes, traffic
+from nlscale.plan.whole import WholePlan, whole_plan
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class Plan:
     """What each way of sharding the optimizer state comes to."""
     shards: Sharding
     """As configured."""
+    whole: WholePlan | None
+    """Of rules over whole matrices; None where no level has one."""
     pipeline: Pipeline
     checkpoint: CheckpointPlan
     serial_programs: int | None
@@ -150,6 +153,7 @@ class Plan:
           `resume_bytes` that all ranks read; of one checkpoint, at most
         - `shard_optimizer`: as configured; `sharding`: of `node` and `all`, each with
           `optimizer_bytes` and `total_bytes` on the fullest GPU and `mean_bytes_per_step`
+        - `whole_matrices`: of rules over such, null without any; see `nlscale.plan.whole.WholePlan`
         - `memory`: `ranks`, a list over the pipeline ranks of the bytes on one GPU, `weights`,
           `gradients`, `windows`, `optimizer`, `activations` and, in place of the latter between
           steps, `validation` and `comparison` of the replicas; `total`; `fullest`, the one that
@@ -214,6 +218,7 @@ class Plan:
             "checkpoint": asdict(self.checkpoint),
             "shard_optimizer": self.shards.value,
             "sharding": {way.value: asdict(found) for way, found in self.sharding.items()},
+            "whole_matrices": None if self.whole is None else asdict(self.whole),
             "memory": {
                 "ranks": [{**asdict(rank), "total": rank.total} for rank in self.memory.ranks],
                 "fullest": self.memory.fullest,
@@ -292,10 +297,12 @@ def make_plan(
         return traffic(config, levels, vocabulary, nodes, stagger, reduction, group_nodes)
 
     cycle = cycle_steps(levels)
+    aligned, staggered = deferred(stagger=False), deferred(stagger=True)
     flops = flops_by_part(config, vocabulary)
+    model_flops = sum(flops.values()) * tokens_per_step
     passes = pipeline(config, vocabulary, _micro_batches(config.train, data_parallel))
     computes = step_seconds or compute_seconds(
-        cluster, sum(flops.values()) * tokens_per_step, utilisation, config.train.dtype
+        cluster, model_flops, utilisation, config.train.dtype
     )
     exposure = None
     if group_nodes > 1 and computes is not None:
@@ -319,9 +326,9 @@ def make_plan(
         steps=steps,
         tokens_per_step=tokens_per_step,
         flops=flops,
-        cycle=cycle,
-        aligned=deferred(stagger=False),
-        staggered=deferred(stagger=True),
+        cycle=len(aligned.per_step),
+        aligned=aligned,
+        staggered=staggered,
         plain=node_bytes(sum(parameters), nodes, group_nodes),
         staggers=config.levels.stagger,
         defers=config.levels.reduction == Reduction.deferred,
@@ -330,6 +337,16 @@ def make_plan(
         memory=memory_on(config, cluster),
         sharding={way: _sharded(config, cluster, way) for way in Sharding},
         shards=config.parallel.shard_optimizer,
+        whole=whole_plan(
+            config,
+            levels,
+            vocabulary,
+            cluster,
+            data_parallel // group_nodes,
+            group_nodes,
+            model_flops,
+            utilisation,
+        ),
         pipeline=passes,
         exposure=exposure,
         checkpoint=checkpoint_plan(config, levels, vocabulary, cluster, group_nodes),

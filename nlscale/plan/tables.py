@@ -11,6 +11,7 @@ from nlscale.config.vocabulary import Sharding
 from nlscale.plan.memory import GIB, USABLE
 from nlscale.plan.plan import Exposure, Plan, Sharded
 from nlscale.plan.programs import WANTED
+from nlscale.plan.whole import WholePlan
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -53,6 +54,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     _explain_memory(plan, console)
     if crosses:
         console.print(_sharding(plan))
+    if plan.whole is not None:
+        console.print(_whole(plan.whole))
     if plan.pipeline.ranks > 1:
         _explain_pipeline(plan, console)
     console.print(_compute(plan))
@@ -111,6 +114,34 @@ def _sharding(plan: Plan) -> str:
     return (
         f"Optimizer state over the GPUs of a node: {said(node)}; over those of all nodes "
         f"({chosen}): {said(spread)}."
+    )
+
+
+def _whole(whole: WholePlan) -> str:
+    rules = ", ".join(sorted({level.rule for level in whole.levels}))
+    count = sum(level.matrices for level in whole.levels)
+    inside = sum(level.parameters for level in whole.levels)
+    line = f"Whole matrices ({rules}): {count:,}, {human_count(inside)} parameters in them"
+    if whole.owners > 1:
+        line += (
+            f", those of a pipeline rank dealt over {whole.owners} ranks. To join them a rank "
+            f"sends {human_bytes(whole.in_node_bytes_per_step)} a step in its node, at most "
+            f"{human_bytes(whole.in_node_peak_bytes)}"
+        )
+    if whole.inter_node_bytes_per_step:
+        line += (
+            f", and a node {human_bytes(whole.inter_node_bytes_per_step)} to others, counted above"
+        )
+    line += (
+        f". Newton-Schulz takes {whole.newton_schulz_flops_per_step:.3g} FLOPs a step, "
+        f"{whole.to_model_flops:.1%} of the model's"
+    )
+    mean, most = whole.newton_schulz_seconds_per_step, whole.newton_schulz_peak_seconds
+    if mean is None or most is None:
+        return f"{line}."
+    return (
+        f"{line}; a rank computes or waits for it {human_seconds(mean)} a step, at most "
+        f"{human_seconds(most)}."
     )
 
 

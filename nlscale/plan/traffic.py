@@ -3,7 +3,8 @@
 Gradients cross in fp32, or as a level's `wire` says. Each data-parallel rank of a node reduces its
 shard over the ranks that hold the same shard on the other nodes, so that together they send what
 one ring all-reduce over the nodes would (`nlscale.levels.spectrum.reduction_bytes`). With
-`parallel.shard_optimizer=all` they send sums once, and the parameters that they have updated.
+`parallel.shard_optimizer=all` they send sums once, and the parameters that they have updated;
+and whole matrices, where rules take such, go to their owners and back.
 
 Ranks are numbered tensor first, then data, then pipeline. With a pipeline over several nodes a
 node holds some of its ranks only, and a data-parallel group spans some of the nodes only; the
@@ -28,7 +29,8 @@ from numpy.typing import NDArray
 
 from nlscale.config.vocabulary import Config, Dtype, Reduction, WireFormat
 from nlscale.levels.groups import group_parameters
-from nlscale.levels.spectrum import Level, gathered_bytes, reduction_bytes
+from nlscale.levels.passes import GroupMatrices, group_matrices, matrix_crossing_bytes
+from nlscale.levels.spectrum import Level, SyncGroup, gathered_bytes, reduction_bytes
 
 _LONGEST_SERIES = 1_000_000
 
@@ -83,7 +85,8 @@ def traffic(
     """
     stagger = config.levels.stagger if stagger is None else stagger
     reduction = config.levels.reduction if reduction is None else reduction
-    steps = cycle_steps(levels)
+    crossing = _crossing(config, levels, stagger, nodes, group_nodes or nodes)
+    steps = series_steps(levels, [g for g, _ in crossing])
     gathered = gathered_bytes(config)
     series = np.zeros((len(levels), steps))
     means = np.zeros(len(levels))
@@ -92,11 +95,42 @@ def traffic(
         if reduction == Reduction.every_step:
             first, every = 1, 1
         else:
-            first = next(step for step in range(1, group.period + 1) if group.due(step))
-            every = group.period
+            first, every = first_due(group), group.period
         series[group.level, first - 1 :: every] += sent
         means[group.level] += sent / every
+    for g, of_updates in crossing:
+        add_updates(series[g.group.level], g.group, of_updates)
+        means[g.group.level] += sum(of_updates) / len(of_updates) / g.group.period
     return Traffic(series, means)
+
+
+def _crossing(
+    config: Config, levels: list[Level], stagger: bool, nodes: int, group_nodes: int
+) -> list[tuple[GroupMatrices, list[float]]]:
+    """Bytes of whole matrices that leave a node, the mean, at each of a group's updates."""
+    found = []
+    for g in group_matrices(config, levels, stagger, range(config.model.layers)):
+        sent = [matrix_crossing_bytes(config, values, group_nodes) for values in g.values()]
+        if any(sent):
+            found.append((g, [size * group_nodes / nodes for size in sent]))
+    return found
+
+
+def first_due(group: SyncGroup) -> int:
+    """The first step, from 1, at which a group is due."""
+    return group.phase or group.period
+
+
+def add_updates(series: NDArray[np.float64], group: SyncGroup, of_updates: list[float]) -> None:
+    """Add to each step of a series [steps] what the group's update at it comes to.
+
+    Args:
+        series: of a cycle.
+        group: that updates.
+        of_updates: of its updates one after the other, from the first; they repeat.
+    """
+    due = series[first_due(group) - 1 :: group.period]
+    due += np.resize(of_updates, len(due))
 
 
 def node_bytes(
@@ -146,3 +180,11 @@ def cycle_steps(levels: list[Level]) -> int:
     cycle = math.lcm(*(level.period for level in levels))
     longest = max(level.period for level in levels)
     return cycle if cycle <= _LONGEST_SERIES else -(-_LONGEST_SERIES // longest) * longest
+
+
+def series_steps(levels: list[Level], matrices: list[GroupMatrices]) -> int:
+    """The same where updates of whole matrices are not all alike; not cut off: that of the periods
+    where it would be longer than about a million steps."""
+    cycle = cycle_steps(levels)
+    turns = math.lcm(*(g.level.turns for g in matrices))
+    return cycle * turns if cycle * turns <= _LONGEST_SERIES else cycle

@@ -69,9 +69,16 @@ def test_the_bytes_are_those_of_the_state(
     assert found["theoretical_bytes"] == stored_bytes(Store(Path("kept")))
 
 
+RULES = {
+    "canonical": ["optimizer.rule=muon"],
+    "exact": ["optimizer.rule=m3", "levels=[1,{period: 4, optimizer: {rule: muon}}]"],
+}
+
+
 def measure(pending: str, out: Path) -> dict[str, Any]:
     """On a rank of a world, each of which counts as a node."""
-    own = config(f"checkpoint.pending={pending}", "parallel.ranks_per_node=1")
+    keys = [f"checkpoint.pending={pending}", "parallel.ranks_per_node=1", *RULES[pending]]
+    own = config(*keys)
     return bench_checkpoint(own, 1, out)
 
 

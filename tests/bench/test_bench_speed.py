@@ -1,4 +1,4 @@
-"""`nlscale bench scan|layer|step|train` on a CPU at tiny sizes; no test is of how fast it is."""
+"""`nlscale bench scan|layer|optimizer|step|train` on a CPU, tiny; no test is of how fast it is."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from nlscale import cli
 from nlscale.bench.trace import STEPS, largest_costs
 from nlscale.bench.train import PLAIN
 from nlscale.bench.transformer import Transformer
+from nlscale.bench.updates import print_optimizer
 from nlscale.config import recipe
 from nlscale.model.decoder import Decoder
 from nlscale.model.flops import flops_by_part, flops_per_token
@@ -133,8 +134,31 @@ def test_layer_times_blocks_and_mixers(
         assert row["mfu"] * found["matmul_flops_per_second"] == pytest.approx(
             row["flops_per_second"]
         )
-    code, out, _ = bench(capsys, "layer", recipe_file, "--repeats", 1, "--mixers", "hope")
-    assert code == 0 and "hope" in out and "attention" not in out
+
+
+def test_optimizer_times_each_rule_in_turn_with_adamw(
+    recipe_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = ("muon", "m3", "sgd")
+    levels = "levels=[1,{period: 2, optimizer: {rule: sgd, weight_decay: 0}}]"
+    keys = ("model.layers=1", "optimizer.m3.every=2", "--repeats", 1, "--json", "--rules")
+    code, out, _ = bench(capsys, "optimizer", recipe_file, VOCABULARY, levels, *keys, *wanted)
+    found = json.loads(out)
+    assert code == 0 and found["beside"] == "adamw"
+    rows = {row["rule"]: row for row in found["rows"]}
+    assert tuple(rows) == wanted
+    for row in rows.values():
+        assert row["update_seconds"] > 0 < row["beside_seconds"]
+        assert row["ratio"] == row["update_seconds"] / row["beside_seconds"]
+    assert rows["sgd"]["state_bytes"] == 4 * found["parameters"]  # also of the level's own muon
+    assert rows["m3"]["newton_schulz_flops"] == 1.5 * rows["muon"]["newton_schulz_flops"] > 0
+    print_optimizer(found)
+    out = capsys.readouterr().out
+    assert "of adamw's" in out and all(rule in out for rule in rows)
+    code, _, err = bench(capsys, "optimizer", recipe_file, "--rules", "muon")
+    assert code == 2 and "model.vocabulary=256" in err
+    code, _, err = bench(capsys, "optimizer", "--rules", "nun")
+    assert code == 2 and err.count("\n") == 1 and "nun" in err
 
 
 def test_train_compares_mixers_and_traces(
@@ -186,8 +210,8 @@ def test_progress_says_what_is_begun_and_how_long_the_rest_may_take(
     recipe_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = ("layer", recipe_file, "--repeats", 1, "--mixers", "hope", "attention")
-    _, out, err = bench(capsys, *sizes, "--json")
-    json.loads(out)
+    code, out, err = bench(capsys, *sizes)
+    assert code == 0 and "hope" in out and "attention" in out and "gated-delta" not in out
     begun, next_one = [line for line in err.splitlines() if line.startswith("nlscale bench")]
     assert begun == "nlscale bench layer: 1 of 2, hope"
     assert re.fullmatch(r"nlscale bench layer: 2 of 2, attention, about \d+ s left", next_one)

@@ -23,6 +23,10 @@ TRANSFORMER = [
     "model.tie_embeddings=true",
     "train.z_loss=0.01",
 ]
+RULES = [
+    "levels=[{period: 1, optimizer: {rule: muon}}, "
+    "{period: 3, optimizer: {rule: m3, m3: {every: 2}}}, {period: 5, optimizer: {rule: delta}}]"
+]
 LAYOUTS = {
     "1": (1, 1, []),
     "2": (2, 2, []),
@@ -85,22 +89,22 @@ def saved_only_at(folder: Path, step: int, copy: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("layout", "step", "dtype"),
+    ("layout", "step", "dtype", "more"),
     [
-        ("1", 1, "bf16"),
-        ("1", 10, "fp32"),
-        ("4-two-nodes", 4, "fp32"),
-        ("4-two-nodes", 7, "bf16"),
-        ("4-two-nodes-all", 12, "fp32"),
-        ("4-two-nodes-all", 7, "bf16"),
-        ("tp2-pp2", 7, "fp32"),
-        ("tp2-sp-pp2x2", 4, "bf16"),
+        ("1", 1, "bf16", []),
+        ("1", 10, "fp32", []),
+        ("4-two-nodes", 4, "fp32", []),
+        ("4-two-nodes", 7, "bf16", []),
+        ("4-two-nodes-all", 12, "fp32", []),
+        ("4-two-nodes-all", 7, "bf16", RULES),
+        ("tp2-pp2", 7, "fp32", RULES),
+        ("tp2-sp-pp2x2", 4, "bf16", []),
     ],
 )
 def test_resuming_on_the_same_layout_is_bitwise(
-    tmp_path: Path, whole: Whole, layout: str, step: int, dtype: str
+    tmp_path: Path, whole: Whole, layout: str, step: int, dtype: str, more: list[str]
 ) -> None:
-    keys = [f"train.dtype={dtype}"]
+    keys = [f"train.dtype={dtype}", *more]
     folder, never_stopped = whole(layout, step, *keys)
     rest = saved_only_at(folder, step, tmp_path / "rest")
     resumed = run(layout, keys, rest, (), True)[0]
@@ -125,6 +129,25 @@ def test_a_run_whose_first_steps_were_dropped_resumes_too(tmp_path: Path, layout
     assert result["bitwise"], result
 
 
+def test_another_rule_is_asked_for_and_begins_with_what_both_keep(
+    tmp_path: Path, whole: Whole
+) -> None:
+    folder, never_stopped = whole("1", 10, "train.dtype=fp32")
+    rest = saved_only_at(folder, 10, tmp_path / "rest")
+    keys = ["train.dtype=fp32", "optimizer.rule=muon"]
+    with pytest.raises(AssertionError, match=r"optimizer\.rule: 'adamw' -> 'muon'"):
+        run("1", keys, rest, (), True)
+    keys.append("resume.allow=[optimizer.rule]")
+    resumed = run("1", keys, rest, (11,), True)[0]
+    assert resumed["losses"][11] == never_stopped["losses"][11], "of the same weights"
+    assert resumed["losses"][13] != never_stopped["losses"][13]
+    names = checkpoint(rest, 11).tensors()
+    assert {name.partition("/")[0] for name in names if "down" in name} >= {"weights", "momentum"}
+    assert "exp_avg/embedding.weight" in names and "momentum/embedding.weight" not in names
+    again = saved_only_at(rest, 11, tmp_path / "again")
+    assert run("1", keys, again, (), True)[0]["losses"][13] == resumed["losses"][13]
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -146,6 +169,8 @@ def test_resuming_on_another_layout_is_within_rounding(
     keys = ["train.dtype=fp32"]
     if (one, other) == ("tp2", "1"):
         keys += TRANSFORMER
+    if (one, other) in (("4-two-nodes", "tp2-sp-pp2x2"), ("8-four-nodes-all", "4")):
+        keys += RULES
     if "8-four-nodes" in f"{one} {other}":
         keys.append("train.global_batch=8")
     folder, never_stopped = whole(one, step, *keys)

@@ -104,6 +104,15 @@ def test_train_refuses_a_wrong_key(nlscale: Nlscale, recipe_file: Path) -> None:
     assert "train.stepz" in line and "train.steps" in line
 
 
+def test_the_table_of_rules_refuses_what_training_would(
+    nlscale: Nlscale, recipe_file: Path
+) -> None:
+    asked = ["config", str(recipe_file), "--optimizer"]
+    assert "model.d_model 32" in refused(nlscale(*asked, "model.heads=3"))
+    assert "model.vocabulary=N" in refused(nlscale(*asked, "data.dir=nowhere"))
+    assert "not allowed with" in refused(nlscale(*asked, "--keys"))
+
+
 def test_train_refuses_a_recipe_that_is_not_there(nlscale: Nlscale, recipe_file: Path) -> None:
     assert "nope.yaml" in refused(nlscale("train", "nope.yaml"))
 

@@ -6,8 +6,7 @@ Both ways: a field that is not described fails, and so does a description of wha
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import runpy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,9 +79,10 @@ def test_a_summary_is_what_the_reference_says(folders: list[Path]) -> None:
     assert not differences(json.loads((folders[0] / "summary.json").read_text()), SUMMARY)
 
 
-@pytest.mark.parametrize("cluster", ["two-nodes", "one-node-8-gpus"])
-def test_a_plan_is_what_the_reference_says(cluster: str) -> None:
-    config = load("bench-sync", ["model.vocabulary=256", "train.global_batch=16"]).config
+@pytest.mark.parametrize(("cluster", "rule"), [("two-nodes", "muon"), ("one-node-8-gpus", "adamw")])
+def test_a_plan_is_what_the_reference_says(cluster: str, rule: str) -> None:
+    keys = ["model.vocabulary=256", "train.global_batch=16", f"optimizer.rule={rule}"]
+    config = load("bench-sync", keys).config
     plan = make_plan(config, load_cluster(cluster)).to_plain()
     assert not differences(json.loads(json.dumps(plan)), PLAN)
 
@@ -103,9 +103,11 @@ def test_a_field_that_is_not_described_is_found() -> None:
     })  # fmt: skip
 
 
-def test_the_table_of_exposed_link_time_is_what_the_plan_says() -> None:
-    page = (ROOT / "docs" / "concepts" / "plan.md").read_text()
-    program = ROOT / "tools" / "docs" / "link_table.py"
-    made = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
-    assert len(made.stdout.splitlines()) == 6
-    assert made.stdout in page
+@pytest.mark.parametrize(
+    ("program", "page", "lines"),
+    [("link_table.py", "plan.md", 6), ("optimizer_memories.py", "optimizers.md", 6)],
+)
+def test_a_table_that_a_program_makes_is_in_its_page(program: str, page: str, lines: int) -> None:
+    rows = runpy.run_path(str(ROOT / "tools" / "docs" / program))["rows"]()
+    assert len(rows) == lines
+    assert "\n".join(rows) in (ROOT / "docs" / "concepts" / page).read_text()

@@ -170,8 +170,11 @@ def names_are_taken() -> list[str]:
             table.register(name, new)
         except UserError as error:
             said.append(str(error))
+    parameter: Any = torch.nn.Parameter(torch.zeros(2, 2))
+    parameter.width_multiplier, parameter.decays = 1.0, True
     try:
-        rules.Rule("a:b", (), whole_matrices=True).make(OptimizerConfig(), 1.0, [])
+        whole = rules.Rule("examples.lion:lion", ("momentum",), whole_matrices=True)
+        whole.make(OptimizerConfig(), 1.0, [parameter])
     except UserError as error:
         said.append(str(error))
     return said
@@ -180,7 +183,7 @@ def names_are_taken() -> list[str]:
 def test_a_name_belongs_to_one() -> None:
     (said,) = world.run(1, in_root, names_are_taken)
     assert len(said) == 5 and all("already" in line for line in said[:4])
-    assert "needs whole matrices" in said[4]
+    assert "returned Lion, and takes whole matrices" in said[4]
 
 
 def in_root(function: Any, *arguments: Any) -> Any:
@@ -287,16 +290,15 @@ def test_a_sweep_passes_their_modules_on(named_in: str, data: Path, tmp_path: Pa
     assert (tmp_path / "runs" / "seed1" / "summary.json").exists()
 
 
-def test_their_runs_can_be_inspected_compared_and_benched(split: Path) -> None:
+def test_their_runs_can_be_inspected_compared_and_benched(split: Path, tmp_path: Path) -> None:
     last = str(sorted((split / "checkpoints").glob("step-*"))[-1])
     for command in (
         ["checkpoint", "inspect", str(split)],
         ["checkpoint", "diff", last, last],
         ["bench", "coords", "model.mixer=retention", "--widths", "32", "64", "--steps", "1"],
     ):
-        argv = [sys.executable, "-m", "nlscale", *command, f"--import={IMPORTS[0]}"]
-        ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-        assert ended.returncode == 0, (command, ended.stdout + ended.stderr)
+        (ended,) = world.command(1, [*command, f"--import={IMPORTS[0]}"], tmp_path)
+        assert ended.code == 0, (command, ended.output)
 
 
 def test_their_evaluation_is_asked_of_a_trained_model(split: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -158,10 +158,16 @@ def spoiled_gradient(model: torch.nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def run_oracle(overrides: list[str], skip: frozenset[int] = frozenset()) -> dict[str, Any]:
+Makes = Callable[[str, torch.nn.Parameter, int, int], Any]
+
+
+def run_oracle(
+    overrides: list[str], skip: frozenset[int] = frozenset(), make: Makes | None = None
+) -> dict[str, Any]:
     """The same training written down plainly: one process, whole tensors, torch's AdamW.
 
-    A dictionary of summed gradients a sync group; nothing of the engine is used.
+    A dictionary of summed gradients a sync group; nothing of the engine is used. `make` makes the
+    optimizer of a parameter, given its name, itself, its level and its depth.
     """
     config = load(overrides)
     with process_groups(config):
@@ -175,7 +181,10 @@ def run_oracle(overrides: list[str], skip: frozenset[int] = frozenset()) -> dict
             group_of[name] = sync_group(
                 levels[level], depth, config.model.layers, config.levels.stagger
             )
-        adam = {name: _adam(config, name, p) for name, p in named.items()}
+        adam = {
+            name: make(name, p, *model.level_and_depth(name)) if make else _adam(config, name, p)
+            for name, p in named.items()
+        }
         sums = {name: torch.zeros_like(p) for name, p in named.items()}
         tokens = dict.fromkeys(set(group_of.values()), 0)
         losses = []

@@ -9,7 +9,7 @@ import world
 
 from nlscale.cluster.machines import Cluster
 from nlscale.config import recipe
-from nlscale.config.vocabulary import Config
+from nlscale.config.vocabulary import Config, Dtype
 from nlscale.levels.spectrum import spectrum
 from nlscale.model.sizes import level_parameters
 from nlscale.model.stages import stage_blocks
@@ -86,8 +86,13 @@ def test_weights_and_state_are_those_of_the_parameters_a_rank_holds() -> None:
 STATE = [
     ("train.dtype=bf16",),
     ("train.dtype=fp32",),
-    ("train.dtype=bf16", "parallel.tensor=2"),
-    ("train.dtype=bf16", "parallel.pipeline=2"),
+    (
+        "train.dtype=bf16",
+        "parallel.tensor=2",
+        "optimizer.rule=m3",
+        "levels.spectrum.1.optimizer={rule: muon}",
+    ),
+    ("train.dtype=bf16", "parallel.pipeline=2", "optimizer.rule=muon"),
 ]
 
 
@@ -95,8 +100,9 @@ def steady(*overrides: str) -> Config:
     return make("levels=[1,2]", "data.sequence_length=16", "train.global_batch=4", *overrides)
 
 
-def bytes_between_steps(*overrides: str) -> tuple[int, int]:
-    """Pipeline rank of this rank, and bytes of all its tensors once every level has updated."""
+def bytes_between_steps(*overrides: str) -> tuple[int, int, int]:
+    """Pipeline rank of this rank, and bytes of all its tensors once every level has updated; of
+    what updates weights, exactly."""
     import gc
 
     import torch
@@ -116,8 +122,12 @@ def bytes_between_steps(*overrides: str) -> tuple[int, int]:
         for group in trainer.optimizer.groups:
             for parameter, state in group.optimizer.optimizer.state.items():
                 held += [parameter, *(x for x in state.values() if isinstance(x, torch.Tensor))]
+        kept = [x for shard in trainer.shards() for x in shard.state().values()]
+        if config.train.dtype == Dtype.bf16:
+            kept += [shard.weights for shard in trainer.shards()]
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
-    return layout.pipeline_rank, sum(storages.values())
+    updates = sum(x.nbytes for x in kept)
+    return layout.pipeline_rank, sum(storages.values()), updates
 
 
 @pytest.mark.parametrize("overrides", STATE, ids=" ".join)
@@ -125,8 +135,12 @@ def test_between_steps_a_rank_holds_what_is_planned(overrides: tuple[str, ...]) 
     config = steady(*overrides)
     in_node = 2 // (config.parallel.tensor * config.parallel.pipeline)
     planned = memory(config, spectrum(config.levels, 1), VOCABULARY, in_node, 1)
-    for rank, real in world.run(2, bytes_between_steps, *overrides):
+    found = world.run(2, bytes_between_steps, *overrides)
+    for rank, real, _ in found:
         assert planned[rank].total - planned[rank].activations == pytest.approx(real, rel=0.02)
+    for rank, one in enumerate(planned):
+        updates = sum(each for held_by, _, each in found if held_by == rank)
+        assert one.optimizer * in_node * config.parallel.tensor == updates
 
 
 def test_a_pipeline_rank_keeps_the_micro_batches_in_flight() -> None:

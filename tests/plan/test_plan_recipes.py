@@ -14,7 +14,10 @@ from nlscale.plan import load_cluster, make_plan
 from nlscale.plan.advice import does_not_fit
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SIZES = {"340m": 340e6, "760m": 760e6, "1.3b": 1.3e9, "7b": 7e9, "70b": 70e9}
+SIZES = {
+    "340m": 340e6, "340m-muon": 340e6, "760m": 760e6, "1.3b": 1.3e9, "1.3b-muon": 1.3e9,
+    "7b": 7e9, "70b": 70e9,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -32,6 +35,17 @@ def test_a_recipe_fits_the_cluster_that_it_names(size: str) -> None:
     assert head_dim(config.model) in (64, 128)
     assert human_count(plan.steps * plan.tokens_per_step) == header[2]
     assert [level.period for level in plan.levels] == [1, 4, 16, 64] and not plan.warnings
+
+
+@pytest.mark.parametrize("size", ["340m", "1.3b"])
+def test_the_recipe_with_muon_is_the_other_but_for_its_rule(size: str) -> None:
+    plain, muon = (
+        recipe.to_plain(recipe.load(RECIPES / f"hope-{name}.yaml").config)
+        for name in (size, f"{size}-muon")
+    )
+    assert muon["optimizer"]["rule"] == "muon"
+    muon["optimizer"]["rule"], muon["run"]["dir"] = "adamw", plain["run"]["dir"]
+    assert muon == plain
 
 
 def test_the_largest_is_refused_on_one_node() -> None:

@@ -32,7 +32,8 @@ _FULL = 1e9  # bytes; not even a small run fits
 _LITTLE = 20e9
 _INODES_LITTLE = 10_000
 _SLOW = 100e6  # bytes a second
-_BYTES_A_PARAMETER = 4 + rule(OptimizerConfig().rule).state_bytes  # fp32 weights, and moments
+_RULE = OptimizerConfig().rule  # no recipe is known here
+_BYTES_A_PARAMETER = 4 + rule(_RULE).state_bytes  # fp32 weights, and moments
 _IN_MEMORY = ("tmpfs", "ramfs")
 
 
@@ -173,8 +174,9 @@ def _room(host: str, disk: Disk) -> list[Finding]:
     where = f"{disk.path} ({disk.kind})"
     measured = f"{where}: {human_bytes(disk.free)} of {human_bytes(disk.total)} free"
     more = (
-        f"a checkpoint takes {_BYTES_A_PARAMETER} bytes a parameter and more (`nlscale plan` says "
-        f"how much), and checkpoint.keep of them are kept: free some, or use a larger disk"
+        f"a checkpoint takes {_BYTES_A_PARAMETER} bytes a parameter and more under {_RULE} "
+        f"(`nlscale plan` says how much), and checkpoint.keep of them are kept: free some, or use "
+        f"a larger disk"
     )
     if disk.free < _FULL:
         return [Finding(check, Grade.error, measured, more, on)]

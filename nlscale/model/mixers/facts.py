@@ -121,6 +121,12 @@ class MixerFacts(ABC):
     def parameters(self, model: ModelConfig) -> int:
         """Of one layer, over all tensor-parallel ranks, the norm before it included."""
 
+    def matrices(self, model: ModelConfig) -> dict[tuple[int, int], int]:
+        """Of one layer, how many matrices there are of each shape [out, in], over all
+        tensor-parallel ranks: what `nlscale.model.init.tag` calls a matrix. A mixer that does not
+        say has none for the plan, which then counts all of it as under AdamW."""
+        return {}
+
     def whole(self, model: ModelConfig) -> int:
         """Those of them that every tensor-parallel rank holds all of."""
         return model.d_model

@@ -45,6 +45,14 @@ class AttentionFacts(MixerFacts):
     def parameters(self, model: ModelConfig) -> int:
         return self.whole(model) + self._products(model)
 
+    def matrices(self, model: ModelConfig) -> dict[tuple[int, int], int]:
+        d, size = model.d_model, head_dim(model)
+        width, kv_width = model.heads * size, kv_heads(model) * size
+        found: dict[tuple[int, int], int] = {}
+        for shape in ((width, d), (kv_width, d), (kv_width, d), (d, width)):
+            found[shape] = found.get(shape, 0) + 1
+        return found
+
     def flops(self, config: Config) -> dict[str, float]:
         """Scores and the sum of the values count the pairs that a causal mask leaves, (T + 1) / 2
         keys a token."""

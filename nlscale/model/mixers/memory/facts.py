@@ -66,6 +66,16 @@ class MemoryFacts(MixerFacts):
             total += 2 * h if self.main_memory else h * n * n  # lambdas, or M_m
         return total
 
+    def matrices(self, model: ModelConfig) -> dict[tuple[int, int], int]:
+        d, n, memory = model.d_model, head_dim(model), model.memory
+        found = {(d, d): _sections(model) + 1}
+        if memory.static_gates:
+            found[model.heads, d] = found.get((model.heads, d), 0) + 2
+        if self.modifies_itself:
+            each = 2 if self.main_memory else 3
+            found[n, n] = found.get((n, n), 0) + each * model.heads
+        return found
+
     def flops(self, config: Config) -> dict[str, float]:
         model, memory = config.model, config.model.memory
         columns = _sections(model) * model.d_model + 2 * model.heads * bool(memory.static_gates)

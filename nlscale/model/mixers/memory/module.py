@@ -91,8 +91,8 @@ class MemoryMixer(Mixer):
         self.memory_key = nn.Parameter(torch.empty(h, n, n, dtype=dtype))
         self.memory_value = nn.Parameter(torch.empty(h, n, n, dtype=dtype))
         self.memory_gates = nn.Parameter(torch.empty(h, 2, n, dtype=dtype))
-        tag(self.memory_key, orthogonal, 0)
-        tag(self.memory_value, orthogonal, 0)
+        tag(self.memory_key, orthogonal, 0, matrix=True)
+        tag(self.memory_value, orthogonal, 0, matrix=True)
         tag(self.memory_gates, normal(_GATE_STD), 0)
         if facts.main_memory:
             start = float(model.memory.lambda_init or 0.0)
@@ -102,7 +102,7 @@ class MemoryMixer(Mixer):
             tag(self.lambda_value, constant(start), 0)
         else:
             self.memory_read = nn.Parameter(torch.empty(h, n, n, dtype=dtype))
-            tag(self.memory_read, orthogonal, 0)
+            tag(self.memory_read, orthogonal, 0, matrix=True)
 
     def forward(
         self,

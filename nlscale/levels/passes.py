@@ -1,0 +1,211 @@
+"""What updates of whole matrices send and compute, from the configuration alone (no tensors).
+
+Each matrix has one owner among the ranks that hold the optimizer's state of a pipeline stage
+(`nlscale.levels.exchange`); its values go there and back as often as the rule says
+(`nlscale.optim.table.Rule.on_whole`), in fp32, or in bf16 where the run trains in that.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+
+from nlscale.config.level_optimizer import of_level
+from nlscale.config.vocabulary import Config, Dtype
+from nlscale.levels.kept import rules_by_level
+from nlscale.levels.spectrum import Level, SyncGroup, gathered_bytes, sync_group
+from nlscale.model.sizes import level_matrices
+
+Shape = tuple[int, int]
+"""[out, in]."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Matrices go to their owners, are orthogonalised there, and come back."""
+
+    passes: int
+    """There and back together."""
+    every: int
+    """Updates between two of the same block."""
+
+
+@dataclass(frozen=True)
+class LevelMatrices:
+    """The matrices of a level in a block; none where its rule takes no whole matrices."""
+
+    shapes: dict[Shape, int]
+    """How many of each."""
+    calls: tuple[Call, ...]
+    """Of an update."""
+    iterations: int
+    """Of Newton-Schulz."""
+
+    @property
+    def number(self) -> int:
+        return sum(self.shapes.values())
+
+    @property
+    def elements(self) -> int:
+        return sum(out * into * number for (out, into), number in self.shapes.items())
+
+    @property
+    def turns(self) -> int:
+        """Updates after which they repeat."""
+        return math.lcm(*(call.every for call in self.calls))
+
+    @property
+    def passes(self) -> float:
+        """There and back together, a mean update."""
+        return sum(call.passes / call.every for call in self.calls)
+
+    @property
+    def flops(self) -> float:
+        """Newton-Schulz of all of a block, a mean update."""
+        once = sum(self.of_one(shape) * number for shape, number in self.shapes.items())
+        return sum(once / call.every for call in self.calls)
+
+    def of_one(self, shape: Shape) -> float:
+        """FLOPs of orthogonalising a matrix: three products an iteration, of m x n with m <= n."""
+        m, n = sorted(shape)
+        return self.iterations * (4.0 * m * m * n + 2.0 * m**3)
+
+
+@dataclass(frozen=True)
+class GroupMatrices:
+    """Those of a sync group, in some blocks."""
+
+    group: SyncGroup
+    level: LevelMatrices
+    depths: list[int]
+    layers: int
+    """Of the model."""
+
+    def values(self) -> list[int]:
+        """Numbers that travel there and back at each of `turns` updates, over all ranks."""
+        return [
+            sum(call.passes * len(depths) for call, depths in calls) * self.level.elements
+            for calls in self._updates()
+        ]
+
+    def longest(self, owners: int) -> list[float]:
+        """Newton-Schulz FLOPs of the owner with most to do, at each of `turns` updates.
+
+        Args:
+            owners: ranks over which the matrices are dealt: the largest first, to the rank with
+                least to do.
+        """
+        dealt = self._dealt(owners)
+        return [
+            sum(_most([dealt[depth] for depth in depths]) for _, depths in calls)
+            for calls in self._updates()
+        ]
+
+    def _updates(self) -> list[list[tuple[Call, list[int]]]]:
+        """The calls of each update, and of which blocks: staggered over depth."""
+        return [
+            [
+                (
+                    call,
+                    [d for d in self.depths if self._position(update, d, call) == call.every - 1],
+                )
+                for call in self.level.calls
+            ]
+            for update in range(self.level.turns)
+        ]
+
+    def _position(self, update: int, depth: int, call: Call) -> int:
+        return (update + depth * call.every // self.layers) % call.every
+
+    def _dealt(self, owners: int) -> dict[int, dict[int, float]]:
+        """FLOPs by depth, and by owner."""
+        loads = [(0, rank) for rank in range(owners)]
+        dealt: dict[int, dict[int, float]] = {depth: {} for depth in self.depths}
+        largest_first = sorted(self.level.shapes, key=lambda shape: -_work(shape))
+        for shape in largest_first:
+            flops = self.level.of_one(shape)
+            for depth in self.depths:
+                for _ in range(self.level.shapes[shape]):
+                    load, rank = heapq.heappop(loads)
+                    heapq.heappush(loads, (load + _work(shape), rank))
+                    dealt[depth][rank] = dealt[depth].get(rank, 0.0) + flops
+        return dealt
+
+
+def matrices_by_level(config: Config) -> list[LevelMatrices]:
+    """Those that rules over whole matrices take, fastest level first."""
+    found = []
+    for index, (own, shapes) in enumerate(
+        zip(rules_by_level(config), level_matrices(config), strict=True)
+    ):
+        section = of_level(config, index)
+        calls = tuple(
+            Call(
+                call.given + call.results,
+                1 if call.every is None else attrgetter(call.every)(section),
+            )
+            for call in own.on_whole
+        )
+        taken = shapes if own.whole_matrices else {}
+        found.append(LevelMatrices(taken, calls if taken else (), section.matrices.iterations))
+    return found
+
+
+def group_matrices(
+    config: Config, levels: list[Level], stagger: bool, depths: Iterable[int]
+) -> list[GroupMatrices]:
+    """Those of each sync group in some blocks, in the order of levels and phases.
+
+    Args:
+        config: the run.
+        levels: its spectrum, periods in steps.
+        stagger: whether blocks have phases of their own.
+        depths: the blocks.
+    """
+    layers, depths = config.model.layers, list(depths)
+    found = []
+    for level, own in zip(levels, matrices_by_level(config), strict=True):
+        together: dict[SyncGroup, list[int]] = {}
+        for depth in depths if own.shapes else []:
+            together.setdefault(sync_group(level, depth, layers, stagger), []).append(depth)
+        found += [
+            GroupMatrices(group, own, mine, layers) for group, mine in sorted(together.items())
+        ]
+    return found
+
+
+def value_bytes(config: Config) -> int:
+    """Of a number of a matrix on its way."""
+    return 2 if config.train.dtype == Dtype.bf16 else 4
+
+
+def matrix_crossing_bytes(config: Config, values: float, group_nodes: int) -> float:
+    """Bytes that leave a node of a data-parallel group, in expectation, when values travel.
+
+    Each node holds an equal part of them, and of that (n - 1) / n belongs elsewhere. None where
+    every node has all of the optimizer's state.
+
+    Args:
+        config: the run.
+        values: numbers, over all ranks, there and back.
+        group_nodes: nodes that a data-parallel group spans.
+    """
+    if gathered_bytes(config) is None:
+        return 0.0
+    return value_bytes(config) * values / group_nodes * (group_nodes - 1) / group_nodes
+
+
+def _most(loads: list[dict[int, float]]) -> float:
+    total: dict[int, float] = {}
+    for load in loads:
+        for rank, flops in load.items():
+            total[rank] = total.get(rank, 0.0) + flops
+    return max(total.values(), default=0.0)
+
+
+def _work(shape: Shape) -> int:
+    """As `nlscale.levels.exchange.Matrix.work` has it."""
+    return shape[0] * shape[1] * min(shape)
