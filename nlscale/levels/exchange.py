@@ -278,7 +278,7 @@ class _Traffic:
         self.received = _totals(size, [(p.rank, p.length) for _, p in coming if p.sent])
         self.handed = _totals(size, [(p.rank, p.length) for _, p in coming])
         self.arriving = self._arriving([(i, p) for i, p in coming if p.sent])
-        """Of each own matrix, and each of its parts, where in the buffer its pieces lie, in order."""
+        """Of each own matrix, and each of its parts, where its pieces are in the buffer."""
         shapes: dict[tuple[int, int], list[int]] = {}
         for i, matrix in enumerate(self.mine):
             shapes.setdefault(matrix.shape, []).append(i)
