@@ -34,13 +34,11 @@ class Ranks:
     """This rank and the others; `together` makes one. Every method is called on all of them alike.
 
     Args:
-        rank, world, local_rank: see below.
+        rank: its number.
+        world: how many there are.
+        local_rank: its number on its node.
         store: in which they meet; None: there are no others.
         ending: whether a rank has said why all of them end.
-
-    Attributes:
-        rank, world: its number, and how many there are
-        local_rank: its number on its node
     """
 
     def __init__(
