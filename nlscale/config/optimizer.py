@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from nlscale.config.choices import ClipScope, NewtonSchulz, Schedule, UpdateScale
 from nlscale.config.fields import one_of, within
 
-RULES = ["adamw", "muon", "m3", "delta", "deep", "sgd"]
+RULES = ["adamw", "sgd", "muon", "m3", "delta", "deep"]
 """Names of the optimizer rules; what each is stands in `nlscale.optim.table`."""
 
 

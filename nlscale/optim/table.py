@@ -105,6 +105,12 @@ _TABLE: dict[str, Rule] = {
     "adamw": Rule("nlscale.optim.adamw:adamw", state=("exp_avg", "exp_avg_sq")),
     "sgd": Rule("nlscale.optim.sgd:sgd", state=("momentum",)),
     "muon": Rule("nlscale.optim.muon:Muon", state=("momentum",), whole_matrices=True),
+    "m3": Rule(
+        "nlscale.optim.m3:M3",
+        state=("momentum", "second_moment", "slow_momentum", "slow_direction"),
+        whole_matrices=True,
+        on_whole=(OnWhole(), OnWhole(every="m3.every")),
+    ),
     "delta": Rule(
         "nlscale.optim.delta:Delta",
         state=("momentum",),
@@ -116,12 +122,6 @@ _TABLE: dict[str, Rule] = {
         state=("momentum", "network"),
         whole_matrices=True,
         on_whole=(OnWhole(given=3, results=2),),
-    ),
-    "m3": Rule(
-        "nlscale.optim.m3:M3",
-        state=("momentum", "second_moment", "slow_momentum", "slow_direction"),
-        whole_matrices=True,
-        on_whole=(OnWhole(), OnWhole(every="m3.every")),
     ),
 }
 

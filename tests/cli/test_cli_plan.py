@@ -57,7 +57,7 @@ def test_json_keys_and_how_they_hang_together(room: Room) -> None:
     assert set(plan) == {
         "cluster", "steps", "tokens_per_step", "flops_per_token", "flops_by_part", "cycle_steps",
         "staggered", "reduction", "levels", "total", "plain", "ratio",
-        "exposure", "activation_bytes_per_step",
+        "exposure", "whole_matrices", "activation_bytes_per_step",
         "checkpoint", "shard_optimizer", "sharding", "memory", "fits", "pipeline",
         "serial_programs", "advice", "warnings",
     }  # fmt: skip

@@ -43,7 +43,10 @@ def test_what_makes_an_entry_is_there(entry: Any) -> None:
     ("ask", "said"),
     [
         (mixers.mixer, "no mixer is called 'hopes'; did you mean 'hope'?"),
-        (rules.rule, "no optimizer rule is called 'hopes'; there are adamw"),
+        (
+            rules.rule,
+            "no optimizer rule is called 'hopes'; there are adamw, sgd, muon, m3, delta, deep",
+        ),
         (
             evaluations.evaluation,
             "no evaluation is called 'hopes'; there are loss, positions, task",

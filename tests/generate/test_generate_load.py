@@ -131,7 +131,9 @@ def test_a_gpu_that_is_not_there_is_one_line(two: Path, monkeypatch: pytest.Monk
 
 def test_the_tokenizer_is_that_of_the_data_or_an_assigned_one(two: Path, tmp_path: Path) -> None:
     model = nlscale.load(two, device="cpu")
-    with pytest.raises(UserError, match=r"no tokenizer at none.*model\.tokenizer = .*FOLDER"):
+    with pytest.raises(
+        UserError, match=r"the model has no tokenizer: .*model\.tokenizer = .*FOLDER"
+    ):
         _ = model.tokenizer
     with pytest.raises(UserError, match="bytes has 256 ids and the model knows 61"):
         model.tokenizer = ByteTokenizer()
