@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,10 +219,21 @@ def impatient() -> None:
 
 
 def killed() -> None:
-    """Rank KILLED dies at its first part."""
+    """Rank KILLED dies at its first part; until then the other does not do any."""
     soon()
-    if os.environ["RANK"] == os.environ["KILLED"]:
-        measure._read = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    dying, read = Path(os.environ["DYING"]), measure._read
+
+    def dies(*_: Any) -> Any:
+        dying.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def waits(*given: Any) -> Any:
+        until = time.monotonic() + 60
+        while not dying.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        return read(*given)
+
+    measure._read = dies if os.environ["RANK"] == os.environ["KILLED"] else waits
 
 
 @pytest.mark.parametrize(("lost", "said"), [
@@ -232,7 +244,7 @@ def test_a_rank_that_is_lost_ends_the_others(
 ) -> None:
     ends = world.command(
         2, ["eval", "loss", str(run), *ASK], tmp_path, before=killed,
-        environment={"KILLED": str(lost)},
+        environment={"KILLED": str(lost), "DYING": str(tmp_path / "dying")},
     )  # fmt: skip
     assert ends[lost].code == -signal.SIGKILL and ends[1 - lost].code == 5
     last = ends[1 - lost].output.splitlines()[-1]
