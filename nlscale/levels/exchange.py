@@ -119,6 +119,8 @@ class MatrixExchange:
         wire: Wire | None = None,
     ) -> None:
         self._wire, self._elsewhere = wire, list[int]()
+        # Of the parameters: a rank that holds no range of them owns matrices all the same.
+        self._device = next(iter(parameters.values())).device
         self.ranges = [own.values for own in ranges]
         self.depths = [depths[own.name] for own in ranges]
         self._group, self._dtype = group, dtype
@@ -130,6 +132,9 @@ class MatrixExchange:
         held = {own.name: (own.start, own.values.numel()) for own in ranges}
         self._find_pieces(held, tensor[0], node)
         _deal(self._matrices, self._size)
+        # Here and not at each update: what is copied to a GPU from a list holds up the host.
+        sizes = [float(m.shape[0] * m.shape[1]) for m in self._matrices]
+        self._sizes = torch.tensor(sizes, dtype=torch.float64, device=self._device)
         self._traffic: dict[frozenset[int], _Traffic] = {}
 
     def on_whole(
@@ -167,8 +172,7 @@ class MatrixExchange:
 
     def of_matrix(self, ranges: Ranges, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Ranges, of each matrix times `function` of the mean of its squares, fp32 [matrices]."""
-        device = self.ranges[0].device if self.ranges else torch.device("cpu")
-        squares = torch.zeros(len(self._matrices), dtype=torch.float64, device=device)
+        squares = torch.zeros_like(self._sizes)
         mine = [
             (i, p) for i, m in enumerate(self._matrices) for p in m.pieces if p.rank == self._rank
         ]
@@ -178,8 +182,7 @@ class MatrixExchange:
                 squares[i] = values.double().square().sum()
         if self._group is not None:
             dist.all_reduce(squares, group=self._group)
-        sizes = [m.shape[0] * m.shape[1] for m in self._matrices]
-        factors = function((squares / torch.tensor(sizes, device=device)).float())
+        factors = function((squares / self._sizes).float())
         scaled = [torch.zeros_like(x) for x in ranges]
         for i, piece in mine:
             matrix = self._matrices[i]
@@ -238,11 +241,11 @@ class MatrixExchange:
         return found
 
     def _all_to_all(self, pieces: list[Tensor], sent: list[int], received: list[int]) -> Tensor:
-        device = self.ranges[0].device if self.ranges else torch.device("cpu")
-        outgoing = torch.cat(pieces) if pieces else torch.empty(0, dtype=self._dtype, device=device)
+        empty = torch.empty(0, dtype=self._dtype, device=self._device)
+        outgoing = torch.cat(pieces) if pieces else empty
         if self._group is None:
             return outgoing
-        arrived = torch.empty(sum(received), dtype=self._dtype, device=device)
+        arrived = torch.empty(sum(received), dtype=self._dtype, device=self._device)
         size = self._dtype.itemsize
         if self._wire is not None:
             self._wire.bytes += size * sum(sent[rank] for rank in self._elsewhere)

@@ -80,8 +80,9 @@ def waits_of_each_step(overrides: list[str]) -> list[list[str]]:
         (4, ["parallel.tensor=2", "levels.reduction=every-step"]),
         (2, ["parallel.pipeline=2", "data.sequence_length=12"]),
         (1, ["data.document_mask=true", "model.mixer=attention"]),
+        (2, ["optimizer.rule=m3", "optimizer.m3.every=2", "parallel.shard_optimizer=all"]),
     ],
-    ids=["one rank", "tensor ranks of two nodes", "pipeline", "documents"],
+    ids=["one rank", "tensor ranks of two nodes", "pipeline", "documents", "whole matrices"],
 )
 def test_the_host_waits_only_when_the_update_is_under_way(ranks: int, overrides: list[str]) -> None:
     read = "transfer.py: return self._values.tolist()"
