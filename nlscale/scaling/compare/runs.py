@@ -82,7 +82,7 @@ def find_runs(paths: Iterable[Path], metric: str) -> tuple[list[Measured], list[
     left_out += [f"left out: {why}" for why in wrong]
     searched = [run for run in found if run.searched]
     if len(searched) < len(found):
-        left_out += [f"{run.folder} is left out: it was part of a search" for run in searched]
+        left_out += _one_line(searched)
         found = [run for run in found if not run.searched]
         _refuse_seeds_that_chose(found, searched)
     else:
@@ -91,6 +91,14 @@ def find_runs(paths: Iterable[Path], metric: str) -> tuple[list[Measured], list[
             "of seeds that chose nothing"
         )
     return found, left_out
+
+
+def _one_line(searched: Sequence[Measured]) -> list[str]:
+    """Of all that a search has run: a sweep's are many, and nobody asks for any of them."""
+    if len(searched) < 2:
+        return [f"{run.folder} is left out: it was part of a search" for run in searched]
+    first = searched[0].folder
+    return [f"{len(searched)} runs are left out: they were part of a search ({first} and others)"]
 
 
 def _refuse_seeds_that_chose(found: Sequence[Measured], searched: Sequence[Measured]) -> None:
