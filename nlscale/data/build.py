@@ -1,50 +1,50 @@
 """Building a data folder: text in, webdataset shards of token ids and an index out.
 
-Two passes over the text. The first counts, settles which documents are held out, and gathers
-the text a BPE is trained on; nothing is written before it has succeeded. The second writes.
+Two passes over the text, each over units of it that processes share (`nlscale.data.building`). The
+first counts, settles which documents are held out, and gathers the text a BPE is trained on;
+nothing of an earlier build is removed before it has succeeded. The second writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from nlscale.data.building import passes
+from nlscale.data.building.units import (
+    DROP,
+    KEEP,
+    UNIT_BYTES,
+    Options,
+    first_change,
+    read_plan,
+    write_plan,
+)
+from nlscale.data.building.work import SETTLED, Changed, Work
+from nlscale.data.folder import refuse_foreign_shards, unwritable
 from nlscale.data.index import (
-    BUILDING_NAME,
     DEFAULT_BLOCK_TOKENS,
     DEFAULT_FIELD,
     DEFAULT_HELD_OUT,
     DEFAULT_SHARD_TOKENS,
     FORMAT,
     INDEX_NAME,
-    SPLITS,
     Index,
     read_index,
-    write_json,
 )
 from nlscale.data.losses import Losses
-from nlscale.data.progress import phase, say
+from nlscale.data.progress import say
 from nlscale.data.shards import TokenShards
 from nlscale.data.sources import Found, find_files, fingerprint
-from nlscale.data.survey import Survey
 from nlscale.data.tally import shown
-from nlscale.data.tokenizer import (
-    SETTINGS_NAME,
-    TOKENIZER_NAME,
-    ByteTokenizer,
-    Tokenizer,
-    bpe_vocabulary,
-    load_tokenizer,
-    train_bpe,
-)
-from nlscale.data.verified import VERIFIED_NAME, remember, state_of
+from nlscale.data.tokenizer import TOKENIZER_NAME, bpe_vocabulary, load_tokenizer
 from nlscale.errors import UserError
 
 _MOST_BLOCK = 1 << 27  # tokens; a block is held in memory
 _MOST_SHARD = 1 << 40  # tokens: some TiB
-_SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{6,}}\.tar")
 
 
 def build(
@@ -57,8 +57,11 @@ def build(
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
     seed: int = 0,
     text_field: str = DEFAULT_FIELD,
+    duplicates: str = KEEP,
     max_lost: float | None = None,
     overwrite: bool = False,
+    workers: int = 1,
+    unit_bytes: int = UNIT_BYTES,
     progress: bool = False,
 ) -> Index:
     """Tokenize `sources` into the data folder `out`, and return its index.
@@ -74,83 +77,142 @@ def build(
         block_tokens: tokens in a block, the unit of storage; independent of any sequence length
         seed: of the hash, so another one holds out other documents; a 64-bit integer
         text_field: the field, or the column, that holds the text of a record
+        duplicates: "keep", or "drop": a document whose text and mask came before, in the order of
+            the sources, is left out
         max_lost: the share, from 0 to 1, of what the sources hold that may be lost: of the
             documents of each source, of its files, and of all bytes (those of files that are not
             read for their suffix). None: 0.01, and no file that cannot be read
         overwrite: replace a build made from other sources or options
+        workers: processes that share the units; what they build does not depend on how many
+        unit_bytes: about how many bytes of the sources a unit has at most (a file is one part of a
+            unit, however large). It decides where shards end: sources of one unit fill them
         progress: say on standard error how far it is
 
     When `out` was already built from the same files (names, sizes, modification times) and
-    options, it is left as it is. A build that was killed is done again from the start.
+    options, it is left as it is. A build that was killed goes on with the units that it had not
+    finished; those that it had are compared with their checksums.
 
     Raises:
         UserError: wrong options, unreadable sources, no or too few documents, more of them lost
             than `max_lost`, an `out` that holds something else, sources that change meanwhile, and
             a disk that cannot be written.
+        LostRank: a process was killed.
     """
     out = Path(out)
     check_options(held_out, shard_tokens, block_tokens, seed, max_lost, text_field)
-    named = tokenizer == "bytes" or tokenizer.startswith("bpe:")
-    given = load_tokenizer(tokenizer) if not named and Path(tokenizer).is_dir() else None
-    vocabulary = None if given else bpe_vocabulary(tokenizer)
-    found = find_files(sources, out)
-    shard_blocks = shard_tokens // block_tokens
-    options: list[object] = [FORMAT, tokenizer, held_out, shard_blocks, block_tokens, seed]
-    if text_field != DEFAULT_FIELD:  # which builds of earlier versions do not name
-        options.append(text_field)
-    if given is not None:  # what it is, wherever it lies
-        options[1] = hashlib.sha256((Path(tokenizer) / TOKENIZER_NAME).read_bytes()).hexdigest()
-    identity = fingerprint(found.files, options)
-    if not overwrite and (out / INDEX_NAME).exists():
-        return _up_to_date(out, identity, found, max_lost, progress)
+    if duplicates not in (KEEP, DROP):
+        raise UserError(f"duplicates is {duplicates!r}; it must be {KEEP} or {DROP}")
+    if workers < 1 or unit_bytes < 1:
+        raise UserError(f"workers is {workers} and unit bytes {unit_bytes}; both must be 1 or more")
+    options = Options(
+        sources=list(sources),
+        tokenizer=tokenizer,
+        trains=_vocabulary(tokenizer),
+        held_out=held_out,
+        shard_blocks=shard_tokens // block_tokens,
+        block_tokens=block_tokens,
+        seed=seed,
+        text_field=text_field,
+        duplicates=duplicates,
+        max_lost=max_lost,
+    )
+    found = begun(options, out, overwrite, unit_bytes, progress)
+    if not isinstance(found, Work):
+        return found
+    with kept(found):
+        return passes.run_all(found, workers, progress)
+
+
+def begun(
+    options: Options, out: Path, overwrite: bool, unit_bytes: int, progress: bool
+) -> Work | Index:
+    """What is to be built, with what an earlier attempt has made of it; or the index that is there.
+
+    Args:
+        options: checked.
+        out, overwrite, unit_bytes, progress: see `build`.
+
+    Raises:
+        UserError: as `build`, of what is known before the text is read.
+    """
+    found = find_files(options.sources, out)
+    asked = _asked(options, unit_bytes)
+    identity = fingerprint(found.files, asked)
+    there = (out / INDEX_NAME).exists()
+    if not overwrite and there:
+        return _up_to_date(out, identity, found, options.max_lost, progress)
     refuse_foreign_shards(out)
-    Losses(found, text_field).check_left_out(max_lost)  # before hours of reading
-
-    with phase("reading", found.bytes, progress) as advance:
-        survey = Survey(found, text_field, held_out, seed, sample=vocabulary is not None)
-        survey.read(advance)
-    survey.losses.check(max_lost)
-    survey.settle()
-    encoder: Tokenizer = given or ByteTokenizer()
-    if vocabulary is not None:
-        if progress:
-            say(f"training {tokenizer} on {len(survey.sample):,} documents")
-        encoder = train_bpe(survey.sample, vocabulary)
-        survey.sample.clear()
-    # Here, not at the top: it imports torch, and finding the data up to date should be quick.
-    from nlscale.data.writer import DataWriter
-
+    # before hours of reading
+    Losses(found, options.text_field).check_left_out(options.max_lost)
+    work = Work(out)
+    only_options = fingerprint([], asked)
     try:
-        clear(out)
-        encoder.save(out)
-        with phase("tokenizing", survey.bytes, progress) as advance:
-            written = DataWriter(out, encoder, shard_blocks, block_tokens, survey.masked)
-            for document in survey.again():
-                split = survey.split(document.data)
-                written.add(document.text, document.data, split, document.spans)
-                advance(len(document.data))
-            written.close()
-        index = Index(
-            format=written.format,
-            fingerprint=identity,
-            sources=list(sources),
-            tokenizer=encoder.name,
-            vocabulary=encoder.vocabulary,
-            separator=encoder.separator,
-            dtype=encoder.dtype.name,
-            block_tokens=block_tokens,
-            splits=written.splits(),
-            skipped=survey.losses.skipped(),
-            lost_files=survey.losses.lost_files(),
-            left_out=survey.losses.left_out(),
-            text_field=text_field,
-            empty_documents=survey.empty,
-            unigram_bits_per_byte=written.unigram_bits_per_byte(),
-        )
-        finish(out, index)
+        out.mkdir(parents=True, exist_ok=True)
+        before = read_plan(work.folder)
+        if before is not None and before.identity != identity and progress:
+            changed = "it had other options"
+            if before.asked == only_options:
+                changed = f"{first_change(work.folder, found.files)} has changed since"
+            say(f"starting over what an earlier build of {out} had begun: {changed}")
+        # The index goes before anything is settled: what has both is the rest of a finished build.
+        left = there and work.noted(SETTLED) is not None
+        if before is None or before.identity != identity or left:
+            work.discard()
+        work.folder.mkdir(exist_ok=True)
+        work.tidy()
+        write_plan(work.folder, identity, only_options, options, found, unit_bytes)
     except OSError as error:
         raise unwritable(out, error) from error
-    return index
+    return work
+
+
+@contextmanager
+def kept(work: Work) -> Iterator[None]:
+    """Build in the block: where it fails, keep what the same command can go on from.
+
+    Raises:
+        UserError: also in place of an OSError of the disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(work.out, error) from error
+    except Changed:
+        work.discard()
+        raise
+    except UserError:
+        # Of one unit there is nothing to keep that would take long to make again.
+        if len(work.plan.units) == 1 and work.noted(SETTLED) is None:
+            work.discard()
+            with contextlib.suppress(OSError):
+                work.out.rmdir()
+        raise
+
+
+def _vocabulary(tokenizer: str) -> int | None:
+    """Ids of the BPE that is to be trained, if one is. Raises UserError: no such tokenizer."""
+    named = tokenizer == "bytes" or tokenizer.startswith("bpe:")
+    if not named and Path(tokenizer).is_dir():
+        load_tokenizer(tokenizer)  # which is refused before anything is read
+        return None
+    return bpe_vocabulary(tokenizer)
+
+
+def _asked(options: Options, unit_bytes: int) -> list[object]:
+    """What the fingerprint of a build has beside the files."""
+    tokenizer = options.tokenizer
+    if options.trains is None and tokenizer != "bytes":  # what it is, wherever it lies
+        tokenizer = hashlib.sha256((Path(tokenizer) / TOKENIZER_NAME).read_bytes()).hexdigest()
+    asked: list[object] = [FORMAT, tokenizer, options.held_out, options.shard_blocks]
+    asked += [options.block_tokens, options.seed]
+    # Builds of earlier versions do not name these.
+    if options.text_field != DEFAULT_FIELD:
+        asked.append(options.text_field)
+    if options.duplicates != KEEP:
+        asked.append({"duplicates": options.duplicates})
+    if unit_bytes != UNIT_BYTES:
+        asked.append({"unit_bytes": unit_bytes})
+    return asked
 
 
 def check_options(
@@ -203,51 +265,3 @@ def _up_to_date(
     if progress:
         say(f"{out} is up to date")
     return index
-
-
-def _shard_paths(out: Path) -> list[Path]:
-    if not out.is_dir():
-        return []
-    return sorted(path for path in out.iterdir() if _SHARD_NAME.fullmatch(path.name))
-
-
-def refuse_foreign_shards(out: Path) -> None:
-    """A UserError where a folder holds shards that no build has left there."""
-    ours = (out / INDEX_NAME).exists() or (out / BUILDING_NAME).exists()
-    paths = _shard_paths(out)
-    if paths and not ours:
-        raise UserError(
-            f"{out} holds {paths[0].name}, which no build left there; choose another --out"
-        )
-
-
-def clear(out: Path) -> None:
-    """Mark `out` as being built, then remove what an earlier build left, its index first."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / BUILDING_NAME).touch()
-    for name in (INDEX_NAME, VERIFIED_NAME, TOKENIZER_NAME, SETTINGS_NAME):
-        (out / name).unlink(missing_ok=True)
-    for path in (*_shard_paths(out), *out.glob(".*.json.*.tmp")):
-        path.unlink()
-
-
-def finish(out: Path, index: Index) -> None:
-    """Write the index of a folder whose shards are written: it is built. Raises OSError."""
-    # Hashed while they were written, so that no start of a run has to read them for it.
-    remember(
-        out,
-        {
-            shard["name"]: state_of(out, shard)
-            for split in index["splits"].values()
-            for shard in split["shards"]
-        },
-    )
-    write_json(out / INDEX_NAME, index)
-    (out / BUILDING_NAME).unlink()
-
-
-def unwritable(out: Path, error: OSError) -> UserError:
-    """What is said where the disk does not take what is built."""
-    return UserError(
-        f"cannot write {out}: {error}; make room or choose another --out, and build again"
-    )

@@ -7,6 +7,7 @@ A data folder is
     train-000000.tar ...    webdataset shards, one block of token ids a member; with masks, one
                             sample of two members: the mask of the block before its ids
     validation-000000.tar
+    .units/                 only while it is built: see `nlscale.data.building`
     .verified.json          which shards are known to be whole (see `nlscale.data.verified`)
 """
 
@@ -25,6 +26,7 @@ FORMAT = 1
 MASKED_FORMAT = 2  # which versions that do not know masks refuse, instead of training on all tokens
 INDEX_NAME = "index.json"
 BUILDING_NAME = ".building"  # present while a build writes; left behind by one that was killed
+UNITS_NAME = ".units"  # what a build has of each part, while it is not finished
 SPLITS = ("train", "validation")
 DEFAULT_FIELD = "text"  # of a record, that holds its text
 DEFAULT_HELD_OUT = 0.01
@@ -46,7 +48,8 @@ class _Shard(TypedDict):
 class Shard(_Shard, total=False):
     """One tar file. The data of its block i begins at byte `offset + i * stride`.
 
-    All blocks hold `Index.block_tokens` ids, except the last of a split, which may be shorter;
+    All blocks hold `Index.block_tokens` ids, except the last of a shard, which may be shorter
+    where a unit of the build ends (see `nlscale.data.building`), as at the end of the split;
     two numbers therefore locate every block, and the index stays small for any corpus.
 
     With masks, in format 2, that of block i begins at byte `mask_offset + i * stride`: a bit a
@@ -123,6 +126,17 @@ class LeftOut(TypedDict):
     first: list[str]
 
 
+class Duplicates(TypedDict):
+    """Documents dropped because the same text, with the same mask, came before.
+
+    How many, their UTF-8 bytes, and how many of them `reasons` says where the first one lies.
+    """
+
+    count: int
+    bytes: int
+    reasons: dict[str, int]
+
+
 class TaskIndex(TypedDict):
     """What a program made (`nlscale.data.tasks`), where the data are no text.
 
@@ -163,11 +177,13 @@ class Index(_Index, total=False):
     validation stand for no text. `empty_documents` counts documents without a character,
     which are left out. `text_field` is what the text of a record was called; it, `lost_files` and
     `left_out` are not in indexes that earlier versions wrote, nor in those of a `task`.
+    `duplicates` is there where they were dropped.
     """
 
     text_field: str
     lost_files: LostFiles
     left_out: list[LeftOut]
+    duplicates: Duplicates
     task: TaskIndex
 
 
@@ -185,7 +201,7 @@ def read_index(directory: str | Path) -> Index:
             raise OSError("it is not a file")
         index: Any = json.loads(path.read_bytes(), parse_constant=_no_number)
     except (FileNotFoundError, NotADirectoryError):
-        if (directory / BUILDING_NAME).exists():
+        if any((directory / name).exists() for name in (BUILDING_NAME, UNITS_NAME)):
             raise UserError(
                 f"the data at {directory} was never finished (no {INDEX_NAME}); "
                 "run the same `nlscale data build` again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from nlscale.data.documents import NO_FIELD, NO_RECORD, Document, SourceFile, format_of, is_plain
 from nlscale.data.index import LeftOut, LostFile, LostFiles, Skipped, SkippedDocument
@@ -35,10 +36,12 @@ class Losses:
     Args:
         found: what the sources hold; what turns out to be no data is added to what it leaves out
         text_field: what the text of a record is called
+        judged_bytes: of the files of sources that must be readable; None: of those of `found`
     """
 
-    def __init__(self, found: Found, text_field: str) -> None:
+    def __init__(self, found: Found, text_field: str, judged_bytes: int | None = None) -> None:
         self._found = found
+        self._judged_bytes = judged_bytes_of(found) if judged_bytes is None else judged_bytes
         self._text_field = text_field
         self._sources = [_Source() for _ in found.names]
         for group, tally in found.lost.items():
@@ -48,6 +51,41 @@ class Losses:
         self._here = Tally()
         self._unread = 0
         """Bytes of the files that were found to be left out only when they were read."""
+
+    @classmethod
+    def of_a_part(cls, found: Found, text_field: str) -> Losses:
+        """Those of some of the files, to be added to those of all that was found by `merge`."""
+        nothing = Found()
+        nothing.names, nothing.judged = found.names, found.judged
+        return cls(nothing, text_field)
+
+    def plain(self) -> dict[str, Any]:
+        """Those of a part as JSON holds them."""
+        sources = [
+            [number, s.seen, s.files, s.documents, s.lost.plain(), s.lost_files.plain()]
+            for number, s in enumerate(self._sources)
+            if s.seen
+        ]
+        left = [self._found.left_out.plain(), self._found.left_bytes, self._unread]
+        return {"sources": sources, "left": left}
+
+    def merge(self, plain: dict[str, Any]) -> None:
+        """Count those of the next part of the files, too."""
+        for number, seen, files, documents, lost, lost_files in plain["sources"]:
+            source = self._sources[number]
+            source.seen += seen
+            source.files += files
+            source.documents += documents
+            source.lost.merge(Tally.of(lost))
+            source.lost_files.merge(Tally.of(lost_files))
+        left_out, left_bytes, unread = plain["left"]
+        self._found.left_out.merge(Tally.of(left_out))
+        self._found.left_bytes += left_bytes
+        self._unread += unread
+
+    def any_file(self) -> bool:
+        """Whether a file could not be read, or not to its end."""
+        return any(source.lost_files.count for source in self._sources)
 
     def keep(self) -> None:
         """The next document of a file can be read."""
@@ -119,7 +157,7 @@ class Losses:
     def check_left_out(self, most: float | None) -> None:
         """See whether too much is left out for its suffix; `most` as in `check`. UserError: yes."""
         found, left = self._found, self._found.left_bytes
-        read = sum(file.size for file in found.files if found.judged[file.group]) - self._unread
+        read = self._judged_bytes - self._unread
         share = left / max(1, left + read)
         if share > (DEFAULT_MAX_LOST if most is None else most):
             which = f"{found.left_out.words()}, such as {_largest(found.left_out)}"
@@ -185,6 +223,11 @@ class Losses:
         for source in self._sources:
             total.merge(getattr(source, name))
         return total
+
+
+def judged_bytes_of(found: Found) -> int:
+    """Bytes of the files of sources that must be readable."""
+    return sum(file.size for file in found.files if found.judged[file.group])
 
 
 def _named(tally: Tally) -> str:

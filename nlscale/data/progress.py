@@ -19,7 +19,9 @@ from rich.progress import (
 )
 
 Advance = Callable[..., None]
-"""Of the bytes that were done, and of how many documents they are: 1 where it is not said."""
+"""Of the bytes that were done, and of how many documents they are: 1 where it is not said.
+
+With `kept=True` these were done before, by an earlier attempt, and say nothing of the rate."""
 _BAR_SECONDS = 0.2
 _LINE_SECONDS = 5.0
 _LINES_OF_A_TIME = 20
@@ -34,14 +36,14 @@ def phase(label: str, total: int, enabled: bool, what: str = "documents") -> Ite
     several are done at a time, with how many those are as well.
     """
     if not enabled:
-        yield lambda size, count=1: None
+        yield lambda size, count=1, kept=False: None
     elif sys.stderr.isatty():
         with _bar(label, total, what) as advance:
             yield advance
     else:
 
-        def show(done: int, count: int, seconds: float) -> None:
-            say(_line(label, total, done, f"{count:,} {what}", seconds))
+        def show(done: int, count: int, seconds: float, kept: int) -> None:
+            say(_line(label, total, done, f"{count:,} {what}", seconds, kept))
 
         yield _Meter(show, _LINE_SECONDS, _LINES_OF_A_TIME)
 
@@ -55,28 +57,30 @@ class _Meter:
     """Adds up, and shows the sums only so often: documents can be many.
 
     Args:
-        show: called with the bytes, the documents, and the seconds since the beginning.
+        show: called with the bytes, the documents, the seconds since the beginning, and how many
+            of the bytes were done before that.
         interval: seconds at least between two of its calls.
         share: and at least that part of the time so far, one in `share`.
     """
 
     def __init__(
-        self, show: Callable[[int, int, float], None], interval: float, share: float = math.inf
+        self, show: Callable[[int, int, float, int], None], interval: float, share: float = math.inf
     ) -> None:
         self._show = show
         self._interval, self._share = interval, share
-        self._done = 0
+        self._done = self._kept = 0
         self._documents = 0
         self._started = self._shown = time.monotonic()
 
-    def __call__(self, size: int, count: int = 1) -> None:
+    def __call__(self, size: int, count: int = 1, kept: bool = False) -> None:
         self._done += size
+        self._kept += size if kept else 0
         self._documents += count
         now = time.monotonic()
         seconds = now - self._started
         if now - self._shown >= max(self._interval, seconds / self._share):
             self._shown = now
-            self._show(self._done, self._documents, seconds)
+            self._show(self._done, self._documents, seconds, self._kept)
 
 
 @contextmanager
@@ -93,15 +97,15 @@ def _bar(label: str, total: int, what: str) -> Iterator[Advance]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total, documents=0)
 
-        def show(done: int, documents: int, seconds: float) -> None:
+        def show(done: int, documents: int, seconds: float, kept: int) -> None:
             bar.update(task, completed=done, documents=documents)
 
         yield _Meter(show, _BAR_SECONDS)
 
 
-def _line(label: str, total: int, done: int, count: str, seconds: float) -> str:
-    left = seconds * max(0, total - done) / max(1, done)
+def _line(label: str, total: int, done: int, count: str, seconds: float, kept: int) -> str:
+    left = seconds * max(0, total - done) / max(1, done - kept)
     return (
         f"{label}: {done / 2**20:,.1f} of {total / 2**20:,.1f} MiB, {count}, "
-        f"{done / 2**20 / max(seconds, 1e-9):,.1f} MiB/s, ETA {left:,.0f} s"
+        f"{(done - kept) / 2**20 / max(seconds, 1e-9):,.1f} MiB/s, ETA {left:,.0f} s"
     )

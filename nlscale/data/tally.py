@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 NAMED = 20  # of each kind, and in all; a corpus can have millions of them
 _WORDS = 6
@@ -56,6 +57,21 @@ class Tally:
         for name, kind in other.kinds.items():
             self.kinds.setdefault(name, Kind()).add(kind)
         self.first += other.first[: NAMED - len(self.first)]
+
+    def plain(self) -> list[Any]:
+        """It as JSON holds it; see `of`."""
+        kinds = {name: [kind.count, kind.bytes, kind.first] for name, kind in self.kinds.items()}
+        return [kinds, self.first]
+
+    @classmethod
+    def of(cls, plain: list[Any]) -> Tally:
+        """One of which `plain` has been kept."""
+        tally = cls()
+        kinds, first = plain
+        for name, (count, size, some) in kinds.items():
+            tally.kinds[name] = Kind(count, size, [(path, why) for path, why in some])
+        tally.first = [(path, why) for path, why in first]
+        return tally
 
     def largest(self, most: int) -> list[tuple[str, Kind]]:
         """The kinds with most bytes, then the most frequent, and the others as one."""

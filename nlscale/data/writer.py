@@ -5,14 +5,13 @@ Importing this module imports webdataset, and with it torch, which takes seconds
 
 from __future__ import annotations
 
-import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
 import webdataset
 from numpy.typing import NDArray
 
+from nlscale.data.hashed import HashedFile
 from nlscale.data.index import FORMAT, MASKED_FORMAT, SPLITS, TAR_RECORD, Shard, Split
 from nlscale.data.spans import Spans, tokens_that_count
 from nlscale.data.tokenizer import Tokenizer
@@ -25,9 +24,9 @@ class SplitWriter:
     """Concatenates token ids and cuts them into blocks, one tar member a block.
 
     Shards are `{split}-000000.tar` and so on, members `{block:09d}.tokens.bin`, numbered over
-    the whole split. The bytes depend on nothing but the tokens and the arguments. With masks each
-    is preceded by `{block:09d}.mask.bin`: a bit a token, an eighth of what a byte would take, and
-    always of a whole block, so that ids begin at the same place in each.
+    the whole split, after `prefix`. The bytes depend on nothing but the tokens and the arguments.
+    With masks each is preceded by `{block:09d}.mask.bin`: a bit a token, an eighth of what a byte
+    would take, and always of a whole block, so that ids begin at the same place in each.
 
     Args:
         block_tokens: ids in a block
@@ -35,6 +34,7 @@ class SplitWriter:
         dtype: of the ids on disk, little-endian
         vocabulary: ids are below it
         masked: whether there are masks
+        prefix: before the number of a block, where other folders' shards are to stand beside these
 
     Fields, final after `close`: `shards`, `tokens`, and `counts` (int64 [vocabulary], how often
     each id was written and counts). Raises OSError when the disk does.
@@ -49,6 +49,7 @@ class SplitWriter:
         dtype: np.dtype,
         vocabulary: int,
         masked: bool = False,
+        prefix: str = "",
     ) -> None:
         self.shards: list[Shard] = []
         self.tokens = 0
@@ -57,11 +58,11 @@ class SplitWriter:
         self._split = split
         self._shard_blocks = shard_blocks
         self._block = np.empty(block_tokens, dtype=dtype)
-        self._masked = masked
+        self._masked, self._prefix = masked, prefix
         self._mask = np.ones(block_tokens, dtype=np.bool_)
         self._filled = 0
         self._blocks = 0
-        self._file: _HashedFile | None = None
+        self._file: HashedFile | None = None
 
     def write(self, ids: NDArray, mask: NDArray[np.bool_] | None = None) -> None:
         """Append `ids` (any integer dtype, [count]); `mask` [count]: which count, None: all."""
@@ -84,14 +85,14 @@ class SplitWriter:
     def _write_block(self) -> None:
         if self._file is None:
             name = f"{self._split}-{len(self.shards):06d}.tar"
-            self._file = _HashedFile(self._directory / name)
+            self._file = HashedFile(self._directory / name)
             # Time, user and group are fixed so that the same tokens give the same sha256.
             self._tar = webdataset.TarWriter(
                 self._file, encoder=False, mtime=0, user="nlscale", group="nlscale"
             )
             self.shards.append(self._begin(name))
         ids, counted = self._block[: self._filled], self._mask[: self._filled]
-        members = {"__key__": f"{self._blocks:09d}", MEMBER: ids.tobytes()}
+        members = {"__key__": f"{self._prefix}{self._blocks:09d}", MEMBER: ids.tobytes()}
         if self._masked:  # webdataset writes members in the order of their names
             self._mask[self._filled :] = False
             members[MASK_MEMBER] = np.packbits(self._mask, bitorder="little").tobytes()
@@ -141,6 +142,7 @@ class DataWriter:
         encoder: the tokenizer
         shard_blocks, block_tokens: see `SplitWriter`
         masked: whether some tokens may not count as targets
+        prefix: see `SplitWriter`
 
     Fields: `format`, of the index.
 
@@ -155,6 +157,7 @@ class DataWriter:
         shard_blocks: int,
         block_tokens: int,
         masked: bool = False,
+        prefix: str = "",
     ) -> None:
         self.format = MASKED_FORMAT if masked else FORMAT
         self._encoder, self._masked = encoder, masked
@@ -162,7 +165,14 @@ class DataWriter:
         self._separator = np.array([encoder.separator], dtype=encoder.dtype)
         self._writers = {
             split: SplitWriter(
-                out, split, block_tokens, shard_blocks, encoder.dtype, encoder.vocabulary, masked
+                out,
+                split,
+                block_tokens,
+                shard_blocks,
+                encoder.dtype,
+                encoder.vocabulary,
+                masked,
+                prefix,
             )
             for split in SPLITS
         }
@@ -237,11 +247,13 @@ class DataWriter:
                 splits[name]["counted_bytes"] = self._counted_bytes(name)
         return splits
 
+    def counts(self) -> dict[str, NDArray[np.int64]]:
+        """How often each id was written and counts, by split: int64 [vocabulary]."""
+        return {split: writer.counts for split, writer in self._writers.items()}
+
     def unigram_bits_per_byte(self) -> float | None:
         """See `nlscale.data.index.Index`."""
-        size = self._counted_bytes("validation")
-        train, validation = (self._writers[split].counts for split in SPLITS)
-        return unigram_bits(train, validation) / size if size else None
+        return unigram_bits_per_byte(self.counts(), self._lengths)
 
     def _counted_bytes(self, split: str) -> int:
         """Bytes of text that the tokens which count stand for."""
@@ -265,6 +277,15 @@ def _padded(size: int) -> int:
     return -(-size // TAR_RECORD) * TAR_RECORD
 
 
+def unigram_bits_per_byte(
+    counts: dict[str, NDArray[np.int64]], byte_lengths: NDArray[np.int64]
+) -> float | None:
+    """See `nlscale.data.index.Index`; of counts by split and lengths by id, [vocabulary]."""
+    train, validation = (counts[split] for split in SPLITS)
+    size = int(validation @ byte_lengths)
+    return unigram_bits(train, validation) / size if size else None
+
+
 def unigram_bits(train: NDArray[np.int64], validation: NDArray[np.int64]) -> float:
     """Bits to code tokens counted in `validation` by the frequencies of `train`, add-one smoothed.
 
@@ -272,33 +293,3 @@ def unigram_bits(train: NDArray[np.int64], validation: NDArray[np.int64]) -> flo
     """
     smoothed = train.astype(np.float64) + 1.0
     return float(-(validation * np.log2(smoothed / smoothed.sum())).sum())
-
-
-class _HashedFile:
-    """A file being written, with the size and sha256 of what was written so far."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115, closed by `close`
-        self._failed = False
-        self.size = 0
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        if self._failed:
-            # A tar stream finishes itself when it is collected; failing on the full disk again
-            # there would print a second error after the one that was reported.
-            return len(data)
-        self.size += len(data)
-        self.sha256.update(data)
-        try:
-            return self._file.write(data)
-        except OSError:
-            self._failed = True
-            raise
-
-    def close(self) -> None:
-        # The index is synced after the shards, so a power cut cannot leave an index
-        # that promises shards which never reached the disk.
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()

@@ -199,7 +199,7 @@ def test_a_killed_build_is_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("nlscale.data.build.write_json", killed)
+        patch.setattr("nlscale.data.folder.write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             small(source, out)
     assert list(out.glob("train-*.tar"))
@@ -246,10 +246,10 @@ def test_sources_that_change_meanwhile_are_noticed(
     write_texts(tmp_path / "in")
 
     def change(out: Path) -> None:
-        out.mkdir()
+        out.mkdir(exist_ok=True)
         (tmp_path / "in" / "003.txt").write_text("changed")
 
-    monkeypatch.setattr("nlscale.data.build.clear", change)
+    monkeypatch.setattr("nlscale.data.building.settle.clear", change)
     with pytest.raises(UserError, match="changed while"):
         small([str(tmp_path / "in")], tmp_path / "out")
 

@@ -258,10 +258,10 @@ def test_sources_whose_masks_change_meanwhile_are_noticed(
     path.write_text('{"text": "one"}\n{"text": "two", "mask": [[0, 1]]}\n')
 
     def change(out: Path) -> None:
-        out.mkdir()
+        out.mkdir(exist_ok=True)
         path.write_text('{"text": "one"}\n{"text": "two", "mask": [[0, 2]]}\n')
 
-    monkeypatch.setattr("nlscale.data.build.clear", change)
+    monkeypatch.setattr("nlscale.data.building.settle.clear", change)
     with pytest.raises(UserError, match="changed while"):
         small([str(path)], tmp_path / "out")
 

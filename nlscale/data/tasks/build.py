@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nlscale.data.build import check_options, clear, finish, refuse_foreign_shards, unwritable
+from nlscale.data.build import check_options
+from nlscale.data.folder import clear, finish, refuse_foreign_shards, unwritable
 from nlscale.data.index import (
     DEFAULT_BLOCK_TOKENS,
     DEFAULT_HELD_OUT,

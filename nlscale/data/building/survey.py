@@ -1,0 +1,263 @@
+"""The first pass over the text: what there is, and which documents are held out."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from nlscale.data.building.duplicates import Hashes
+from nlscale.data.building.units import DROP, Plan, Unit, found_of, losses_of
+from nlscale.data.building.work import SURVEY, Making, Work
+from nlscale.data.documents import Document, SourceFile, UnreadableError, read_documents
+from nlscale.data.losses import Losses
+from nlscale.data.progress import Advance
+from nlscale.errors import UserError
+
+BPE_SAMPLE_CHARACTERS = 64 << 20
+_BPE_DOCUMENT_CHARACTERS = 1 << 20  # so that no single document is the sample
+_SHARES = 4
+"""Times its share of the bytes that a unit may give of the sample: what the sample of a large
+corpus takes on the disk does not grow with it."""
+_LEAST_SAMPLE = 64 << 10  # characters of a unit
+_DIGEST = 16  # bytes
+_CONTENTS, _SAMPLE = "contents", "sample.jsonl"
+
+
+class Key(NamedTuple):
+    """What the hash of a document decides: its split, and its place in the BPE's sample."""
+
+    split: int  # uniform in [0, 2**64), as is the other
+    sample: int
+
+
+def key_of(data: bytes, seed: int) -> Key:
+    """Of a document in UTF-8."""
+    salt = (seed % (1 << 64)).to_bytes(8, "little")
+    digest = hashlib.blake2b(data, digest_size=16, salt=salt).digest()
+    return Key(int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little"))
+
+
+class Content:
+    """What both passes must find alike in a file."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=_DIGEST)
+
+    def add(self, key: Key, document: Document) -> None:
+        """Take note of the next document."""
+        self._hash.update(key.split.to_bytes(8, "little") + repr(document.spans).encode())
+
+    def digest(self) -> bytes:
+        """Of all of them."""
+        return self._hash.digest()
+
+
+class Sample:
+    """The documents with the smallest sample keys, of as many characters as are wanted.
+
+    Args:
+        characters: the most, but for the last document.
+        distinct: whether a text counts once.
+    """
+
+    def __init__(self, characters: int, distinct: bool) -> None:
+        self._most, self._distinct = characters, distinct
+        # The largest sample key on top: (-sample key, number, split key, text).
+        self._heap: list[tuple[int, tuple[int, int], int, str]] = []
+        self._size = 0
+        self._there: set[tuple[int, int]] = set()
+
+    def add(self, key: Key, number: tuple[int, int], text: str) -> None:
+        """The next document, which has that number: of its unit, and in it."""
+        if self._full() and key.sample > -self._heap[0][0]:
+            return
+        if self._distinct:
+            if key in self._there:
+                return
+            self._there.add(key)
+        heapq.heappush(self._heap, (-key.sample, number, key.split, text))
+        self._size += len(text)
+        while self._size - len(self._heap[0][3]) >= self._most:
+            sample, _, split, removed = heapq.heappop(self._heap)
+            self._size -= len(removed)
+            self._there.discard((split, -sample))
+
+    def _full(self) -> bool:
+        return self._size >= self._most
+
+    def texts(self) -> list[tuple[tuple[int, int], Key, str]]:
+        """Number, key and text, by number."""
+        return sorted((n, Key(split, -sample), text) for sample, n, split, text in self._heap)
+
+
+def survey_unit(work: Work, number: int, advance: Advance) -> tuple[int, int]:
+    """Survey a unit, unless that has been done; source bytes and documents that were done before.
+
+    Args:
+        work: what is being built.
+        number: of the unit.
+        advance: is told how many bytes of the files each document took.
+
+    Raises:
+        OSError: the disk does.
+    """
+    unit = work.plan.units[number]
+    result = work.checked(SURVEY, number)
+    # What could not be read may be there again.
+    if result is not None and not result["lost_files"]:
+        return unit.bytes, result["documents"]
+    with work.making(SURVEY, number) as making:
+        seen = _Seen(work.plan, unit, making)
+        for file in work.files(unit):
+            seen.read(file, advance)
+        seen.close()
+    return 0, 0
+
+
+class _Seen:
+    """What was seen of a unit so far."""
+
+    def __init__(self, plan: Plan, unit: Unit, making: Making) -> None:
+        options = plan.options
+        self._text_field, self._seed, self._unit = options.text_field, options.seed, unit
+        self._losses = Losses.of_a_part(found_of(plan), options.text_field)
+        self._making = making
+        self._documents = self._bytes = self._empty = 0
+        self._masked = False
+        self._lowest, self._highest = 1 << 64, -1
+        self._contents = bytearray()
+        drops = options.duplicates == DROP
+        self._hashes = Hashes(making) if drops else None
+        self._sample = Sample(_share(plan, unit), drops) if options.trains is not None else None
+
+    def read(self, file: SourceFile, advance: Advance) -> None:
+        """Take note of what is in a file and of what is lost."""
+        content = Content()
+        try:
+            for document in read_documents(file, self._text_field):
+                self._add(file, document, content)
+                advance(document.consumed)
+        except UnreadableError as error:
+            self._losses.end(file, error.kind, str(error))
+        else:
+            self._losses.end(file)
+        self._contents += content.digest()
+
+    def _add(self, file: SourceFile, document: Document, content: Content) -> None:
+        if document.error:
+            self._losses.lose(document)
+            return
+        self._losses.keep()
+        if not document.data:
+            self._empty += 1
+            return
+        key = key_of(document.data, self._seed)
+        if self._hashes is not None:
+            self._hashes.add(document, self._documents, file.group)
+        self._documents += 1
+        self._bytes += len(document.data)
+        self._masked |= document.spans is not None
+        content.add(key, document)
+        self._lowest = min(self._lowest, key.split)
+        self._highest = max(self._highest, key.split)
+        if self._sample is not None:
+            text = document.text[:_BPE_DOCUMENT_CHARACTERS]
+            self._sample.add(key, (self._unit.number, self._documents), text)
+
+    def close(self) -> None:
+        """Write what was seen. Raises OSError."""
+        with self._making.file(_CONTENTS) as out:
+            out.write(bytes(self._contents))
+        if self._hashes is not None:
+            self._hashes.close()
+        if self._sample is not None:
+            with self._making.file(_SAMPLE) as out:
+                for (_, number), key, text in self._sample.texts():
+                    out.write(json.dumps([number, *key, text]).encode() + b"\n")
+        self._making.result |= {
+            "documents": self._documents,
+            "bytes": self._bytes,
+            "empty": self._empty,
+            "masked": self._masked,
+            "lowest": self._lowest,
+            "highest": self._highest,
+            "losses": self._losses.plain(),
+            "lost_files": self._losses.any_file(),
+        }
+
+
+def _share(plan: Plan, unit: Unit) -> int:
+    """Characters of the sample that a unit may give."""
+    share = _SHARES * BPE_SAMPLE_CHARACTERS * unit.bytes // max(1, plan.bytes)
+    return min(BPE_SAMPLE_CHARACTERS, max(_LEAST_SAMPLE, share))
+
+
+def contents_of(work: Work, number: int) -> Iterator[bytes]:
+    """What the files of a surveyed unit contained, see `Content.digest`. Raises OSError."""
+    contents = (work.path(SURVEY, number) / _CONTENTS).read_bytes()
+    for i in range(0, len(contents), _DIGEST):
+        yield contents[i : i + _DIGEST]
+
+
+class Survey:
+    """What all units have together, when each was surveyed.
+
+    Fields: `documents`, `bytes` (UTF-8), `empty`, `masked` (whether some document has a mask),
+    `losses`, and after `settle`, `threshold`: a document below it is held out.
+
+    Raises:
+        UserError: a unit has not been surveyed.
+        OSError: the disk does.
+    """
+
+    def __init__(self, work: Work) -> None:
+        options = work.plan.options
+        self._work = work
+        self.losses = losses_of(work.plan)
+        self.documents = self.bytes = self.empty = 0
+        self.masked = False
+        self.threshold = int(options.held_out * (1 << 64))
+        self._lowest, self._highest = 1 << 64, -1
+        for unit in work.plan.units:
+            of_unit = work.made(SURVEY, unit.number)
+            self.documents += of_unit["documents"]
+            self.bytes += of_unit["bytes"]
+            self.empty += of_unit["empty"]
+            self.masked |= of_unit["masked"]
+            self._lowest = min(self._lowest, of_unit["lowest"])
+            self._highest = max(self._highest, of_unit["highest"])
+            self.losses.merge(of_unit["losses"])
+
+    def settle(self) -> None:
+        """Fix the split, so that neither side is empty.
+
+        Raises:
+            UserError: there are no documents, or only copies of one.
+        """
+        if not self.documents:
+            raise UserError(
+                f"the sources hold no documents but {self.empty:,} empty ones; name others"
+            )
+        if self._lowest == self._highest:
+            raise UserError(
+                f"the sources hold only one distinct document ({self.documents} in all), but "
+                "training and validation need one each; add more text or split the file"
+            )
+        if self._lowest >= self.threshold:
+            self.threshold = self._lowest + 1
+        elif self._highest < self.threshold:
+            self.threshold = self._highest
+
+    def sample(self) -> list[str]:
+        """The text to train a BPE on, of train documents only. Raises OSError."""
+        options = self._work.plan.options
+        sample = Sample(BPE_SAMPLE_CHARACTERS, options.duplicates == DROP)
+        for unit in self._work.plan.units:
+            with open(self._work.path(SURVEY, unit.number) / _SAMPLE, encoding="utf-8") as lines:
+                for line in lines:
+                    number, split, place, text = json.loads(line)
+                    sample.add(Key(split, place), (unit.number, number), text)
+        return [text for _, key, text in sample.texts() if key.split >= self.threshold]

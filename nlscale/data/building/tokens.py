@@ -1,0 +1,128 @@
+"""The second pass over the text: a unit becomes shards of its own."""
+
+from __future__ import annotations
+
+import zlib
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nlscale.data.building.duplicates import dropped
+from nlscale.data.building.settle import settled_of
+from nlscale.data.building.survey import Content, contents_of, key_of
+from nlscale.data.building.work import SURVEY, TOKENS, Changed, Making, Work
+from nlscale.data.documents import SourceFile, UnreadableError, read_documents
+from nlscale.data.index import SPLITS
+from nlscale.data.progress import Advance
+from nlscale.data.tokenizer import Tokenizer, load_tokenizer
+from nlscale.errors import UserError
+
+_COUNTS = "counts"
+
+
+def write_unit(work: Work, number: int, advance: Advance) -> tuple[int, int]:
+    """Write a unit's shards, unless that has been done; bytes of text and documents done before.
+
+    Args:
+        work: what is being built, after it has been settled.
+        number: of the unit.
+        advance: is told how many bytes of text each document has.
+
+    Raises:
+        Changed: a file has another content than when it was surveyed.
+        OSError: the disk does.
+    """
+    surveyed = work.made(SURVEY, number)
+    if work.checked(TOKENS, number) is not None:
+        return surveyed["bytes"], surveyed["documents"]
+    with work.making(TOKENS, number) as making:
+        _Unit(work, number, making, advance).write(surveyed["documents"])
+    return 0, 0
+
+
+class _Unit:
+    def __init__(self, work: Work, number: int, making: Making, advance: Advance) -> None:
+        # Here, not at the top: it imports torch, and finding the data up to date should be quick.
+        from nlscale.data.writer import DataWriter
+
+        settled = settled_of(work)
+        if settled is None:
+            raise UserError(f"{work.out} is not settled; give the same command again")
+        plan = work.plan
+        self._work, self._making, self._advance = work, making, advance
+        self._unit, self._options, self._settled = plan.units[number], plan.options, settled
+        # Keys are to be unique in the folder; a corpus of one unit has those that it always had.
+        prefix = f"{number:05d}-" if len(plan.units) > 1 else ""
+        self._writer = DataWriter(
+            making.folder,
+            _tokenizer(work.out, settled["tokenizer"]),
+            self._options.shard_blocks,
+            self._options.block_tokens,
+            settled["masked"],
+            prefix,
+        )
+        self._dropped: NDArray[np.bool_] | None = None
+        self._dropped_bytes = 0
+        self._seen = 0
+
+    def write(self, documents: int) -> None:
+        if self._settled["ranges"]:
+            number = self._unit.number
+            self._dropped = dropped(self._work, number, documents, self._settled["ranges"])
+        contents = contents_of(self._work, self._unit.number)
+        for file, content in zip(self._work.files(self._unit), contents, strict=True):
+            self._file(file, content, documents)
+        self._writer.close()
+        splits = self._writer.splits()
+        for split in splits.values():
+            for shard in split["shards"]:
+                self._making.vouch(shard["name"], shard["size_bytes"], shard["sha256"])
+        with self._making.file(_COUNTS) as out:
+            counts = np.stack([self._writer.counts()[split] for split in SPLITS])
+            out.write(zlib.compress(counts.astype("<i8").tobytes(), 1))
+        self._making.result |= {
+            "format": self._writer.format,
+            "splits": splits,
+            "dropped_bytes": self._dropped_bytes,
+        }
+
+    def _file(self, file: SourceFile, expected: bytes, documents: int) -> None:
+        content, threshold = Content(), self._settled["threshold"]
+        with suppress(UnreadableError):  # which ends the file where it ended it before
+            for document in read_documents(file, self._options.text_field):
+                if not document.data:
+                    continue
+                key = key_of(document.data, self._options.seed)
+                content.add(key, document)
+                if self._seen == documents:
+                    raise _changed(file)
+                if self._dropped is not None and self._dropped[self._seen]:
+                    self._dropped_bytes += len(document.data)
+                else:
+                    split = "validation" if key.split < threshold else "train"
+                    if document.spans is not None and not self._settled["masked"]:
+                        raise _changed(file)
+                    self._writer.add(document.text, document.data, split, document.spans)
+                self._seen += 1
+                self._advance(len(document.data))
+        if content.digest() != expected:
+            raise _changed(file)
+
+
+def _changed(file: SourceFile) -> Changed:
+    return Changed(f"the sources changed while they were being read: {file.path}; build again")
+
+
+@lru_cache(1)
+def _tokenizer(out: Path, sha256: str) -> Tokenizer:
+    """That of the folder, whose file has that sha256: loaded once for many units."""
+    return load_tokenizer(out)
+
+
+def counts_of(work: Work, number: int, vocabulary: int) -> dict[str, NDArray[np.int64]]:
+    """How often each id counts in a unit, by split: int64 [vocabulary]. Raises OSError."""
+    data = zlib.decompress((work.path(TOKENS, number) / _COUNTS).read_bytes())
+    return dict(zip(SPLITS, np.frombuffer(data, "<i8").reshape(-1, vocabulary), strict=True))

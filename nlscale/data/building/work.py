@@ -1,0 +1,187 @@
+"""What a build has made of each unit so far: folders that have their names once they are whole.
+
+.units/plan.json, files.jsonl    what is to be built (`nlscale.data.building.units`)
+.units/survey-00007/             what a pass has made of unit 7: `result.json` and other files
+.units/settled.json              `out` was cleared, and the tokenizer lies there
+.units/index.json                all is written, and shards get their names in `out`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nlscale.data.building.units import Plan, Unit, files_of, forget_plan, read_plan
+from nlscale.data.documents import SourceFile
+from nlscale.data.hashed import HashedFile, sha256_of, sync_folder
+from nlscale.data.index import UNITS_NAME, write_json
+from nlscale.errors import UserError
+
+SURVEY, DUPLICATES, TOKENS = "survey", "duplicates", "tokens"
+"""Passes by unit."""
+SETTLED, INDEX = "settled.json", "index.json"
+_RESULT = "result.json"
+_PARTIAL = ".partial"
+Result = dict[str, Any]
+"""What is known of a unit, as JSON; `files` has size and sha256 of those beside it, by name."""
+
+
+class Changed(UserError):
+    """A source is not what it was when it was surveyed: nothing that was built of it is kept."""
+
+
+class Work:
+    """The units of the data folder `out`, while it is built.
+
+    Args:
+        out: the data folder.
+        token: of this attempt, the same in all of its processes; None: a new one.
+    """
+
+    def __init__(self, out: Path, token: str | None = None) -> None:
+        self.out, self.folder = out, out / UNITS_NAME
+        self.token = token or uuid.uuid4().hex
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What is to be built. Raises UserError: there is none."""
+        plan = read_plan(self.folder)
+        if plan is None:
+            raise UserError(f"nothing is being built at {self.out}; begin with nlscale data build")
+        return plan
+
+    def files(self, unit: Unit) -> list[SourceFile]:
+        """Those of a unit, in their order. Raises OSError."""
+        return list(files_of(self.folder, unit))
+
+    def path(self, kind: str, number: int) -> Path:
+        """Where the folder of a unit is, when it is whole."""
+        return self.folder / f"{kind}-{number:05d}"
+
+    @contextmanager
+    def making(self, kind: str, number: int) -> Iterator[Making]:
+        """Make the folder of a unit: it has its name when the block is left. Raises OSError."""
+        path = self.path(kind, number)
+        partial = path.with_name(f"{path.name}.{self.token}{_PARTIAL}")
+        try:
+            if partial.exists():  # of a worker of this attempt that was killed
+                shutil.rmtree(partial)
+            partial.mkdir()
+            making = Making(partial, self.plan.identity)
+            yield making
+            making.close()
+            if path.exists():
+                shutil.rmtree(path)  # it did not stand up to being checked
+            os.rename(partial, path)
+            sync_folder(self.folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def result(self, kind: str, number: int) -> Result | None:
+        """What is known of a unit; None where it is not made, or is not of this build, or damaged.
+
+        Raises OSError.
+        """
+        try:
+            said, _, text = (self.path(kind, number) / _RESULT).read_bytes().partition(b"\n")
+        except FileNotFoundError:
+            return None
+        if hashlib.sha256(text).hexdigest().encode() != said:
+            return None
+        result: Result = json.loads(text)
+        return result if result["identity"] == self.plan.identity else None
+
+    def made(self, kind: str, number: int) -> Result:
+        """As `result`, of a unit that the pass before has made. Raises UserError: it has gone."""
+        result = self.result(kind, number)
+        if result is None:
+            raise UserError(
+                f"{self.path(kind, number)} is missing or damaged; give the same command again"
+            )
+        return result
+
+    def checked(self, kind: str, number: int) -> Result | None:
+        """As `result`, after comparing each file with its size and sha256. Raises OSError."""
+        result = self.result(kind, number)
+        for name, (size, sha256) in result["files"].items() if result else ():
+            path = self.path(kind, number) / name
+            try:
+                whole = path.stat().st_size == size and sha256_of(path) == sha256
+            except FileNotFoundError:
+                whole = False
+            if not whole:
+                return None
+        return result
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep something of the whole build, such as `SETTLED`. Raises OSError."""
+        write_json(self.folder / name, value)
+        sync_folder(self.folder)
+
+    def noted(self, name: str) -> Any:
+        """What was kept under that name; None where nothing was. Raises OSError."""
+        try:
+            return json.loads((self.folder / name).read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def tidy(self, mine: bool = False) -> None:
+        """Remove what was begun and not finished: of all attempts, or of this one."""
+        token = self.token if mine else "*"
+        for path in self.folder.glob(f"*.{token}{_PARTIAL}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove all of it, the plan first: a part of the rest is no build to go on from.
+
+        Raises OSError.
+        """
+        with contextlib.suppress(NotADirectoryError):
+            forget_plan(self.folder)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.folder)
+
+
+class Making:
+    """The folder of a unit that is being made.
+
+    Fields: `folder`; `result`, to be filled in.
+    """
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self.folder = folder
+        self.result: Result = {"identity": identity, "files": {}}
+
+    @contextmanager
+    def file(self, name: str) -> Iterator[HashedFile]:
+        """Write a file beside the result. Raises OSError."""
+        file = HashedFile(self.folder / name)
+        try:
+            yield file
+        finally:
+            file.close()
+        self.vouch(name, file.size, file.sha256.hexdigest())
+
+    def vouch(self, name: str, size: int, sha256: str) -> None:
+        """A file was written there, of that size and sha256."""
+        self.result["files"][name] = [size, sha256]
+
+    def close(self) -> None:
+        """Write the result. Raises OSError."""
+        text = json.dumps(self.result).encode()
+        file = HashedFile(self.folder / _RESULT)
+        try:
+            file.write(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+        finally:
+            file.close()
+        sync_folder(self.folder)
