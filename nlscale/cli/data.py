@@ -1,18 +1,22 @@
-"""`nlscale data build` and `nlscale data info`."""
+"""`nlscale data build`, `nlscale data share` and `nlscale data info`."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 from rich.table import Table
 
-from nlscale.cli.arguments import number, path, whole
+from nlscale.cli.arguments import add_cluster, number, path, whole
 from nlscale.cluster.life.owner import hold
+from nlscale.cluster.life.signals import handled
 from nlscale.data.index import (
     DEFAULT_FIELD,
     DEFAULT_HELD_OUT,
@@ -25,13 +29,15 @@ from nlscale.data.index import (
 from nlscale.data.shards import TokenShards
 from nlscale.data.tally import mib, shown
 from nlscale.data.tasks import PREFIX
-from nlscale.errors import UserError
+from nlscale.errors import Stopped, UserError
 
 _NAMED_SKIPPED = 5
+_HOLDER = "nlscale data build"
+"""What a process that builds calls itself."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Hang the `build` and `info` sub-parsers under `parser`; each sets `func(args) -> int`."""
+    """Hang the verbs' sub-parsers under `parser`; each sets `func(args) -> int`."""
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     build = verbs.add_parser(
@@ -39,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokenize text into shards",
         description="Tokenize text, or draw the examples of a task, into webdataset shards and an "
         "index. Running it again with the same sources and options does nothing; a build that was "
-        "killed starts over.",
+        "killed goes on.",
     )
     build.add_argument(
         "--source",
@@ -103,11 +109,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "be read)",
     )
     build.add_argument(
+        "--duplicates",
+        choices=("keep", "drop"),
+        default="keep",
+        help="of documents whose text came before, exactly: keep them (default), or drop all but "
+        "the first, in the order of the sources",
+    )
+    build.add_argument(
         "--overwrite",
         action="store_true",
         help="build anew, replacing what DIR holds from an earlier build",
     )
+    _add_places(build)
     build.set_defaults(func=_build)
+
+    share = verbs.add_parser(
+        "share",
+        help="what a task of `build --executor slurm` does",
+        description="Do a share of a build that `nlscale data build --executor slurm` has begun. "
+        "Its jobs run this; it can be run by hand to see why one fails.",
+    )
+    share.add_argument("directory", type=path, metavar="DIR", help="the data folder that is built")
+    share.add_argument("step", metavar="STEP", help="survey, settle, tokens or finish")
+    for option, what in (("--task", "which share, from 1"), ("--of", "how many shares")):
+        share.add_argument(
+            option, type=whole(least=1), default=1, metavar="N", help=f"{what} (default: 1)"
+        )
+    share.add_argument(
+        "--workers",
+        type=whole(least=1, most=4096),
+        default=1,
+        metavar="N",
+        help="processes (default: 1)",
+    )
+    share.set_defaults(func=_share)
 
     info = verbs.add_parser(
         "info",
@@ -116,6 +151,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     info.add_argument("directory", type=path, metavar="DIR", help="a folder made by build")
     info.set_defaults(func=_info)
+
+
+def _add_places(build: argparse.ArgumentParser) -> None:
+    """Where text is built: in processes of this machine, or on others."""
+    build.add_argument(
+        "--workers",
+        type=whole(least=1, most=4096),
+        metavar="N",
+        help="processes that build text side by side (default: the cores; with --executor slurm 1 "
+        "a task); what they build does not depend on how many",
+    )
+    build.add_argument(
+        "--unit-mib",
+        type=whole(least=1, most=1 << 30),
+        metavar="N",
+        help="about how much of the sources a process takes at a time, and what a kill costs; "
+        "shards end where a unit does, so it changes where they are cut (default: 256, more of "
+        "sources above 1 TiB)",
+    )
+    build.add_argument(
+        "--executor",
+        choices=("local", "slurm"),
+        default="local",
+        help="of text. local: this machine (default); slurm: arrays of jobs",
+    )
+    add_cluster(build, "the machines of --executor slurm")
+    build.add_argument(
+        "--tasks",
+        type=whole(least=1, most=1 << 20),
+        metavar="N",
+        help="tasks of each array of jobs",
+    )
 
 
 def _source(text: str) -> str:
@@ -133,14 +200,21 @@ def _build(args: argparse.Namespace) -> int:
         raise UserError("no --out; name the data folder to make")
     with _owned(args.out, args.overwrite):
         index = _build_task(args) if tasks else _build_text(args)
+    if index is None:
+        return 0
     console = _console()
     _show(console, args.out, index)
     console.print(f"{time.monotonic() - started:.1f} seconds")
     return 0
 
 
-def _build_text(args: argparse.Namespace) -> Index:
-    from nlscale.data.build import build  # pyarrow and the tokenizers are slow to import
+def _build_text(args: argparse.Namespace) -> Index | None:
+    """Build it, or submit what builds it: None."""
+    # pyarrow and the tokenizers are slow to import
+    from nlscale.cluster.launch.data_build import running
+    from nlscale.data.build import begun, build
+    from nlscale.data.building.units import UNIT_BYTES
+    from nlscale.data.building.work import Work
 
     if args.tokenizer is None:
         raise UserError(
@@ -148,18 +222,59 @@ def _build_text(args: argparse.Namespace) -> Index:
         )
     if args.examples is not None:
         raise UserError("--examples is for tasks, and the sources are text; leave it out")
-    return build(
-        args.source,
-        args.tokenizer,
-        args.out,
-        held_out=args.held_out,
-        shard_tokens=args.shard_tokens,
-        seed=args.seed,
-        text_field=args.text_field,
-        max_lost=args.max_lost,
-        overwrite=args.overwrite,
-        progress=True,
-    )
+    slurm = args.executor == "slurm"
+    for option in ("cluster", "tasks"):
+        if slurm != (getattr(args, option) is not None):
+            how = "needs" if slurm else "is what takes"
+            raise UserError(f"--executor slurm {how} --{option}")
+    if (now := running(args.out)) is not None:
+        if slurm:
+            print(now)
+            return None
+        raise UserError(now)
+    cores = 1 if slurm else len(os.sched_getaffinity(0))
+    asked = {
+        "held_out": args.held_out,
+        "shard_tokens": args.shard_tokens,
+        "seed": args.seed,
+        "text_field": args.text_field,
+        "duplicates": args.duplicates,
+        "max_lost": args.max_lost,
+        "overwrite": args.overwrite,
+        "unit_bytes": args.unit_mib << 20 if args.unit_mib else UNIT_BYTES,
+        "progress": True,
+    }
+    workers = args.workers or cores
+    if not slurm:
+        return build(args.source, args.tokenizer, args.out, workers=workers, **asked)
+    from nlscale.cluster.launch.data_build import submit_build
+    from nlscale.cluster.machines import load_cluster
+
+    cluster = load_cluster(args.cluster)
+    work = begun(args.source, args.tokenizer, args.out, **asked)
+    if not isinstance(work, Work):
+        return work
+    submit_build(work, cluster, args.tasks, workers)
+    return None
+
+
+def _share(args: argparse.Namespace) -> int:
+    from nlscale.data.building.share import SHARED, share
+
+    work = (args.directory, args.step, args.task, args.of, args.workers)
+    # Slurm warns before the time is up: what is finished is kept, and the task is requeued.
+    with handled((signal.SIGTERM, signal.SIGUSR1), _stop):
+        if args.step in SHARED:
+            share(*work)
+            return 0
+        with hold(args.directory, _HOLDER, instead="another --out", name="build", waits=True):
+            share(*work)
+    return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    name = signal.Signals(number).name
+    raise Stopped(f"stopped ({name}); units that are finished are kept, and the same goes on")
 
 
 def _build_task(args: argparse.Namespace) -> Index:
@@ -171,6 +286,10 @@ def _build_task(args: argparse.Namespace) -> Index:
         "--tokenizer": args.tokenizer is not None,
         "--text-field": args.text_field != DEFAULT_FIELD,
         "--max-lost": args.max_lost is not None,
+        "--duplicates": args.duplicates != "keep",
+        "--executor": args.executor != "local",
+        "--workers": args.workers is not None,
+        "--unit-mib": args.unit_mib is not None,
     }
     if given := [option for option, there in of_text.items() if there]:
         raise UserError(f"{given[0]} is for text, and the source is a task; leave it out")
@@ -201,7 +320,7 @@ def _owned(out: Path, overwrite: bool) -> Iterator[None]:
     if looked_at or (out.exists() and not out.is_dir()):
         yield
         return
-    with hold(out, "nlscale data build", instead="another --out", name="build"):
+    with hold(out, _HOLDER, instead="another --out", name="build"):
         yield
 
 
@@ -266,6 +385,11 @@ def _show_lost(console: Console, index: Index) -> None:
         )
         named = [(entry["file"], entry["reason"]) for entry in lost["first"]]
         _show_first(console, lost["count"], named)
+    if (gone := index.get("duplicates")) is not None:
+        console.print(
+            f"dropped {gone['count']:,} duplicates ({mib(gone['bytes'])})"
+            + _by_reason(gone["reasons"])
+        )
     if "left_out" in index:
         left = index["left_out"]
         console.print(

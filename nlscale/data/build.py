@@ -23,9 +23,10 @@ from nlscale.data.building.units import (
     read_plan,
     write_plan,
 )
-from nlscale.data.building.work import SETTLED, Changed, Work
-from nlscale.data.folder import refuse_foreign_shards, unwritable
+from nlscale.data.building.work import INDEX, SETTLED, Changed, Work
+from nlscale.data.folder import refuse_foreign_shards, remove_temporary, unwritable
 from nlscale.data.index import (
+    BUILDING_NAME,
     DEFAULT_BLOCK_TOKENS,
     DEFAULT_FIELD,
     DEFAULT_HELD_OUT,
@@ -98,12 +99,58 @@ def build(
             a disk that cannot be written.
         LostRank: a process was killed.
     """
+    work = begun(
+        sources,
+        tokenizer,
+        out,
+        held_out=held_out,
+        shard_tokens=shard_tokens,
+        block_tokens=block_tokens,
+        seed=seed,
+        text_field=text_field,
+        duplicates=duplicates,
+        max_lost=max_lost,
+        overwrite=overwrite,
+        unit_bytes=unit_bytes,
+        progress=progress,
+    )
+    if workers < 1:
+        raise UserError(f"workers is {workers}; it must be 1 or more")
+    if not isinstance(work, Work):
+        return work
+    with kept(work):
+        return passes.run_all(work, workers, progress)
+
+
+def begun(
+    sources: Sequence[str],
+    tokenizer: str,
+    out: str | Path,
+    *,
+    held_out: float = DEFAULT_HELD_OUT,
+    shard_tokens: int = DEFAULT_SHARD_TOKENS,
+    block_tokens: int = DEFAULT_BLOCK_TOKENS,
+    seed: int = 0,
+    text_field: str = DEFAULT_FIELD,
+    duplicates: str = KEEP,
+    max_lost: float | None = None,
+    overwrite: bool = False,
+    unit_bytes: int = UNIT_BYTES,
+    progress: bool = False,
+) -> Work | Index:
+    """What `build` does before any text is read: what is to be built, or the index that is there.
+
+    What an earlier attempt has made of the same is kept. Arguments are those of `build`.
+
+    Raises:
+        UserError: as `build`, of what is known before the text is read.
+    """
     out = Path(out)
     check_options(held_out, shard_tokens, block_tokens, seed, max_lost, text_field)
     if duplicates not in (KEEP, DROP):
         raise UserError(f"duplicates is {duplicates!r}; it must be {KEEP} or {DROP}")
-    if workers < 1 or unit_bytes < 1:
-        raise UserError(f"workers is {workers} and unit bytes {unit_bytes}; both must be 1 or more")
+    if unit_bytes < 1:
+        raise UserError(f"unit bytes is {unit_bytes}; it must be 1 or more")
     options = Options(
         sources=list(sources),
         tokenizer=tokenizer,
@@ -116,36 +163,15 @@ def build(
         duplicates=duplicates,
         max_lost=max_lost,
     )
-    found = begun(options, out, overwrite, unit_bytes, progress)
-    if not isinstance(found, Work):
-        return found
-    with kept(found):
-        return passes.run_all(found, workers, progress)
-
-
-def begun(
-    options: Options, out: Path, overwrite: bool, unit_bytes: int, progress: bool
-) -> Work | Index:
-    """What is to be built, with what an earlier attempt has made of it; or the index that is there.
-
-    Args:
-        options: checked.
-        out, overwrite, unit_bytes, progress: see `build`.
-
-    Raises:
-        UserError: as `build`, of what is known before the text is read.
-    """
-    found = find_files(options.sources, out)
+    found = find_files(sources, out)
     asked = _asked(options, unit_bytes)
     identity = fingerprint(found.files, asked)
     there = (out / INDEX_NAME).exists()
     if not overwrite and there:
-        return _up_to_date(out, identity, found, options.max_lost, progress)
+        return _up_to_date(out, identity, found, max_lost, progress)
     refuse_foreign_shards(out)
-    # before hours of reading
-    Losses(found, options.text_field).check_left_out(options.max_lost)
-    work = Work(out)
-    only_options = fingerprint([], asked)
+    Losses(found, text_field).check_left_out(max_lost)  # before hours of reading
+    work, only_options = Work(out), fingerprint([], asked)
     try:
         out.mkdir(parents=True, exist_ok=True)
         before = read_plan(work.folder)
@@ -160,6 +186,7 @@ def begun(
             work.discard()
         work.folder.mkdir(exist_ok=True)
         work.tidy()
+        remove_temporary(out)
         write_plan(work.folder, identity, only_options, options, found, unit_bytes)
     except OSError as error:
         raise unwritable(out, error) from error
@@ -262,6 +289,11 @@ def _up_to_date(
         losses.check_left_out(max_lost)
     elif found.left_bytes:  # of a version that did not count it: nothing is built anew for it
         say(f"not in {out}: {found.left_out.words()}")
+    work = Work(out)
+    if work.noted(INDEX) is not None:  # killed when all was done but tidying up
+        with contextlib.suppress(OSError):  # as where the folder can only be read
+            work.discard()
+            (out / BUILDING_NAME).unlink(missing_ok=True)
     if progress:
         say(f"{out} is up to date")
     return index

@@ -35,7 +35,14 @@ def clear(out: Path) -> None:
     (out / BUILDING_NAME).touch()
     for name in (INDEX_NAME, VERIFIED_NAME, TOKENIZER_NAME, SETTINGS_NAME):
         (out / name).unlink(missing_ok=True)
-    for path in (*_shard_paths(out), *out.glob(".*.json.*.tmp")):
+    remove_temporary(out)
+    for path in _shard_paths(out):
+        path.unlink()
+
+
+def remove_temporary(out: Path) -> None:
+    """Remove what a build that was killed had written a part of. Raises OSError."""
+    for path in out.glob(".*.json.*.tmp"):
         path.unlink()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -230,6 +231,40 @@ def test_an_array_runs_the_points_of_a_sweep(slurm: Slurm, data: Path, tmp_path:
     assert len({json.loads(summary.read_text())["final_val_loss"] for summary in found}) == 3
     again = slurm.run(*sweep)
     assert "submitted" not in again, "there is nothing left to do"
+
+
+def test_tasks_build_the_data_that_one_process_builds(slurm: Slurm, tmp_path: Path) -> None:
+    """Two arrays and what is done once between and after them, cancelled and submitted again."""
+    (tmp_path / "in").mkdir()
+    for i in range(4):
+        text = f"text {i}, " * 100_000
+        (tmp_path / "in" / f"{i}.jsonl").write_text(json.dumps({"text": text}) + "\n" * 2)
+    asked = ["--source", str(tmp_path / "in"), "--tokenizer", "bytes", "--unit-mib", "1"]
+    build = [*NLSCALE, "data", "build", *asked, "--duplicates=drop", "--held-out=0.3"]
+    tasks = ["--executor", "slurm", "--cluster", CLUSTER, "--tasks", "2"]
+    out = tmp_path / "tasks"
+    said = slurm.run(*build, "--out", str(out), *tasks)
+    jobs = re.findall(r"submitted array (\d+)", said)
+    assert len(jobs) == 4
+    slurm.run("scancel", *jobs)
+    for job in jobs:
+        slurm.wait(job)
+    said = slurm.run(*build, "--out", str(out), *tasks)
+    jobs = re.findall(r"submitted array (\d+)", said)
+    assert len(jobs) == 4
+    busy = slurm.run(*build, "--out", str(out), *tasks)
+    assert "is being built by Slurm jobs" in busy and "submitted" not in busy
+    ended = [slurm.wait(job)["JobState"] for job in jobs]
+    logs = "\n".join(path.read_text() for path in (out / "slurm").glob("*.log"))
+    assert ended == ["COMPLETED"] * 4, logs
+    slurm.run(*build, "--out", str(tmp_path / "one"))
+    index = (out / "index.json").read_bytes()
+    assert index == (tmp_path / "one" / "index.json").read_bytes()
+    assert len(json.loads(index)["splits"]["train"]["shards"]) > 1
+    for shard in (tmp_path / "one").glob("*.tar"):
+        assert shard.read_bytes() == (out / shard.name).read_bytes()
+    again = slurm.run(*build, "--out", str(out), *tasks)
+    assert "submitted" not in again and "documents" in again
 
 
 def test_a_mistake_is_refused_before_anything_is_submitted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from nlscale.cluster.launch.check import check_launch, check_slurm, words_of
@@ -11,10 +12,18 @@ from nlscale.cluster.launch.script import environment_of, fill_in, read_script, 
 from nlscale.cluster.machines import Cluster
 from nlscale.errors import UserError
 
-_ARRAY_AT_ONCE = 8
-"""Tasks of an array that run at a time."""
 _LONGEST_NAME = 1024
 """Bytes that Slurm takes for the name of a job."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What each task of an array asks for: a run of a sweep, unless it says something else."""
+
+    gpus: int = 1
+    cores: int = 1
+    at_once: int = 8
+    """Tasks that run at a time."""
 
 
 def job_script(
@@ -45,15 +54,27 @@ def job_script(
     return fill_in(read_script("slurm/train.sbatch"), lines)
 
 
-def array_script(cluster: Cluster, name: str, tasks: int, folder: Path) -> str:
-    """The batch script of an array of that many tasks, each on one GPU; output goes to `folder`.
+def array_script(
+    cluster: Cluster, name: str, tasks: int, folder: Path, task: Task | None = None
+) -> str:
+    """The batch script of an array of that many tasks; output goes to `folder`.
+
+    Args:
+        cluster: the machines.
+        name: of the job.
+        tasks: how many.
+        folder: of their output.
+        task: what each asks for; None: a run of a sweep.
 
     Raises:
         UserError: as `job_script`.
     """
-    asked = {"array": f"1-{tasks}%{_ARRAY_AT_ONCE}", "nodes": "1", "ntasks": "1"}
+    task = task or Task()
+    asked = {"array": f"1-{tasks}%{task.at_once}", "nodes": "1", "ntasks": "1"}
+    if task.cores > 1:
+        asked["cpus-per-task"] = str(task.cores)
     lines = [
-        *_directives(cluster, name, asked, 1),
+        *_directives(cluster, name, asked, task.gpus),
         _output(folder, "slurm-%A-%a.log", "the folder of the sweep"),
         *_lines_of_the_shell(cluster),
     ]
@@ -72,7 +93,7 @@ def _directives(cluster: Cluster, name: str, asked: dict[str, str], gpus: int) -
     values = {
         "job-name": name,
         **asked,
-        "gpus-per-node": str(gpus) if slurm.gpus else None,
+        "gpus-per-node": str(gpus) if slurm.gpus and gpus else None,
         "partition": slurm.partition,
         "account": slurm.account,
         "time": slurm.time,

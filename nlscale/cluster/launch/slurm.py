@@ -7,11 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from nlscale.cluster.launch.batch import array_script
+from nlscale.cluster.launch.batch import Task, array_script
 from nlscale.cluster.launch.script import write_script
 from nlscale.cluster.machines import Cluster
 from nlscale.errors import UserError
@@ -38,8 +38,10 @@ _OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 """Slurm's variables that do not speak of the job in which the launch itself may run."""
 
 
-def submit(script: str, path: Path, arguments: list[str]) -> str:
+def submit(script: str, path: Path, arguments: list[str], after: Sequence[str] = ()) -> str:
     """Write a batch script and submit it with these arguments; the number of the job.
+
+    It waits until the jobs `after` have ended well; where one has not, Slurm cancels it.
 
     Where it is refused nothing stays behind, and a script that was there before is there again.
 
@@ -49,8 +51,11 @@ def submit(script: str, path: Path, arguments: list[str]) -> str:
     _require_sbatch()
     with _undone_on_failure(path):
         write_script(script, path)
+        options = ["--parsable", f"--chdir={Path.cwd()}"]
+        if after:
+            options += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
         done = subprocess.run(
-            ["sbatch", "--parsable", f"--chdir={Path.cwd()}", str(path), *arguments],
+            ["sbatch", *options, str(path), *arguments],
             capture_output=True,
             text=True,
             errors="replace",
@@ -77,8 +82,14 @@ def check_array(cluster: Cluster, name: str, folder: Path) -> None:
     array_script(cluster, name, 1, folder)
 
 
-def submit_array(commands: Path, cluster: Cluster, name: str) -> None:
-    """Submit a file of shell commands, one task for each line.
+def submit_array(
+    commands: Path,
+    cluster: Cluster,
+    name: str,
+    task: Task | None = None,
+    after: Sequence[str] = (),
+) -> list[str]:
+    """Submit a file of shell commands, one task for each line; the numbers of the arrays.
 
     More lines than an array may have become several arrays. Each has a script and a file of
     commands of its own, `array-N.sbatch` and `array-N.txt` beside the file: tasks read it when they
@@ -88,6 +99,8 @@ def submit_array(commands: Path, cluster: Cluster, name: str) -> None:
         commands: the file.
         cluster: the machines.
         name: of the job.
+        task: what each task asks for; None: a run of a sweep.
+        after: jobs that must have ended well before.
 
     Raises:
         UserError: there is no sbatch here, or it refuses.
@@ -98,10 +111,10 @@ def submit_array(commands: Path, cluster: Cluster, name: str) -> None:
     sent: list[str] = []
     for first in range(0, len(lines), most):
         part = lines[first : first + most]
-        script = array_script(cluster, name, len(part), folder)
+        script = array_script(cluster, name, len(part), folder, task)
         path = _new_file(folder, "".join(f"{line}\n" for line in part))
         try:
-            sent.append(submit(script, path.with_suffix(".sbatch"), [str(path)]))
+            sent.append(submit(script, path.with_suffix(".sbatch"), [str(path)], after))
         except UserError as error:
             path.unlink(missing_ok=True)
             if not sent:
@@ -112,6 +125,7 @@ def submit_array(commands: Path, cluster: Cluster, name: str) -> None:
             ) from None
         tasks = f"{len(part)} task{'s' * (len(part) > 1)} of {path}"
         print(f"submitted array {sent[-1]}: {tasks}; squeue --job {sent[-1]} shows them")
+    return sent
 
 
 def _require_sbatch() -> None:
@@ -143,8 +157,8 @@ def _largest_array() -> int:
     most = min(limits["MaxArraySize"] - 1, limits["max_array_tasks"])
     if most < 1:
         raise UserError(
-            "this Slurm takes no job arrays (MaxArraySize of `scontrol show config`): run the "
-            "sweep with --executor local, in a job of its own"
+            "this Slurm takes no job arrays (MaxArraySize of `scontrol show config`): give "
+            "--executor local, in a job of its own"
         )
     return most
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from nlscale.data.build import check_options
+from nlscale.data.building.work import Work
 from nlscale.data.folder import clear, finish, refuse_foreign_shards, unwritable
 from nlscale.data.index import (
     DEFAULT_BLOCK_TOKENS,
@@ -83,6 +84,7 @@ def build_task(
     encoder = task.tokenizer
     repeated = {}
     try:
+        Work(out).discard()  # of text that was not finished there
         clear(out)
         encoder.save(out)
         written = DataWriter(out, encoder, shard_blocks, block_tokens, masked=True)
