@@ -32,6 +32,7 @@ _RANK = {
     "windows": Field("number", "bytes", "sums of the levels of a period above 1, in fp32"),
     "optimizer": Field("number", "bytes", "what the rule keeps, and fp32 weights beside bf16 ones"),
     "activations": Field("number", "bytes", "of the micro batches in flight"),
+    "update": Field("number", "bytes", "that an update takes in passing, in place of activations"),
     "validation": Field(
         "number", "bytes", "of one micro batch without a backward pass, in place of activations"
     ),

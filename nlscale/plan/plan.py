@@ -155,9 +155,10 @@ class Plan:
           `optimizer_bytes` and `total_bytes` on the fullest GPU and `mean_bytes_per_step`
         - `whole_matrices`: of rules over such, null without any; see `nlscale.plan.whole.WholePlan`
         - `memory`: `ranks`, a list over the pipeline ranks of the bytes on one GPU, `weights`,
-          `gradients`, `windows`, `optimizer`, `activations` and, in place of the latter between
-          steps, `validation` and `comparison` of the replicas; `total`; `fullest`, the one that
-          needs most; `gpu_bytes`, what a GPU has; `usable_share`, how much of it counts
+          `gradients`, `windows`, `optimizer`, `activations` and, in place of the latter after the
+          backward pass, `update`, `validation` and `comparison` of the replicas; `total`;
+          `fullest`, the one that needs most; `gpu_bytes`, what a GPU has; `usable_share`, how much
+          of it counts
         - `fits`: whether `total` of the fullest is within the usable share
         - `pipeline`: `ranks`, `virtual_stages`, `micro_batches`, `bubble` (share of a step in
           which a rank waits), `imbalance` (cost of the costliest stage over the mean)
