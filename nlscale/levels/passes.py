@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from nlscale.config.level_optimizer import of_level
-from nlscale.config.vocabulary import Config, Dtype
+from nlscale.config.vocabulary import Config, Dtype, Sharding
 from nlscale.levels.kept import rules_by_level
-from nlscale.levels.spectrum import Level, SyncGroup, gathered_bytes, sync_group
+from nlscale.levels.spectrum import Level, SyncGroup, sync_group
 from nlscale.model.sizes import level_matrices
 from nlscale.optim.table import OnWhole
 
@@ -196,14 +196,14 @@ def matrix_crossing_bytes(config: Config, values: float, group_nodes: int) -> fl
     """Bytes that leave a node of a data-parallel group, in expectation, when values travel.
 
     Each node holds an equal part of them, and of that (n - 1) / n belongs elsewhere. None where
-    every node has all of the optimizer's state.
+    every node has all of the optimizer's state, or a matrix lies whole on one.
 
     Args:
         config: the run.
         values: numbers, over all ranks, there and back.
         group_nodes: nodes that a data-parallel group spans.
     """
-    if gathered_bytes(config) is None:
+    if config.parallel.shard_optimizer != Sharding.all:
         return 0.0
     return value_bytes(config) * values / group_nodes * (group_nodes - 1) / group_nodes
 

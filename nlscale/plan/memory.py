@@ -6,7 +6,7 @@
                   a level that crosses in bf16 takes in passing
     optimizer     what the rules keep (8 bytes a parameter, Adam's moments; of each level and of
                   matrices by their own rule), and with bf16 4 more, the fp32 weights; sharded over
-                  a node, or with `parallel.shard_optimizer=all` over all nodes
+                  a node, or with `parallel.shard_optimizer` all or matrices over all nodes
     activations   what `nlscale.plan.activations` counts, for the micro batches in flight
 
 After the backward pass there are no activations, but for a while something else, and the largest
@@ -122,7 +122,7 @@ def memory(
     bf16 = config.train.dtype == Dtype.bf16
     ranks, batch = config.parallel.pipeline, Activations(config, vocabulary)
     stages = stage_blocks(config, vocabulary)
-    spread = in_node * (group_nodes if config.parallel.shard_optimizer == Sharding.all else 1)
+    spread = in_node * (group_nodes if config.parallel.shard_optimizer != Sharding.node else 1)
     result = []
     for rank in range(ranks):
         mine = stages[rank::ranks]

@@ -93,7 +93,7 @@ def whole_plan(
     taking = [level for level in levels if by_level[level.index].shapes]
     if not taking:
         return None
-    spread = config.parallel.shard_optimizer == Sharding.all
+    spread = config.parallel.shard_optimizer != Sharding.node
     of_node = config.parallel.tensor * in_node
     owners = of_node * (group_nodes if spread else 1)
     sent, longest = _series(config, levels, vocabulary, owners)
