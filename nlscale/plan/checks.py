@@ -166,8 +166,8 @@ def _sharding(config: Config) -> None:
     way = config.parallel.shard_optimizer
     if way != Sharding.node and every_step:
         raise UserError(
-            f"parallel.shard_optimizer={way.value} sums a window where it is updated, once it is due, "
-            "and levels.reduction=every-step sums before; use levels.reduction=deferred, or "
+            f"parallel.shard_optimizer={way.value} sums a window where it is updated, once it is "
+            "due, and levels.reduction=every-step sums before; use levels.reduction=deferred, or "
             "parallel.shard_optimizer=node"
         )
 

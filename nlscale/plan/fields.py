@@ -177,14 +177,20 @@ PLAN: Mapping[str, Field] = {
             ),
         },
     ),
-    "shard_optimizer": Field("text", "", "`parallel.shard_optimizer`: `node` or `all`"),
+    "shard_optimizer": Field("text", "", "`parallel.shard_optimizer`: `node`, `all` or `matrices`"),
     "sharding": Field(
         "object",
         "",
-        "what each of the two comes to",
+        "what each of them comes to",
         fields={
             "node": Field("object", "", "sharded over the ranks of a node", fields=_SHARDED),
             "all": Field("object", "", "sharded over those of all nodes", fields=_SHARDED),
+            "matrices": Field(
+                "object",
+                "",
+                "the same, matrices of rules over whole ones by nodes",
+                fields=_SHARDED,
+            ),
         },
     ),
     "whole_matrices": Field(

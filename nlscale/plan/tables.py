@@ -110,10 +110,19 @@ def _sharding(plan: Plan) -> str:
             f"{human_bytes(found.mean_bytes_per_step)} a step from a node"
         )
 
-    chosen = "this run's" if plan.shards == Sharding.all else "parallel.shard_optimizer=all"
-    return (
+    def way(of: Sharding) -> str:
+        return "this run's" if plan.shards == of else f"parallel.shard_optimizer={of.value}"
+
+    line = (
         f"Optimizer state over the GPUs of a node: {said(node)}; over those of all nodes "
-        f"({chosen}): {said(spread)}."
+        f"({way(Sharding.all)}): {said(spread)}"
+    )
+    if plan.whole is None:
+        return f"{line}."
+    whole = plan.sharding[Sharding.matrices]
+    return (
+        f"{line}; with each matrix on one node ({way(Sharding.matrices)}): the same, and "
+        f"{human_bytes(whole.mean_bytes_per_step)} a step."
     )
 
 
