@@ -73,6 +73,8 @@ class Sharding(str, Enum):
     """Those of a node; every node has all of it."""
     all = "all"
     """Those of all nodes."""
+    matrices = "matrices"
+    """The same, each matrix of a rule over whole ones with those of one node."""
 
 
 class Pending(str, Enum):

@@ -37,15 +37,24 @@ def settle(config: Config, sources: Mapping[str, str]) -> None:
     """
     for index, entry in enumerate(config.levels.spectrum):
         prefix = f"levels.spectrum.{index}.optimizer"
-        for key, reason in _RUN_WIDE.items():
-            if key in entry.optimizer:
-                at = schema.where(f"{prefix}.{key}", sources)
-                raise UserError(f"{prefix}.{key}: no level has one of its own; {reason}{at}")
+        for key in entry.optimizer:
+            refuse_run_wide(f"{prefix}.{key}", sources)
         try:
             whole = to_plain(of_level(config, index))
         except UserError as error:
             raise UserError(f"{prefix}: {error}{schema.where(prefix, sources)}") from None
         entry.optimizer = _as_in(whole, entry.optimizer)
+
+
+def refuse_run_wide(key: str, sources: Mapping[str, str] | None = None) -> None:
+    """Refuse a dotted key that a level's `optimizer` has not.
+
+    Raises:
+        UserError: it is one of the run alone.
+    """
+    if reason := _RUN_WIDE.get(key.partition(".optimizer.")[2]):
+        at = schema.where(key, sources or {})
+        raise UserError(f"{key}: no level has one of its own; {reason}{at}")
 
 
 def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

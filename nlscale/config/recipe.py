@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import re
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,26 +124,42 @@ def write(config: Config, path: Path, imports: bool = False) -> None:
 def explain(recipe: Recipe, key: str) -> str:
     """What a key is, where its value came from, what it means, and where to read more.
 
+    A key of a level's own `optimizer` has the value that the level has, which may be the run's.
+
     Raises:
         UserError: no such key; the nearest one is named.
     """
     value: Any = recipe.config
     meaning = ""
+    of_run = _of_run(key)
     for part in key.split("."):
         if is_dataclass(value) and part in {f.name for f in fields(value)}:
             meaning = field_docs(type(value)).get(part, "")
             value = getattr(value, part)
         elif isinstance(value, list):
-            value = value[_index(value, part, key)]
+            index = _index(value, part, key)
+            value = value[index]
+            if of_run != key:
+                value = replace(value, optimizer=level_optimizer.of_level(recipe.config, index))
             meaning = class_doc(type(value))
+        elif of_run != key:
+            raise UserError(f"{key.removesuffix(f'.{part}')}: {unknown_key(of_run)}")
         else:
             raise UserError(unknown_key(key))
-    source = recipe.sources.get(key, "the default, nlscale/config/vocabulary.py")
+    source = recipe.sources.get(of_run, "the default, nlscale/config/vocabulary.py")
+    if of_run != key:
+        level_optimizer.refuse_run_wide(key)
+        source = recipe.sources.get(key, f"{of_run} of the run: {source}")
     shown = yaml.safe_dump(
         to_plain(value), default_flow_style=True, width=math.inf, sort_keys=False
     )
     shown = shown.strip().removesuffix("\n...")
-    return f"{key} = {shown}\n  from: {source}\n  {meaning}\n  read: {page_of(key)}"
+    return f"{key} = {shown}\n  from: {source}\n  {meaning}\n  read: {page_of(of_run)}"
+
+
+def _of_run(key: str) -> str:
+    """Of a key in a level's own `optimizer`, that of the run; else the key itself."""
+    return re.sub(r"^levels\.spectrum\.[0-9]+\.(?=optimizer\.)", "", key)
 
 
 def all_keys() -> list[str]:

@@ -264,7 +264,9 @@ class ParallelConfig:
     """Ranks over which what updates a parameter is spread: the data-parallel ranks of a node, or of
     all nodes. With all, the memory for it falls with the nodes, and each node gets only its part of
     the summed gradients and sends out updated parameters, which in bf16 is less than the sums; what
-    it sends after an update no backward pass hides. The updates are the same."""
+    it sends after an update no backward pass hides. matrices: as all, but each matrix of a rule
+    that takes whole ones (muon, m3, delta, deep) lies on one node, so that none is joined over the
+    network: fewer bytes, spread less evenly. The updates are the same."""
     replica_check_every: int = within(200, least=0)
     """Steps between comparisons of parameters and optimizer state across replicas; 0: never."""
     straggler_check_every: int = within(50, least=0)

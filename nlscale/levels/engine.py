@@ -18,6 +18,7 @@ from torch import Tensor
 from nlscale.config.level_optimizer import of_level
 from nlscale.config.vocabulary import ClipScope, Config, Reduction, Sharding
 from nlscale.levels.groups import group_parameters
+from nlscale.levels.homes import homes
 from nlscale.levels.optimizers import (
     GroupOptimizer,
     main_parameters,
@@ -82,7 +83,9 @@ class LevelOptimizer:
         self.config, self.levels, self.layout = config, levels, layout
         self.rules = [at_period(of_level(config, level.index), level.period) for level in levels]
         """The `optimizer` section as it is for each level."""
-        self.wire = Wire(layout, gathered_bytes(config))
+        groups = split_by_group(config, levels, stages)
+        where = homes(config, self.rules, groups, layout.nodes)
+        self.wire = Wire(layout, gathered_bytes(config), where)
         self.groups = [
             make_group_optimizer(
                 group,
@@ -94,7 +97,7 @@ class LevelOptimizer:
                 self.wire,
                 levels[group.level].wire,
             )
-            for group, parameters in split_by_group(config, levels, stages).items()
+            for group, parameters in groups.items()
         ]
         self._sizes = group_parameters(config, levels, vocabulary, config.levels.stagger)
         self.progress = {group: Progress() for group in self._sizes}

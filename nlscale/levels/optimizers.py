@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from nlscale.config.vocabulary import Config, Dtype, OptimizerConfig, WireFormat
 from nlscale.levels.exchange import MatrixExchange, MatrixRange
+from nlscale.levels.homes import Cut
 from nlscale.levels.spectrum import Level, SyncGroup, sync_group
-from nlscale.levels.window import Window
-from nlscale.levels.wire import Wire, part_range
+from nlscale.levels.window import Window, bucket_range
+from nlscale.levels.wire import Wire
 from nlscale.model.decoder import Decoder, depth_of
 from nlscale.model.width import width_multiplier
 from nlscale.optim.table import rule
@@ -30,7 +31,7 @@ class ShardedOptimizer(DistributedOptimizer):
     """megatron-core's, with one launch for what it copies parameter by parameter.
 
     It has a range of each bucket for each data-parallel rank of a node; here that can be a part of
-    that range, where the other nodes have the others (`nlscale.levels.wire.Wire.part`).
+    that range, where the other nodes have the others (`nlscale.levels.wire.Wire.owned`).
     """
 
     def __init__(self, wire: Wire, *args: Any, **kwargs: Any) -> None:
@@ -39,7 +40,7 @@ class ShardedOptimizer(DistributedOptimizer):
 
     def _build_gbuf_range_map(self, param_and_grad_buffer: Any) -> dict[Any, list[Any]]:
         buffer = param_and_grad_buffer
-        ranges = [self._range_map(buffer, bucket, *self._wire.part) for bucket in buffer.buckets]
+        ranges = [self._owned_map(buffer, bucket) for bucket in buffer.buckets]
         return {(buffer.param_dtype, buffer.grad_dtype): ranges}
 
     def held(self) -> Iterator[tuple[nn.Parameter, int, Any]]:
@@ -53,24 +54,28 @@ class ShardedOptimizer(DistributedOptimizer):
 
     def held_in_node(self, buffer: int, bucket: int) -> dict[nn.Parameter, Any]:
         """The ranges of parameters in this rank's part of a bucket, whatever other nodes have."""
-        found = self._range_map(self.buffers[buffer], self.buffers[buffer].buckets[bucket], 0, 1)
-        return found["param_map"]  # type: ignore[no-any-return]
+        bucket = self.buffers[buffer].buckets[bucket]
+        begin, end = bucket_range(bucket, self.data_parallel_group)
+        return self._range_map(self.buffers[buffer], bucket, begin, end)
 
-    def _range_map(self, buffer: Any, bucket: Any, part: int, parts: int) -> dict[str, Any]:
-        """As megatron-core's `_build_model_gbuf_range`, of a part of the rank's range."""
-        inside = buffer.data_parallel_group
-        size = bucket.grad_data.numel() // inside.size()
-        begin = bucket.offset + inside.rank() * size
-        low, high = part_range(size, part, parts)
-        own = self._build_model_gbuf_param_range_map(
-            buffer.param_index_map, Range(begin + low, begin + high), bucket.offset
-        )
+    def _owned_map(self, buffer: Any, bucket: Any) -> dict[str, Any]:
+        """As megatron-core's `_build_model_gbuf_range`, of what this node has of the rank's range;
+        a node has no more than one range of a parameter."""
+        begin, end = bucket_range(bucket, buffer.data_parallel_group)
+        own: dict[nn.Parameter, Any] = {}
+        for each in self._wire.owned(self._wire.cut(buffer, bucket, begin, end), end - begin):
+            own |= self._range_map(buffer, bucket, begin + each.start, begin + each.stop)
         return {"param_map": own}
+
+    def _range_map(self, buffer: Any, bucket: Any, begin: int, end: int) -> dict[nn.Parameter, Any]:
+        return self._build_model_gbuf_param_range_map(  # type: ignore[no-any-return]
+            buffer.param_index_map, Range(begin, end), bucket.offset
+        )
 
     def _copy_main_params_to_model_params(self) -> None:
         if self._mains:  # of a small group a rank may have nothing
             torch._foreach_copy_(self._places, self._mains)
-        self._wire.gather(self._parameter_shards)
+        self._wire.gather(self._parameter_shards, self._cuts)
 
     def gather_parameters(self) -> None:
         """What `step` does after the update: the ranks of the node gather each other's shards."""
@@ -84,6 +89,15 @@ class ShardedOptimizer(DistributedOptimizer):
         inside = self.data_parallel_group
         return [
             shard_buffer(bucket.param_data, inside.size())[inside.rank()].view(-1)
+            for buffer in self.buffers
+            for bucket in buffer.buckets
+        ]
+
+    @cached_property
+    def _cuts(self) -> list[Cut | None]:
+        """Of each of these, what each node has."""
+        return [
+            self._wire.cut(buffer, bucket, *bucket_range(bucket, self.data_parallel_group))
             for buffer in self.buffers
             for bucket in buffer.buckets
         ]
@@ -197,7 +211,9 @@ def _exchange(
     wire: Wire,
 ) -> MatrixExchange | None:
     """How the matrices of a group become whole; None where it has none."""
-    matrices: dict[str, Any] = {n: p for n, p in parameters.items() if _is_matrix(p)}
+    matrices: dict[str, Any] = {
+        n: p for n, p in parameters.items() if _is_matrix(p) and wire.at_home(p)
+    }
     if not matrices:
         return None
     held = {parameter: (start, values) for parameter, start, values in optimizer.held()}

@@ -14,31 +14,37 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from nlscale.config.level_optimizer import of_level
-from nlscale.config.vocabulary import Config, Dtype
+from nlscale.config.vocabulary import Config, Dtype, Sharding
 from nlscale.levels.kept import rules_by_level
-from nlscale.levels.spectrum import Level, SyncGroup, gathered_bytes, sync_group
+from nlscale.levels.spectrum import Level, SyncGroup, sync_group
 from nlscale.model.sizes import level_matrices
+from nlscale.optim.table import OnWhole
 
 Shape = tuple[int, int]
 """[out, in]."""
+Shapes = dict[Shape, int]
+"""How many of each."""
 
 
 @dataclass(frozen=True)
 class Call:
     """Matrices go to their owners, are orthogonalised there, and come back."""
 
-    passes: int
-    """There and back together."""
+    kind: OnWhole
     every: int
     """Updates between two of the same block."""
+
+    @property
+    def passes(self) -> int:
+        """There and back together."""
+        return self.kind.given + self.kind.results
 
 
 @dataclass(frozen=True)
 class LevelMatrices:
     """The matrices of a level in a block; none where its rule takes no whole matrices."""
 
-    shapes: dict[Shape, int]
-    """How many of each."""
+    shapes: Shapes
     calls: tuple[Call, ...]
     """Of an update."""
     iterations: int
@@ -88,7 +94,7 @@ class GroupMatrices:
         """Numbers that travel there and back at each of `turns` updates, over all ranks."""
         return [
             sum(call.passes * len(depths) for call, depths in calls) * self.level.elements
-            for calls in self._updates()
+            for calls in self.updates()
         ]
 
     def longest(self, owners: int) -> list[float]:
@@ -100,11 +106,15 @@ class GroupMatrices:
         """
         dealt = self._dealt(owners)
         return [
-            sum(_most([dealt[depth] for depth in depths]) for _, depths in calls)
-            for calls in self._updates()
+            sum(max(map(self._flops, _together(dealt, depths))) for _, depths in calls)
+            for calls in self.updates()
         ]
 
-    def _updates(self) -> list[list[tuple[Call, list[int]]]]:
+    def owned(self, owners: int, depths: Iterable[int]) -> list[Shapes]:
+        """The matrices of some blocks that each owner has; `owners` as of `longest`."""
+        return _together(self._dealt(owners), depths)
+
+    def updates(self) -> list[list[tuple[Call, list[int]]]]:
         """The calls of each update, and of which blocks: staggered over depth."""
         return [
             [
@@ -120,18 +130,21 @@ class GroupMatrices:
     def _position(self, update: int, depth: int, call: Call) -> int:
         return (update + depth * call.every // self.layers) % call.every
 
-    def _dealt(self, owners: int) -> dict[int, dict[int, float]]:
-        """FLOPs by depth, and by owner."""
+    def _flops(self, shapes: Shapes) -> float:
+        return sum(self.level.of_one(shape) * number for shape, number in shapes.items())
+
+    def _dealt(self, owners: int) -> list[dict[int, Shapes]]:
+        """Of each owner, by depth."""
         loads = [(0, rank) for rank in range(owners)]
-        dealt: dict[int, dict[int, float]] = {depth: {} for depth in self.depths}
+        dealt: list[dict[int, Shapes]] = [{} for _ in range(owners)]
         largest_first = sorted(self.level.shapes, key=lambda shape: -_work(shape))
         for shape in largest_first:
-            flops = self.level.of_one(shape)
             for depth in self.depths:
                 for _ in range(self.level.shapes[shape]):
                     load, rank = heapq.heappop(loads)
                     heapq.heappush(loads, (load + _work(shape), rank))
-                    dealt[depth][rank] = dealt[depth].get(rank, 0.0) + flops
+                    shapes = dealt[rank].setdefault(depth, {})
+                    shapes[shape] = shapes.get(shape, 0) + 1
         return dealt
 
 
@@ -143,10 +156,7 @@ def matrices_by_level(config: Config) -> list[LevelMatrices]:
     ):
         section = of_level(config, index)
         calls = tuple(
-            Call(
-                call.given + call.results,
-                1 if call.every is None else attrgetter(call.every)(section),
-            )
+            Call(call, 1 if call.every is None else attrgetter(call.every)(section))
             for call in own.on_whole
         )
         taken = shapes if own.whole_matrices else {}
@@ -186,24 +196,26 @@ def matrix_crossing_bytes(config: Config, values: float, group_nodes: int) -> fl
     """Bytes that leave a node of a data-parallel group, in expectation, when values travel.
 
     Each node holds an equal part of them, and of that (n - 1) / n belongs elsewhere. None where
-    every node has all of the optimizer's state.
+    every node has all of the optimizer's state, or a matrix lies whole on one.
 
     Args:
         config: the run.
         values: numbers, over all ranks, there and back.
         group_nodes: nodes that a data-parallel group spans.
     """
-    if gathered_bytes(config) is None:
+    if config.parallel.shard_optimizer != Sharding.all:
         return 0.0
     return value_bytes(config) * values / group_nodes * (group_nodes - 1) / group_nodes
 
 
-def _most(loads: list[dict[int, float]]) -> float:
-    total: dict[int, float] = {}
-    for load in loads:
-        for rank, flops in load.items():
-            total[rank] = total.get(rank, 0.0) + flops
-    return max(total.values(), default=0.0)
+def _together(dealt: list[dict[int, Shapes]], depths: Iterable[int]) -> list[Shapes]:
+    """Of each owner, in some blocks."""
+    found: list[Shapes] = [{} for _ in dealt]
+    for mine, by_depth in zip(found, dealt, strict=True):
+        for depth in depths:
+            for shape, number in by_depth.get(depth, {}).items():
+                mine[shape] = mine.get(shape, 0) + number
+    return found
 
 
 def _work(shape: Shape) -> int:

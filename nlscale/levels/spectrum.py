@@ -108,8 +108,12 @@ def reduction_bytes(
         wire: how.
         gathered: bytes of an updated parameter, see `gathered_bytes`; None: sums come back.
     """
-    back = _BYTES[wire] if gathered is None else gathered
-    return (nodes - 1) / nodes * (_BYTES[wire] + back) * parameters
+    return (nodes - 1) / nodes * sent_bytes(wire, gathered) * parameters
+
+
+def sent_bytes(wire: WireFormat, gathered: int | None = None) -> int:
+    """Bytes of a value that crosses, there and back; `gathered` as of `reduction_bytes`."""
+    return _BYTES[wire] + (_BYTES[wire] if gathered is None else gathered)
 
 
 def gathered_bytes(config: Config) -> int | None:

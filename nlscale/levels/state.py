@@ -2,7 +2,8 @@
 
 megatron-core's DistributedOptimizer gives each data-parallel rank of a node a range of every
 gradient bucket, whatever parameters lie in it: of a parameter a rank holds nothing, all, or a range
-of its flattened local part. With `parallel.shard_optimizer=all` what is updated is a part of that.
+of its flattened local part. With `parallel.shard_optimizer` all or matrices what is
+updated is a part of that.
 """
 
 from __future__ import annotations

@@ -25,11 +25,17 @@ from torch import Tensor, nn
 
 from nlscale.config.vocabulary import Config, Reduction, WireFormat
 from nlscale.levels.spectrum import SyncGroup
-from nlscale.levels.wire import Wire, part_of
+from nlscale.levels.wire import Wire
 from nlscale.parallel import cpu
 from nlscale.parallel.layout import Layout
 
 _ROW = 4096
+
+
+def bucket_range(bucket: Any, inside: Any) -> tuple[int, int]:
+    """Where this data-parallel rank's part of a bucket begins and ends in its buffer."""
+    size = bucket.grad_data.numel() // inside.size()
+    return bucket.offset + inside.rank() * size, bucket.offset + (inside.rank() + 1) * size
 
 
 class ParameterView(nn.Module):
@@ -78,7 +84,16 @@ class Window:
             for bucket in buckets.values()
         ]
         """This rank's part of each gradient bucket, fp32."""
-        self._owned = [part_of(shard, *wire.part) for shard in self.shards]
+        self.cuts = [
+            wire.cut(buffers[i], bucket, *bucket_range(bucket, inside))
+            for (i, _), bucket in buckets.items()
+        ]
+        """Of each shard."""
+        self._owned = [
+            shard[each]
+            for shard, cut in zip(self.shards, self.cuts, strict=True)
+            for each in wire.owned(cut, shard.numel())
+        ]
         """What of these this rank updates parameters by."""
         # With a period of one step the gradient of the step is the window.
         self.sums = self.shards if group.period == 1 else [torch.zeros_like(s) for s in self.shards]
@@ -129,8 +144,8 @@ class Window:
         torch._foreach_copy_(self.shards, self.sums)
         torch._foreach_zero_(self.sums)
         if self._wire.joins_nodes and not self._every_step:
-            for shard in self.shards:
-                self._wire.start(shard, self._format)
+            for shard, cut in zip(self.shards, self.cuts, strict=True):
+                self._wire.start(shard, self._format, cut=cut)
 
     def scale(self, factor: Tensor) -> None:
         """Multiply the closed window's gradient: the mean over its tokens, clipped."""
@@ -175,7 +190,7 @@ class Window:
             if held is not None:
                 shard.add_(held)
 
-        self._wire.start(shard, self._format, before)
+        self._wire.start(shard, self._format, before, self.cuts[i])
 
 
 def _ddp(

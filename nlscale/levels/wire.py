@@ -1,8 +1,9 @@
 """What crosses between the nodes: gradients do here, and nowhere else.
 
 A shard is summed over the ranks that hold the same one on each node. Where the state that it
-updates is spread over the nodes (`parallel.shard_optimizer=all`) each of them gets its part of the
-sums, and later the others' parts of the updated parameters. Any number of such sums are
+updates is spread over the nodes (`parallel.shard_optimizer`) each of them gets its part of the
+sums, and later the others' parts of the updated parameters: an equal part, or what lies on it
+(`nlscale.levels.homes`). Any number of such sums are
 started, one after the other, and run beside what the caller does next: on a GPU on a stream of
 their own, on a CPU in a thread, as gloo has no order of its own between what waits and what
 follows. All ranks of a group start the same ones in the same order.
@@ -11,16 +12,18 @@ follows. All ranks of a group start the same ones in the same order.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nlscale.config.vocabulary import WireFormat
-from nlscale.levels.spectrum import BF16_AT_ONCE, reduction_bytes
+from nlscale.levels.homes import Cut, Homes, cut_at_homes
+from nlscale.levels.spectrum import BF16_AT_ONCE, reduction_bytes, sent_bytes
 from nlscale.ops.moments import Moment, now, seconds_between
 from nlscale.parallel.layout import Layout
 
@@ -32,9 +35,13 @@ class Wire:
         layout: this rank's place.
         gathered: bytes of a parameter that the nodes gather after they have updated their parts
             (`nlscale.levels.spectrum.gathered_bytes`); None: every node gets all sums.
+        homes: which node has which parameter; None: they have equal parts of every shard.
     """
 
-    def __init__(self, layout: Layout, gathered: int | None = None) -> None:
+    def __init__(
+        self, layout: Layout, gathered: int | None = None, homes: Homes | None = None
+    ) -> None:
+        self._homes = homes
         self._group, self._nodes = layout.across_nodes, layout.nodes
         self._node, self._gathered = layout.node_rank, gathered
         self._device = layout.device
@@ -54,6 +61,7 @@ class Wire:
         shard: Tensor,
         wire: WireFormat = WireFormat.fp32,
         before: Callable[[], None] | None = None,
+        cut: Cut | None = None,
     ) -> None:
         """Begin to sum a shard over the nodes, in place; it is the caller's again after `finish`.
 
@@ -64,16 +72,23 @@ class Wire:
             wire: how it crosses.
             before: what is to be done first, on the same stream or thread: wait for the shard, or
                 add to it.
+            cut: of the shard (`cut`).
         """
         group = self._group
         assert group is not None and self._beside is not None, "there are no other nodes"
         scatters = self._gathered is not None
-        self.bytes += reduction_bytes(shard.numel(), self._nodes, wire, 0 if scatters else None)
+        crosses = shard.numel() * (self._nodes - 1) / self._nodes
+        if cut is not None:
+            crosses = shard.numel() - self._mine(cut)
+        self.bytes += crosses * sent_bytes(wire, 0 if scatters else None)
 
         def work() -> None:
             if before is not None:
                 before()
-            _SUMS[wire, scatters](shard, group)
+            if cut is None:
+                _SUMS[wire, scatters](shard, group)
+            else:
+                _SUMS_AT_HOME[wire](shard, cut, group)
 
         self._beside.run(work)
 
@@ -100,11 +115,43 @@ class Wire:
         """Which part of how many this node has of each shard (`part_of`)."""
         return (0, 1) if self._gathered is None else (self._node, self._nodes)
 
-    def gather(self, shards: list[Tensor]) -> None:
+    def cut(self, buffer: Any, bucket: Any, begin: int, end: int) -> Cut | None:
+        """What each node has of a range of a bucket; None: parts that follow from its length.
+
+        Args:
+            buffer: megatron-core's.
+            bucket: of it.
+            begin: of the range, in the buffer.
+            end: of it.
+        """
+        if self._homes is None:
+            return None
+        places = sorted((*buffer.param_index_map[p][:2], self._homes.get(p))
+                        for p in bucket.params_list)  # fmt: skip
+        return cut_at_homes(places, begin, end, self._nodes)
+
+    def owned(self, cut: Cut | None, length: int) -> list[slice]:
+        """What this node has of a shard of a length."""
+        return [slice(*part_range(length, *self.part))] if cut is None else cut[self._node]
+
+    def at_home(self, parameter: Any) -> bool:
+        """Whether this node has of a parameter what its ranks update: but for cut ones, all."""
+        return self._homes is None or self._homes.get(parameter, self._node) == self._node
+
+    def _mine(self, cut: Cut) -> int:
+        return sum(each.stop - each.start for each in cut[self._node])
+
+    def gather(self, shards: list[Tensor], cuts: Sequence[Cut | None]) -> None:
         """Fill in the parts of these that the other nodes have, in place, now."""
         if self._gathered is None or self._group is None:
             return
-        for shard in shards:
+        for shard, cut in zip(shards, cuts, strict=True):
+            if cut is not None:
+                self.bytes += (self._nodes - 1) * self._mine(cut) * shard.itemsize
+                for node, slices in enumerate(cut):
+                    for each in slices:
+                        dist.broadcast(_bytes(shard[each]), group=self._group, group_src=node)
+                continue
             self.bytes += (self._nodes - 1) / self._nodes * shard.nbytes
             even = shard.numel() // self._nodes * self._nodes
             if even:
@@ -166,6 +213,31 @@ def _scatter_in_bf16(shard: Tensor, group: dist.ProcessGroup) -> None:
         mine.copy_(_added_up(sent.view(-1), group)[: mine.numel()])
 
 
+def _reduce_as_it_is(shard: Tensor, cut: Cut, group: dist.ProcessGroup) -> None:
+    """To the node that has it; elsewhere the shard is then anything finite."""
+    for node, slices in enumerate(cut):
+        for each in slices:
+            dist.reduce(shard[each], group_dst=node, group=group)
+
+
+def _reduce_in_bf16(shard: Tensor, cut: Cut, group: dist.ProcessGroup) -> None:
+    """To the node that has it, which adds up in fp32."""
+    nodes, mine = group.size(), group.rank()
+    for node, slices in enumerate(cut):
+        for piece in (p for each in slices for p in shard[each].split(_PIECE)):
+            sent, here = piece.bfloat16(), node == mine
+            arrived = sent.new_empty(nodes * piece.numel() if here else 0)
+            dist.all_to_all_single(
+                _bytes(arrived),
+                _bytes(sent),
+                [2 * piece.numel() * here] * nodes,
+                [2 * piece.numel() * (other == node) for other in range(nodes)],
+                group=group,
+            )
+            if here:
+                piece.copy_(arrived.view(nodes, -1).float().sum(dim=0))
+
+
 def _added_up(sent: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over the nodes of the part of this one, fp32; of each node's parts in order, bf16."""
     arrived = torch.empty_like(sent)
@@ -185,6 +257,9 @@ _SUMS = {
     (WireFormat.bf16, True): _scatter_in_bf16,
 }
 """By format, and whether each node is to have its part alone."""
+
+_SUMS_AT_HOME = {WireFormat.fp32: _reduce_as_it_is, WireFormat.bf16: _reduce_in_bf16}
+"""By format, of a shard that is cut."""
 
 _PIECE = BF16_AT_ONCE // 8
 """Elements, of which each takes 2 bytes to send, 2 that arrive and 4 to add up."""

@@ -29,6 +29,12 @@ class OnWhole:
     """As often it comes back."""
     every: str | None = None
     """Key of `optimizer` that says every how many updates of a block; None: at each."""
+    ranges: int = 2
+    """fp32 values of each element of a rank's ranges that are held meanwhile, beside what is kept:
+    gradients, what is given, and what calls before have returned."""
+    beside: int = 0
+    """Values of each element of the matrices of a shape that are held while Newton-Schulz runs,
+    beside its argument."""
 
 
 @dataclass(frozen=True)
@@ -109,19 +115,19 @@ _TABLE: dict[str, Rule] = {
         "nlscale.optim.m3:M3",
         state=("momentum", "second_moment", "slow_momentum", "slow_direction"),
         whole_matrices=True,
-        on_whole=(OnWhole(), OnWhole(every="m3.every")),
+        on_whole=(OnWhole(), OnWhole(every="m3.every", ranges=3)),
     ),
     "delta": Rule(
         "nlscale.optim.delta:Delta",
         state=("momentum",),
         whole_matrices=True,
-        on_whole=(OnWhole(given=2, results=2),),
+        on_whole=(OnWhole(given=2, results=2, ranges=1, beside=5),),
     ),
     "deep": Rule(
         "nlscale.optim.deep:Deep",
         state=("momentum", "network"),
         whole_matrices=True,
-        on_whole=(OnWhole(given=3, results=2),),
+        on_whole=(OnWhole(given=3, results=2, ranges=1, beside=5),),
     ),
 }
 

@@ -55,7 +55,7 @@ class Layout:
     """All ranks over gloo, for what goes on beside the training: writing checkpoints."""
     replica: dist.ProcessGroup
     """All ranks of one copy of the optimizer state: its tensor, pipeline and within-node ranks;
-    with `parallel.shard_optimizer=all` the run's."""
+    with `parallel.shard_optimizer` all or matrices the run's."""
     matrices: dist.ProcessGroup | None
     """The ranks that together hold the optimizer's state of this pipeline stage: its tensor and
     within-node ranks; with `parallel.shard_optimizer=all` those of all nodes. None: this rank."""

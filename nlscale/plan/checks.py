@@ -163,10 +163,11 @@ def _pipeline(config: Config) -> None:
 
 def _sharding(config: Config) -> None:
     every_step = config.levels.reduction == Reduction.every_step
-    if config.parallel.shard_optimizer == Sharding.all and every_step:
+    way = config.parallel.shard_optimizer
+    if way != Sharding.node and every_step:
         raise UserError(
-            "parallel.shard_optimizer=all sums a window where it is updated, once it is due, and "
-            "levels.reduction=every-step sums before; use levels.reduction=deferred, or "
+            f"parallel.shard_optimizer={way.value} sums a window where it is updated, once it is "
+            "due, and levels.reduction=every-step sums before; use levels.reduction=deferred, or "
             "parallel.shard_optimizer=node"
         )
 

@@ -32,6 +32,7 @@ _RANK = {
     "windows": Field("number", "bytes", "sums of the levels of a period above 1, in fp32"),
     "optimizer": Field("number", "bytes", "what the rule keeps, and fp32 weights beside bf16 ones"),
     "activations": Field("number", "bytes", "of the micro batches in flight"),
+    "update": Field("number", "bytes", "that an update takes in passing, in place of activations"),
     "validation": Field(
         "number", "bytes", "of one micro batch without a backward pass, in place of activations"
     ),
@@ -176,14 +177,20 @@ PLAN: Mapping[str, Field] = {
             ),
         },
     ),
-    "shard_optimizer": Field("text", "", "`parallel.shard_optimizer`: `node` or `all`"),
+    "shard_optimizer": Field("text", "", "`parallel.shard_optimizer`: `node`, `all` or `matrices`"),
     "sharding": Field(
         "object",
         "",
-        "what each of the two comes to",
+        "what each of them comes to",
         fields={
             "node": Field("object", "", "sharded over the ranks of a node", fields=_SHARDED),
             "all": Field("object", "", "sharded over those of all nodes", fields=_SHARDED),
+            "matrices": Field(
+                "object",
+                "",
+                "the same, matrices of rules over whole ones by nodes",
+                fields=_SHARDED,
+            ),
         },
     ),
     "whole_matrices": Field(

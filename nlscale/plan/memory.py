@@ -6,12 +6,14 @@
                   a level that crosses in bf16 takes in passing
     optimizer     what the rules keep (8 bytes a parameter, Adam's moments; of each level and of
                   matrices by their own rule), and with bf16 4 more, the fp32 weights; sharded over
-                  a node, or with `parallel.shard_optimizer=all` over all nodes
+                  a node, or with `parallel.shard_optimizer` all or matrices over all nodes
     activations   what `nlscale.plan.activations` counts, for the micro batches in flight
 
-Between steps there are no activations, but for a while something else, and the larger counts:
+After the backward pass there are no activations, but for a while something else, and the largest
+counts:
 
     validation    one micro batch without a backward pass: a block, or the head
+    update        what the optimizer takes in passing (`nlscale.plan.update`)
     comparison    what a comparison of the replicas takes in passing
 
 Sharded over a node: divided by the data-parallel ranks of one node. `USABLE` of the memory counts
@@ -32,11 +34,12 @@ from nlscale.model.mixers.table import mixer
 from nlscale.model.stages import stage_blocks
 from nlscale.plan.activations import Activations
 from nlscale.plan.pipeline import most_kept
+from nlscale.plan.update import update_bytes
 
 USABLE = 0.9
 """Share of a GPU's memory that a run may fill by this count **[choice]**."""
 GIB = 2**30
-_BETWEEN_STEPS = ("validation", "comparison")
+_IN_THEIR_PLACE = ("update", "validation", "comparison")
 
 
 @dataclass(frozen=True)
@@ -48,20 +51,26 @@ class RankMemory:
     windows: float
     optimizer: float
     activations: float
-    validation: float
+    update: float
     """In place of activations, while there are none."""
+    validation: float
+    """Likewise."""
     comparison: float
     """Likewise."""
 
     @property
     def terms(self) -> dict[str, float]:
         """Bytes of each term that a step holds, by its name."""
-        return {name: size for name, size in asdict(self).items() if name not in _BETWEEN_STEPS}
+        return {name: size for name, size in asdict(self).items() if name not in _IN_THEIR_PLACE}
 
     @property
     def total(self) -> float:
-        between = max(self.validation, self.comparison) - self.activations
-        return sum(self.terms.values()) + max(0.0, between)
+        return sum(self.terms.values()) + max(0.0, self.instead - self.activations)
+
+    @property
+    def instead(self) -> float:
+        """The largest of what takes the place of activations."""
+        return max(getattr(self, name) for name in _IN_THEIR_PLACE)
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ def memory(
     bf16 = config.train.dtype == Dtype.bf16
     ranks, batch = config.parallel.pipeline, Activations(config, vocabulary)
     stages = stage_blocks(config, vocabulary)
-    spread = in_node * (group_nodes if config.parallel.shard_optimizer == Sharding.all else 1)
+    spread = in_node * (group_nodes if config.parallel.shard_optimizer != Sharding.node else 1)
     result = []
     for rank in range(ranks):
         mine = stages[rank::ranks]
@@ -129,6 +138,13 @@ def memory(
                 windows=waiting * 4 / in_node + _crossing(levels, held, in_node),
                 optimizer=(kept_by_rules + parameters * (4 if bf16 else 0)) / spread,
                 activations=kept + batch.transient() + batch.gathered(),
+                update=update_bytes(
+                    config,
+                    levels,
+                    vocabulary,
+                    [depth for blocks in mine for depth in blocks],
+                    config.parallel.tensor * spread,
+                ),
                 validation=batch.forward(head=config.model.layers in [b.stop for b in mine]),
                 comparison=_comparison(config, vocabulary),
             )

@@ -151,13 +151,14 @@ class Plan:
         - `checkpoint`: `bytes` on disk; `inter_node_bytes`, the reduction of unfinished windows;
           `host_bytes`, the copy in a node's memory to write from; `largest_file_bytes` of `files`;
           `resume_bytes` that all ranks read; of one checkpoint, at most
-        - `shard_optimizer`: as configured; `sharding`: of `node` and `all`, each with
+        - `shard_optimizer`: as configured; `sharding`: of each way, with
           `optimizer_bytes` and `total_bytes` on the fullest GPU and `mean_bytes_per_step`
         - `whole_matrices`: of rules over such, null without any; see `nlscale.plan.whole.WholePlan`
         - `memory`: `ranks`, a list over the pipeline ranks of the bytes on one GPU, `weights`,
-          `gradients`, `windows`, `optimizer`, `activations` and, in place of the latter between
-          steps, `validation` and `comparison` of the replicas; `total`; `fullest`, the one that
-          needs most; `gpu_bytes`, what a GPU has; `usable_share`, how much of it counts
+          `gradients`, `windows`, `optimizer`, `activations` and, in place of the latter after the
+          backward pass, `update`, `validation` and `comparison` of the replicas; `total`;
+          `fullest`, the one that needs most; `gpu_bytes`, what a GPU has; `usable_share`, how much
+          of it counts
         - `fits`: whether `total` of the fullest is within the usable share
         - `pipeline`: `ranks`, `virtual_stages`, `micro_batches`, `bubble` (share of a step in
           which a rank waits), `imbalance` (cost of the costliest stage over the mean)

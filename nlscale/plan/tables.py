@@ -8,7 +8,7 @@ from rich.table import Table
 
 from nlscale.config.units import human_bytes, human_count
 from nlscale.config.vocabulary import Sharding
-from nlscale.plan.memory import GIB, USABLE
+from nlscale.plan.memory import GIB, USABLE, RankMemory
 from nlscale.plan.plan import Exposure, Plan, Sharded
 from nlscale.plan.programs import WANTED
 from nlscale.plan.whole import WholePlan
@@ -110,10 +110,19 @@ def _sharding(plan: Plan) -> str:
             f"{human_bytes(found.mean_bytes_per_step)} a step from a node"
         )
 
-    chosen = "this run's" if plan.shards == Sharding.all else "parallel.shard_optimizer=all"
-    return (
+    def way(of: Sharding) -> str:
+        return "this run's" if plan.shards == of else f"parallel.shard_optimizer={of.value}"
+
+    line = (
         f"Optimizer state over the GPUs of a node: {said(node)}; over those of all nodes "
-        f"({chosen}): {said(spread)}."
+        f"({way(Sharding.all)}): {said(spread)}"
+    )
+    if plan.whole is None:
+        return f"{line}."
+    whole = plan.sharding[Sharding.matrices]
+    return (
+        f"{line}; with each matrix on one node ({way(Sharding.matrices)}): the same, and "
+        f"{human_bytes(whole.mean_bytes_per_step)} a step."
     )
 
 
@@ -236,8 +245,7 @@ def _memory(plan: Plan) -> Table:
     table.add_column("memory", no_wrap=True)
     for name in (*rank.terms, "total", "of"):
         table.add_column(name, justify="right", no_wrap=True)
-    decimals = 2 if rank.total >= GIB else 4
-    sizes = [f"{size / GIB:.{decimals}f}" for size in (*rank.terms.values(), rank.total)]
+    sizes = [_in_gib(size, rank) for size in (*rank.terms.values(), rank.total)]
     table.add_row("GiB", *sizes, f"{plan.memory.gpu_gib:g}")
     return table
 
@@ -251,6 +259,18 @@ def _explain_memory(plan: Plan, console: Console) -> None:
         f"Of {which}. {USABLE:.0%} of the memory, {memory.usable_gib:.3g} GiB, counts as usable; "
         f"the rest is for NCCL, fragmentation and what is not counted."
     )
+    rank = memory.largest
+    more = rank.instead - rank.activations
+    console.print(
+        f"When activations are gone, an update takes {_in_gib(rank.update, rank)} GiB in passing, "
+        f"a validation {_in_gib(rank.validation, rank)}, a comparison of the replicas "
+        f"{_in_gib(rank.comparison, rank)}"
+        + (f"; {_in_gib(more, rank)} more than activations, in the total." if more > 0 else ".")
+    )
+
+
+def _in_gib(size: float, rank: RankMemory) -> str:
+    return f"{size / GIB:.{2 if rank.total >= GIB else 4}f}"
 
 
 def _explain_pipeline(plan: Plan, console: Console) -> None:

@@ -3,8 +3,8 @@
 Gradients cross in fp32, or as a level's `wire` says. Each data-parallel rank of a node reduces its
 shard over the ranks that hold the same shard on the other nodes, so that together they send what
 one ring all-reduce over the nodes would (`nlscale.levels.spectrum.reduction_bytes`). With
-`parallel.shard_optimizer=all` they send sums once, and the parameters that they have updated;
-and whole matrices, where rules take such, go to their owners and back.
+`parallel.shard_optimizer` all or matrices they send sums once, and the parameters that they have
+updated; with all, whole matrices, where rules take such, go to their owners and back.
 
 Ranks are numbered tensor first, then data, then pipeline. With a pipeline over several nodes a
 node holds some of its ranks only, and a data-parallel group spans some of the nodes only; the

@@ -2,10 +2,11 @@
 
 Every rank sends its ranges to the owners and what it owns back (`nlscale.levels.exchange`), in
 expectation an equal part to each rank that shares the optimizer's state: those of a pipeline stage
-on one node, or with `parallel.shard_optimizer=all` on all of a data-parallel group. Which matrix is
-whose decides how long a step computes: its sync groups follow each other, and each waits for the
-owner with most to do. Left out: latency, the sums of squares that m3 scales by, what delta and deep
-compute beside Newton-Schulz, and how fast the GPUs of a node reach each other.
+on one node, or with `parallel.shard_optimizer=all` on all of a data-parallel group. With `matrices`
+each lies on one node, and only the ranks of that have ranges of it. Which matrix is whose decides
+how long a step computes: its sync groups follow each other, and each waits for the owner with most
+to do. Left out: latency, the sums of squares that m3 scales by, what delta and deep compute beside
+Newton-Schulz, and how fast the GPUs of a node reach each other.
 """
 
 from __future__ import annotations
@@ -93,11 +94,12 @@ def whole_plan(
     taking = [level for level in levels if by_level[level.index].shapes]
     if not taking:
         return None
-    spread = config.parallel.shard_optimizer == Sharding.all
+    spread = config.parallel.shard_optimizer != Sharding.node
     of_node = config.parallel.tensor * in_node
     owners = of_node * (group_nodes if spread else 1)
     sent, longest = _series(config, levels, vocabulary, owners)
-    of_value = value_bytes(config) / owners * (of_node - 1) / owners
+    at_home = config.parallel.shard_optimizer == Sharding.matrices
+    of_value = value_bytes(config) / owners * (of_node - 1) / (of_node if at_home else owners)
     blocks = layers * (1 if spread else group_nodes)
     flops = sum(blocks * by_level[own.index].flops / own.period for own in taking)
     values = sum(

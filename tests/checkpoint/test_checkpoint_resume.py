@@ -35,6 +35,7 @@ LAYOUTS = {
     "8-four-nodes": (8, 2, []),
     "4-two-nodes-all": (4, 2, ["parallel.shard_optimizer=all"]),
     "8-four-nodes-all": (8, 2, ["parallel.shard_optimizer=all"]),
+    "4-two-nodes-matrices": (4, 2, ["parallel.shard_optimizer=matrices"]),
     "tp2": (2, 2, ["parallel.tensor=2"]),
     "tp2-pp2": (4, 4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "tp2-sp-pp2x2": (
@@ -97,6 +98,7 @@ def saved_only_at(folder: Path, step: int, copy: Path) -> Path:
         ("4-two-nodes", 7, "bf16", []),
         ("4-two-nodes-all", 12, "fp32", []),
         ("4-two-nodes-all", 7, "bf16", RULES),
+        ("4-two-nodes-matrices", 7, "bf16", RULES),
         ("tp2-pp2", 7, "fp32", RULES),
         ("tp2-sp-pp2x2", 4, "bf16", []),
     ],
@@ -186,15 +188,23 @@ def test_resuming_on_another_layout_is_within_rounding(
     assert result["classes"]["samples"]["bitwise"]
 
 
-@pytest.mark.parametrize(("one", "other"), [("tp2-pp2", "4"), ("4-two-nodes-all", "tp2-sp-pp2x2")])
+@pytest.mark.parametrize(
+    ("one", "other", "more"),
+    [
+        ("tp2-pp2", "4", []),
+        ("4-two-nodes-all", "tp2-sp-pp2x2", []),
+        ("tp2-pp2", "4-two-nodes-matrices", RULES),
+    ],
+)
 def test_another_layout_loads_the_very_same_state(
-    tmp_path: Path, whole: Whole, one: str, other: str
+    tmp_path: Path, whole: Whole, one: str, other: str, more: list[str]
 ) -> None:
     # no step after resuming: what was loaded, windows half full, is written again by other ranks
-    folder, _ = whole(one, 7, "train.dtype=fp32")
+    folder, _ = whole(one, 7, "train.dtype=fp32", *more)
     again = saved_only_at(folder, 7, tmp_path / "again")
     ranks, per_node, spread = LAYOUTS[other]
-    world.run(ranks, load_and_save, [*BASE, BATCH, *spread], again, ranks_per_node=per_node)
+    keys = [*BASE, BATCH, *spread, *more]
+    world.run(ranks, load_and_save, keys, again, ranks_per_node=per_node)
     before, after = checkpoint(folder, 7), checkpoint(again, 7)
     assert before.state["layout"] != after.state["layout"]
     assert any(name.startswith("window/") for name in before.tensors())

@@ -301,12 +301,37 @@ def test_explain_shows_value_and_meaning() -> None:
     assert "steps: 7" in recipe.explain(loaded, "train")
 
 
+def test_explain_says_what_a_level_has_of_the_optimizer() -> None:
+    own = "{period: 4, optimizer: {muon: {momentum: 0.8}, matrices: {learning_rate: 2}}}"
+    loaded = recipe.load(None, ["data.dir=x", f"levels=[1,{own}]", "optimizer.rule=muon"])
+
+    def lines(key: str) -> list[str]:
+        return recipe.explain(loaded, f"levels.spectrum.{key}").splitlines()[:2]
+
+    default = "the default, nlscale/config/vocabulary.py"
+    assert lines("1.optimizer.rule") == [
+        "levels.spectrum.1.optimizer.rule = muon",
+        "  from: optimizer.rule of the run: the command line",
+    ]
+    assert lines("1.optimizer.muon.momentum") == [
+        "levels.spectrum.1.optimizer.muon.momentum = 0.8",
+        "  from: the command line",
+    ]
+    assert lines("1.optimizer.matrices.learning_rate")[0].endswith("= 2.0")
+    assert lines("0.optimizer.muon.momentum") == [
+        "levels.spectrum.0.optimizer.muon.momentum = 0.95",
+        f"  from: optimizer.muon.momentum of the run: {default}",
+    ]
+
+
 @pytest.mark.parametrize(
     ("key", "says"),
     [
         ("train.stes", "train.steps"),
         ("levels.spectrum.9.period", "use 0 to 0"),
         ("levels.spectrum.0.perod", "levels.spectrum.0.period"),
+        ("levels.spectrum.0.optimizer.rul", "did you mean 'optimizer.rule'"),
+        ("levels.spectrum.0.optimizer.learning_rate", "beside its optimizer"),
         ("", "--keys"),
     ],
 )

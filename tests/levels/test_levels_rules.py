@@ -6,6 +6,7 @@ import pytest
 import world
 from levels.level_runs import largest_difference, run_engine
 from levels.plain_rules import run_plain
+from levels.test_levels_engine import PADDING
 
 # Sums in another order, through eight updates.
 TOLERANCE = 1e-5
@@ -26,6 +27,8 @@ LAYOUTS = {
     "pp2-two-nodes": (4, 2, ["parallel.pipeline=2"]),
     "tp2-two-nodes": (4, 2, ["parallel.tensor=2"]),
     "dp2-two-nodes-all": (4, 2, ["parallel.shard_optimizer=all"]),
+    "dp2-two-nodes-matrices": (4, 2, ["parallel.shard_optimizer=matrices"]),
+    "tp2-two-nodes-matrices": (4, 2, ["parallel.tensor=2", "parallel.shard_optimizer=matrices"]),
     "tp2-pp2-two-nodes-all": (8, 4, ["parallel.tensor=2", "parallel.pipeline=2",
                                      "parallel.shard_optimizer=all"]),
 }  # fmt: skip
@@ -72,5 +75,8 @@ def test_a_rule_on_a_layout_is_that_of_one_process(
         # The plan takes owners to be anywhere; of few matrices some own what they hold already.
         planned = sum(results[0]["bytes_by_step"])
         assert 0.8 * planned <= results[0]["sent"] <= 1.05 * planned
+    if layout == "dp2-two-nodes-matrices":  # no matrix crosses: all is as planned
+        planned = sum(results[0]["bytes_by_step"])
+        assert results[0]["sent"] == pytest.approx(planned, rel=PADDING)
     if "parallel.tensor=2" not in keys and "parallel.pipeline=2" not in keys:
         assert len({tuple(result["hashes"]) for result in results}) == 1, "replicas differ"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import weakref
 from typing import Any
 
 import pytest
@@ -83,36 +82,7 @@ def _live_bytes(config: Config, model: Any, backward: bool) -> tuple[int, int]:
     wanted = kept_bytes(config)
     import torch
     from megatron.core.parallel_state import get_global_memory_buffer
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    class Live(TorchDispatchMode):
-        """Bytes of all storages made since, while something holds them."""
-
-        now = peak = 0
-
-        def __init__(self, others: list[Any]) -> None:
-            super().__init__()
-            self.known = {tensor.untyped_storage()._cdata for tensor in others}
-
-        def __torch_dispatch__(
-            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            out = function(*args, **(kwargs or {}))
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, torch.Tensor):
-                    storage = tensor.untyped_storage()
-                    key, size = storage._cdata, storage.nbytes()
-                    if size and key not in self.known:
-                        self.known.add(key)
-                        self.now += size
-                        weakref.finalize(storage, self.free, key, size)
-            self.peak = max(self.peak, self.now)
-            return out
-
-        def free(self, key: int, size: int) -> None:
-            self.known.discard(key)
-            self.now -= size
+    from plan.live import Live
 
     get_global_memory_buffer().buffer.clear()
     others = []

@@ -49,6 +49,9 @@ SPREAD = [
 ]
 
 
+LEVELS = spectrum(make().levels, 1)
+
+
 def parameters_of_stages() -> list[list[list[int]]]:
     """[configuration][pipeline rank][level]: what a tensor-parallel rank really holds."""
     from nlscale.model.decoder import Decoder
@@ -137,10 +140,22 @@ def test_between_steps_a_rank_holds_what_is_planned(overrides: tuple[str, ...]) 
     planned = memory(config, spectrum(config.levels, 1), VOCABULARY, in_node, 1)
     found = world.run(2, bytes_between_steps, *overrides)
     for rank, real, _ in found:
-        assert planned[rank].total - planned[rank].activations == pytest.approx(real, rel=0.02)
+        state = sum(planned[rank].terms.values()) - planned[rank].activations
+        assert state == pytest.approx(real, rel=0.02)
     for rank, one in enumerate(planned):
         updates = sum(each for held_by, _, each in found if held_by == rank)
         assert one.optimizer * in_node * config.parallel.tensor == updates
+
+
+def test_what_takes_the_place_of_activations_counts_where_it_is_more() -> None:
+    keys = ["optimizer.rule=muon", "train.dtype=bf16"]
+    short, long = (
+        memory(make(*keys, f"data.sequence_length={n}"), LEVELS, VOCABULARY, 1, 1)[0]
+        for n in (16, 4096)
+    )
+    assert short.update == long.update > short.activations
+    assert short.total == sum(short.terms.values()) - short.activations + short.update
+    assert long.total == sum(long.terms.values()) and long.activations > long.update
 
 
 def test_a_pipeline_rank_keeps_the_micro_batches_in_flight() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import world
-from levels.level_runs import VOCABULARY, load, sequences
+from levels.level_runs import VOCABULARY, load, run_engine, sequences
+from levels.test_levels_engine import PADDING
 from plan.test_plan_link import cluster, make
 
 from nlscale.levels.passes import group_matrices, matrices_by_level, value_bytes
@@ -92,6 +93,14 @@ def test_a_run_sends_and_owners_compute_what_is_planned() -> None:
                 assert g.longest(2) == [max(work)]
 
 
+def test_matrices_that_lie_on_all_nodes_alike_send_what_is_planned() -> None:
+    # Cut into parts much smaller than a matrix; of larger parts it matters who owns what.
+    keys = ["parallel.shard_optimizer=all", "parallel.bucket_size=1000", "optimizer.rule=muon"]
+    keys += ["model.layers=2", "levels=[1]", "data.sequence_length=16", "train.global_batch=4"]
+    results = world.run(4, run_engine, [*keys, "train.steps=2"], ranks_per_node=2)
+    assert results[0]["sent"] == pytest.approx(sum(results[0]["bytes_by_step"]), rel=PADDING)
+
+
 def test_a_node_sends_its_part_of_the_matrices_to_the_others() -> None:
     keys = ["levels=[1,8]", "train.global_batch=32", "train.dtype=bf16", "optimizer.m3.every=4"]
     keys += ["parallel.tensor=2"]
@@ -116,6 +125,14 @@ def test_a_node_sends_its_part_of_the_matrices_to_the_others() -> None:
     share = (of_node - 1) / (4 * of_node)
     assert m3.whole.in_node_bytes_per_step == pytest.approx(2 * values / (4 * of_node) * share)
     assert m3.whole.in_node_peak_bytes > m3.whole.in_node_bytes_per_step
+
+    home = planned("m3", "matrices")
+    assert home.whole.inter_node_bytes_per_step == 0 and home.aligned.mean == adamw.aligned.mean
+    assert home.whole.owners == m3.whole.owners
+    share = (of_node - 1) / of_node
+    assert home.whole.in_node_bytes_per_step == pytest.approx(2 * values / (4 * of_node) * share)
+    assert home.whole.to_model_flops == m3.whole.to_model_flops
+    assert home.memory.largest.optimizer == m3.memory.largest.optimizer
 
     muon = planned("muon", "node")
     assert muon.aligned.mean == planned("adamw", "node").aligned.mean
