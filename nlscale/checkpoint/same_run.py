@@ -32,6 +32,10 @@ _FREE = (
 compared by what they are."""
 
 
+TOKENIZER = "data.tokenizer"
+"""What `resume.allow` calls a tokenizer that is another one than that of the run that was begun."""
+
+
 class OtherSettings(UserError):
     """The run that was saved had other settings, which nobody has allowed to differ."""
 
@@ -59,10 +63,8 @@ def check_same_run(config: Config, data: dict[str, Any], state: dict[str, Any], 
             f"{where} is damaged: its state holds no {' and no '.join(lacking)}; give another "
             f"run.dir, or take that checkpoint away"
         )
-    changed = changed_keys(config, state["config"])
-    if data != state["data"]:
-        changed["data"] = (state["data"], data)
-    unknown = set(config.resume.allow) - set(changed) - {"data", *recipe.all_keys()}
+    changed = changed_keys(config, state["config"]) | changed_data(data, state["data"])
+    unknown = set(config.resume.allow) - set(changed) - {"data", TOKENIZER, *recipe.all_keys()}
     if unknown:
         raise UserError(f"resume.allow: unknown key {sorted(unknown)[0]!r}")
     if "train.steps" in changed and _length_has_not_mattered(config, state, changed):
@@ -81,6 +83,24 @@ def check_same_run(config: Config, data: dict[str, Any], state: dict[str, Any], 
             f"{where} has taken {taken:,} steps, and train.steps is {config.train.steps:,}; give "
             f"{taken:,} or more, or another run.dir with resume.start=... an earlier checkpoint"
         )
+
+
+def changed_data(now: dict[str, Any], before: Any) -> dict[str, tuple[Any, Any]]:
+    """What makes data others than those of a run that was saved: (before, now) by key.
+
+    Their tokenizer is a key of its own, `TOKENIZER`, as other text may be meant and other ids of
+    the same text hardly are. Where one of both was written before it was recorded, it is the same.
+    """
+    if not isinstance(before, dict):
+        return {"data": (before, now)}
+    names = [data.get("tokenizer") for data in (before, now)]
+    rest = [{k: v for k, v in data.items() if k != "tokenizer"} for data in (before, now)]
+    changed: dict[str, tuple[Any, Any]] = {}
+    if None not in names and names[0] != names[1]:
+        changed[TOKENIZER] = (names[0], names[1])
+    if rest[0] != rest[1]:
+        changed["data"] = (rest[0], rest[1])
+    return changed
 
 
 def changed_keys(config: Config, saved: Any) -> dict[str, tuple[Any, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nlscale.config import recipe
-from nlscale.config.arguments import figure, number, path, whole
+from nlscale.config.arguments import figure, number, path, size, whole
 from nlscale.config.vocabulary import Config
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "figure",
     "number",
     "path",
+    "size",
     "whole",
 ]
 

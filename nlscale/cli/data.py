@@ -14,10 +14,11 @@ from types import FrameType
 from rich.console import Console
 from rich.table import Table
 
-from nlscale.cli.arguments import add_cluster, number, path, whole
+from nlscale.cli.arguments import add_cluster, number, path, size, whole
 from nlscale.cluster.life.owner import hold
 from nlscale.cluster.life.signals import handled
 from nlscale.data.index import (
+    DEFAULT_BPE_SAMPLE,
     DEFAULT_FIELD,
     DEFAULT_HELD_OUT,
     DEFAULT_SHARD_TOKENS,
@@ -54,17 +55,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_source,
         required=True,
         metavar="PATH",
-        help="files or folders (.txt .rst .md .py: one document a file; .jsonl .ndjson .json and "
-        ".parquet: the field or column 'text'; all but .parquet also with .gz .zst .bz2 .xz), or "
+        help="files or folders (.txt .rst .md .py: one document a file; .jsonl .ndjson .json .csv "
+        "and .parquet: the field or column 'text'; .tar: samples of webdataset; all but .parquet "
+        "also with .gz .zst .bz2 .xz; tokens: .bin of Megatron, .ds of datatrove, .npy), or "
         "stdlib: the Python standard library's own text, or one task by itself, such as "
         "'task:mqar(length=64, pairs=8)'; `--source task:` lists the tasks",
     )
     build.add_argument(
         "--tokenizer",
-        metavar="bytes|bpe:N|FOLDER",
+        metavar="bytes|bpe:N|file:JSON|FOLDER",
         help="of text, which needs one. bytes: UTF-8 bytes, vocabulary 256; bpe:N: a byte-level "
-        "BPE of N ids, trained on the source text; a folder: the tokenizer.json in it, of a "
-        "model or of other data",
+        "BPE of N ids, trained on the source text; file:PATH/tokenizer.json: of Hugging Face; a "
+        "folder: the tokenizer.json in it, of a model or of other data. Tokens are read with one "
+        "of the last two, which has made them",
+    )
+    build.add_argument(
+        "--separator",
+        metavar="TOKEN",
+        help="the token of a given tokenizer that ends a document (default: <|endoftext|>, or the "
+        "eos_token of the tokenizer_config.json beside it)",
+    )
+    build.add_argument(
+        "--vocabulary-multiple",
+        type=whole(least=1),
+        metavar="N",
+        help="round the vocabulary up to a multiple, such as 128, with ids that never occur",
+    )
+    build.add_argument(
+        "--bpe-sample",
+        type=size,
+        default=DEFAULT_BPE_SAMPLE,
+        metavar="SIZE",
+        help="the most text to train a BPE on, such as 256MiB, in characters (default: 64MiB)",
     )
     build.add_argument("--out", type=path, metavar="DIR", help="the data folder to make")
     build.add_argument(
@@ -97,8 +119,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--text-field",
         default=DEFAULT_FIELD,
-        metavar="NAME",
-        help="the field or column that holds the text (default: %(default)s)",
+        metavar="NAME|TEMPLATE",
+        help="the field or column that holds the text, or a template of several, such as "
+        "'{title}\\n\\n{text}' (default: %(default)s)",
     )
     build.add_argument(
         "--max-lost",
@@ -218,7 +241,8 @@ def _build_text(args: argparse.Namespace) -> Index | None:
 
     if args.tokenizer is None:
         raise UserError(
-            "no --tokenizer; use bytes, or bpe:N such as bpe:32000, or a folder with one"
+            "no --tokenizer; use bytes, or bpe:N such as bpe:32000, or file:PATH/tokenizer.json, "
+            "or a folder with one"
         )
     if args.examples is not None:
         raise UserError("--examples is for tasks, and the sources are text; leave it out")
@@ -238,6 +262,9 @@ def _build_text(args: argparse.Namespace) -> Index | None:
         "shard_tokens": args.shard_tokens,
         "seed": args.seed,
         "text_field": args.text_field,
+        "separator": args.separator,
+        "vocabulary_multiple": args.vocabulary_multiple,
+        "bpe_sample": args.bpe_sample,
         "duplicates": args.duplicates,
         "max_lost": args.max_lost,
         "overwrite": args.overwrite,
@@ -284,6 +311,9 @@ def _build_task(args: argparse.Namespace) -> Index:
         raise UserError("a task is a source by itself; build a folder for each source")
     of_text = {
         "--tokenizer": args.tokenizer is not None,
+        "--separator": args.separator is not None,
+        "--vocabulary-multiple": args.vocabulary_multiple is not None,
+        "--bpe-sample": args.bpe_sample != DEFAULT_BPE_SAMPLE,
         "--text-field": args.text_field != DEFAULT_FIELD,
         "--max-lost": args.max_lost is not None,
         "--duplicates": args.duplicates != "keep",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ def figure(text: str) -> Path:
     if out.suffix not in _FIGURES or out.is_dir():
         raise argparse.ArgumentTypeError(f"{text} must end in {', '.join(_FIGURES)}, and be a file")
     return out
+
+
+def size(text: str) -> int:
+    """A `type` of argparse: a whole number with KiB, MiB or GiB behind it, or by itself."""
+    match = re.fullmatch(r"([1-9][0-9]{0,11}) ?(|KiB|MiB|GiB)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 64MiB, or a whole number")
+    return int(match[1]) << (10 * ("", "KiB", "MiB", "GiB").index(match[2]))
 
 
 def whole(**ends: float) -> Callable[[str], int]:

@@ -315,8 +315,8 @@ class ResumeConfig:
     """Going on from a checkpoint."""
 
     allow: list[str] = field(default_factory=list)
-    """Keys whose value may differ from the checkpoint's, `data` for other data. Without it a
-    change that would make it another run is refused."""
+    """Keys whose value may differ from the checkpoint's, `data` for other data, `data.tokenizer`
+    for data of another tokenizer. Without it a change that would make it another run is refused."""
     start: str | None = path(None)
     """Checkpoint of another run to branch from, such as runs/a/checkpoints/step-00000800, used only
     while this run has none of its own. That run may differ in length, where its learning rate does

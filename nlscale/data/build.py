@@ -24,10 +24,12 @@ from nlscale.data.building.units import (
     write_plan,
 )
 from nlscale.data.building.work import INDEX, SETTLED, Changed, Work
+from nlscale.data.documents import template_of
 from nlscale.data.folder import refuse_foreign_shards, remove_temporary, unwritable
 from nlscale.data.index import (
     BUILDING_NAME,
     DEFAULT_BLOCK_TOKENS,
+    DEFAULT_BPE_SAMPLE,
     DEFAULT_FIELD,
     DEFAULT_HELD_OUT,
     DEFAULT_SHARD_TOKENS,
@@ -41,7 +43,13 @@ from nlscale.data.progress import say
 from nlscale.data.shards import TokenShards
 from nlscale.data.sources import Found, find_files, fingerprint
 from nlscale.data.tally import shown
-from nlscale.data.tokenizer import TOKENIZER_NAME, bpe_vocabulary, load_tokenizer
+from nlscale.data.tokenizer import (
+    ByteTokenizer,
+    bpe_vocabulary,
+    given_file,
+    read_tokenizer,
+    refuse_options,
+)
 from nlscale.errors import UserError
 
 _MOST_BLOCK = 1 << 27  # tokens; a block is held in memory
@@ -58,6 +66,9 @@ def build(
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
     seed: int = 0,
     text_field: str = DEFAULT_FIELD,
+    separator: str | None = None,
+    vocabulary_multiple: int | None = None,
+    bpe_sample: int = DEFAULT_BPE_SAMPLE,
     duplicates: str = KEEP,
     max_lost: float | None = None,
     overwrite: bool = False,
@@ -69,15 +80,22 @@ def build(
 
     Args:
         sources: files, folders, or "stdlib" (see `nlscale.data.sources.find_files`)
-        tokenizer: "bytes"; "bpe:N", which is trained on a sample of the train documents of up to
-            64 Mi characters; or a folder with the tokenizer.json of another model, or of other data
+        tokenizer: "bytes"; "bpe:N", which is trained on a sample of the train documents;
+            "file:PATH/tokenizer.json", of another model or of other data; or a folder with one.
+            Only with the last two are sources read that are tokens already
         held_out: the share of documents that goes to validation, above 0 and below 1. A document is
             held out by a hash of its text, so it stays where it is when others are added; copies of
             it go the same way. Each split gets at least one document.
         shard_tokens: the most tokens in a shard, rounded down to whole blocks
         block_tokens: tokens in a block, the unit of storage; independent of any sequence length
         seed: of the hash, so another one holds out other documents; a 64-bit integer
-        text_field: the field, or the column, that holds the text of a record
+        text_field: the field, or the column, that holds the text of a record; or a template of
+            several, such as "{title}\\n\\n{text}"
+        separator: the token of a given tokenizer that ends a document; None: see
+            `nlscale.data.tokenizer.read_tokenizer`
+        vocabulary_multiple: the vocabulary is rounded up to a multiple of it; None: it is as large
+            as the tokenizer's
+        bpe_sample: the most characters that a BPE is trained on
         duplicates: "keep", or "drop": a document whose text and mask came before, in the order of
             the sources, is left out
         max_lost: the share, from 0 to 1, of what the sources hold that may be lost: of the
@@ -108,6 +126,9 @@ def build(
         block_tokens=block_tokens,
         seed=seed,
         text_field=text_field,
+        separator=separator,
+        vocabulary_multiple=vocabulary_multiple,
+        bpe_sample=bpe_sample,
         duplicates=duplicates,
         max_lost=max_lost,
         overwrite=overwrite,
@@ -132,6 +153,9 @@ def begun(
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
     seed: int = 0,
     text_field: str = DEFAULT_FIELD,
+    separator: str | None = None,
+    vocabulary_multiple: int | None = None,
+    bpe_sample: int = DEFAULT_BPE_SAMPLE,
     duplicates: str = KEEP,
     max_lost: float | None = None,
     overwrite: bool = False,
@@ -154,12 +178,15 @@ def begun(
     options = Options(
         sources=list(sources),
         tokenizer=tokenizer,
-        trains=_vocabulary(tokenizer),
+        trains=_vocabulary(tokenizer, separator, vocabulary_multiple, bpe_sample),
         held_out=held_out,
         shard_blocks=shard_tokens // block_tokens,
         block_tokens=block_tokens,
         seed=seed,
         text_field=text_field,
+        separator=separator,
+        vocabulary_multiple=vocabulary_multiple,
+        bpe_sample=bpe_sample,
         duplicates=duplicates,
         max_lost=max_lost,
     )
@@ -216,25 +243,38 @@ def kept(work: Work) -> Iterator[None]:
         raise
 
 
-def _vocabulary(tokenizer: str) -> int | None:
+def _vocabulary(
+    tokenizer: str, separator: str | None, multiple: int | None, sample: int
+) -> int | None:
     """Ids of the BPE that is to be trained, if one is. Raises UserError: no such tokenizer."""
-    named = tokenizer == "bytes" or tokenizer.startswith("bpe:")
-    if not named and Path(tokenizer).is_dir():
-        load_tokenizer(tokenizer)  # which is refused before anything is read
-        return None
-    return bpe_vocabulary(tokenizer)
+    path, trains = given_file(tokenizer), None
+    if path is not None:
+        read_tokenizer(path, separator, multiple)  # which is refused before anything is read
+    else:
+        trains = bpe_vocabulary(tokenizer)
+        fixed = ByteTokenizer.vocabulary if trains is None else None
+        refuse_options(tokenizer, separator, multiple, fixed)
+    if trains is None and sample != DEFAULT_BPE_SAMPLE:
+        raise UserError(f"--bpe-sample is for bpe:N, and --tokenizer is {tokenizer}; leave it out")
+    return trains
 
 
 def _asked(options: Options, unit_bytes: int) -> list[object]:
     """What the fingerprint of a build has beside the files."""
-    tokenizer = options.tokenizer
-    if options.trains is None and tokenizer != "bytes":  # what it is, wherever it lies
-        tokenizer = hashlib.sha256((Path(tokenizer) / TOKENIZER_NAME).read_bytes()).hexdigest()
+    tokenizer, path = options.tokenizer, given_file(options.tokenizer)
+    if path is not None:  # what it is, wherever it lies
+        tokenizer = hashlib.sha256(path.read_bytes()).hexdigest()
     asked: list[object] = [FORMAT, tokenizer, options.held_out, options.shard_blocks]
     asked += [options.block_tokens, options.seed]
     # Builds of earlier versions do not name these.
     if options.text_field != DEFAULT_FIELD:
         asked.append(options.text_field)
+    chosen = {
+        "separator": options.separator,
+        "vocabulary_multiple": options.vocabulary_multiple,
+        "bpe_sample": None if options.bpe_sample == DEFAULT_BPE_SAMPLE else options.bpe_sample,
+    }
+    asked += [{name: value} for name, value in chosen.items() if value is not None]
     if options.duplicates != KEEP:
         asked.append({"duplicates": options.duplicates})
     if unit_bytes != UNIT_BYTES:
@@ -257,6 +297,7 @@ def check_options(
         raise UserError(f"max-lost share is {max_lost}; it must be from 0 to 1")
     if not text_field:
         raise UserError("the text field has no name; leave it out for 'text'")
+    template_of(text_field)  # refuses one that cannot be read
     if not -(1 << 63) <= seed < 1 << 64:
         raise UserError(f"seed is {seed}; it must be an integer of 64 bits")
     if not 1 <= block_tokens <= _MOST_BLOCK:

@@ -32,6 +32,7 @@ DEFAULT_FIELD = "text"  # of a record, that holds its text
 DEFAULT_HELD_OUT = 0.01
 DEFAULT_SHARD_TOKENS = 1 << 26
 DEFAULT_BLOCK_TOKENS = 8192
+DEFAULT_BPE_SAMPLE = 64 << 20  # characters
 TAR_RECORD = 512  # a tar header is one record, and data is padded to whole records
 
 
@@ -175,14 +176,17 @@ class Index(_Index, total=False):
     the train tokens, in bits per UTF-8 byte of validation text: what a model that learns
     nothing but frequencies would reach; with masks, of the tokens that count; None where those of
     validation stand for no text. `empty_documents` counts documents without a character,
-    which are left out. `text_field` is what the text of a record was called; it, `lost_files` and
-    `left_out` are not in indexes that earlier versions wrote, nor in those of a `task`.
+    which are left out. `text_field` is what the text of a record was called, or its template; it,
+    `lost_files` and `left_out` are not in indexes that earlier versions wrote, nor in those of a
+    `task`. Nor is `tokenizer_sha256`, which tells tokenizers apart that have the same name
+    (`nlscale.data.tokenizer.Tokenizer.identity`).
     `duplicates` is there where they were dropped.
     """
 
     text_field: str
     lost_files: LostFiles
     left_out: list[LeftOut]
+    tokenizer_sha256: str
     duplicates: Duplicates
     task: TaskIndex
 
@@ -226,6 +230,12 @@ def read_index(directory: str | Path) -> Index:
             f"{path} cannot be used: {error}; restore it, or build the data again with --overwrite"
         ) from None
     return cast(Index, index)
+
+
+def tokenizer_of(index: Index) -> str | None:
+    """The name and the sha256 of its tokenizer; None: an earlier version wrote the index."""
+    digest = index.get("tokenizer_sha256")
+    return None if digest is None else f"{index['tokenizer']} sha256:{digest}"
 
 
 def _no_number(word: str) -> None:

@@ -6,7 +6,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from nlscale.data.documents import NO_FIELD, NO_RECORD, Document, SourceFile, format_of, is_plain
+from nlscale.data.documents import (
+    NO_COLUMN,
+    NO_FIELD,
+    NO_RECORD,
+    Document,
+    SourceFile,
+    format_of,
+    is_plain,
+)
+from nlscale.data.formats.tokens import NO_TOKENIZER
 from nlscale.data.index import LeftOut, LostFile, LostFiles, Skipped, SkippedDocument
 from nlscale.data.sources import Found
 from nlscale.data.tally import Tally, mib, shown
@@ -49,6 +58,7 @@ class Losses:
             self._sources[group].lost_files.merge(tally)
         self._kept = 0
         self._here = Tally()
+        self._left_here = Tally()
         self._unread = 0
         """Bytes of the files that were found to be left out only when they were read."""
 
@@ -92,20 +102,30 @@ class Losses:
         self._kept += 1
 
     def lose(self, document: Document) -> None:
-        """The next document of a file cannot be read."""
+        """The next document of a file cannot be read, or is left out."""
+        if document.left_out is not None:
+            self._found.leave(document.kind, document.name, document.left_out, document.error)
+            self._left_here.add(document.kind, document.name, "", document.left_out)
+            return
         self._here.add(document.kind, document.name, document.error)
 
     def end(self, file: SourceFile, kind: str = "", why: str = "") -> None:
         """The file is at its end, or cannot be read on, for a reason."""
         source, kept, here = self._sources[file.group], self._kept, self._here
+        left, self._left_here = self._left_here, Tally()
         self._kept, self._here = 0, Tally()
         source.seen += 1
+        self._unread += left.bytes if self._found.judged[file.group] else 0
         path = str(file.path)
+        if kind == NO_COLUMN and format_of(file.path.name)[0] == ".csv":
+            self._leave(file, why)  # figures of some program, more often than text
+            return
         if kind:
             after = f", after document {kept:,}" if kept else ""
             source.lost_files.add(kind, path, why + after)
         elif not kept and not here.count:
-            self._found.leave("empty", path)
+            if not left.count:
+                self._found.leave("empty", path)
             return
         elif not kept and not is_plain(file.path.name):
             self._none(file, here)
@@ -118,13 +138,18 @@ class Losses:
         """A file of records none of which can be read: lost, or settings of some program."""
         path, why = str(file.path), here.first[0][1]
         if format_of(file.path.name)[0] == ".json" and here.kinds.keys() <= {NO_FIELD, NO_RECORD}:
-            self._unread += file.size if self._found.judged[file.group] else 0
-            self._found.leave(f".json without {self._text_field!r}", path, file.size, why)
+            self._leave(file, why)
             return
         source = self._sources[file.group]
         source.files += 1
         why = f"none of its {here.count:,} records can be read, the first because: {why}"
         source.lost_files.add("no readable record", path, why)
+
+    def _leave(self, file: SourceFile, why: str) -> None:
+        """A file is found to be none of text when it is read."""
+        self._unread += file.size if self._found.judged[file.group] else 0
+        kind = f"{format_of(file.path.name)[0]} without {self._text_field!r}"
+        self._found.leave(kind, str(file.path), file.size, why)
 
     def check(self, most: float | None) -> None:
         """See whether too much was lost.
@@ -184,8 +209,14 @@ class Losses:
 
     def _remedy(self, lost: Tally) -> str:
         """What helps where the text has another name."""
-        kinds = {NO_FIELD, "no readable record", f".json without {self._text_field!r}"}
-        return "name the field of the text with --text-field, " if kinds & lost.kinds.keys() else ""
+        kinds = {NO_FIELD, NO_COLUMN, "no readable record"}
+        kinds |= {f"{suffix} without {self._text_field!r}" for suffix in (".json", ".csv")}
+        helps = (
+            "name the field of the text with --text-field, " if kinds & lost.kinds.keys() else ""
+        )
+        if NO_TOKENIZER in lost.kinds:
+            helps += "name the --tokenizer that made the tokens (file:PATH/tokenizer.json), "
+        return helps
 
     def skipped(self) -> Skipped:
         """The `skipped` of the index."""

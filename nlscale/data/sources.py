@@ -12,6 +12,8 @@ from pathlib import Path
 
 from nlscale.data.compressed import COMPRESSED
 from nlscale.data.documents import SUFFIXES, SourceFile, format_of
+from nlscale.data.formats.base import NOT_TEXT
+from nlscale.data.formats.tokens import part_of, parts_of
 from nlscale.data.tally import Tally, shown
 from nlscale.errors import UserError
 
@@ -19,17 +21,6 @@ STDLIB = "stdlib"
 _STDLIB_LIMIT = 1 << 20  # larger files of the standard library are generated tables
 _STDLIB_EXCLUDED = ("site-packages", "dist-packages", "__pycache__")
 _STDLIB_SUFFIXES = (".py", ".rst", ".txt")
-# What nobody takes for text: it is counted, but however much there is of it, nothing is missing.
-_NOT_TEXT = frozenset(
-    (
-        *(".pyc", ".pyo", ".o", ".a", ".so", ".dylib", ".dll", ".exe", ".class", ".whl"),
-        *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".ico", ".tif", ".tiff", ".svg"),
-        *(".mp3", ".wav", ".flac", ".ogg", ".mp4", ".mov", ".avi", ".mkv", ".webm"),
-        *(".woff", ".woff2", ".ttf", ".otf", ".eot"),
-        *(".pt", ".pth", ".safetensors", ".ckpt", ".onnx"),
-        *(".crc", ".md5", ".sha1", ".sha256", ".sig", ".asc"),
-    )
-)
 
 
 class Found:
@@ -209,7 +200,7 @@ class _Walk:
 
     def _missing(self, entry: os.DirEntry[str], path: Path, error: OSError) -> None:
         kind = "link that leads nowhere" if entry.is_symlink() else "unreadable"
-        if format_of(entry.name)[0]:
+        if format_of(entry.name)[0] and parts_of(path) is not None:
             self._found.lose(kind, path, str(error.strerror))
         else:
             self._leave(kind, path, why=str(error.strerror))
@@ -219,16 +210,19 @@ class _Walk:
             self._leave(_suffix(path), path)
         elif self._stdlib and status.st_size > _STDLIB_LIMIT:
             self._leave("over 1 MiB in the standard library", path)
-        elif not format_of(path.name)[0]:
+        elif part_of(path) is not None:
+            return  # of another file, with which it is read or left out
+        elif not format_of(path.name)[0] or (parts := parts_of(path)) is None:
             kind = _suffix(path)
-            self._leave(kind, path, 0 if kind in _NOT_TEXT else status.st_size)
+            self._leave(kind, path, 0 if kind in NOT_TEXT else status.st_size)
         else:
             name = path.relative_to(self._root).as_posix()
-            self._files.append(_file(path, name, status, len(self._found.names) - 1))
+            self._files.append(_file(parts, name, len(self._found.names) - 1))
 
 
 def _named_file(source: str, group: int) -> SourceFile:
     path, status = Path(source), _status(source)
+    path = part_of(path) or path  # a pattern of the shell names all that belong together
     if not format_of(path.name)[0]:
         raise UserError(
             f"cannot read {shown(source)}: its suffix is none of {' '.join(SUFFIXES)} "
@@ -239,11 +233,20 @@ def _named_file(source: str, group: int) -> SourceFile:
             f"cannot read {shown(source)}: it is a pipe, a socket or a device, and text is read "
             "twice; write it to a file"
         )
-    return _file(path, path.name, status, group)
+    parts = parts_of(path)
+    if parts is None:
+        raise UserError(
+            f"cannot read {shown(source)}: of its suffix are tokens, and the index that says where "
+            f"their documents end is not beside it; a .bin has an .idx, and a .ds a .ds.index"
+        )
+    return _file(parts, path.name, group)
 
 
-def _file(path: Path, name: str, status: os.stat_result, group: int) -> SourceFile:
-    return SourceFile(path, name, status.st_size, status.st_mtime_ns, group)
+def _file(parts: list[Path], name: str, group: int) -> SourceFile:
+    """A file, the first of those that belong to it."""
+    statuses = [os.stat(path) for path in parts]
+    size = sum(status.st_size for status in statuses)
+    return SourceFile(parts[0], name, size, max(s.st_mtime_ns for s in statuses), group)
 
 
 def _status(source: str) -> os.stat_result:

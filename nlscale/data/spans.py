@@ -72,11 +72,7 @@ def tokens_that_count(
     Raises:
         ValueError: the tokens do not stand for the text.
     """
-    edges = np.zeros(len(text) + 1, dtype=np.int64)
-    for start, end in spans:
-        edges[start] += 1
-        edges[end] -= 1
-    counts = np.cumsum(edges[:-1]) > 0
+    counts = _characters(len(text), spans)
     of_bytes = counts if text.isascii() else np.repeat(counts, _widths(text))
     before = np.concatenate([[0], np.cumsum(of_bytes)])
     lengths = byte_lengths[np.asarray(ids)]
@@ -84,6 +80,32 @@ def tokens_that_count(
     if not len(ends) or ends[-1] != len(of_bytes):
         raise ValueError(f"tokens stand for other than the {len(of_bytes):,} bytes of their text")
     return np.append(before[ends] > before[ends - lengths], counts[-1])
+
+
+def tokens_at_that_count(
+    characters: int, spans: Spans, at: list[tuple[int, int]]
+) -> NDArray[np.bool_]:
+    """As `tokens_that_count`, of tokens that do not stand for bytes: bool [tokens + 1].
+
+    Args:
+        characters: of the text, at least 1.
+        spans: of it.
+        at: characters [start, end) of the text that each token was made of, [tokens]; one that was
+            made of none does not count.
+    """
+    counts = _characters(characters, spans)
+    before = np.concatenate([[0], np.cumsum(counts)])
+    starts, ends = np.array(at, dtype=np.int64).reshape(-1, 2).T
+    return np.append(before[ends] > before[starts], counts[-1])
+
+
+def _characters(count: int, spans: Spans) -> NDArray[np.bool_]:
+    """Whether each character is in a span."""
+    edges = np.zeros(count + 1, dtype=np.int64)
+    for start, end in spans:
+        edges[start] += 1
+        edges[end] -= 1
+    return np.cumsum(edges[:-1]) > 0
 
 
 def _widths(text: str) -> NDArray[np.int64]:

@@ -11,9 +11,10 @@ import numpy as np
 import webdataset
 from numpy.typing import NDArray
 
+from nlscale.data.formats.base import Tokens
 from nlscale.data.hashed import HashedFile
 from nlscale.data.index import FORMAT, MASKED_FORMAT, SPLITS, TAR_RECORD, Shard, Split
-from nlscale.data.spans import Spans, tokens_that_count
+from nlscale.data.spans import Spans
 from nlscale.data.tokenizer import Tokenizer
 
 MEMBER, MASK_MEMBER = "tokens.bin", "mask.bin"
@@ -178,22 +179,31 @@ class DataWriter:
         }
         self._documents = dict.fromkeys(SPLITS, 0)
         self._bytes = dict.fromkeys(SPLITS, 0)
-        self._batch: list[tuple[str, str, Spans | None]] = []
+        self._batch: list[tuple[str, str, Spans | None, Tokens | None]] = []
         self._batch_bytes = 0
 
-    def add(self, text: str, data: bytes, split: str, spans: Spans | None = None) -> None:
+    def add(
+        self,
+        text: str,
+        data: bytes,
+        split: str,
+        spans: Spans | None = None,
+        tokens: Tokens | None = None,
+    ) -> None:
         """Append a document, given as str and as UTF-8, to `split`, and a separator.
 
-        `spans` are what counts of its text; None: all of it.
+        `spans` are what counts of its text; None: all of it. `tokens` are what it was made of;
+        None: the tokenizer makes them.
 
         Raises:
             ValueError: there are spans, and the folder is one without masks.
         """
-        if spans is not None and not self._masked:
+        masked = spans is not None or (tokens is not None and tokens.counted is not None)
+        if masked and not self._masked:
             raise ValueError("a document has a mask, and the folder is written without masks")
         self._documents[split] += 1
         self._bytes[split] += len(data)
-        self._batch.append((split, text, spans))
+        self._batch.append((split, text, spans, tokens))
         self._batch_bytes += len(data)
         if self._batch_bytes >= _BATCH_BYTES:
             self._flush()
@@ -253,7 +263,8 @@ class DataWriter:
 
     def unigram_bits_per_byte(self) -> float | None:
         """See `nlscale.data.index.Index`."""
-        return unigram_bits_per_byte(self.counts(), self._lengths)
+        size = counted_bytes(self.splits()["validation"])
+        return unigram_bits_per_byte(self.counts(), size)
 
     def _counted_bytes(self, split: str) -> int:
         """Bytes of text that the tokens which count stand for."""
@@ -262,11 +273,12 @@ class DataWriter:
     def _flush(self) -> None:
         if not self._batch:
             return
-        encoded = self._encoder.encode_batch([text for _, text, _ in self._batch])
-        for (split, text, spans), ids in zip(self._batch, encoded, strict=True):
-            mask = None
+        texts = [text for _, text, _, tokens in self._batch if tokens is None]
+        encoded = iter(self._encoder.encode_batch(texts))
+        for split, text, spans, tokens in self._batch:
+            ids, mask = tokens if tokens is not None else (next(encoded), None)
             if spans is not None:
-                mask = tokens_that_count(text, spans, ids, self._lengths)
+                mask = self._encoder.counted(text, spans, ids)
             self._writers[split].write(np.append(ids, self._separator), mask)
         self._batch.clear()
         self._batch_bytes = 0
@@ -277,12 +289,14 @@ def _padded(size: int) -> int:
     return -(-size // TAR_RECORD) * TAR_RECORD
 
 
-def unigram_bits_per_byte(
-    counts: dict[str, NDArray[np.int64]], byte_lengths: NDArray[np.int64]
-) -> float | None:
-    """See `nlscale.data.index.Index`; of counts by split and lengths by id, [vocabulary]."""
+def counted_bytes(split: Split) -> int:
+    """Bytes of text that the tokens which count stand for; of all, where there are no masks."""
+    return split.get("counted_bytes", split["bytes"])
+
+
+def unigram_bits_per_byte(counts: dict[str, NDArray[np.int64]], size: int) -> float | None:
+    """See `nlscale.data.index.Index`; of counts by split, [vocabulary], and bytes of validation."""
     train, validation = (counts[split] for split in SPLITS)
-    size = int(validation @ byte_lengths)
     return unigram_bits(train, validation) / size if size else None
 
 

@@ -16,6 +16,7 @@ import yaml
 from nlscale.checkpoint.resume import check_start
 from nlscale.checkpoint.same_run import (
     OtherSettings,
+    changed_data,
     changed_keys,
     check_same_run,
     stable_end,
@@ -214,8 +215,8 @@ def _finished(
     """Of a run with a summary: is it this one; if it is to be longer, may it go on."""
     state = newest[1] if newest is not None else {}
     changed = changed_keys(config, written if written is not None else state.get("config", {}))
-    if state and state.get("data") != data:
-        changed["data"] = (state.get("data"), data)
+    if state:
+        changed |= changed_data(data, state.get("data"))
     if not changed:
         found.summary = summary
         return

@@ -10,7 +10,7 @@ from typing import Any
 from nlscale.cluster.life.place import place
 from nlscale.config.vocabulary import Config
 from nlscale.data import BatchReader, Samples, TokenShards
-from nlscale.data.index import Index
+from nlscale.data.index import Index, tokenizer_of
 from nlscale.data.tasks.table import task_of_index
 from nlscale.errors import UserError
 from nlscale.evaluate.table import check as check_evaluations
@@ -97,7 +97,9 @@ def _identity(index: Index) -> dict[str, Any]:
         for name in ("train", "validation")
         for shard in index["splits"][name]["shards"]
     ]
+    tokenizer = tokenizer_of(index)
     return {
         "fingerprint": hashlib.sha256("".join(sums).encode()).hexdigest(),
         "train_tokens": index["splits"]["train"]["tokens"],
+        **({"tokenizer": tokenizer} if tokenizer else {}),
     }

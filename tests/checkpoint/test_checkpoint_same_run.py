@@ -73,3 +73,27 @@ def test_fewer_steps_than_were_taken_are_refused() -> None:
 def test_a_state_that_holds_no_run_is_one_line(state: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"^it is damaged: its state holds no [^\n]*$"):
         check_same_run(config(), {}, state, "it")
+
+
+def test_data_of_another_tokenizer_are_allowed_by_themselves() -> None:
+    """Other data may be meant; ids of another tokenizer hardly are, and both are named."""
+    before = {"fingerprint": "a", "train_tokens": 5, "tokenizer": "bpe:270 sha256:12"}
+    now = {"fingerprint": "b", "train_tokens": 6, "tokenizer": "bpe:270 sha256:34"}
+    state = {**saved(), "data": before}
+    check_same_run(config(), before, state, "it")
+    says = r"data\.tokenizer: 'bpe:270 sha256:12' -> 'bpe:270 sha256:34'"
+    for allowed in ("resume.allow=[]", "resume.allow=[data]"):
+        with pytest.raises(UserError, match=says):
+            check_same_run(config(allowed), now, state, "it")
+    check_same_run(config("resume.allow=[data,data.tokenizer]"), now, state, "it")
+    with pytest.raises(UserError, match=r"(?s)^((?!data\.tokenizer).)*$"):
+        check_same_run(config(), {**now, "tokenizer": before["tokenizer"]}, state, "it")
+
+
+def test_a_tokenizer_that_was_not_recorded_is_the_same() -> None:
+    of_old = {"fingerprint": "a", "train_tokens": 5}
+    of_new = {**of_old, "tokenizer": "bpe:270 sha256:12"}
+    check_same_run(config(), of_new, {**saved(), "data": of_old}, "it")
+    check_same_run(config(), of_old, {**saved(), "data": of_new}, "it")
+    with pytest.raises(UserError, match="data: "):
+        check_same_run(config(), {**of_new, "train_tokens": 6}, {**saved(), "data": of_old}, "it")

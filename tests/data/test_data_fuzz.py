@@ -89,7 +89,10 @@ def test_json(rows: list[dict[str, Any]], style: str) -> None:
 
 
 @examples(150)
-@given(data=st.binary(max_size=60), suffix=st.sampled_from([".jsonl", ".json", ".txt", ".parquet"]))
+@given(
+    data=st.binary(max_size=60),
+    suffix=st.sampled_from([".jsonl", ".json", ".txt", ".parquet", ".csv", ".tar", ".npy"]),
+)
 def test_any_bytes(data: bytes, suffix: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         found, lost, reason = read(written(folder, f"a{suffix}", data))

@@ -135,7 +135,7 @@ def test_what_is_no_data_in_a_folder_is_counted_by_reason(tmp_path: Path) -> Non
     folder = tmp_path / "in"
     put(folder / "a.jsonl", lines([f"{i}" * 100 for i in range(100)]))
     put(folder / "page.HTML", b"<html>")
-    put(folder / "table.csv.gz", b"abc")
+    put(folder / "table.tsv.gz", b"abc")
     put(folder / "LICENSE", b"mine")
     put(folder / ".git" / "x.txt", b"hidden")
     put(folder / ".hidden.txt", b"hidden")
@@ -151,7 +151,7 @@ def test_what_is_no_data_in_a_folder_is_counted_by_reason(tmp_path: Path) -> Non
     (folder / "gone.bin").symlink_to("nowhere")
     (folder / "loop").symlink_to(".")
     index = small([str(folder)], tmp_path / "out")
-    expected = {".html": 1, ".csv.gz": 1, "no suffix": 1, "hidden": 2, ".png": 1, "empty": 1}
+    expected = {".html": 1, ".tsv.gz": 1, "no suffix": 1, "hidden": 2, ".png": 1, "empty": 1}
     expected |= {".json without 'text'": 1, "pipe, socket or device": 2}
     expected |= {"link that leads nowhere": 1, "link to a folder that is read": 1}
     assert left_out(index) == expected
@@ -161,15 +161,15 @@ def test_what_is_no_data_in_a_folder_is_counted_by_reason(tmp_path: Path) -> Non
 
 def test_half_of_the_bytes_in_another_suffix_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "in" / "a.jsonl", lines(["x" * 1000, "y" * 1000]))
-    put(tmp_path / "in" / "b.csv", b"text\n" + b"x" * 2000)
-    says = r"not read \(49\S*%\): \.csv 1 \(2,005 bytes\), such as \S+b\.csv; .*--max-lost 0\.5"
+    put(tmp_path / "in" / "b.tsv", b"text\n" + b"x" * 2000)
+    says = r"not read \(49\S*%\): \.tsv 1 \(2,005 bytes\), such as \S+b\.tsv; .*--max-lost 0\.5"
     with pytest.raises(UserError, match=says):
         small([str(tmp_path / "in")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert left_out(small([str(tmp_path / "in")], tmp_path / "out", max_lost=0.5)) == {".csv": 1}
+    assert left_out(small([str(tmp_path / "in")], tmp_path / "out", max_lost=0.5)) == {".tsv": 1}
     # it is looked at again where the data are up to date
-    put(tmp_path / "in" / "c.csv", b"x" * 9000)
-    with pytest.raises(UserError, match=r"\.csv 2"):
+    put(tmp_path / "in" / "c.tsv", b"x" * 9000)
+    with pytest.raises(UserError, match=r"\.tsv 2"):
         small([str(tmp_path / "in")], tmp_path / "out", max_lost=0.5)
 
 
@@ -252,8 +252,8 @@ def test_a_record_file_without_a_record_is_a_lost_file(tmp_path: Path) -> None:
     [
         ({}, "holds nothing that can be read: it is empty"),
         (
-            {"a.csv": b"abc", ".b": b""},
-            r"nothing that can be read: it has \.csv 1 .*hidden 1",
+            {"a.tsv": b"abc", ".b": b""},
+            r"nothing that can be read: it has \.tsv 1 .*hidden 1",
         ),
         ({"a.json": b'{"body": 1}'}, r"holds no documents .*\.json without 'text' 1.*body.*-field"),
         ({"a.jsonl": b"", "b.jsonl": b"\n"}, "holds no documents that can be read: empty 2"),
@@ -292,12 +292,12 @@ def test_names_that_would_break_a_line_are_escaped(tmp_path: Path) -> None:
 def test_suffixes() -> None:
     assert format_of("A.JSONL.Zst") == (".jsonl", ".zst")
     assert format_of("a.parquet") == (".parquet", "")
-    for name in ("a.parquet.gz", "a.gz", "gz", "a", "a.csv", "a.txt.gz.gz", "a.txt."):
+    for name in ("a.parquet.gz", "a.gz", "gz", "a", "a.tsv", "a.npy.gz", "a.txt.gz.gz", "a.txt."):
         assert format_of(name)[0] == "", name
 
 
 def test_a_document_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nlscale.data.documents.LARGEST", 1000)
+    monkeypatch.setattr("nlscale.data.formats.base.LARGEST", 1000)
     content = lines(["one", "x" * 5000, "two"]) + lines(["y" * 1000])[:-1]
     (file,) = find_files([str(put(tmp_path / "a.jsonl", content))]).files
     found = [(document.name[-1], document.kind) for document in read_documents(file)]

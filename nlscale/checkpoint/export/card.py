@@ -116,6 +116,12 @@ def write_card(
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
+def _digest(data: dict[str, Any]) -> str:
+    """The sha256 of the tokenizer, where the data say it."""
+    _, _, digest = str(data.get("tokenizer", "")).rpartition(" sha256:")
+    return f", sha256 {digest[:16]}" if digest else ""
+
+
 def _training(checkpoint: Checkpoint, run: Path, tokenizer: str) -> dict[str, str]:
     state = checkpoint.state
     data, optimizer = state["config"]["data"], state["config"]["optimizer"]
@@ -123,7 +129,7 @@ def _training(checkpoint: Checkpoint, run: Path, tokenizer: str) -> dict[str, st
         "data": f"`{data['dir']}`, {human_count(state['data']['train_tokens'])} tokens"
         if "train_tokens" in state["data"]
         else f"`{data['dir']}`",
-        "tokenizer": tokenizer,
+        "tokenizer": tokenizer + _digest(state["data"]),
         "sequence length": f"{data['sequence_length']:,} tokens",
         "steps": f"{state['step']:,}",
         "tokens": f"{state['tokens']:,}",

@@ -28,6 +28,7 @@ from nlscale.checkpoint.export.weights import (
 from nlscale.checkpoint.store.store import Checkpoint
 from nlscale.config.units import human_count
 from nlscale.config.vocabulary import Config, Dtype
+from nlscale.data.index import INDEX_NAME, read_index, tokenizer_of
 from nlscale.data.tokenizer import Tokenizer, load_tokenizer
 from nlscale.errors import UserError
 from nlscale.model.mixers.table import plain_mixer
@@ -61,6 +62,7 @@ def export_huggingface(
     config = config_of(own, checkpoint.path)
     plain_mixer(config.model.mixer)  # refuses one that there is not
     source = modeling_source(config.model.mixer)
+    _refuse_another_tokenizer(checkpoint, tokenizer_folder or Path(config.data.dir))
     tokenizer = _tokenizer(config, tokenizer_folder)
     assert config.model.vocabulary is not None
     count = sum(level_parameters(config, config.model.vocabulary))
@@ -100,6 +102,19 @@ def described_for(own: dict[str, Any], config: Config) -> dict[str, Any]:
         **{key: own[key] for key in ("step", "tokens", "versions", "nlscale")},
         **({ORIGIN: own[ORIGIN]} if ORIGIN in own else {}),
     }
+
+
+def _refuse_another_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """Where a data folder says which tokenizer it is of, by a UserError; others say nothing."""
+    trained = checkpoint.state.get("data", {}).get("tokenizer")
+    if trained is None or not (folder / INDEX_NAME).is_file():
+        return
+    there = tokenizer_of(read_index(folder))
+    if there is not None and there != trained:
+        raise UserError(
+            f"{checkpoint.path} was trained with the tokenizer {trained}, and {folder} holds that "
+            f"of {there}; give the one that it was trained with by --tokenizer"
+        )
 
 
 def _tokenizer(config: Config, folder: Path | None) -> Tokenizer:

@@ -18,8 +18,8 @@ from nlscale.data.tokenizer import (
     OURS,
     SETTINGS_NAME,
     TOKENIZER_NAME,
-    BpeTokenizer,
     ByteTokenizer,
+    HuggingFaceTokenizer,
     SymbolTokenizer,
     Tokenizer,
 )
@@ -40,6 +40,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
+        **tokenizer.settings(),
         "eos_token": separator,
         "pad_token": separator,
         "padding_side": "left",
@@ -92,6 +93,6 @@ def _characters() -> dict[int, str]:
 
 _CARRIERS: dict[type[Tokenizer], Callable[[Path], hf.Tokenizer]] = {
     ByteTokenizer: _bytes,
-    BpeTokenizer: _bpe,
+    HuggingFaceTokenizer: _bpe,
     SymbolTokenizer: _symbols,
 }

@@ -40,6 +40,8 @@ class Hashes:
         digest = hashlib.blake2b(document.data, digest_size=16)
         if document.spans is not None:  # no text holds 0xFF
             digest.update(b"\xff" + repr(document.spans).encode())
+        if document.tokens is not None and document.tokens.counted is not None:
+            digest.update(b"\xff" + document.tokens.counted.tobytes())
         self._digests += digest.digest()
         self._numbers.append(number)
         self._groups.append(group)

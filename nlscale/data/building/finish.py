@@ -89,13 +89,14 @@ def _assembled(work: Work) -> dict[str, Any]:
         for split, entry in written["splits"].items():
             _add(splits, split, entry, unit.number, moves)
     # Here, not at the top: it imports torch, and finding the data up to date should be quick.
-    from nlscale.data.writer import unigram_bits_per_byte
+    from nlscale.data.writer import counted_bytes, unigram_bits_per_byte
 
     index = Index(
         format=form,
         fingerprint=plan.identity,
         sources=plan.options.sources,
         tokenizer=encoder.name,
+        tokenizer_sha256=encoder.identity(),
         vocabulary=encoder.vocabulary,
         separator=encoder.separator,
         dtype=encoder.dtype.name,
@@ -106,7 +107,7 @@ def _assembled(work: Work) -> dict[str, Any]:
         left_out=settled["left_out"],
         text_field=plan.options.text_field,
         empty_documents=settled["empty"],
-        unigram_bits_per_byte=unigram_bits_per_byte(counts, encoder.byte_lengths()),
+        unigram_bits_per_byte=unigram_bits_per_byte(counts, counted_bytes(splits["validation"])),
     )
     if plan.options.duplicates == DROP:
         why = reasons(work, settled["ranges"])

@@ -15,7 +15,6 @@ from nlscale.data.tokenizer import (
     TOKENIZER_NAME,
     ByteTokenizer,
     Tokenizer,
-    load_tokenizer,
     train_bpe,
 )
 
@@ -77,9 +76,8 @@ def settled_of(work: Work) -> dict[str, Any] | None:
 
 def _tokenizer(options: Options, survey: Survey, progress: bool) -> Tokenizer:
     if options.trains is None:
-        named = options.tokenizer == ByteTokenizer.name
-        return ByteTokenizer() if named else load_tokenizer(options.tokenizer)
+        return options.given() or ByteTokenizer()
     sample = survey.sample()
     if progress:
         say(f"training {options.tokenizer} on {len(sample):,} documents")
-    return train_bpe(sample, options.trains)
+    return train_bpe(sample, options.trains, options.vocabulary_multiple)

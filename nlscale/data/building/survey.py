@@ -6,17 +6,19 @@ import hashlib
 import heapq
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
+from functools import lru_cache
 from typing import NamedTuple
 
 from nlscale.data.building.duplicates import Hashes
-from nlscale.data.building.units import DROP, Plan, Unit, found_of, losses_of
+from nlscale.data.building.units import DROP, Options, Plan, Unit, found_of, losses_of
 from nlscale.data.building.work import SURVEY, Making, Work
 from nlscale.data.documents import Document, SourceFile, UnreadableError, read_documents
 from nlscale.data.losses import Losses
 from nlscale.data.progress import Advance
+from nlscale.data.tokenizer import Tokenizer
 from nlscale.errors import UserError
 
-BPE_SAMPLE_CHARACTERS = 64 << 20
 _BPE_DOCUMENT_CHARACTERS = 1 << 20  # so that no single document is the sample
 _SHARES = 4
 """Times its share of the bytes that a unit may give of the sample: what the sample of a large
@@ -49,6 +51,9 @@ class Content:
     def add(self, key: Key, document: Document) -> None:
         """Take note of the next document."""
         self._hash.update(key.split.to_bytes(8, "little") + repr(document.spans).encode())
+        if document.tokens is not None:  # of which others could stand for the same text
+            ids, counted = document.tokens
+            self._hash.update(ids.tobytes() + (b"" if counted is None else counted.tobytes()))
 
     def digest(self) -> bytes:
         """Of all of them."""
@@ -123,6 +128,7 @@ class _Seen:
     def __init__(self, plan: Plan, unit: Unit, making: Making) -> None:
         options = plan.options
         self._text_field, self._seed, self._unit = options.text_field, options.seed, unit
+        self._tokenizer = _given(json.dumps(asdict(options)))
         self._losses = Losses.of_a_part(found_of(plan), options.text_field)
         self._making = making
         self._documents = self._bytes = self._empty = 0
@@ -137,7 +143,7 @@ class _Seen:
         """Take note of what is in a file and of what is lost."""
         content = Content()
         try:
-            for document in read_documents(file, self._text_field):
+            for document in read_documents(file, self._text_field, self._tokenizer):
                 self._add(file, document, content)
                 advance(document.consumed)
         except UnreadableError as error:
@@ -159,7 +165,7 @@ class _Seen:
             self._hashes.add(document, self._documents, file.group)
         self._documents += 1
         self._bytes += len(document.data)
-        self._masked |= document.spans is not None
+        self._masked |= document.masked
         content.add(key, document)
         self._lowest = min(self._lowest, key.split)
         self._highest = max(self._highest, key.split)
@@ -191,8 +197,15 @@ class _Seen:
 
 def _share(plan: Plan, unit: Unit) -> int:
     """Characters of the sample that a unit may give."""
-    share = _SHARES * BPE_SAMPLE_CHARACTERS * unit.bytes // max(1, plan.bytes)
-    return min(BPE_SAMPLE_CHARACTERS, max(_LEAST_SAMPLE, share))
+    most = plan.options.bpe_sample
+    share = _SHARES * most * unit.bytes // max(1, plan.bytes)
+    return min(most, max(_LEAST_SAMPLE, share))
+
+
+@lru_cache(1)
+def _given(options: str) -> Tokenizer | None:
+    """Loaded once for many units."""
+    return Options(**json.loads(options)).given()
 
 
 def contents_of(work: Work, number: int) -> Iterator[bytes]:
@@ -254,7 +267,7 @@ class Survey:
     def sample(self) -> list[str]:
         """The text to train a BPE on, of train documents only. Raises OSError."""
         options = self._work.plan.options
-        sample = Sample(BPE_SAMPLE_CHARACTERS, options.duplicates == DROP)
+        sample = Sample(options.bpe_sample, options.duplicates == DROP)
         for unit in self._work.plan.units:
             with open(self._work.path(SURVEY, unit.number) / _SAMPLE, encoding="utf-8") as lines:
                 for line in lines:

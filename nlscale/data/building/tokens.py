@@ -17,7 +17,7 @@ from nlscale.data.building.work import SURVEY, TOKENS, Changed, Making, Work
 from nlscale.data.documents import SourceFile, UnreadableError, read_documents
 from nlscale.data.index import SPLITS
 from nlscale.data.progress import Advance
-from nlscale.data.tokenizer import Tokenizer, load_tokenizer
+from nlscale.data.tokenizer import Tokenizer, given_file, load_tokenizer
 from nlscale.errors import UserError
 
 _COUNTS = "counts"
@@ -56,9 +56,12 @@ class _Unit:
         self._unit, self._options, self._settled = plan.units[number], plan.options, settled
         # Keys are to be unique in the folder; a corpus of one unit has those that it always had.
         prefix = f"{number:05d}-" if len(plan.units) > 1 else ""
+        tokenizer = _tokenizer(work.out, settled["tokenizer"])
+        # The saved one is the given one; a trained one, and bytes, have made no sources.
+        self._given = tokenizer if given_file(self._options.tokenizer) else None
         self._writer = DataWriter(
             making.folder,
-            _tokenizer(work.out, settled["tokenizer"]),
+            tokenizer,
             self._options.shard_blocks,
             self._options.block_tokens,
             settled["masked"],
@@ -92,7 +95,7 @@ class _Unit:
     def _file(self, file: SourceFile, expected: bytes, documents: int) -> None:
         content, threshold = Content(), self._settled["threshold"]
         with suppress(UnreadableError):  # which ends the file where it ended it before
-            for document in read_documents(file, self._options.text_field):
+            for document in read_documents(file, self._options.text_field, self._given):
                 if not document.data:
                     continue
                 key = key_of(document.data, self._options.seed)
@@ -103,9 +106,10 @@ class _Unit:
                     self._dropped_bytes += len(document.data)
                 else:
                     split = "validation" if key.split < threshold else "train"
-                    if document.spans is not None and not self._settled["masked"]:
+                    if document.masked and not self._settled["masked"]:
                         raise _changed(file)
-                    self._writer.add(document.text, document.data, split, document.spans)
+                    text, data, tokens = document.text, document.data, document.tokens
+                    self._writer.add(text, data, split, document.spans, tokens)
                 self._seen += 1
                 self._advance(len(document.data))
         if content.digest() != expected:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from nlscale.data.documents import SourceFile
-from nlscale.data.index import write_json
+from nlscale.data.index import DEFAULT_BPE_SAMPLE, write_json
 from nlscale.data.losses import Losses, judged_bytes_of
 from nlscale.data.sources import Found
 from nlscale.data.tally import Tally
+from nlscale.data.tokenizer import Tokenizer, given_file, read_tokenizer
 
 UNIT_BYTES = 256 << 20
 """Of the sources, in a unit: seconds to minutes of work, and so what a kill can cost."""
@@ -38,6 +39,16 @@ class Options:
     text_field: str
     duplicates: str
     max_lost: float | None
+    separator: str | None = None
+    vocabulary_multiple: int | None = None
+    bpe_sample: int = DEFAULT_BPE_SAMPLE
+
+    def given(self) -> Tokenizer | None:
+        """The tokenizer, where a file is named that describes it. Raises UserError: it is none."""
+        path = given_file(self.tokenizer)
+        if path is None:
+            return None
+        return read_tokenizer(path, self.separator, self.vocabulary_multiple)
 
 
 @dataclass(frozen=True)

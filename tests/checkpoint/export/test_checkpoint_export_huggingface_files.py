@@ -19,6 +19,7 @@ import world
 from checkpoint.export.huggingface_models import VOCABULARY, tokens
 from checkpoint.export.test_checkpoint_export import TRAINED, start
 from checkpoint.saved_runs import save, state
+from data.corpora import lines, small
 from generate.models import saved
 from levels import level_runs
 from safetensors.torch import load_file, save_file
@@ -436,3 +437,31 @@ def test_the_command(
     code, _, err = export(*given, *out)
     assert code == 2 and "exists" in err
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == torch.bfloat16
+
+
+def test_a_folder_of_another_tokenizer_is_refused(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where both say which it is."""
+    (tmp_path / "in.jsonl").write_bytes(lines(["one", "two", "three"]))
+    index = small([str(tmp_path / "in.jsonl")], tmp_path / "data")
+    before, own = checkpoint.state, f"bytes sha256:{index['tokenizer_sha256']}"
+    says = {"bytes sha256:12": rf"tokenizer bytes sha256:12, and .* holds that of {own}"}
+    says[own] = "has 256 ids and the model knows 61"  # it is asked then whether it fits
+    for trained, message in says.items():
+        now = {**before, "data": {**before["data"], "tokenizer": trained}}
+        monkeypatch.setattr(Checkpoint, "state", property(lambda self, now=now: now))
+        with pytest.raises(UserError, match=message):
+            export_huggingface(checkpoint, tmp_path / "no", tokenizer_folder=tmp_path / "data")
+
+
+def test_the_card_says_which_tokenizer(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = checkpoint.state
+    data = {**before["data"], "tokenizer": f"numbers sha256:{'ab' * 32}"}
+    monkeypatch.setattr(Checkpoint, "state", property(lambda self: {**before, "data": data}))
+    run = checkpoint.path.parents[1]
+    export_huggingface(checkpoint, tmp_path / "hf", tokenizer_folder=run)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert f"| tokenizer | numbers, 61 ids, sha256 {'ab' * 8} |" in card

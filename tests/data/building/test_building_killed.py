@@ -209,7 +209,7 @@ def test_what_could_not_be_read_is_tried_again(tmp_path: Path) -> None:
         from nlscale.data.building import survey
         from nlscale.data.documents import SourceFile, UnreadableError, read_documents
 
-        def fails(file: SourceFile, field: str) -> Any:
+        def fails(file: SourceFile, field: str, tokenizer: object = None) -> Any:
             if file.path == real:
                 raise UnreadableError("unreadable", "Input/output error")
             return read_documents(file, field)

@@ -1,0 +1,1 @@
+"""Tokenizers; `nlscale.data.tokenizer` chooses among them, and reads and trains them."""

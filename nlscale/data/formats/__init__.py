@@ -1,0 +1,1 @@
+"""Formats of sources; `nlscale.data.documents` has the table of them."""
