@@ -1,0 +1,128 @@
+"""Documents packed whole into samples: against plain best fit over lists."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nlscale.data.packing import MOST_WINDOW_TOKENS, Packer, best_fit, window_of
+
+SEPARATOR = 0
+
+
+def slow_best_fit(lengths: list[int], size: int) -> list[list[int]]:
+    """Best-fit decreasing, looking at every bin for every piece."""
+    order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
+    bins: list[list[int]] = []
+    for number in order:
+        best = None
+        for candidate, inside in enumerate(bins):
+            room = size - sum(lengths[other] for other in inside)
+            if room >= lengths[number] and (best is None or room < best[0]):
+                best = room, candidate
+        if best is None:
+            bins.append([number])
+        else:
+            bins[best[1]].append(number)
+    return sorted(sorted(inside) for inside in bins)
+
+
+def slow_pack(
+    documents: list[list[int]], masks: list[list[bool]], size: int, window: int
+) -> list[tuple[list[int], list[bool]]]:
+    """The samples, over lists."""
+    samples = []
+    held: list[tuple[list[int], list[bool]]] = []
+
+    def pack() -> None:
+        for numbers in slow_best_fit([len(ids) for ids, _ in held], size):
+            ids = [token for number in numbers for token in held[number][0]]
+            counts = [counted for number in numbers for counted in held[number][1]]
+            ids += [SEPARATOR] * (size - len(ids))
+            counts += [False] * (size - len(counts))
+            samples.append((ids, [False, *counts[1:]]))
+        held.clear()
+
+    for ids, mask in zip(documents, masks, strict=True):
+        held += [(ids[i : i + size], mask[i : i + size]) for i in range(0, len(ids), size)]
+        if sum(len(piece) for piece, _ in held) >= window:
+            pack()
+    pack()
+    return samples
+
+
+def drawn(
+    random: np.random.Generator, count: int, longest: int
+) -> tuple[list[list[int]], list[list[bool]]]:
+    """Documents with their separators, and masks of them."""
+    documents = [
+        [*random.integers(1, 100, random.integers(0, longest)).tolist(), SEPARATOR]
+        for _ in range(count)
+    ]
+    masks = [(random.random(len(ids)) < 0.7).tolist() for ids in documents]
+    return documents, masks
+
+
+def packed(
+    packer: Packer, documents: list[list[int]], masks: list[list[bool]]
+) -> list[tuple[list[int], list[bool]]]:
+    samples = []
+    for ids, mask in zip(documents, masks, strict=True):
+        samples += list(packer.add(np.array(ids, dtype=np.uint8), np.array(mask)))
+    samples += list(packer.close())
+    return [(ids.tolist(), counts.tolist()) for ids, counts in samples]
+
+
+@pytest.mark.parametrize(
+    "size, longest, window", [(16, 20, 200), (7, 30, 50), (1, 4, 9), (50, 9, 1)]
+)
+def test_samples_are_those_of_plain_best_fit(size: int, longest: int, window: int) -> None:
+    random = np.random.default_rng(size)
+    for count in (0, 1, 2, 40, 90):
+        documents, masks = drawn(random, count, longest)
+        packer = Packer(size, SEPARATOR, window)
+        samples = packed(packer, documents, masks)
+        assert samples == slow_pack(documents, masks, size, window)
+        assert packer.samples == len(samples)
+        assert packer.cut == sum(len(ids) > size for ids in documents)
+        tokens = sum(map(len, documents))
+        assert packer.padding == len(samples) * size - tokens
+
+
+def test_documents_that_fit_stay_whole() -> None:
+    random = np.random.default_rng(3)
+    documents = [[n] * random.integers(1, 60) + [SEPARATOR] for n in range(1, 200)]
+    samples = packed(Packer(64, SEPARATOR, 1000), documents, [[True] * len(d) for d in documents])
+    rows = [bytes(ids) for ids, _ in samples]
+    for document in documents:
+        assert [row.count(bytes(document)) for row in rows if document[0] in row] == [1]
+
+
+def test_the_first_token_of_a_sample_and_what_fills_it_up_do_not_count() -> None:
+    packer = Packer(8, SEPARATOR, 7)
+    assert not list(packer.add(np.array([5, 6, 0])))
+    ((ids, counts),) = packer.add(np.array([7, 8, 9, 0]), np.array([True, False, True, True]))
+    assert ids.tolist() == [5, 6, 0, 7, 8, 9, 0, 0]
+    assert counts.tolist() == [False, True, True, True, False, True, True, False]
+
+
+def test_room_is_used_well() -> None:
+    """Lengths as of web text: hardly any padding, where cutting into blocks cuts nearly all."""
+    random = np.random.default_rng(0)
+    lengths = np.minimum(random.lognormal(5, 1, 20_000).astype(int) + 2, 2048).tolist()
+    bins = best_fit(lengths, 2048)
+    assert sum(lengths) / (len(bins) * 2048) > 0.995
+    assert sorted(number for inside in bins for number in inside) == list(range(20_000))
+
+
+def test_the_window_bounds_what_is_held() -> None:
+    assert window_of(2048) == 1024 * 2048
+    assert window_of(1 << 20) == MOST_WINDOW_TOKENS
+    assert window_of(1 << 26) == 1 << 26
+    packer = Packer(10, SEPARATOR, 100)
+    given = 0
+    for number in range(500):
+        given += 10 * len(list(packer.add(np.ones(7, dtype=np.uint8))))
+        assert (number + 1) * 7 - given * 7 // 10 < 100 + 7
+    with pytest.raises(ValueError, match="window of 0"):
+        Packer(8, SEPARATOR, 0)
