@@ -15,6 +15,7 @@ _FREE = (
     "run.weights",
     "run.imports",
     "data.dir",
+    "data.cache.",
     "parallel.",
     "timeouts.",
     "checkpoint.",

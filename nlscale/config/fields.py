@@ -77,9 +77,9 @@ def within(default: Any = MISSING, **ends: float) -> Any:
     return field(default=default, metadata=found)
 
 
-def path(default: Any = MISSING) -> Any:
-    """A field that names a file or folder; see `expanded`."""
-    return field(default=default, metadata={"path": True})
+def path(default: Any = MISSING, url: bool = False) -> Any:
+    """A field that names a file or folder, see `expanded`; `url`: or has a URL instead."""
+    return field(default=default, metadata={"path": True, "url": url})
 
 
 def path_of(given: str | os.PathLike[str]) -> Path:

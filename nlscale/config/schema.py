@@ -27,6 +27,7 @@ from nlscale.config import scalars, shipped, trees
 from nlscale.config.fields import Range, expanded
 from nlscale.config.keys import choices_of, has_key, keys_of
 from nlscale.config.scalars import Plain, shown
+from nlscale.config.urls import is_url, wrong_with
 from nlscale.errors import UserError
 
 Made = TypeVar("Made")
@@ -208,6 +209,10 @@ def _settled_text(value: str, f: Field[Any]) -> str:
         raise ValueError(f"is {value!r}; a text holds no zero byte")
     if not f.metadata.get("path"):
         return value
+    if f.metadata.get("url") and is_url(value):
+        if (wrong := wrong_with(value, "s3://bucket/data")) is not None:
+            raise ValueError(wrong)
+        return value.rstrip("/")
     try:
         return str(expanded(value))
     except ValueError as error:

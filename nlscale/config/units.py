@@ -17,6 +17,8 @@ _LONGEST = 10**18
 _PERIOD = re.compile(
     rf"\s*(?P<number>{_NUMBER})\s*(?P<multiplier>[kMGBT]?)\s*(?P<unit>steps?|tokens?)?\s*"
 )
+_BYTES = re.compile(rf"\s*(?P<number>{_NUMBER})\s*(?P<prefix>[kKMGTP]?)(?P<binary>i?)B\s*")
+_MOST_BYTES = 10**18
 _MINUTES = re.compile(rf"\s*(?P<number>{_NUMBER})\s*minutes?\s*")
 
 
@@ -100,6 +102,23 @@ def declared_period(index: int, entry: LevelConfig) -> Period:
         return Period.parse(entry.period)
     except UserError as error:
         raise UserError(f"levels.spectrum.{index}.{error}") from None
+
+
+def read_bytes(text: str) -> int:
+    """Bytes of a text such as ``200 GB`` or ``1.5 TiB``, decimal or binary.
+
+    Raises:
+        ValueError: not of that form, or below one byte; what to write.
+    """
+    match = _BYTES.fullmatch(text)
+    if match is None:
+        raise ValueError(f"is {text!r}, which is no size; write for example '200 GB'")
+    factor = 1024 if match["binary"] else 1000
+    power = " kMGTP".index({"": " ", "K": "k"}.get(match["prefix"], match["prefix"]))
+    size = int(Decimal(match["number"]) * factor**power)
+    if not 1 <= size <= _MOST_BYTES:
+        raise ValueError(f"is {text!r}; it must be at least 1 B and at most 10^18")
+    return size
 
 
 def human_count(count: float) -> str:

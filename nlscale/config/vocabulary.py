@@ -56,16 +56,36 @@ class RunConfig:
 
 
 @dataclass
+class CacheConfig:
+    """Shards on another service, `data.dir` a URL: where this machine keeps them, and how they are
+    fetched. The ranks of a machine share what is there."""
+
+    dir: str | None = path(None)
+    """Folder on a disk of this machine; null: nlscale/shards in $XDG_CACHE_HOME, or in ~/.cache."""
+    size: str = "200 GB"
+    """What it may take at most; the shards that were used least recently give way."""
+    threads: int = within(8, above=0, most=256)
+    """Shards that a rank fetches at once, before they are needed."""
+    timeout: float = within(60.0, above=0, most=_YEAR)
+    """Seconds without a byte after which an attempt is given up."""
+    retries: int = within(4, least=0, most=100)
+    """Attempts after the first, each after a longer pause: 1, 2, 4 ... 30 seconds."""
+
+
+@dataclass
 class DataConfig:
     """The token shards made by ``nlscale data build``."""
 
-    dir: str = path()
-    """Folder of the shards and their index.json."""
+    dir: str = path(url=True)
+    """Folder of the shards and their index.json; or a URL of one, s3://bucket/data or of another
+    service that fsspec reads."""
     sequence_length: int = within(1024, above=0, most=MOST)
     """Tokens a sample trains on (it reads one more, the last target)."""
     document_mask: bool = False
     """Begin memories, convolutions and attention anew with each document of a sample, as if it
     stood alone. False: a document sees those before it in the sample."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Shards that are fetched from another service."""
 
 
 @dataclass

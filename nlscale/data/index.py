@@ -19,7 +19,9 @@ import uuid
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
+from nlscale.config.urls import Location, inside
 from nlscale.data.index_form import IndexFormError, check
+from nlscale.data.remote.service import Missing, Patience, read_small
 from nlscale.errors import UserError
 
 FORMAT = 1
@@ -191,21 +193,28 @@ class Index(_Index, total=False):
     task: TaskIndex
 
 
-def read_index(directory: str | Path) -> Index:
-    """The index of the data folder `directory`.
+def read_index(directory: Location, patience: Patience | None = None) -> Index:
+    """The index of a data folder.
+
+    Args:
+        directory: of the data, or its URL.
+        patience: with a service.
 
     Raises:
         UserError: there is no finished build there, one of another format, or an index that says
             what cannot be, such as the name of a file elsewhere.
     """
-    directory = Path(directory)
-    path = directory / INDEX_NAME
+    path = inside(directory, INDEX_NAME)
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is not a file")
-        index: Any = json.loads(path.read_bytes(), parse_constant=_no_number)
+        text = read_small(directory, INDEX_NAME, patience)
+        index: Any = json.loads(text, parse_constant=_no_number)
+    except Missing:
+        raise UserError(
+            f"no data at {directory}: there is no {INDEX_NAME}; build it in a folder of this "
+            f"machine, with nlscale data build, and copy that there whole"
+        ) from None
     except (FileNotFoundError, NotADirectoryError):
-        if any((directory / name).exists() for name in (BUILDING_NAME, UNITS_NAME)):
+        if any((Path(directory) / name).exists() for name in (BUILDING_NAME, UNITS_NAME)):
             raise UserError(
                 f"the data at {directory} was never finished (no {INDEX_NAME}); "
                 "run the same `nlscale data build` again"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -70,6 +72,15 @@ class BatchReader:
         for row, sample in enumerate(self.order.take(first, count)):
             batch[row] = self.samples[int(sample)]
         return batch
+
+    def expect(self, numbers: Iterable[tuple[int, int]]) -> None:
+        """Global sample numbers that will be read soon, (first, count), the first first.
+
+        Shards that lie on another service are then fetched meanwhile.
+        """
+        samples, length = self.samples, self.samples.sequence_length
+        taken = (sample for first, count in numbers for sample in self.order.take(first, count))
+        samples.shards.expect((int(sample) * length, length + 1) for sample in taken)
 
     def masks(self, first: int, count: int) -> NDArray[np.bool_] | None:
         """Which tokens of the same count as targets: bool [count, S + 1]; None: all of all."""

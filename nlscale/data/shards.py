@@ -2,39 +2,66 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nlscale.data.index import MASKED_FORMAT, Index, read_index
-from nlscale.data.verified import Hashing, State, altered, not_remembered, remember, state_of
+from nlscale.config.urls import Location, inside, is_url
+from nlscale.config.vocabulary import CacheConfig
+from nlscale.data.index import MASKED_FORMAT, Index, Shard, read_index
+from nlscale.data.local import LocalFolder
+from nlscale.data.remote.service import Patience
+from nlscale.data.verified import State, altered
 from nlscale.errors import UserError
 
-_OPEN_FILES = 64  # a large corpus has more shards than a process may hold open files
+
+class Reads(Protocol):
+    """What gives the bytes of shards: a folder on this machine, or on another service."""
+
+    fetches: bool
+    """Whether shards are fetched from elsewhere before they are read."""
+
+    def states(self, shards: Sequence[Shard]) -> dict[str, State]:
+        """What is seen of each, by name, where that is seen without asking for each."""
+
+    def check(self, shards: Sequence[Shard]) -> None:
+        """Whether they are as the index says, as far as that is known. Raises UserError."""
+
+    def pread(self, shard: Shard, offset: int, size: int) -> bytes:
+        """Bytes of a shard. Raises UserError: it cannot be read."""
+
+    def expect(self, shards: Sequence[Shard]) -> None:
+        """These will be needed next, the first first."""
+
+    def close(self) -> None:
+        """Let go of what is open; a later read opens it again."""
+
+    def twin(self) -> Reads:
+        """One that another thread may use at the same time."""
 
 
 class TokenShards:
     """The tokens of one split, as one long sequence.
 
     Args:
-        directory: a folder made by `nlscale data build`
+        directory: a folder made by `nlscale data build`, or a URL of one.
         split: "train" or "validation"
         verify: also compare each shard's sha256, unless `.verified.json` beside the index records
             that a file of this size and modification time has passed before, as it does of a build.
             The first time reads every byte: of many ranks, those that train share that
-            (`nlscale.train.verify_data`).
+            (`nlscale.train.verify_data`). Behind a URL see that each is there with its size: its
+            sha256 is compared when it is fetched.
+        cache: where shards behind a URL are kept, and how they are fetched.
 
     Fields: `tokens` (int), `documents` (int), `vocabulary` (int), `separator` (the id that
     follows each document), `masked` (whether some tokens may not count as targets),
     `counted_tokens` (those that do), `bytes_per_token` (UTF-8 bytes of text a token that counts,
     separators among them; 0 where they stand for no text, or none counts), `index`, `shards`
-    (their entries in it), `states` (what was seen of each shard by name, see
-    `nlscale.data.verified`).
+    (their entries in it), `folder` (what reads them), `states` (what was seen of each shard by
+    name, see `nlscale.data.verified`; nothing behind a URL).
 
     Safe to use after a fork, pickled, and from several processes at once, not from several threads.
 
@@ -42,20 +69,35 @@ class TokenShards:
         UserError: a missing folder, an unknown split, and a missing or altered shard.
     """
 
-    def __init__(self, directory: str | Path, split: str = "train", verify: bool = True) -> None:
-        self.directory = Path(directory)
-        self.split = split
-        self.index: Index = read_index(directory)
+    def __init__(
+        self,
+        directory: Location,
+        split: str = "train",
+        verify: bool = True,
+        cache: CacheConfig | None = None,
+    ) -> None:
+        cache = cache or CacheConfig()
+        index = read_index(directory, Patience(cache.timeout, cache.retries))
+        folder = _opened(directory, cache)
+        self._begin(folder, directory, index, split)
+        if verify:
+            folder.check(self.shards)
+
+    def beside(self, split: str) -> TokenShards:
+        """Another split of the same folder, not verified; another thread may read it."""
+        other = TokenShards.__new__(TokenShards)
+        other._begin(self.folder.twin(), self.directory, self.index, split)
+        return other
+
+    def _begin(self, folder: Reads, directory: Location, index: Index, split: str) -> None:
+        self.directory: Location = directory if is_url(directory) else Path(directory)
+        self.split, self.index, self.folder = split, index, folder
         if split not in self.index["splits"]:
             raise UserError(f"no split {split!r}; use one of {', '.join(self.index['splits'])}")
         entry = self.index["splits"][split]
         self.shards = entry["shards"]
         # Sizes first: a missing shard is reported at once, not after an hour of hashing.
-        self.states: dict[str, State] = {
-            shard["name"]: state_of(self.directory, shard) for shard in self.shards
-        }
-        if verify:
-            self._verify()
+        self.states: dict[str, State] = folder.states(self.shards)
         self.tokens = entry["tokens"]
         self.documents = entry["documents"]
         self.vocabulary = self.index["vocabulary"]
@@ -67,7 +109,6 @@ class TokenShards:
         self._dtype = np.dtype(self.index["dtype"]).newbyteorder("<")
         # _starts[i] is the position in the split of the first token of shard i.
         self._starts = np.cumsum([0] + [shard["tokens"] for shard in self.shards])
-        self._open: OrderedDict[int, int] = OrderedDict()
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
         """Tokens start .. start + count - 1 of the split: int64 [count].
@@ -97,6 +138,17 @@ class TokenShards:
             self._read_shard_mask(number, local, result[part])
         return result
 
+    def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Tokens that will be read soon, (start, count), the first first: for reading ahead."""
+        if not self.folder.fetches:
+            return
+        numbers = (number for start, count in ranges for number, _, _ in self._parts(start, count))
+        self.folder.expect([self.shards[number] for number in dict.fromkeys(numbers)])
+
+    def close(self) -> None:
+        """Close the shard files; a later `read` opens them again."""
+        self.folder.close()
+
     def _parts(self, start: int, count: int) -> list[tuple[int, int, slice]]:
         """The shards that hold a range: number, first token in it, and where that goes."""
         if start < 0 or count < 0 or start + count > self.tokens:
@@ -120,7 +172,7 @@ class TokenShards:
 
         begin = place(start)
         size = place(start + len(result) - 1) + width - begin
-        data = self._pread(number, begin, size)
+        data = self.folder.pread(shard, begin, size)
         done = 0
         while done < len(result):  # step over the tar header between one block and the next
             token = start + done
@@ -132,7 +184,7 @@ class TokenShards:
         # The checksum is of the index, and the index may come from anywhere.
         if len(result) and int(result.max()) >= self.vocabulary:
             raise altered(
-                self.directory / shard["name"],
+                inside(self.directory, shard["name"]),
                 f"it holds the id {result.max()}, the vocabulary has {self.vocabulary:,}",
             )
 
@@ -145,58 +197,15 @@ class TokenShards:
             here = min(len(result) - done, size - token)
             first, skipped = divmod(token, 8)
             offset = shard["mask_offset"] + block * shard["stride"] + first
-            data = self._pread(number, offset, -(-(skipped + here) // 8))
+            data = self.folder.pread(shard, offset, -(-(skipped + here) // 8))
             bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
             result[done : done + here] = bits[skipped : skipped + here]
             done += here
 
-    def _pread(self, number: int, offset: int, size: int) -> bytes:
-        # Not a memory map: a shard truncated or a file system lost during training would then
-        # kill the process with SIGBUS instead of raising an error that names the shard.
-        path = self.directory / self.shards[number]["name"]
-        try:
-            descriptor = self._descriptor(number, path)
-            data = b""
-            while len(data) < size:
-                part = os.pread(descriptor, size - len(data), offset + len(data))
-                if not part:
-                    raise OSError("the file is shorter than when it was opened")
-                data += part
-        except OSError as error:
-            raise UserError(f"cannot read shard {path}: {error}; restore or rebuild it") from error
-        return data
 
-    def _descriptor(self, number: int, path: Path) -> int:
-        if number in self._open:
-            self._open.move_to_end(number)
-        else:
-            if len(self._open) >= _OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._open[number]
+def _opened(directory: Location, cache: CacheConfig) -> Reads:
+    if not is_url(directory):
+        return LocalFolder(Path(directory))
+    from nlscale.data.remote.folder import RemoteFolder  # for those who need it
 
-    def close(self) -> None:
-        """Close the shard files; a later `read` opens them again."""
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        # In a spawned process the same descriptor numbers would be other files.
-        return {**self.__dict__, "_open": OrderedDict()}
-
-    def __del__(self) -> None:
-        if hasattr(self, "_open"):  # absent when the constructor refused the folder
-            self.close()
-
-    def _verify(self) -> None:
-        unknown = set(not_remembered(self.directory, self.states))
-        if not unknown:
-            return
-        shards = [shard for shard in self.shards if shard["name"] in unknown]
-        with Hashing(self.directory, shards, min(8, os.cpu_count() or 1)) as hashing:
-            hashing.wait()
-            if (error := hashing.so_far().error) is not None:
-                raise error
-        # A read-only data folder is legitimate: it is only checked again next time.
-        with contextlib.suppress(OSError):
-            remember(self.directory, {name: self.states[name] for name in unknown})
+    return RemoteFolder(directory, cache)

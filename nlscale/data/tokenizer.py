@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nlscale.config.urls import Location, is_url
 from nlscale.data.encoders.base import (
     END_OF_TEXT,
     LARGEST_VOCABULARY,
@@ -22,6 +23,7 @@ from nlscale.data.encoders.huggingface import (
     train_bpe,
 )
 from nlscale.data.encoders.plain import ByteTokenizer, SymbolTokenizer
+from nlscale.data.remote.service import copied
 from nlscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,12 +85,15 @@ def bpe_vocabulary(spec: str) -> int | None:
     return int(size)
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer saved in `directory` (a data folder, for example).
+def load_tokenizer(directory: Location) -> Tokenizer:
+    """The tokenizer saved in `directory` (a data folder, for example, or a URL of one).
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
+    if is_url(directory):
+        with copied(directory, TOKENIZER_NAME, SETTINGS_NAME) as here:
+            return load_tokenizer(here)
     return read_tokenizer(Path(directory) / TOKENIZER_NAME)
 
 

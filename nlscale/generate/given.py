@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nlscale.checkpoint.export import NO_DATA
 from nlscale.config.arguments import path
 from nlscale.config.fields import path_of
+from nlscale.config.urls import Location, location_of
 from nlscale.config.vocabulary import Config
 from nlscale.data.tokenizer import TOKENIZER_NAME, Tokenizer, load_tokenizer
 from nlscale.errors import UserError
@@ -64,7 +65,7 @@ def tokenizer_for(model: Model, file: Path | None) -> Tokenizer:
         raise UserError(f"{reason}; name the folder of one with --tokenizer") from None
 
 
-def data_of(config: Config, fix: str) -> Path:
+def data_of(config: Config, fix: str) -> Location:
     """The data folder that a model was trained on, which may not be there any more.
 
     Args:
@@ -76,4 +77,4 @@ def data_of(config: Config, fix: str) -> Path:
     """
     if config.data.dir == NO_DATA:
         raise UserError(f"the model was imported, and has no data of its own; {fix}")
-    return Path(config.data.dir)
+    return location_of(config.data.dir)

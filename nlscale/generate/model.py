@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nlscale.checkpoint.export import NO_DATA
+from nlscale.config.urls import location_of
 from nlscale.config.vocabulary import Config
 from nlscale.data.tokenizer import TOKENIZER_NAME, Tokenizer, load_tokenizer
 from nlscale.errors import UserError
@@ -36,7 +37,7 @@ class Model:
         self, decoder: Decoder, config: Config, step: int, tokenizer_folder: Path | None = None
     ) -> None:
         self.config, self.step = config, step
-        self._tokenizer_folder = tokenizer_folder or Path(config.data.dir)
+        self._tokenizer_folder = tokenizer_folder or location_of(config.data.dir)
         weight = next(decoder.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self._decoder = decoder

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
+from itertools import chain
 
 from nlscale.step.micro_batches import Batch
 from nlscale.step.trainer import Trainer
 from nlscale.train.prepare import Prepared
+
+STEPS_EXPECTED = 8
+"""Steps whose shards are fetched ahead where they lie on another service."""
 
 
 class StepReader:
@@ -31,14 +35,21 @@ class StepReader:
         self._ahead = None
         if counters.step + 1 < train.steps:
             self._ahead = _in_background(partial(self._read, first + train.global_batch))
+            left = min(STEPS_EXPECTED, train.steps - counters.step - 1)
+            firsts = [first + (number + 1) * train.global_batch for number in range(left)]
+            self._prepared.reader.expect(chain.from_iterable(map(self._numbers, firsts)))
         return batches
 
-    def _read(self, first: int) -> list[Batch]:
+    def _numbers(self, first: int) -> Iterator[tuple[int, int]]:
+        """What this rank reads of the step that begins with a sample: (first, count), by batch."""
         layout, size = self._trainer.layout, self._trainer.config.train.micro_batch
-        reader, batches = self._prepared.reader, []
         for i in range(self._prepared.micro_batches):
-            offset = (i * layout.data_size + layout.data_rank) * size
-            rows, counts = reader.read(first + offset, size), reader.masks(first + offset, size)
+            yield first + (i * layout.data_size + layout.data_rank) * size, size
+
+    def _read(self, first: int) -> list[Batch]:
+        reader, batches = self._prepared.reader, []
+        for number, size in self._numbers(first):
+            rows, counts = reader.read(number, size), reader.masks(number, size)
             separator = reader.samples.shards.separator
             batches.append(self._trainer.to_batch(rows, separator, size, counts))
         return batches

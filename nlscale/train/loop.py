@@ -107,7 +107,7 @@ def _run(
     attempts: Attempts,
     claim: Claim,
 ) -> dict[str, Any]:
-    for line in claim.found.notes:
+    for line in [*prepared.notes, *claim.found.notes]:
         telemetry.note(line)
     for line in [*claim.found.warnings, *attempts.warnings()]:
         telemetry.warn(line)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from nlscale.cluster.life.place import place
@@ -16,6 +15,7 @@ from nlscale.errors import UserError
 from nlscale.evaluate.table import check as check_evaluations
 from nlscale.levels.spectrum import Level, spectrum
 from nlscale.plan.checks import check_sizes, not_divisible
+from nlscale.train.cached import check_cache
 
 
 @dataclass
@@ -31,6 +31,8 @@ class Prepared:
     tokens_per_step: int
     data: dict[str, Any]
     """What identifies the data: the same data in another folder have the same."""
+    notes: list[str] = field(default_factory=list)
+    """What there is to say of the data, each in a line."""
 
 
 def prepare(config: Config) -> Prepared:
@@ -47,8 +49,8 @@ def prepare(config: Config) -> Prepared:
     tokens_per_step = train.global_batch * config.data.sequence_length
     levels = spectrum(config.levels, tokens_per_step)
     check_evaluations(config.evaluate)
-    shards = TokenShards(Path(config.data.dir), "train", verify=False)
-    held_out = TokenShards(Path(config.data.dir), "validation", verify=False)
+    shards = TokenShards(config.data.dir, "train", verify=False, cache=config.data.cache)
+    held_out = shards.beside("validation")
     if not shards.counted_tokens:
         raise UserError(
             f"no token of the train split of {config.data.dir} counts as a target; mend the masks "
@@ -63,6 +65,8 @@ def prepare(config: Config) -> Prepared:
         )
     if model.vocabulary % config.parallel.tensor:
         raise UserError(not_divisible("model.vocabulary", model.vocabulary, config.parallel.tensor))
+    in_step = train.global_batch // data_parallel  # of a rank
+    here = min(data_parallel, place().local_world)
     return Prepared(
         levels=levels,
         reader=BatchReader(Samples(shards, config.data.sequence_length), config.run.seed),
@@ -71,6 +75,7 @@ def prepare(config: Config) -> Prepared:
         micro_batches=train.global_batch // (train.micro_batch * data_parallel),
         tokens_per_step=tokens_per_step,
         data=_identity(shards.index),
+        notes=check_cache([shards, held_out], here * in_step),
     )
 
 

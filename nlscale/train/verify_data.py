@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from nlscale.checkpoint.store.together import Ranks
 from nlscale.cluster import spread
 from nlscale.cluster.life.place import place
 from nlscale.cluster.life.watch import doing
@@ -41,7 +43,8 @@ _T = TypeVar("_T")
 def verify_data(config: Config, prepared: Prepared, layout: Layout) -> None:
     """Hash the shards that `.verified.json` does not know, and note there that they are whole.
 
-    The same call on every rank. Nothing is read, and nothing said, where all of them are known.
+    The same call on every rank. Behind a URL the first rank sees in a listing that they are there.
+    Nothing is read, and nothing said, where all of them are known.
 
     Raises:
         UserError: a shard was altered or cannot be read; on every rank, naming the host.
@@ -49,6 +52,11 @@ def verify_data(config: Config, prepared: Prepared, layout: Layout) -> None:
     """
     splits = (prepared.reader.samples.shards, prepared.validation.shards)
     directory = splits[0].directory
+    if not isinstance(directory, Path):  # their sha256 is compared when they are fetched
+        with doing("listing the data"):
+            for split in splits:
+                Ranks(layout.host).first(partial(split.folder.check, split.shards))
+        return
     shards = [shard for split in splits for shard in split.shards]
     states = {name: state for split in splits for name, state in split.states.items()}
     with doing("comparing what each rank sees of the data"):

@@ -16,12 +16,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nlscale.config.urls import wrong_with
+from nlscale.data.remote.opening import ServiceError, open_service, reason
 from nlscale.errors import UserError
-
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
 
 MANIFEST = "manifest.json"
 LATEST = "LATEST"
@@ -30,15 +29,12 @@ PIECE = 4 << 20  # bytes, as a file is read and hashed
 _PART = 16 << 20  # bytes of a request; each transfer holds about two in memory
 _MOST_PARTS = 9_000  # of an object; S3 takes 10,000
 _STEP = re.compile(r"step-(\d{8,})")
-_LONGEST = 200  # characters of what a client says
-_EXTRAS = {"s3": "s3", "s3a": "s3"}
-"""Extras of nlscale that bring the package of a protocol."""
 _FOLDERS = {"file", "local", "sftp", "ssh", "smb", "hdfs"}
 """Protocols with folders, which have to be made. Object stores have none, and what makes folders
 there makes buckets."""
 
 
-class MirrorError(UserError):
+class MirrorError(ServiceError):
     """What a mirror could not do: which URL, what and why, in one line."""
 
 
@@ -63,19 +59,8 @@ def check_url(url: str) -> None:
     Raises:
         UserError: one line; a URL with credentials is not repeated in it.
     """
-    protocol, separator, rest = url.partition("://")
-    if "?" in rest or ("@" in rest and ":" in rest.partition("@")[0]):
-        raise UserError(
-            "checkpoint.mirror holds credentials, or what looks like them (user:password@, or a "
-            "query after ?), and would be in logs and records; give the URL without, and let "
-            "the service's client find them (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
-            "~/.aws/credentials)"
-        )
-    if "::" in url or not separator or not protocol or not rest.strip("/") or not _is_plain(url):
-        raise UserError(
-            f"checkpoint.mirror {url!r} is not a URL of a folder; give one such as {EXAMPLE}, or "
-            f"file:///mnt/other/runs/a"
-        )
+    if (wrong := wrong_with(url, f"{EXAMPLE}, or file:///mnt/other/runs/a")) is not None:
+        raise UserError(f"checkpoint.mirror {wrong}")
 
 
 class Remote:
@@ -94,7 +79,7 @@ class Remote:
         check_url(url)
         self.url = url.rstrip("/")
         self._protocol = url.partition("://")[0]
-        self._files, self._root = _open(self.url, self._protocol)
+        self._files, self._root = open_service(self.url, "checkpoint.mirror", EXAMPLE)
 
     def listing(self) -> dict[int, dict[str, int]]:
         """Bytes by name of the objects of every checkpoint, finished or not, by step."""
@@ -206,42 +191,6 @@ class Remote:
             raise MirrorError(f"{what}: {reason(error)}") from error
 
 
-def reason(error: BaseException) -> str:
-    """What an exception of a client says, in one line and without what may be secret in it."""
-    said = isinstance(error, OSError) and error.strerror
-    text = " ".join(str(said or error).split()) or type(error).__name__
-    if isinstance(error, FileNotFoundError) and "bucket" not in text:
-        text = "it is not there"
-    text = re.sub(r"(://)[^/\s@]*@", r"\1", re.sub(r"\?\S*", "", text))
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-
-
-def _open(url: str, protocol: str) -> tuple[AbstractFileSystem, str]:
-    try:
-        import fsspec
-        from fsspec.core import url_to_fs
-    except ImportError:
-        raise UserError("checkpoint.mirror needs fsspec: pip install fsspec") from None
-    try:
-        fsspec.get_filesystem_class(protocol)
-    except ImportError as error:
-        extra = _EXTRAS.get(protocol)
-        fix = f"pip install 'nlscale[{extra}]', on every node" if extra else reason(error)
-        raise UserError(
-            f"checkpoint.mirror {url}: the package for {protocol}:// is missing: {fix}"
-        ) from None
-    except ValueError:
-        raise UserError(
-            f"checkpoint.mirror {url}: unknown protocol {protocol}://; give a URL such as "
-            f"{EXAMPLE}, or of another protocol that fsspec knows"
-        ) from None
-    try:
-        files, root = url_to_fs(url)
-    except Exception as error:
-        raise MirrorError(f"cannot open {url}: {reason(error)}") from error
-    return files, root.rstrip("/")
-
-
 def _abandon(file: Any) -> None:
     """Close a file that is not whole, so that no object comes of it where a service knows that."""
     from fsspec.spec import AbstractBufferedFile
@@ -252,7 +201,3 @@ def _abandon(file: Any) -> None:
             file.discard()
         else:
             file.close()
-
-
-def _is_plain(url: str) -> bool:
-    return url.isprintable() and url == url.strip()

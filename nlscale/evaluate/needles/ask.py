@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from nlscale.config.urls import Location
 from nlscale.data.index import read_index
 from nlscale.data.needles.haystack import text_of
 from nlscale.data.needles.kinds import KINDS
@@ -131,7 +131,7 @@ def _asked(
     own = task if isinstance(task, TextNeedle) else None
     kinds = options.kinds or (own.all_kinds if own else list(KINDS))
     form = options.form or (own.form if own else _form(kinds, shortest, tokenizer))
-    source: Path | None = options.haystack
+    source: Location | None = options.haystack
     if source is None and own is not None:
         source = next(iter(own.reads), None)
     if source is None and own is None and any(KINDS[kind].haystack == "text" for kind in kinds):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nlscale.config.urls import Location
 from nlscale.data import TokenShards
 from nlscale.data.documents import SourceFile, UnreadableError, format_of, read_documents
 from nlscale.data.tally import shown
@@ -64,7 +65,7 @@ def text_of(
     return Text(label, shards.tokens, shards.read, shards.read_mask, size)
 
 
-def _check(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
+def _check(model: Model, tokenizer: Tokenizer, folder: Location) -> None:
     """Refuse ids that are not those of the model; one without a tokenizer takes that of the data.
 
     Raises:
