@@ -16,6 +16,7 @@ PAGES = {
     "run.imports": "how-to/add-a-mixer.md",
     "data": "concepts/data.md",
     "data.dir": "concepts/data.md#shards-and-their-index",
+    "data.cache": "concepts/data.md#shards-elsewhere",
     "data.sequence_length": "concepts/data.md#samples",
     "data.document_mask": "concepts/memory.md#documents",
     "model": "concepts/cms.md#the-whole-model",

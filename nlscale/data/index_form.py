@@ -105,8 +105,10 @@ def _whole(low: int, high: int = _MOST) -> _Rule:
 
 
 def _text(pattern: str, what: str) -> _Rule:
+    form = re.compile(pattern, re.DOTALL)
+
     def rule(value: Any, at: str) -> None:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value, re.DOTALL):
+        if not isinstance(value, str) or not form.fullmatch(value):
             raise _wrong(at, value, what)
 
     return rule
@@ -139,11 +141,14 @@ def _list(each: _Rule) -> _Rule:
 
 
 def _object(rules: Mapping[str, _Rule], optional: Mapping[str, _Rule] | None = None) -> _Rule:
+    known = [*{**rules, **(optional or {})}.items()]  # here: there are thousands of shards
+
     def rule(value: Any, at: str) -> None:
         if not isinstance(value, dict):
             raise _wrong(at, value, "an object")
-        for key, check_value in {**rules, **(optional or {})}.items():
-            here = f"{at}.{key}" if at else key
+        prefix = f"{at}." if at else ""
+        for key, check_value in known:
+            here = prefix + key
             if key in value:
                 check_value(value[key], here)
             elif key in rules:

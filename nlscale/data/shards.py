@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nlscale.config.urls import Location, inside, is_url
-from nlscale.config.vocabulary import CacheConfig
 from nlscale.data.index import MASKED_FORMAT, Index, Shard, read_index
 from nlscale.data.local import LocalFolder
 from nlscale.data.remote.service import Patience
 from nlscale.data.verified import State, altered
 from nlscale.errors import UserError
+
+if TYPE_CHECKING:
+    from nlscale.config.vocabulary import CacheConfig
 
 
 class Reads(Protocol):
@@ -76,8 +78,8 @@ class TokenShards:
         verify: bool = True,
         cache: CacheConfig | None = None,
     ) -> None:
-        cache = cache or CacheConfig()
-        index = read_index(directory, Patience(cache.timeout, cache.retries))
+        patience = None if cache is None else Patience(cache.timeout, cache.retries)
+        index = read_index(directory, patience)
         folder = _opened(directory, cache)
         self._begin(folder, directory, index, split)
         if verify:
@@ -203,9 +205,10 @@ class TokenShards:
             done += here
 
 
-def _opened(directory: Location, cache: CacheConfig) -> Reads:
+def _opened(directory: Location, cache: CacheConfig | None) -> Reads:
     if not is_url(directory):
         return LocalFolder(Path(directory))
-    from nlscale.data.remote.folder import RemoteFolder  # for those who need it
+    # here, for those who need it: reading what is here takes numpy alone
+    from nlscale.data.remote.folder import RemoteFolder
 
     return RemoteFolder(directory, cache)

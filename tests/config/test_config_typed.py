@@ -182,10 +182,19 @@ PATHS = ("run.dir", "run.weights", "data.dir", "resume.start")
 
 
 @pytest.mark.parametrize("key", PATHS)
+def test_a_url_is_a_place_for_data_alone(key: str) -> None:
+    if key == "data.dir":
+        assert config_of(f"{key}=s3://bucket/x/").data.dir == "s3://bucket/x"
+        assert "data.dir holds credentials" in message_of(f"{key}=http://me:secret@host/x")
+        assert "is not a URL of a folder" in message_of(f"{key}=simplecache::s3://bucket/x")
+    else:
+        assert "s3:// names a service" in message_of(f"{key}=s3://bucket/x")
+
+
+@pytest.mark.parametrize("key", PATHS)
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("s3://bucket/x", "s3://"),
         ("gs:/bucket/x", "gs:/"),
         ("me@host:/x", "host:/"),
         ("$HOME/x", r"\$HOME"),

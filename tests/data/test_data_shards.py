@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nlscale.data import BatchReader, Samples, TokenShards, read_index, verified
-from nlscale.data import shards as shards_module
+from nlscale.data import BatchReader, Samples, TokenShards, local, read_index, verified
 from nlscale.data.build import build
 from nlscale.errors import UserError
 
@@ -78,7 +77,7 @@ def test_any_range_can_be_read(built: Path) -> None:
 
 
 def test_more_shards_than_open_files(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "_OPEN_FILES", 2)
+    monkeypatch.setattr(local, "_OPEN_FILES", 2)
     shards = TokenShards(built)
     before = len(os.listdir("/proc/self/fd"))
     assert np.array_equal(shards.read(0, shards.tokens), tokens_of(built))

@@ -38,7 +38,7 @@ class RemoteFolder:
 
     Args:
         url: of the folder.
-        config: where shards are kept, and how they are fetched.
+        config: where shards are kept, and how they are fetched; None: as a run has it by default.
 
     Raises:
         UserError: no such service, no size, or a cache that cannot be written.
@@ -46,8 +46,9 @@ class RemoteFolder:
 
     fetches = True
 
-    def __init__(self, url: str, config: CacheConfig) -> None:
-        self.url, self.config = url, config
+    def __init__(self, url: str, config: CacheConfig | None = None) -> None:
+        self.url = url
+        self.config = config = config or CacheConfig()
         self.service = Service(url, Patience(config.timeout, config.retries))
         self.cache = Cache(cache_folder(config), cache_size(config))
         self._ahead = Ahead(config.threads, self._fetch_ahead)

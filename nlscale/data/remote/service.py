@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nlscale.config.units import human_bytes
 from nlscale.config.urls import Location, is_url
 from nlscale.data.remote.opening import ServiceError, open_service, reason
 
@@ -128,8 +127,7 @@ class Service:
                     piece = reading.next(self.patience.timeout)
                 except queue.Empty:
                     raise ServiceError(
-                        f"it stalls: no byte for {self.patience.timeout:g} s after "
-                        f"{human_bytes(got)}"
+                        f"it stalls: no byte for {self.patience.timeout:g} s after {got:,} bytes"
                     ) from None
                 except Exception as error:  # every client has exceptions of its own
                     raise _named(error, got, size) from error
@@ -141,8 +139,7 @@ class Service:
                     return
                 if limit is not None and time.monotonic() - began > limit:
                     raise ServiceError(
-                        f"it is too slow: {human_bytes(got)} of {human_bytes(size or 0)} in "
-                        f"{limit:.0f} s"
+                        f"it is too slow: {got:,} of {size or 0:,} bytes in {limit:.0f} s"
                     )
         if size is not None and got < size:
             raise ServiceError(f"it ended after {got:,} of {size:,} bytes")
