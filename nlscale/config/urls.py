@@ -8,7 +8,7 @@ from typing import TypeGuard
 
 Location = Path | str
 """Of a folder or file: a path; or, as text, a URL."""
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
 
 
 def is_url(text: object) -> TypeGuard[str]:
