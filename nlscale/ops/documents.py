@@ -40,7 +40,12 @@ class Documents:
 
     @classmethod
     def of(
-        cls, tokens: NDArray[np.int64], separator: int, chunk: int, device: torch.device
+        cls,
+        tokens: NDArray[np.int64],
+        separator: int,
+        chunk: int,
+        device: torch.device,
+        counts: NDArray[np.bool_] | None = None,
     ) -> Documents:
         """Documents that begin with a row or with a separator, whose first token that then is.
 
@@ -49,9 +54,15 @@ class Documents:
             separator: id that follows each document in the data.
             chunk: tokens of a chunk.
             device: where the model is.
+            counts: which tokens have a target that counts, [batch, sequence]; None: all. Separators
+                after the last of a row that has one fill the row up, and begin no documents: each
+                would take a chunk.
         """
         batch, length = tokens.shape
         begins = tokens == separator
+        if counts is not None:
+            filling_up = ~np.logical_or.accumulate(counts[:, ::-1], axis=1)[:, ::-1]
+            begins[:, 1:] &= ~(filling_up[:, 1:] & begins[:, :-1])
         begins[:, 0] = True
         time = np.arange(length)
         began = np.maximum.accumulate(np.where(begins, time, 0), axis=1)

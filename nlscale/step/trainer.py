@@ -172,7 +172,8 @@ class Trainer:
         device, documents, mask = self.layout.device, None, None
         if self.config.data.document_mask:
             chunk = self.config.model.memory.chunk
-            documents = Documents.of(rows[:, :-1], separator, chunk, device)
+            targets = None if counts is None else counts[:, 1:]
+            documents = Documents.of(rows[:, :-1], separator, chunk, device, targets)
         if counts is not None:
             mask = LossMask.of(counts[:, 1:], counted, device)
         tokens = to_device(rows, device)

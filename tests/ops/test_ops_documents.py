@@ -93,3 +93,14 @@ def test_attention_is_within_a_document_and_causal() -> None:
     attends = documents([[2, 3]], 4).attends()
     within = torch.block_diag(torch.ones(2, 2), torch.ones(3, 3)).tril().bool()
     assert torch.equal(attends, within[None, None])
+
+
+def test_what_fills_a_row_up_begins_no_documents() -> None:
+    row = [1, 2, SEPARATOR, 3, SEPARATOR, SEPARATOR, 4, 5, *[SEPARATOR] * 6]
+    tokens = torch.tensor([row, row])
+    counts = torch.ones(2, len(row), dtype=torch.bool)
+    counts[0, 8:] = False  # the target of the last token of a document counts: its separator
+    where = Documents.of(tokens.numpy(), SEPARATOR, 4, torch.device("cpu"), counts.numpy())
+    begins = [(where.position[i] == 0).nonzero().flatten().tolist() for i in range(2)]
+    assert begins[0] == [0, 2, 4, 5, 8]
+    assert begins[1] == [0, 2, 4, 5, *range(8, 14)], "each of what counts is as it was"
