@@ -133,6 +133,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "be read)",
     )
     build.add_argument(
+        "--pack",
+        type=whole(least=2),
+        metavar="S",
+        help="pack documents whole into samples of S tokens, for runs of data.sequence_length S "
+        "(default: they follow one another, for any length)",
+    )
+    build.add_argument(
         "--duplicates",
         choices=("keep", "drop"),
         default="keep",
@@ -273,6 +280,7 @@ def _build_text(args: argparse.Namespace) -> Index | None:
         "vocabulary_multiple": args.vocabulary_multiple,
         "bpe_sample": args.bpe_sample,
         "duplicates": args.duplicates,
+        "pack": args.pack,
         "max_lost": args.max_lost,
         "overwrite": args.overwrite,
         "unit_bytes": args.unit_mib << 20 if args.unit_mib else UNIT_BYTES,
@@ -324,6 +332,7 @@ def _build_task(args: argparse.Namespace) -> Index:
         "--text-field": args.text_field != DEFAULT_FIELD,
         "--max-lost": args.max_lost is not None,
         "--duplicates": args.duplicates != "keep",
+        "--pack": args.pack is not None,
         "--executor": args.executor != "local",
         "--workers": args.workers is not None,
         "--unit-mib": args.unit_mib is not None,
@@ -402,6 +411,14 @@ def _show(console: Console, directory: Location, index: Index) -> None:
         console.print(
             f"task {shown(task['task'])}: {shown(task['about'])}; examples of {task['length']:,} "
             f"tokens, of which had come before: {again}"
+        )
+    if (packed := index.get("packed")) is not None:
+        cut, padding = sum(packed["cut"].values()), sum(packed["padding"].values())
+        documents = sum(split["documents"] for split in splits)
+        tokens = sum(split["tokens"] for split in splits)
+        console.print(
+            f"packed into samples of {packed['length']:,} tokens: {cut:,} of {documents:,} "
+            f"documents cut ({cut / documents:.2%}), padding {padding / tokens:.2%} of the tokens"
         )
     if (unigram := index["unigram_bits_per_byte"]) is not None:
         console.print(f"unigram {unigram:.4f} bits per byte of validation text")

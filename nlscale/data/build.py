@@ -39,6 +39,7 @@ from nlscale.data.index import (
     read_index,
 )
 from nlscale.data.losses import Losses
+from nlscale.data.packing import MOST_WINDOW_TOKENS, window_of
 from nlscale.data.progress import say
 from nlscale.data.shards import TokenShards
 from nlscale.data.sources import Found, find_files, fingerprint
@@ -71,6 +72,7 @@ def build(
     bpe_sample: int = DEFAULT_BPE_SAMPLE,
     duplicates: str = KEEP,
     max_lost: float | None = None,
+    pack: int | None = None,
     overwrite: bool = False,
     workers: int = 1,
     unit_bytes: int = UNIT_BYTES,
@@ -101,6 +103,8 @@ def build(
         max_lost: the share, from 0 to 1, of what the sources hold that may be lost: of the
             documents of each source, of its files, and of all bytes (those of files that are not
             read for their suffix). None: 0.01, and no file that cannot be read
+        pack: documents are packed whole into samples of so many tokens, for runs of that
+            `data.sequence_length` (`nlscale.data.packing`). None: they follow one another, for any
         overwrite: replace a build made from other sources or options
         workers: processes that share the units; what they build does not depend on how many
         unit_bytes: about how many bytes of the sources a unit has at most (a file is one part of a
@@ -131,6 +135,7 @@ def build(
         bpe_sample=bpe_sample,
         duplicates=duplicates,
         max_lost=max_lost,
+        pack=pack,
         overwrite=overwrite,
         unit_bytes=unit_bytes,
         progress=progress,
@@ -158,6 +163,7 @@ def begun(
     bpe_sample: int = DEFAULT_BPE_SAMPLE,
     duplicates: str = KEEP,
     max_lost: float | None = None,
+    pack: int | None = None,
     overwrite: bool = False,
     unit_bytes: int = UNIT_BYTES,
     progress: bool = False,
@@ -173,6 +179,8 @@ def begun(
     check_options(held_out, shard_tokens, block_tokens, seed, max_lost, text_field)
     if duplicates not in (KEEP, DROP):
         raise UserError(f"duplicates is {duplicates!r}; it must be {KEEP} or {DROP}")
+    if pack is not None and not 2 <= pack <= MOST_WINDOW_TOKENS:
+        raise UserError(f"pack is {pack}; it must be from 2 to {MOST_WINDOW_TOKENS:,} tokens")
     if unit_bytes < 1:
         raise UserError(f"unit bytes is {unit_bytes}; it must be 1 or more")
     options = Options(
@@ -189,6 +197,7 @@ def begun(
         bpe_sample=bpe_sample,
         duplicates=duplicates,
         max_lost=max_lost,
+        pack=pack,
     )
     found = find_files(sources, out)
     asked = _asked(options, unit_bytes)
@@ -277,6 +286,8 @@ def _asked(options: Options, unit_bytes: int) -> list[object]:
     asked += [{name: value} for name, value in chosen.items() if value is not None]
     if options.duplicates != KEEP:
         asked.append({"duplicates": options.duplicates})
+    if options.pack is not None:
+        asked.append({"pack": options.pack, "window": window_of(options.pack)})
     if unit_bytes != UNIT_BYTES:
         asked.append({"unit_bytes": unit_bytes})
     return asked

@@ -155,6 +155,20 @@ class TaskIndex(TypedDict):
     repeated: dict[str, int]
 
 
+class PackedIndex(TypedDict):
+    """Of data whose documents were packed into samples (`nlscale.data.packing`), in format 2.
+
+    Sample i of a split is its tokens [i * length, (i + 1) * length), and no target of it lies in
+    the next. `window` is the packer's, in tokens; by split, `cut` counts the documents of more than
+    `length` tokens, and `padding` the tokens that fill samples up.
+    """
+
+    length: int
+    window: int
+    cut: dict[str, int]
+    padding: dict[str, int]
+
+
 class _Index(TypedDict):
     format: int
     fingerprint: str
@@ -182,7 +196,7 @@ class Index(_Index, total=False):
     `lost_files` and `left_out` are not in indexes that earlier versions wrote, nor in those of a
     `task`. Nor is `tokenizer_sha256`, which tells tokenizers apart that have the same name
     (`nlscale.data.tokenizer.Tokenizer.identity`).
-    `duplicates` is there where they were dropped.
+    `duplicates` is there where they were dropped, `packed` where documents were packed.
     """
 
     text_field: str
@@ -190,6 +204,7 @@ class Index(_Index, total=False):
     left_out: list[LeftOut]
     tokenizer_sha256: str
     duplicates: Duplicates
+    packed: PackedIndex
     task: TaskIndex
 
 

@@ -39,6 +39,9 @@ def check(index: Mapping[str, Any], masked: bool) -> None:
         raise _wrong("vocabulary", vocabulary, f"at most {1 << bits}, for {index['dtype']}")
     if index["separator"] >= vocabulary:
         raise _wrong("separator", index["separator"], f"below the vocabulary, {vocabulary}")
+    packed = index.get("packed")
+    if packed is not None and not masked:
+        raise _wrong("packed", packed, "left to the format with masks")
     if not index["splits"]:
         raise _wrong("splits", index["splits"], "not empty")
     names: set[str] = set()
@@ -57,6 +60,9 @@ def check(index: Mapping[str, Any], masked: bool) -> None:
         tokens = sum(shard["tokens"] for shard in entry["shards"])
         if tokens != entry["tokens"]:
             raise _wrong(f"{where}.tokens", entry["tokens"], f"{tokens}, the sum of its shards")
+        if packed is not None and tokens % packed["length"]:
+            samples = f"a multiple of packed.length, {packed['length']}"
+            raise _wrong(f"{where}.tokens", tokens, samples)
         text = entry["bytes"]
         if masked:
             _counted(entry, where)
@@ -228,6 +234,9 @@ _SINCE: dict[str, _Rule] = {  # which earlier builds of the same format do not h
     ),
     "text_field": _ANY,
     "tokenizer_sha256": _text(r"[0-9a-f]{64}", "a sha256 in hexadecimal"),
+    "packed": _object(
+        {"length": _whole(1), "window": _whole(1), "cut": _COUNTS, "padding": _COUNTS}
+    ),
     "duplicates": _object({"count": _whole(0), "bytes": _whole(0), "reasons": _COUNTS}),
     "lost_files": _object(
         {

@@ -58,6 +58,9 @@ class TokenShards:
             sha256 is compared when it is fetched.
         cache: where shards behind a URL are kept, and how they are fetched.
 
+    Of packed data each token of the last sample has a next one too: a separator that is not stored,
+    and does not count, ends the sequence.
+
     Fields: `tokens` (int), `documents` (int), `vocabulary` (int), `separator` (the id that
     follows each document), `masked` (whether some tokens may not count as targets),
     `counted_tokens` (those that do), `bytes_per_token` (UTF-8 bytes of text a token that counts,
@@ -100,7 +103,8 @@ class TokenShards:
         self.shards = entry["shards"]
         # Sizes first: a missing shard is reported at once, not after an hour of hashing.
         self.states: dict[str, State] = folder.states(self.shards)
-        self.tokens = entry["tokens"]
+        self._stored = entry["tokens"]
+        self.tokens = entry["tokens"] + ("packed" in self.index)
         self.documents = entry["documents"]
         self.vocabulary = self.index["vocabulary"]
         self.separator = self.index["separator"]
@@ -120,7 +124,7 @@ class TokenShards:
             UserError: a shard has become unreadable.
         """
         parts = self._parts(start, count)
-        result = np.empty(count, dtype=np.int64)
+        result = np.full(count, self.separator, dtype=np.int64)
         for number, local, part in parts:
             self._read_shard(number, local, result[part])
         return result
@@ -135,7 +139,7 @@ class TokenShards:
         if not self.masked:
             return None
         parts = self._parts(start, count)
-        result = np.empty(count, dtype=np.bool_)
+        result = np.zeros(count, dtype=np.bool_)
         for number, local, part in parts:
             self._read_shard_mask(number, local, result[part])
         return result
@@ -155,6 +159,7 @@ class TokenShards:
         """The shards that hold a range: number, first token in it, and where that goes."""
         if start < 0 or count < 0 or start + count > self.tokens:
             raise IndexError(f"tokens {start} .. {start + count} of {self.tokens}")
+        count = min(count, max(0, self._stored - start))
         parts: list[tuple[int, int, slice]] = []
         done = 0
         while done < count:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from nlscale.data.formats.base import Tokens
 from nlscale.data.hashed import HashedFile
 from nlscale.data.index import FORMAT, MASKED_FORMAT, SPLITS, TAR_RECORD, Shard, Split
+from nlscale.data.packing import Packer
 from nlscale.data.spans import Spans
 from nlscale.data.tokenizer import Tokenizer
 
@@ -144,6 +145,8 @@ class DataWriter:
         shard_blocks, block_tokens: see `SplitWriter`
         masked: whether some tokens may not count as targets
         prefix: see `SplitWriter`
+        pack: tokens of the samples into which documents are packed (`nlscale.data.packing`), which
+            makes masks; None: they follow one another
 
     Fields: `format`, of the index.
 
@@ -159,7 +162,9 @@ class DataWriter:
         block_tokens: int,
         masked: bool = False,
         prefix: str = "",
+        pack: int | None = None,
     ) -> None:
+        masked = masked or pack is not None
         self.format = MASKED_FORMAT if masked else FORMAT
         self._encoder, self._masked = encoder, masked
         self._lengths = encoder.byte_lengths()
@@ -177,6 +182,9 @@ class DataWriter:
             )
             for split in SPLITS
         }
+        self._packers: dict[str, Packer] = {}
+        if pack is not None:
+            self._packers = {split: Packer(pack, encoder.separator) for split in SPLITS}
         self._documents = dict.fromkeys(SPLITS, 0)
         self._bytes = dict.fromkeys(SPLITS, 0)
         self._batch: list[tuple[str, str, Spans | None, Tokens | None]] = []
@@ -234,11 +242,14 @@ class DataWriter:
         self._flush()  # documents stay in their order
         self._documents[split] += 1
         self._bytes[split] += int(self._lengths[ids].sum())
-        self._writers[split].write(ids, mask)
+        self._write(split, ids, mask)
 
     def close(self) -> None:
         """Finish all shards; the figures below are final after it."""
         self._flush()
+        for split, packer in self._packers.items():
+            for sample in packer.close():
+                self._writers[split].write(*sample)
         for writer in self._writers.values():
             writer.close()
 
@@ -261,6 +272,14 @@ class DataWriter:
         """How often each id was written and counts, by split: int64 [vocabulary]."""
         return {split: writer.counts for split, writer in self._writers.items()}
 
+    def packed(self) -> dict[str, dict[str, int]]:
+        """By split, how many documents were cut, and the tokens that fill samples up."""
+        packers = self._packers.items()
+        return {
+            "cut": {split: packer.cut for split, packer in packers},
+            "padding": {split: packer.padding for split, packer in packers},
+        }
+
     def unigram_bits_per_byte(self) -> float | None:
         """See `nlscale.data.index.Index`."""
         size = counted_bytes(self.splits()["validation"])
@@ -279,9 +298,16 @@ class DataWriter:
             ids, mask = tokens if tokens is not None else (next(encoded), None)
             if spans is not None:
                 mask = self._encoder.counted(text, spans, ids)
-            self._writers[split].write(np.append(ids, self._separator), mask)
+            self._write(split, np.append(ids, self._separator), mask)
         self._batch.clear()
         self._batch_bytes = 0
+
+    def _write(self, split: str, ids: NDArray, mask: NDArray[np.bool_] | None) -> None:
+        if not self._packers:
+            self._writers[split].write(ids, mask)
+            return
+        for sample in self._packers[split].add(ids.astype(self._encoder.dtype), mask):
+            self._writers[split].write(*sample)
 
 
 def _padded(size: int) -> int:

@@ -57,6 +57,7 @@ def prepare(config: Config) -> Prepared:
             f"of its sources and build it again"
         )
     _check_task(config, shards)
+    notes = _check_packed(config, shards)
     model.vocabulary = model.vocabulary or shards.vocabulary
     if model.vocabulary < shards.vocabulary:
         raise UserError(
@@ -75,7 +76,7 @@ def prepare(config: Config) -> Prepared:
         micro_batches=train.global_batch // (train.micro_batch * data_parallel),
         tokens_per_step=tokens_per_step,
         data=_identity(shards.index),
-        notes=check_cache([shards, held_out], here * in_step),
+        notes=[*notes, *check_cache([shards, held_out], here * in_step)],
     )
 
 
@@ -94,6 +95,29 @@ def _check_task(config: Config, shards: TokenShards) -> None:
             f"data.document_mask would begin the memory anew at each padding of an example of "
             f"{task}; set it to false"
         )
+
+
+def _check_packed(config: Config, shards: TokenShards) -> list[str]:
+    """Refuse samples of another length than documents were packed into; what else there is to say.
+
+    Raises:
+        UserError: they are of another length.
+    """
+    packed = shards.index.get("packed")
+    if packed is None:
+        return []
+    if config.data.sequence_length != packed["length"]:
+        raise UserError(
+            f"the documents of {shards.directory} are packed into samples of {packed['length']} "
+            f"tokens, and data.sequence_length is {config.data.sequence_length}, which cuts them; "
+            f"set it to {packed['length']}, or build the data with --pack of another length"
+        )
+    if config.data.document_mask:
+        return []
+    return [
+        f"the documents of {shards.directory} are packed into samples with others, which they see: "
+        f"data.document_mask is false; true reads each as if it stood alone"
+    ]
 
 
 def _identity(index: Index) -> dict[str, Any]:

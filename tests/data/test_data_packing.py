@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+from data.corpora import small
 
+from nlscale.data import Samples, TokenShards
 from nlscale.data.packing import MOST_WINDOW_TOKENS, Packer, best_fit, window_of
+from nlscale.errors import UserError
 
 SEPARATOR = 0
 
@@ -126,3 +133,65 @@ def test_the_window_bounds_what_is_held() -> None:
         assert (number + 1) * 7 - given * 7 // 10 < 100 + 7
     with pytest.raises(ValueError, match="window of 0"):
         Packer(8, SEPARATOR, 0)
+
+
+def test_a_build_packs_whole_documents_and_carries_their_masks(tmp_path: Path) -> None:
+    random = np.random.default_rng(5)
+    records = []
+    for number in range(120):
+        text = f"{number:03d} " + "".join(random.choice(list("abcdef"), random.integers(1, 50)))
+        half = len(text) // 2
+        records.append({"text": text, "mask": [[0, half]]} if number % 3 else {"text": text})
+    records.append({"text": "long " + "x" * 200})
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file, part in zip(files, (records[:70], records[70:]), strict=True):
+        file.write_text("".join(json.dumps(record) + "\n" for record in part))
+    sources = [str(file) for file in files]
+    options: dict[str, Any] = {"pack": 64, "unit_bytes": 2000}
+    index = small(sources, tmp_path / "out", **options)
+
+    found: list[tuple[str, list[bool]]] = []
+    for split in ("train", "validation"):
+        shards = TokenShards(tmp_path / "out", split)
+        samples = Samples(shards, 64)
+        assert len(samples) == index["splits"][split]["tokens"] // 64
+        padding = counted = 0
+        for i in range(len(samples)):
+            ids, mask = samples[i], samples.mask(i)
+            assert mask is not None and ids.shape == mask.shape == (65,)
+            assert not mask[0] and not mask[64], "the next sample's first token is no target"
+            counted += int(mask.sum())
+            body = bytes(ids[:64].astype(np.uint8))
+            end = len(body.rstrip(b"\xff")) + body.endswith(b"\xff")
+            padding += 64 - end
+            assert not mask[end:].any()
+            start = 0
+            while start < end:
+                after = body.find(b"\xff", start) + 1 or 64
+                found.append((body[start:after].decode("latin1"), mask[start:after].tolist()))
+                start = after
+        assert index["packed"]["padding"][split] == padding
+        assert index["splits"][split]["counted_tokens"] == counted
+    expected = []
+    for record in records:
+        text, spans = record["text"] + "\xff", record.get("mask", [[0, 999]])
+        mask = [any(a <= i < b for a, b in spans) for i in range(len(text))]
+        if "mask" in record:
+            mask[-1] = mask[-2]  # the separator counts as the last character does
+        expected += [(text[i : i + 64], mask[i : i + 64]) for i in range(0, len(text), 64)]
+    assert sorted(text for text, _ in found) == sorted(text for text, _ in expected)
+    masks = dict(expected)
+    for text, mask in found:
+        assert mask[1:] == masks[text][1:] and mask[0] <= masks[text][0]
+    assert sum(index["packed"]["cut"].values()) == 1
+    assert index["packed"]["length"] == 64 and index["format"] == 2
+
+
+def test_a_build_that_is_not_packed_says_nothing_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{n} {n}"}}\n' for n in range(400)))
+    index = small([str(tmp_path / "a.jsonl")], tmp_path / "out")
+    assert "packed" not in index and index["format"] == 1
+    with pytest.raises(UserError, match="other sources or options"):
+        small([str(tmp_path / "a.jsonl")], tmp_path / "out", pack=32)
+    with pytest.raises(UserError, match="pack is 1; it must be from 2"):
+        small([str(tmp_path / "a.jsonl")], tmp_path / "other", pack=1)

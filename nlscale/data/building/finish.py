@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from nlscale.data.building.units import DROP
 from nlscale.data.building.work import INDEX, TOKENS, Changed, Work
 from nlscale.data.folder import finish as finish_folder
 from nlscale.data.hashed import sync_folder
-from nlscale.data.index import SPLITS, Duplicates, Index, Split
+from nlscale.data.index import SPLITS, Duplicates, Index, PackedIndex, Split
+from nlscale.data.packing import window_of
 from nlscale.data.tokenizer import load_tokenizer
 from nlscale.data.verified import Hashing
 from nlscale.errors import UserError
@@ -79,11 +81,14 @@ def _assembled(work: Work) -> dict[str, Any]:
     counts = {split: np.zeros(encoder.vocabulary, dtype=np.int64) for split in SPLITS}
     splits: dict[str, Split] = {}
     moves: list[tuple[int, str, str]] = []
+    packed: dict[str, Counter[str]] = {"cut": Counter(), "padding": Counter()}
     dropped_bytes, form = 0, 0
     for unit in plan.units:
         written = work.made(TOKENS, unit.number)
         dropped_bytes += written["dropped_bytes"]
         form = written["format"]
+        for figure, by_split in written["packed"].items():
+            packed[figure].update(by_split)
         for split, of_unit in counts_of(work, unit.number, encoder.vocabulary).items():
             counts[split] += of_unit
         for split, entry in written["splits"].items():
@@ -109,6 +114,13 @@ def _assembled(work: Work) -> dict[str, Any]:
         empty_documents=settled["empty"],
         unigram_bits_per_byte=unigram_bits_per_byte(counts, counted_bytes(splits["validation"])),
     )
+    if (length := plan.options.pack) is not None:
+        index["packed"] = PackedIndex(
+            length=length,
+            window=window_of(length),
+            cut={split: packed["cut"][split] for split in SPLITS},
+            padding={split: packed["padding"][split] for split in SPLITS},
+        )
     if plan.options.duplicates == DROP:
         why = reasons(work, settled["ranges"])
         index["duplicates"] = Duplicates(count=sum(why.values()), bytes=dropped_bytes, reasons=why)

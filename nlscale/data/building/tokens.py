@@ -66,6 +66,7 @@ class _Unit:
             self._options.block_tokens,
             settled["masked"],
             prefix,
+            self._options.pack,
         )
         self._dropped: NDArray[np.bool_] | None = None
         self._dropped_bytes = 0
@@ -89,6 +90,7 @@ class _Unit:
         self._making.result |= {
             "format": self._writer.format,
             "splits": splits,
+            "packed": self._writer.packed(),
             "dropped_bytes": self._dropped_bytes,
         }
 

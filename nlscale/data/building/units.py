@@ -42,6 +42,7 @@ class Options:
     separator: str | None = None
     vocabulary_multiple: int | None = None
     bpe_sample: int = DEFAULT_BPE_SAMPLE
+    pack: int | None = None
 
     def given(self) -> Tokenizer | None:
         """The tokenizer, where a file is named that describes it. Raises UserError: it is none."""
