@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,8 +51,13 @@ class RemoteFolder:
         self.url = url
         self.config = config = config or CacheConfig()
         self.service = Service(url, Patience(config.timeout, config.retries))
-        self.cache = Cache(cache_folder(config), cache_size(config))
+        self._size = cache_size(config)
         self._ahead = Ahead(config.threads, self._fetch_ahead)
+
+    @cached_property
+    def cache(self) -> Cache:
+        """Where shards are kept, made when the first is wanted. Raises UserError: it cannot be."""
+        return Cache(cache_folder(self.config), self._size)
 
     def states(self, shards: Sequence[Shard]) -> dict[str, State]:
         """Nothing: the sha256 of a shard is compared whenever it is fetched."""

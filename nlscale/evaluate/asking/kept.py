@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from nlscale import __version__
 from nlscale.checkpoint import FOLDER
+from nlscale.config.urls import Location, is_url, location_of
 from nlscale.data.index import INDEX_NAME, read_index
 from nlscale.data.tasks.table import task_of_index
 from nlscale.data.tokenizer import SETTINGS_NAME, TOKENIZER_NAME
@@ -133,7 +134,7 @@ class Named(NamedTuple):
 
     step: int | None
     digest: str
-    data: Path | None
+    data: Location | None
     """The data folder that it was trained on, which may not be there any more."""
 
 
@@ -170,10 +171,10 @@ def _checkpoint(folder: Path) -> Named:
     return Named(step, _digest(folder / _MANIFEST), _data(state.get("config")))
 
 
-def _data(config: Any) -> Path | None:
+def _data(config: Any) -> Location | None:
     section = config.get("data") if isinstance(config, dict) else None
     folder = section.get("dir") if isinstance(section, dict) else None
-    return Path(folder) if isinstance(folder, str) and folder else None
+    return location_of(folder) if isinstance(folder, str) and folder else None
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -208,15 +209,18 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
 
 
-def _of_data(folder: Path | None) -> Any:
+def _of_data(folder: Location | None) -> Any:
     """What is in a data folder, and in what the task reads that it was made of."""
     if folder is None:
         return None
+    index: Any = folder
     try:
-        beside = task_of_index(read_index(folder), folder).reads
+        index = read_index(folder)
+        beside = task_of_index(index, folder).reads
     except UserError:  # text; or it is not there, which says who needs it
         beside = ()
-    return [_content(folder), *map(_content, beside)]
+    # behind a URL the index stands for all: it has hashes of the shards
+    return [index if is_url(folder) else _content(folder), *map(_content, beside)]
 
 
 def _content(value: Any) -> Any:

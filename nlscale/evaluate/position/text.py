@@ -54,7 +54,7 @@ def text_of(
         tokenizer_for(model, tokenizer_file)
     folder = data or data_of(model.config, "name text with --data or --text")
     try:
-        shards = TokenShards(folder, "validation")
+        shards = TokenShards(folder, "validation", cache=model.config.data.cache)
     except UserError as error:
         if data is not None:
             raise

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from nlscale.config.urls import is_url
 from nlscale.data.tasks import PREFIX
 from nlscale.data.tasks.table import task_of
 from nlscale.data.tokenizer import ByteTokenizer
@@ -52,7 +53,7 @@ def require_data(sweep: Sweep, data: str) -> None:
     Raises:
         UserError: it is missing; what builds it.
     """
-    if sweep.build_data and not Path(data).exists():
+    if sweep.build_data and not is_url(data) and not Path(data).exists():
         its_own = [text for text in sweep.build_data if data in text.split()]
         commands = " && ".join(its_own or sweep.build_data)
         raise UserError(f"no data at {data}; build it with: {commands} (--build-data does)")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nlscale.config import recipe, trees
+from nlscale.config.urls import is_url
 from nlscale.config.vocabulary import Config
 from nlscale.data import read_index
 from nlscale.errors import UserError
@@ -226,7 +227,9 @@ def _vocabulary(sweep: Sweep, config: Config, known: dict[str, int], assumed: in
             require_data(sweep, config.data.dir)
             known[folder] = read_index(folder)["vocabulary"]
         except UserError:
-            found = None if Path(folder).exists() else vocabulary_to_be(sweep, folder)
+            found = (
+                None if is_url(folder) or Path(folder).exists() else vocabulary_to_be(sweep, folder)
+            )
             found = found or (assumed and (_seen_vocabulary(sweep, folder) or assumed))
             if found is None:
                 raise
