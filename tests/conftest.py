@@ -19,6 +19,7 @@ import pytest
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER))
+gc.disable()  # until all modules are imported: else all of torch is looked through again and again
 
 from ops.interpreter import Call, interpreter  # noqa: E402
 
@@ -59,8 +60,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What all modules hold is not searched for garbage again and again."""
+    """What all modules hold is never searched for garbage."""
     gc.freeze()
+    gc.enable()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -28,6 +28,10 @@ fi
 # thread each: more would wait for each other's cores. (nproc heeds OMP_NUM_THREADS: it comes first.)
 workers=$(($(nproc) * 3 / 2))
 export OMP_NUM_THREADS=1
+# Hundreds of processes import what lies here; none but the first is to compile it.
+unset PYTHONDONTWRITEBYTECODE
+# torch.compile would start processes that import torch, for a handful of small functions.
+export TORCHINDUCTOR_COMPILE_THREADS=1
 together=(-n "$((workers < 8 ? workers : 8))" --dist loadgroup --no-loadscope-reorder)
 case "${1:-}" in
     "" | --record) exec .venv/bin/python -m pytest "${together[@]}" --durations 10 "$@" ;;

@@ -6,6 +6,7 @@ megatron-core and nlscale but never computed, so that a world is up in well unde
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import pickle
@@ -153,8 +154,39 @@ def _rank(
         outcome = (True, function(*args))
     except BaseException:
         outcome = (False, traceback.format_exc())
-    # plain pickle: multiprocessing's own would share a tensor's memory, which ends with this rank
-    pipe.send_bytes(pickle.dumps(outcome))
+    pipe.send_bytes(dumps(outcome))
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors by their bytes.
+
+    multiprocessing's own would share their memory, which ends with the rank; torch's writes each as
+    a file of its own, a third of a millisecond to write and to read.
+    """
+
+    def reducer_override(self, given: Any) -> Any:
+        import torch
+
+        if type(given) is not torch.Tensor or given.requires_grad or given.device.type != "cpu":
+            return NotImplemented
+        flat = given.contiguous().reshape(-1).view(torch.uint8)
+        return _tensor, (flat.numpy().tobytes(), given.dtype, given.shape)
+
+
+def _tensor(held: bytes, dtype: Any, shape: Any) -> Any:
+    import torch
+
+    # bytearray: what one may write to
+    if not held:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(held), dtype=dtype).view(shape)
+
+
+def dumps(given: Any) -> bytes:
+    """For `pickle.loads`, fast where there are many small tensors on the CPU."""
+    file = io.BytesIO()
+    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(given)
+    return file.getvalue()
 
 
 def _command(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import re
@@ -18,6 +19,12 @@ from typing import Any
 
 import yaml
 from omegaconf import MISSING
+
+
+@functools.cache
+def hints_of(schema: type) -> dict[str, Any]:
+    """The types of a class's fields, by their names; they are written as texts and read once."""
+    return typing.get_type_hints(schema)
 
 
 def to_plain(value: Any) -> Any:
@@ -32,7 +39,7 @@ def to_plain(value: Any) -> Any:
 def keys_of(schema: type, prefix: str = "") -> list[str]:
     """Every dotted key of a class; ``N`` stands for the index into a list."""
     keys: list[str] = []
-    for name, hint in typing.get_type_hints(schema).items():
+    for name, hint in hints_of(schema).items():
         keys.append(prefix + name)
         item = item_of(hint)
         if is_dataclass(item):
@@ -54,7 +61,7 @@ def is_text(schema: type, key: str, optional: bool = False) -> bool:
     hint: Any = schema
     for part in re.sub(r"\.[0-9]+", "", key).split("."):
         item = item_of(hint)
-        hint = typing.get_type_hints(item).get(part) if is_dataclass(item) else None
+        hint = hints_of(typing.cast(type, item)).get(part) if is_dataclass(item) else None
     may_be_null = str in typing.get_args(hint) and type(None) in typing.get_args(hint)
     return may_be_null or (hint is str and not optional)
 
@@ -74,7 +81,7 @@ def choices_of(hint: Any, f: dataclasses.Field[Any]) -> list[str]:
 def describe(schema: type, prefix: str = "") -> str:
     """Every key with its default, choices and meaning, one paragraph a section."""
     lines: list[str] = []
-    docs, hints = field_docs(schema), typing.get_type_hints(schema)
+    docs, hints = field_docs(schema), hints_of(schema)
     for f in fields(schema):
         hint = hints[f.name]
         item = item_of(hint)
@@ -105,7 +112,7 @@ def field_docs(schema: type) -> dict[str, str]:
     """
     docs = {
         name: class_doc(typing.cast(type, hint))
-        for name, hint in typing.get_type_hints(schema).items()
+        for name, hint in hints_of(schema).items()
         if is_dataclass(hint)
     }
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(schema))).body

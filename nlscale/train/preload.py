@@ -21,3 +21,7 @@ with importing():
     import nlscale.model.mixers.memory.module
     import nlscale.optim.adamw
     import nlscale.train.loop  # noqa: F401
+    from nlscale.config.schema import structured
+    from nlscale.config.vocabulary import Config
+
+    structured(Config)  # which the recipe of every run is merged into

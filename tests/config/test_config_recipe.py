@@ -160,6 +160,15 @@ def test_there_are_recipes() -> None:
     assert RECIPES
 
 
+def test_recipes_do_not_touch_each_other() -> None:
+    before = config_of("train.steps=7")
+    other = config_of("levels=[1,4]", "optimizer.muon.momentum=0.5", "resume.allow=[levels]")
+    other.levels.spectrum.append(other.levels.spectrum[0])
+    other.run.imports.append("a_module")
+    other.model.memory.chunk = 1
+    assert config_of("train.steps=7") == before != other
+
+
 def test_levels_as_a_list_of_periods() -> None:
     spectrum = config_of("levels=[1,4,8M tokens]").levels.spectrum
     assert [level.period for level in spectrum] == ["1", "4", "8M tokens"]

@@ -1,9 +1,10 @@
 """What the pages say can be typed: every command runs in a fresh clone, every flag and key exists.
 
 A page's commands are one test, in their order; pages need nothing but the quickstart from each
-other. What stands on two pages is run once. A command that takes too long for a test says so in
-its comment, `# takes ten minutes`: it is then run with --dry-run where it knows that, and else only
-its flags and keys are looked at.
+other. What stands on two pages is run once. Those of the README start a process each, as a reader
+does; those of the other pages are forked from one (`docs.preloaded`). A command that takes too long
+for a test says so in its comment, `# takes ten minutes`: it is then run with --dry-run where it
+knows that, and else only its flags and keys are looked at.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import re
 import signal
 import subprocess
 from argparse import _SubParsersAction
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import world
 from docs.pages import PAGES, ROOT, Command, commands, shown, text_of
+from docs.preloaded import client
 
 pytestmark = pytest.mark.xdist_group("quickstart")  # of which one worker trains one
 
@@ -45,12 +48,17 @@ class Clone:
                 (path / name).write_bytes((ROOT / name).read_bytes())
         (path / ".venv").symlink_to(ROOT / ".venv")
 
-    def run(self, text: str, patience: float = PATIENCE) -> str:
-        """Its output."""
-        environment = {**os.environ, "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"}
-        environment.pop("PYTHONWARNINGS", None)
+    def environment(self, *programs: Path) -> dict[str, str]:
+        """Of its commands; with folders of programs that come first."""
+        path = ":".join(map(str, [*programs, ROOT / ".venv/bin", os.environ["PATH"]]))
         # the editable install points at the repository; the clone's own sources come first
-        environment["PYTHONPATH"] = str(self.path)
+        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(self.path)}
+        environment.pop("PYTHONWARNINGS", None)
+        return environment
+
+    def run(self, text: str, *programs: Path, patience: float = PATIENCE) -> str:
+        """Its output."""
+        environment = self.environment(*programs)
         running = subprocess.Popen(
             ["bash", "-c", text], cwd=self.path, env=environment, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -64,12 +72,12 @@ class Clone:
         assert running.returncode == 0, f"{text}\n{output[-3000:]}\n{errors[-3000:]}"
         return output
 
-    def run_once(self, command: Command) -> None:
+    def run_once(self, command: Command, *programs: Path) -> None:
         """As far as a test can wait for it, and not again where another page has it too."""
         todo = as_tested(command)
         if todo is not None and todo.same not in self._ran:
             self._ran.add(todo.same)
-            self.run(todo.text)
+            self.run(todo.text, *programs)
 
 
 def as_tested(command: Command) -> Command | None:
@@ -90,6 +98,13 @@ def as_tested(command: Command) -> Command | None:
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     path = tmp_path_factory.mktemp("clone") / "nlscale"
     return Clone(path)
+
+
+@pytest.fixture(scope="module")
+def forked(clone: Clone) -> Iterator[Path]:
+    """A folder with an `nlscale` that is forked."""
+    with client(clone.path.parent / "forked", clone.path, clone.environment()) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +148,19 @@ def test_running_the_quickstart_again_is_quick_and_keeps_the_run(
 
 @pytest.mark.parametrize("page", WITH_COMMANDS)
 def test_every_command_of_a_page_runs(
-    page: str, clone: Clone, quickstart: tuple[Path, str]
+    page: str, clone: Clone, quickstart: tuple[Path, str], forked: Path
 ) -> None:
     for command in commands(page):
-        clone.run_once(command)
+        clone.run_once(command, *([] if page == "README.md" else [forked]))
+
+
+def test_a_forked_command_is_the_command(clone: Clone, forked: Path) -> None:
+    for text in (
+        "nlscale config quickstart; echo $?",
+        "nlscale config nothing 2>&1; echo $?",
+        "cd docs && printf 'N,D\\n1,2' | nlscale fit /dev/stdin 2>&1; echo $?",
+    ):
+        assert clone.run(text, forked) == clone.run(text), text
 
 
 def test_commands_are_found_and_few_are_too_long_to_run() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import world
 
 from nlscale.config import recipe
 from nlscale.config.vocabulary import Config, DataConfig
@@ -259,11 +261,11 @@ def whole_parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
         for name, p in trainer.named_parameters().items()
     }
     everyones: list[Any] = [None] * trainer.layout.world
-    torch.distributed.all_gather_object(everyones, mine)
+    torch.distributed.all_gather_object(everyones, world.dumps(mine))
     parts: dict[str, dict[int, torch.Tensor]] = {}
     tags = {}
     for held in everyones:
-        for name, (rank, part, tag) in held.items():
+        for name, (rank, part, tag) in pickle.loads(held).items():
             parts.setdefault(name, {})[rank] = part
             tags[name] = tag
     return {

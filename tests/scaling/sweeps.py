@@ -19,7 +19,7 @@ RECIPE = {
     "train": {
         "steps": 9,
         "global_batch": 8,
-        "micro_batch": 2,
+        "micro_batch": 8,  # one a step: what a sweep does with runs does not depend on it
         "dtype": "fp32",
         "validate_every": 1000,
         "validation_sequences": 8,

@@ -142,7 +142,7 @@ def signalled(data: Path) -> list[str]:
     return [
         *("train", RECIPE, f"data.dir={data}"),
         *("data.sequence_length=64", "train.steps=60", "train.validation_sequences=8"),
-        *("checkpoint.pending=exact", "train.validate_every=50"),
+        *("checkpoint.pending=exact", "train.validate_every=50", "train.micro_batch=4"),
     ]
 
 
@@ -220,7 +220,7 @@ def test_kill_9_at_any_moment_loses_nothing(data: Path, tmp_path: Path) -> None:
     command = [
         *("train", RECIPE, f"data.dir={data}"),
         *("data.sequence_length=64", "train.steps=30", "train.validation_sequences=8"),
-        *("checkpoint.every=3 steps", "train.validate_every=10"),
+        *("checkpoint.every=3 steps", "train.validate_every=10", "train.micro_batch=4"),
     ]
     never = tmp_path / "never"
     began = time.monotonic()

@@ -98,7 +98,9 @@ def test_a_stopped_rank_is_missed_after_the_silence_allowed(
     def stop(pids: list[int]) -> None:
         at_step(tmp_path / "run", 6)
         os.kill(pids[victim], signal.SIGSTOP)
-        time.sleep(20)
+        until = time.monotonic() + 20
+        while Path(f"/proc/{pids[1 - victim]}").exists() and time.monotonic() < until:
+            time.sleep(0.05)
         os.kill(pids[victim], signal.SIGKILL)
 
     here = train(data, tmp_path, "timeouts.silence=4")
