@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
+from nlscale.config.curriculum import stage_of
 from nlscale.step.micro_batches import Batch
 from nlscale.step.trainer import Trainer
 from nlscale.train.prepare import Prepared
@@ -26,17 +27,20 @@ class StepReader:
     def take(self) -> list[Batch]:
         """Of the step that is about to be taken; what kept them from being read is raised here."""
         counters, train = self._trainer.counters, self._trainer.config.train
-        first = counters.samples
-        batches = self._ahead.result() if self._ahead is not None else self._read(first)
+        step, first = counters.step + 1, counters.samples
+        batches = self._ahead.result() if self._ahead is not None else self._read(step, first)
         self._ahead = None
-        if counters.step + 1 < train.steps:
-            self._ahead = _in_background(partial(self._read, first + train.global_batch))
+        if step < train.steps:
+            following = first + stage_of(self._prepared.stages, step).global_batch
+            self._ahead = _in_background(partial(self._read, step + 1, following))
         return batches
 
-    def _read(self, first: int) -> list[Batch]:
+    def _read(self, step: int, sample: int) -> list[Batch]:
+        """Those of a step, counted from 1, whose first sample has that global number."""
         layout, size = self._trainer.layout, self._trainer.config.train.micro_batch
-        reader, batches = self._prepared.reader, []
-        for i in range(self._prepared.micro_batches):
+        stage, batches = stage_of(self._prepared.stages, step), []
+        reader, first = self._prepared.readers[stage.cut], stage.number_in_cut(sample)
+        for i in range(stage.global_batch // (size * layout.data_size)):
             offset = (i * layout.data_size + layout.data_rank) * size
             rows, counts = reader.read(first + offset, size), reader.masks(first + offset, size)
             separator = reader.samples.shards.separator
