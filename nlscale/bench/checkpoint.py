@@ -21,12 +21,13 @@ from nlscale.checkpoint.restore import restore
 from nlscale.checkpoint.saver import Saver
 from nlscale.checkpoint.store.store import Checkpoint, Store, Written
 from nlscale.checkpoint.store.together import Ranks
+from nlscale.config.curriculum import at_stage, largest
 from nlscale.config.units import human_bytes, human_count
 from nlscale.config.vocabulary import Config, Pending
 from nlscale.errors import TrainingFailed, UserError
 from nlscale.levels.groups import group_parameters
 from nlscale.levels.kept import kept_by_group
-from nlscale.levels.spectrum import spectrum
+from nlscale.levels.spectrum import levels_of
 from nlscale.parallel.layout import Layout, process_groups
 from nlscale.step.trainer import Trainer
 
@@ -67,6 +68,7 @@ def bench_checkpoint(config: Config, steps: int, out: Path | None) -> dict[str, 
         raise UserError(f"--out {out} exists; give another folder")
     before = _WARM_UP + steps
     # the last step of a run closes all windows; this run is longer, so that some are pending
+    config = at_stage(config, largest(config))
     longer = max(config.train.steps, before + _SAVES + 1)
     config = replace(config, train=replace(config.train, steps=longer))
     with process_groups(config) as layout, _folder(config, out, layout) as folder:
@@ -133,9 +135,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 def _build(config: Config, layout: Layout, draws: bool = True) -> Trainer:
     assert config.model.vocabulary is not None
-    tokens = config.train.global_batch * config.data.sequence_length
-    levels = spectrum(config.levels, tokens)
-    return Trainer.build(config, layout, levels, config.model.vocabulary, draws)
+    return Trainer.build(config, layout, levels_of(config), config.model.vocabulary, draws)
 
 
 def _take_step(trainer: Trainer) -> float:

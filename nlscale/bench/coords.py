@@ -26,7 +26,7 @@ from torch import Tensor
 from nlscale.bench.tokens import random_tokens
 from nlscale.config.vocabulary import Config, Dtype, ParallelConfig, head_dim
 from nlscale.errors import UserError
-from nlscale.levels.spectrum import spectrum
+from nlscale.levels.spectrum import levels_of
 from nlscale.model.cms import CMS
 from nlscale.model.decoder import Decoder
 from nlscale.model.layers import gather_input
@@ -131,6 +131,7 @@ def _at_width(config: Config, width: int, base: int | None, steps: int) -> Confi
         level.period = "1 step"
     train.steps, train.dtype = steps, Dtype.fp32
     train.global_batch = train.micro_batch = 1
+    made.data.stages = []
     made.optimizer.warmup_steps = made.optimizer.warmup_updates = 0
     made.optimizer.min_learning_rate, train.drop_spikes = 1.0, None
     made.parallel = ParallelConfig()
@@ -143,10 +144,7 @@ Measured = list[tuple[float, dict[str, tuple[float, float]]]]
 
 def _train_and_measure(config: Config, layout: Layout) -> Measured:
     assert config.model.vocabulary is not None
-    tokens = config.train.global_batch * config.data.sequence_length
-    trainer = Trainer.build(
-        config, layout, spectrum(config.levels, tokens), config.model.vocabulary
-    )
+    trainer = Trainer.build(config, layout, levels_of(config), config.model.vocabulary)
     (model,) = trainer.stages
     batches = random_tokens(config, 1, 0, 1, layout.device)
     names = [level.name for level in config.levels.spectrum]

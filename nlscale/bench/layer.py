@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nlscale.bench.clock import ceilings, median_seconds, name_of
 from nlscale.bench.progress import each
+from nlscale.config.curriculum import at_stage, largest
 from nlscale.config.vocabulary import Config
 from nlscale.model.block import Block
 from nlscale.model.flops import flops_by_part
@@ -32,6 +33,7 @@ def bench_layer(configs: list[Config], repeats: int) -> dict[str, Any]:
         share `mfu` of the measured rate of a large matrix product, and on a GPU `kept_bytes`, what
         the forward pass leaves for the backward pass.
     """
+    configs = [at_stage(config, largest(config)) for config in configs]
     rows = []
     for config in each("layer", configs, lambda config: config.model.mixer):
         with process_groups(config) as layout:

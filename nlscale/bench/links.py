@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from nlscale.bench.clock import median_seconds, name_of, now
 from nlscale.bench.tokens import random_tokens
+from nlscale.config.curriculum import at_stage, largest
 from nlscale.config.vocabulary import Config, Dtype
 from nlscale.errors import TrainingFailed, UserError
-from nlscale.levels.spectrum import Level, spectrum
+from nlscale.levels.spectrum import Level, levels_of
 from nlscale.ops.transfer import HostCopy
 from nlscale.parallel.layout import Layout, process_groups
 from nlscale.plan.traffic import cycle_steps
@@ -181,8 +182,9 @@ def overlap_reached(config: Config, steps: int) -> dict[str, Any]:
     """
     if config.model.vocabulary is None:
         raise UserError("the bench reads no data: give model.vocabulary=256, for example")
-    tokens = config.train.global_batch * config.data.sequence_length
-    levels = spectrum(config.levels, tokens)
+    stage = largest(config)
+    config = at_stage(config, stage)
+    levels = levels_of(config)
     cycle = cycle_steps(levels)
     if steps < 1 or steps % cycle:
         raise UserError(
@@ -197,7 +199,7 @@ def overlap_reached(config: Config, steps: int) -> dict[str, Any]:
             "nodes": layout.nodes,
             "steps": steps,
             "cycle": cycle,
-            "tokens_per_step": tokens,
+            "tokens_per_step": stage.tokens_per_step,
         }
         if layout.across_nodes is None:
             return result | _compared(None, None, cycle) | {"because": _ONE_NODE}

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nlscale.bench.netns import EmulatedNodes
+from nlscale.config.curriculum import at_stage, largest
 from nlscale.config.vocabulary import Config, Reduction
 from nlscale.errors import UserError
-from nlscale.levels.spectrum import Level, spectrum
+from nlscale.levels.spectrum import Level, levels_of
 from nlscale.plan import Cluster, make_plan
-from nlscale.plan.plan import vocabulary_of
+from nlscale.plan.on_cluster import vocabulary_of
 from nlscale.plan.traffic import cycle_steps
 
 WARMUP = 1
@@ -94,7 +95,8 @@ def prepare(
     # the plan's checks are those of a run
     gbit = nodes.bits_per_second / 1e9
     make_plan(config, Cluster("emulated nodes", nodes.count, ranks_per_node, gbit, math.inf))
-    levels = spectrum(config.levels, config.train.global_batch * config.data.sequence_length)
+    config = at_stage(config, largest(config))
+    levels = levels_of(config)
     steps = _whole_cycles(steps, cycle_steps(levels))
     vocabulary = config.model.vocabulary = vocabulary_of(config)
     config.train.steps = WARMUP + steps + 1

@@ -11,9 +11,10 @@ import torch
 
 from nlscale.bench.clock import now
 from nlscale.bench.tokens import random_tokens
+from nlscale.config.curriculum import at_stage, largest
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
-from nlscale.levels.spectrum import spectrum
+from nlscale.levels.spectrum import levels_of
 from nlscale.model.sizes import level_parameters
 from nlscale.parallel.layout import process_groups
 from nlscale.plan.memory import memory
@@ -35,19 +36,20 @@ def bench_step(
     Returns:
         `tokens_per_second` at the median step and at the fastest, their seconds, what was run
         (parameters, mixer, dtype, device, ranks, threads), and of the fullest rank
-        `planned_memory_bytes` and, on GPUs, `peak_memory_bytes`; null elsewhere.
+        `planned_memory_bytes` and, on GPUs, `peak_memory_bytes`; null elsewhere. Of a run in stages
+        the largest is measured.
 
     Raises:
         UserError: `model.vocabulary` is not set (no data are read).
     """
-    if config.model.vocabulary is None:
+    vocabulary = config.model.vocabulary
+    if vocabulary is None:
         raise UserError("bench step reads no data: give model.vocabulary=256, for example")
-    tokens = config.train.global_batch * config.data.sequence_length
-    peak = None
+    stage = largest(config)
+    config = at_stage(config, stage)
+    tokens, levels, peak = stage.tokens_per_step, levels_of(config), None
     with process_groups(config) as layout:
-        trainer = Trainer.build(
-            config, layout, spectrum(config.levels, tokens), config.model.vocabulary
-        )
+        trainer = Trainer.build(config, layout, levels, vocabulary)
         on_gpu = layout.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -73,9 +75,8 @@ def bench_step(
         if look is not None:
             look(take_step)
         in_node = layout.data_size // layout.nodes
-        micro_batches = config.train.global_batch // (config.train.micro_batch * layout.data_size)
-    levels = spectrum(config.levels, tokens)
-    planned = memory(config, levels, config.model.vocabulary, in_node, micro_batches)
+        micro_batches = stage.global_batch // (config.train.micro_batch * layout.data_size)
+    planned = memory(config, levels, vocabulary, in_node, micro_batches)
     median, fastest = float(np.median(seconds)), float(seconds.min())
     return {
         "tokens_per_second": tokens / median,
@@ -84,7 +85,7 @@ def bench_step(
         "fastest_step_seconds": fastest,
         "steps": steps,
         "tokens_per_step": tokens,
-        "parameters": sum(level_parameters(config, config.model.vocabulary)),
+        "parameters": sum(level_parameters(config, vocabulary)),
         "planned_memory_bytes": max(rank.total for rank in planned),
         "peak_memory_bytes": peak,
         "mixer": config.model.mixer,

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nlscale.config.curriculum import curriculum
 from nlscale.config.vocabulary import Config
 from nlscale.step.micro_batches import Batch
 
@@ -17,15 +18,15 @@ def random_tokens(
     data_size: int,
     device: torch.device | str = "cpu",
 ) -> list[Batch]:
-    """The micro batches that a data-parallel rank reads in a step, counted from 1.
+    """The micro batches that a data-parallel rank reads in a step, counted from 1, of one stage.
 
     A sample is a pure function of the run's seed and its global number, and samples are shared
     out as those of a data set are, so that every layout and every mode sees the same.
     """
-    size = config.train.micro_batch
-    first = (step - 1) * config.train.global_batch
+    size, (stage,) = config.train.micro_batch, curriculum(config)
+    first = (step - 1) * stage.global_batch
     batches = []
-    for i in range(config.train.global_batch // (size * data_size)):
+    for i in range(stage.global_batch // (size * data_size)):
         start = first + (i * data_size + data_rank) * size
         rows = np.stack([_sample(config, number) for number in range(start, start + size)])
         tokens = torch.from_numpy(rows).to(device)

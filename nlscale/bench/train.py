@@ -19,6 +19,7 @@ from nlscale.bench.step import bench_step
 from nlscale.bench.trace import trace
 from nlscale.bench.transformer import bench_transformer
 from nlscale.cluster.life.place import place
+from nlscale.config.curriculum import at_stage, largest
 from nlscale.config.units import human_bytes, human_count
 from nlscale.config.vocabulary import Config, Dtype
 from nlscale.model.flops import flops_per_token
@@ -33,7 +34,8 @@ def bench_train(configs: list[Config], steps: int, trace_to: Path | None) -> dic
 
     Args:
         configs: which differ in their mixer. Where one of them is attention, and on one rank, a
-            Transformer of its size in torch alone is timed beside them, compiled on a GPU.
+            Transformer of its size in torch alone is timed beside them, compiled on a GPU. Of a run
+            in stages the largest is timed.
         steps: to time.
         trace_to: where to write a profiler trace of the first of them; None: no trace.
 
@@ -49,6 +51,8 @@ def bench_train(configs: list[Config], steps: int, trace_to: Path | None) -> dic
     rows: list[dict[str, Any]] = []
     costs: list[dict[str, Any]] = []
     device, ranks = here(), place().world
+    stage = largest(configs[0])
+    configs = [at_stage(config, stage) for config in configs]
     parts = [(config, config.model.mixer) for config in configs]
     beside = {name: config for config, name in parts}.get(BESIDE)
     if beside is not None and ranks == 1:
@@ -77,8 +81,8 @@ def bench_train(configs: list[Config], steps: int, trace_to: Path | None) -> dic
         "device": name_of(device),
         "ranks": ranks,
         "dtype": train.dtype.value,
-        "sequence_length": configs[0].data.sequence_length,
-        "tokens_per_step": train.global_batch * configs[0].data.sequence_length,
+        "sequence_length": stage.sequence_length,
+        "tokens_per_step": stage.tokens_per_step,
         "steps": steps,
         "torch": torch.__version__,
         "matmul_flops_per_second": most,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nlscale.bench.clock import median_seconds
+from nlscale.config.curriculum import at_stage, largest
 from nlscale.config.vocabulary import Config, Dtype, head_dim
 from nlscale.model.sizes import level_hidden
 
@@ -74,7 +75,9 @@ def bench_transformer(
 
     The batch and its micro batches are those of the recipe; dtype is that of all weights.
     """
-    train, length = config.train, config.data.sequence_length
+    stage = largest(config)
+    config = at_stage(config, stage)
+    train, length, rows = config.train, stage.sequence_length, stage.global_batch
     dtype = torch.bfloat16 if train.dtype == Dtype.bf16 else torch.float32
     model = Transformer(config, vocabulary).to(device, dtype)
     on_gpu = device.type == "cuda"
@@ -82,7 +85,7 @@ def bench_transformer(
         torch.cuda.reset_peak_memory_stats(device)
     loss_of = torch.compile(model) if on_gpu else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    micro_batches = train.global_batch // train.micro_batch
+    micro_batches = rows // train.micro_batch
 
     def step(samples: Tensor) -> None:
         for part in samples.split(train.micro_batch):
@@ -91,11 +94,11 @@ def bench_transformer(
         optimizer.zero_grad(set_to_none=True)
 
     def samples() -> Tensor:
-        return torch.randint(vocabulary, (train.global_batch, length + 1), device=device)
+        return torch.randint(vocabulary, (rows, length + 1), device=device)
 
     median = median_seconds(device, steps, step, samples)
     return {
-        "tokens_per_second": train.global_batch * length / median,
+        "tokens_per_second": rows * length / median,
         "median_step_seconds": median,
         "parameters": sum(p.numel() for p in model.parameters()),
         "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,

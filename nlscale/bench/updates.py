@@ -20,7 +20,7 @@ from nlscale.errors import UserError
 from nlscale.levels.kept import kept_by_depth
 from nlscale.levels.optimizers import GroupOptimizer, main_parameters
 from nlscale.levels.passes import matrices_by_level
-from nlscale.levels.spectrum import spectrum
+from nlscale.levels.spectrum import levels_of
 from nlscale.ops import moments
 from nlscale.parallel.layout import Layout, process_groups
 from nlscale.step.trainer import Trainer
@@ -94,7 +94,7 @@ class _Updates:
 
     @classmethod
     def of(cls, config: Config, vocabulary: int, layout: Layout) -> _Updates:
-        levels = spectrum(config.levels, config.train.global_batch * config.data.sequence_length)
+        levels = levels_of(config)
         trainer = Trainer.build(config, layout, levels, vocabulary)
         generator = torch.Generator(layout.device).manual_seed(config.run.seed)
         for g in trainer.optimizer.groups:

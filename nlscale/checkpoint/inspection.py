@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from rich.table import Table
 from nlscale.checkpoint.diff import class_of, compare, differing
 from nlscale.checkpoint.store.store import LATEST, Checkpoint, CheckpointError, Store
 from nlscale.config import recipe
+from nlscale.config.curriculum import of_plain, tokens_until
 from nlscale.config.presets import MIXER_PRESETS
 from nlscale.config.units import human_bytes, human_count
 from nlscale.config.vocabulary import Config, LevelConfig
+from nlscale.levels.spectrum import SyncGroup
 
 _FILE_WIDTH = 100  # columns, where there is no terminal to ask
 _NAMES_SHOWN = 3
@@ -270,12 +273,17 @@ def _sizes(folder: Path) -> list[int]:
 
 def _levels(state: dict[str, Any]) -> list[dict[str, Any]]:
     config = state["config"]
-    step_tokens = config["train"]["global_batch"] * config["data"]["sequence_length"]
+    until = partial(tokens_until, of_plain(config))
     levels = []
     for index, declared in enumerate(config["levels"]["spectrum"]):
         groups = [group for group in state["levels"] if group["level"] == index]
         period = max(group["period"] for group in groups)
         tokens = max(group["tokens"] for group in groups)
+        fills = [
+            group["tokens"]
+            / SyncGroup(index, group["phase"], group["period"]).window_tokens(state["step"], until)
+            for group in groups
+        ]
         levels.append(
             {
                 "name": declared["name"],
@@ -283,7 +291,7 @@ def _levels(state: dict[str, Any]) -> list[dict[str, Any]]:
                 "groups": len(groups),
                 "updates": max(group["updates"] for group in groups),
                 "reductions": max(group["reductions"] for group in groups),
-                "window_fill": tokens / (period * step_tokens),
+                "window_fill": max(fills),
                 "tokens": tokens,
             }
         )

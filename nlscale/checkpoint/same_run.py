@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nlscale.config import recipe
+from nlscale.config.curriculum import alike_until, curriculum, lengths, samples_until
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
 from nlscale.optim.schedule import stable_steps
@@ -36,6 +37,9 @@ compared by what they are."""
 TOKENIZER = "data.tokenizer"
 """What `resume.allow` calls a tokenizer that is another one than that of the run that was begun."""
 
+_PLANS = ("optimizer.", "train.global_batch", "data.stages")
+"""What gives a step its learning rate and its samples."""
+
 
 class OtherSettings(UserError):
     """The run that was saved had other settings, which nobody has allowed to differ."""
@@ -45,7 +49,7 @@ def check_same_run(config: Config, data: dict[str, Any], state: dict[str, Any], 
     """Refuse to go on as another run than the one that was saved.
 
     Another length is the same run as long as no step so far has depended on it: in the warm-up and
-    stable phase of wsd.
+    stable phase of wsd, before the first stage that begins at a share of the run.
 
     Args:
         config: of the run that wants to go on.
@@ -65,9 +69,9 @@ def check_same_run(config: Config, data: dict[str, Any], state: dict[str, Any], 
             f"run.dir, or take that checkpoint away"
         )
     changed = changed_keys(config, state["config"]) | changed_data(data, state["data"])
-    unknown = set(config.resume.allow) - set(changed) - {"data", TOKENIZER, *recipe.all_keys()}
-    if unknown:
-        raise UserError(f"resume.allow: unknown key {sorted(unknown)[0]!r}")
+    for key in sorted({*config.resume.allow} - {"data", TOKENIZER, *changed}):
+        if not recipe.has_key(key):
+            raise UserError(f"resume.allow: unknown key {key!r}")
     if "train.steps" in changed and _length_has_not_mattered(config, state, changed):
         del changed["train.steps"]
     refused = {key: values for key, values in changed.items() if key not in config.resume.allow}
@@ -79,6 +83,7 @@ def check_same_run(config: Config, data: dict[str, Any], state: dict[str, Any], 
             f"'resume.allow=[{','.join(refused)}]'"
         )
     taken = state.get("step", 0)
+    _check_numbers(config, state, where)
     if taken > config.train.steps:
         raise UserError(
             f"{where} has taken {taken:,} steps, and train.steps is {config.train.steps:,}; give "
@@ -102,6 +107,22 @@ def changed_data(now: dict[str, Any], before: Any) -> dict[str, tuple[Any, Any]]
     if rest[0] != rest[1]:
         changed["data"] = (rest[0], rest[1])
     return changed
+
+
+def _check_numbers(config: Config, state: dict[str, Any], where: str) -> None:
+    """Of a run with several sequence lengths, whose samples have numbers of their own at each.
+
+    After an allowed change of the batch a run of one length goes on from the next sample. Where
+    another length begins follows from the samples that the stages before it take.
+    """
+    stages, step = curriculum(config), state.get("step", 0)
+    planned = samples_until(stages, step)
+    if len(lengths(stages)) > 1 and state.get("samples", planned) != planned:
+        raise UserError(
+            f"{where} has taken {state['samples']:,} samples in {step:,} steps, and with the "
+            f"stages of this configuration it would be {planned:,}; let what changes begin after "
+            f"{step:,} steps"
+        )
 
 
 def changed_keys(config: Config, saved: Any) -> dict[str, tuple[Any, Any]]:
@@ -146,11 +167,13 @@ def _completed(saved: Any, defaults: Any) -> Any:
 def _length_has_not_mattered(
     config: Config, state: dict[str, Any], changed: dict[str, tuple[Any, Any]]
 ) -> bool:
-    if any(key.startswith("optimizer.") for key in changed):
-        return False  # the steps so far had another schedule than this configuration's
+    if any(key.startswith(_PLANS) for key in changed):
+        return False  # the steps so far had another schedule or batch than this configuration's
     return bool(state["step"] <= stable_end(config, changed["train.steps"]))
 
 
 def stable_end(config: Config, lengths: tuple[Any, Any]) -> int:
     """The last step that is the same whichever of two lengths, in steps, the run has."""
-    return min(stable_steps(config.optimizer, steps) for steps in lengths)
+    return min(
+        min(stable_steps(config.optimizer, steps), alike_until(config, steps)) for steps in lengths
+    )

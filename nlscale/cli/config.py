@@ -10,6 +10,7 @@ import yaml
 
 from nlscale.cli.arguments import FILE_WIDTH, add_recipe
 from nlscale.config import recipe
+from nlscale.config.curriculum import curriculum
 from nlscale.config.vocabulary import Config, ParallelConfig
 from nlscale.errors import UserError
 
@@ -48,6 +49,9 @@ def _config(args: argparse.Namespace) -> int:
         _print_rules(loaded.config)
     else:
         print(yaml.safe_dump(recipe.to_plain(loaded.config), sort_keys=False), end="")
+        stages = curriculum(loaded.config)
+        for stage in stages if len(stages) > 1 else []:
+            print(f"# {stage}")
     return 0
 
 
@@ -55,7 +59,7 @@ def _print_rules(config: Config) -> None:
     from rich.console import Console
 
     from nlscale.plan.checks import check_sizes
-    from nlscale.plan.plan import vocabulary_of
+    from nlscale.plan.on_cluster import vocabulary_of
 
     check_sizes(replace(config, parallel=ParallelConfig()), ranks=1)
     vocabulary = vocabulary_of(config)

@@ -77,6 +77,14 @@ def within(default: Any = MISSING, **ends: float) -> Any:
     return field(default=default, metadata=found)
 
 
+def or_list(default: int, item: type, **ends: float) -> Any:
+    """A field of a whole number of a `Range`, or of a list of sections of a class.
+
+    OmegaConf knows no such type: the field is annotated with one that is Any when the program runs.
+    """
+    return field(default=default, metadata={"range": Range(**ends), "or_list_of": item})
+
+
 def path(default: Any = MISSING, url: bool = False) -> Any:
     """A field that names a file or folder, see `expanded`; `url`: or has a URL instead."""
     return field(default=default, metadata={"path": True, "url": url})

@@ -12,6 +12,7 @@ import inspect
 import itertools
 import re
 import textwrap
+import types
 import typing
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -21,19 +22,30 @@ import yaml
 from omegaconf import MISSING
 
 
-@functools.cache
-def hints_of(schema: type) -> dict[str, Any]:
-    """The types of a class's fields, by their names; they are written as texts and read once."""
-    return typing.get_type_hints(schema)
-
-
 def to_plain(value: Any) -> Any:
     """A configuration as plain dicts, lists and scalars, enums by value, for YAML and JSON."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
+        return {key_of(f): to_plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, list):
         return [to_plain(item) for item in value]
     return value.value if isinstance(value, Enum) else value
+
+
+def key_of(f: dataclasses.Field[Any]) -> str:
+    """The key of a field: its name, but for the underscore behind a keyword of Python (PEP 8)."""
+    return f.name.removesuffix("_")
+
+
+@functools.cache
+def hints_of(schema: type) -> dict[str, Any]:
+    """The type of each key of a class, written as texts and read once; of a number that may be a list of sections, that list's."""
+    hints = typing.get_type_hints(schema)
+    return {
+        key_of(f): types.GenericAlias(list, f.metadata["or_list_of"])
+        if "or_list_of" in f.metadata
+        else hints[f.name]
+        for f in fields(schema)
+    }
 
 
 def keys_of(schema: type, prefix: str = "") -> list[str]:
@@ -66,6 +78,14 @@ def is_text(schema: type, key: str, optional: bool = False) -> bool:
     return may_be_null or (hint is str and not optional)
 
 
+def meaning_of(schema: type, key: str) -> str:
+    """The docstring of a dotted key of a class, which may hold indices into lists."""
+    *sections, last = re.sub(r"\.[0-9]+", "", key).split(".")
+    for name in sections:
+        schema = item_of(hints_of(schema)[name])
+    return field_docs(schema)[last]
+
+
 def item_of(hint: Any) -> Any:
     """The type of an entry where the type is a list, else the type itself."""
     return typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
@@ -83,14 +103,16 @@ def describe(schema: type, prefix: str = "") -> str:
     lines: list[str] = []
     docs, hints = field_docs(schema), hints_of(schema)
     for f in fields(schema):
-        hint = hints[f.name]
+        name = key_of(f)
+        hint = hints[name]
         item = item_of(hint)
-        key = f"{prefix}{f.name}"
+        key = f"{prefix}{name}"
         if is_dataclass(item):
-            lines += [""] * (not prefix) + [f"{key}: {docs[f.name]}"]
+            default = f" ({_default_of(f, int)})" if "or_list_of" in f.metadata else ""
+            lines += [""] * (not prefix) + [f"{key}{default}: {docs[name]}"]
             lines.append(describe(typing.cast(type, item), f"{key}{'.N' * (item is not hint)}."))
         else:
-            lines.append(f"{key} ({_default_of(f, item)}): {docs[f.name]}")
+            lines.append(f"{key} ({_default_of(f, item)}): {docs[name]}")
     return "\n".join(lines).strip()
 
 
@@ -106,7 +128,7 @@ def _default_of(f: dataclasses.Field[Any], item: Any) -> str:
 
 
 def field_docs(schema: type) -> dict[str, str]:
-    """The docstring under each field of a configuration class, on one line.
+    """The docstring under each field of a configuration class, on one line, by its key.
 
     A field that is a section needs none: it has that of its class.
     """
@@ -124,7 +146,7 @@ def field_docs(schema: type) -> dict[str, str]:
             and isinstance(following, ast.Expr)
             and isinstance(following.value, ast.Constant)
         ):
-            docs[node.target.id] = " ".join(str(following.value.value).split())
+            docs[node.target.id.removesuffix("_")] = " ".join(str(following.value.value).split())
     return docs
 
 

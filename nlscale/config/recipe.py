@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from nlscale.config import keys, level_optimizer, schema, shipped, trees
+from nlscale.config import curriculum, keys, level_optimizer, schema, shipped, trees
 from nlscale.config.extensions import import_all
-from nlscale.config.keys import class_doc, field_docs, to_plain
+from nlscale.config.keys import class_doc, field_docs, key_of, to_plain
 from nlscale.config.pages import page_of
 from nlscale.config.presets import MIXER_PRESETS
 from nlscale.config.scalars import NULLS
@@ -80,6 +80,7 @@ def load(
     for index, level in enumerate(config.levels.spectrum):
         declared_period(index, level)
     level_optimizer.settle(config, sources)
+    curriculum.curriculum(config, sources)
     _fill_presets(config, sources)
     return Recipe(config, sources)
 
@@ -130,13 +131,14 @@ def explain(recipe: Recipe, key: str) -> str:
         UserError: no such key; the nearest one is named.
     """
     value: Any = recipe.config
-    meaning = ""
+    meaning, parts, there = "", key.split("."), key
     of_run = _of_run(key)
-    for part in key.split("."):
-        if is_dataclass(value) and part in {f.name for f in fields(value)}:
+    for depth, part in enumerate(parts):
+        names = {key_of(f): f.name for f in fields(value)} if is_dataclass(value) else {}
+        if part in names:
             meaning = field_docs(type(value)).get(part, "")
-            value = getattr(value, part)
-        elif isinstance(value, list):
+            value = getattr(value, names[part])
+        elif isinstance(value, list) and value:
             index = _index(value, part, key)
             value = value[index]
             if of_run != key:
@@ -144,9 +146,13 @@ def explain(recipe: Recipe, key: str) -> str:
             meaning = class_doc(type(value))
         elif of_run != key:
             raise UserError(f"{key.removesuffix(f'.{part}')}: {unknown_key(of_run)}")
+        elif has_key(key):  # of an entry of a list that is empty, or a number instead
+            there, meaning = ".".join(parts[:depth]), keys.meaning_of(Config, key)
+            break
         else:
             raise UserError(unknown_key(key))
-    source = recipe.sources.get(of_run, "the default, nlscale/config/vocabulary.py")
+    where = of_run if there == key else there
+    source = recipe.sources.get(where, "the default, nlscale/config/vocabulary.py")
     if of_run != key:
         level_optimizer.refuse_run_wide(key)
         source = recipe.sources.get(key, f"{of_run} of the run: {source}")
@@ -154,7 +160,8 @@ def explain(recipe: Recipe, key: str) -> str:
         to_plain(value), default_flow_style=True, width=math.inf, sort_keys=False
     )
     shown = shown.strip().removesuffix("\n...")
-    return f"{key} = {shown}\n  from: {source}\n  {meaning}\n  read: {page_of(of_run)}"
+    unset = "" if there == key else f"{key} is not set: "
+    return f"{unset}{there} = {shown}\n  from: {source}\n  {meaning}\n  read: {page_of(of_run)}"
 
 
 def _of_run(key: str) -> str:
@@ -280,6 +287,9 @@ def _set(tree: Any, parts: list[str], value: Any, key: str) -> None:
         if isinstance(tree, dict) and re.fullmatch("[0-9]+", following):
             if parts[:depth] == ["levels", "spectrum"]:
                 raise UserError(f"{key}: the recipe lists no levels; first give levels=[1,4,16]")
+            if has_key(key):
+                whole = ".".join(parts[:depth])
+                raise UserError(f"{key}: the recipe has no list there; first give {whole}=[...]")
             raise UserError(unknown_key(key))
     if isinstance(tree, list):
         tree[_index(tree, parts[-1], key)] = value

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from nlscale.config import scalars, shipped, trees
 from nlscale.config.fields import Range, expanded
-from nlscale.config.keys import choices_of, has_key, hints_of, keys_of
+from nlscale.config.keys import choices_of, has_key, hints_of, key_of, keys_of
 from nlscale.config.scalars import Plain, shown
 from nlscale.config.urls import is_url, wrong_with
 from nlscale.errors import UserError
@@ -189,8 +189,12 @@ def settle(made: Any, sources: Mapping[str, str], prefix: str = "") -> None:
         UserError: see `build`.
     """
     for f in fields(made):
-        key, value = f"{prefix}{f.name}", getattr(made, f.name)
+        key, value = f"{prefix}{key_of(f)}", getattr(made, f.name)
         try:
+            if "or_list_of" in f.metadata and (
+                isinstance(value, bool) or not isinstance(value, int | list)
+            ):  # an interpolation
+                raise ValueError(f"is {value!r}; it must be a whole number or a list of sections")
             setattr(made, f.name, _settled(value, f, f"{key}.", sources))
         except ValueError as error:
             raise UserError(f"{key} {error}{where(key, sources)}") from None
@@ -300,7 +304,8 @@ class _Checker:
 
     def explained(self, error: OmegaConfBaseException) -> str:
         """What OmegaConf says of an interpolation, in the words of the file."""
-        key = str(getattr(error, "full_key", "") or "").replace("[", ".").replace("]", "")
+        name = str(getattr(error, "full_key", "") or "").replace("[", ".").replace("]", "")
+        key = ".".join(part.removesuffix("_") for part in name.split("."))
         message = f"{key}: {str(error).strip().splitlines()[0]}"
         if isinstance(error, ValidationError) and key in self._scalars:
             value, hint = self._scalars[key]
@@ -317,18 +322,21 @@ class _Checker:
                 self._unknown(str(name), hints, prefix)
         checked = {}
         for f in fields(schema):
-            value, key = tree.get(f.name, MISSING), f"{prefix}{f.name}"
-            if value == MISSING and f.name in tree and not isinstance(value, Plain):
+            name = key_of(f)
+            value, key = tree.get(name, MISSING), f"{prefix}{name}"
+            if value == MISSING and name in tree and not isinstance(value, Plain):
                 self._refuse(key, f"{key}: '???' stands for what is not set; give a value")
             if f.default == MISSING and value in (MISSING, None):
                 self._unset.append(key)
             elif value != MISSING:  # which a file may say too, of a key that it does not set
-                checked[f.name] = self._value(value, hints[f.name], key, f)
-            elif is_dataclass(hints[f.name]):  # it may hold required keys
-                self._section({}, hints[f.name], f"{key}.")
+                checked[f.name] = self._value(value, hints[name], key, f)
+            elif is_dataclass(hints[name]):  # it may hold required keys
+                self._section({}, hints[name], f"{key}.")
         return checked
 
     def _value(self, value: Any, hint: Any, key: str, f: Field[Any]) -> Any:
+        if "or_list_of" in f.metadata and not is_dataclass(hint):
+            return self._number_or_list(value, hint, key, f)
         if type(None) in typing.get_args(hint):
             if value is None:
                 return None
@@ -348,6 +356,16 @@ class _Checker:
         if hint is Any:  # OmegaConf, which resolves references to keys, holds texts alone
             return _texts(value) if self._kind.interpolates else value
         return self._scalar(value, hint, key)
+
+    def _number_or_list(self, value: Any, hint: Any, key: str, f: Field[Any]) -> Any:
+        if not isinstance(value, list):
+            return self._scalar(value, int, key)
+        found = self._list(value, hint, key, f)
+        if not self._kind.interpolates:
+            return found
+        # OmegaConf, which takes the field for one of anything, is told what the sections are
+        item = OmegaConf.structured(f.metadata["or_list_of"])
+        return [OmegaConf.merge(item, each) for each in found]
 
     def _list(self, value: Any, hint: Any, key: str, f: Field[Any]) -> list[Any]:
         (item,) = typing.get_args(hint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Literal
 
 from nlscale.config.vocabulary import LevelConfig
@@ -19,6 +19,9 @@ _PERIOD = re.compile(
 )
 _BYTES = re.compile(rf"\s*(?P<number>{_NUMBER})\s*(?P<prefix>[kKMGTP]?)(?P<binary>i?)B\s*")
 _MOST_BYTES = 10**18
+_START = re.compile(
+    rf"\s*(?P<number>{_NUMBER})\s*(?P<multiplier>[kMGBT]?)\s*(?P<unit>steps?|%)?\s*"
+)
 _MINUTES = re.compile(rf"\s*(?P<number>{_NUMBER})\s*minutes?\s*")
 
 
@@ -64,6 +67,39 @@ class Period:
     def __str__(self) -> str:
         unit = self.unit[:-1] if self.count == 1 else self.unit
         return f"{human_count(self.count) if self.unit == 'tokens' else self.count} {unit}"
+
+
+@dataclass(frozen=True)
+class Start:
+    """When something begins in a run: after a number of steps, or a share of them."""
+
+    count: Decimal
+    unit: Literal["steps", "%"]
+
+    @classmethod
+    def parse(cls, text: str) -> Start:
+        """Read ``"1000 steps"`` or ``"25%"``; a bare number is steps.
+
+        Raises:
+            UserError: not of that form, more than 100%, or no whole number of steps.
+        """
+        match = _START.fullmatch(text)
+        if match is None or (match["unit"] == "%" and match["multiplier"]):
+            raise UserError(f"{text!r} is not a place in a run; write '25%' or '1000 steps'")
+        count = Decimal(match["number"]) * _MULTIPLIERS[match["multiplier"]]
+        if match["unit"] == "%":
+            if count > 100:
+                raise UserError(f"{text!r} is after the end of the run; write at most 100%")
+            return cls(count, "%")
+        if count != int(count) or count > _LONGEST:
+            raise UserError(f"{text!r} is no whole number of steps of at most 10^18")
+        return cls(count, "steps")
+
+    def in_steps(self, steps: int) -> int:
+        """Steps of a run of that many that come before it: the nearest number to a share."""
+        if self.unit == "steps":
+            return int(self.count)
+        return int((self.count * steps / 100).to_integral_value(ROUND_HALF_UP))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ How a recipe is read, merged, explained and checked is in `nlscale.config.recipe
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
@@ -22,7 +22,7 @@ from nlscale.config.choices import Reduction as Reduction
 from nlscale.config.choices import Schedule as Schedule
 from nlscale.config.choices import Sharding as Sharding
 from nlscale.config.choices import WireFormat as WireFormat
-from nlscale.config.fields import one_of, path, within
+from nlscale.config.fields import one_of, or_list, path, within
 from nlscale.config.optimizer import RULES as RULES
 from nlscale.config.optimizer import OptimizerConfig as OptimizerConfig
 
@@ -73,6 +73,19 @@ class CacheConfig:
 
 
 @dataclass
+class DataStage:
+    """Other data from some step on, until the next stage or the end; see nlscale.config.curriculum.
+
+    The run begins with what the section `data` itself says.
+    """
+
+    from_: str = MISSING
+    """When it begins: a share of train.steps such as '80%', or '1000 steps' that come before it."""
+    sequence_length: int | None = within(None, above=0, most=MOST)
+    """Tokens a sample trains on from then on; null: as before."""
+
+
+@dataclass
 class DataConfig:
     """The token shards made by ``nlscale data build``."""
 
@@ -81,6 +94,9 @@ class DataConfig:
     service that fsspec reads."""
     sequence_length: int = within(1024, above=0, most=MOST)
     """Tokens a sample trains on (it reads one more, the last target)."""
+    stages: list[DataStage] = field(default_factory=list)
+    """What changes in the course of the run, such as a context extension at its end:
+    [{from: 80%, sequence_length: 4096}]."""
     document_mask: bool = False
     """Begin memories, convolutions and attention anew with each document of a sample, as if it
     stood alone. False: a document sees those before it in the sample."""
@@ -222,13 +238,32 @@ class LevelsConfig:
 
 
 @dataclass
+class BatchStage:
+    """A global batch from some step on, until the next stage or the end of the run."""
+
+    from_: str = MISSING
+    """When it begins: a share of train.steps such as '25%', or '1000 steps' that come before it;
+    the first stage at 0."""
+    size: int = within(above=0, most=MOST)
+    """Sequences a step, over all ranks."""
+
+
+if TYPE_CHECKING:
+    GlobalBatch = int | list[BatchStage]
+else:
+    GlobalBatch = Any
+"""`nlscale.config.curriculum` knows both forms, and is asked for the sizes of a run's steps."""
+
+
+@dataclass
 class TrainConfig:
     """The length and shape of training."""
 
     steps: int = within(1000, above=0)
     """Optimizer steps of the run."""
-    global_batch: int = within(32, above=0, most=MOST)
-    """Sequences a step, over all ranks."""
+    global_batch: GlobalBatch = or_list(32, BatchStage, above=0, most=MOST)
+    """Sequences a step, over all ranks; or a list of stages, [{from: 0%, size: 32}, {from: 25%,
+    size: 64}]."""
     micro_batch: int = within(4, above=0, most=MOST)
     """Sequences a rank passes through the model at once."""
     dtype: Dtype = Dtype.bf16

@@ -22,6 +22,19 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
+def seed_of_cut(seed: int, cut: int) -> int:
+    """The seed of the order of a cut of the data, in which sequences have another length.
+
+    Args:
+        seed: of the run, which the first cut, 0, has.
+        cut: its number.
+    """
+    if cut == 0:
+        return seed
+    mixed = _mix(np.full(1, seed & _MASK, dtype=np.uint64)) + np.uint64(cut) * _GOLDEN
+    return int(_mix(mixed)[0])
+
+
 class SampleOrder:
     """A shuffled order over `samples` samples, without replacement within an epoch.
 

@@ -65,7 +65,9 @@ _LOSS = {
         "how many contexts were read",
         fields={"LENGTH": Field("integer", "contexts", "of that many tokens")},
     ),
-    "trained_length": Field("integer", "tokens", "`data.sequence_length` of the training"),
+    "trained_length": Field(
+        "integer", "tokens", "`data.sequence_length` of the training, of its stages the longest"
+    ),
     "document_mask": Field(
         "true or false",
         "",
@@ -126,7 +128,9 @@ _NEEDLE = {
     "form": Field("text", "", "`ruler` or `short`: the words around a question"),
     "haystack": Field("text", "", "the file or folder of it; `noise`: sentences repeated"),
     "samples": Field("integer", "samples", "of each kind and length"),
-    "trained_length": Field("integer", "tokens", "`data.sequence_length` of the training"),
+    "trained_length": Field(
+        "integer", "tokens", "`data.sequence_length` of the training, of its stages the longest"
+    ),
     "trained_on": Field("text", "", "the task of needles in training", null="it was another text"),
     "kinds": Field("list of texts", "", "that were asked"),
     "lengths": Field("list of integers", "tokens", "of prompt and answer"),

@@ -17,7 +17,7 @@ import torch
 
 from nlscale.config.level_optimizer import of_level
 from nlscale.config.vocabulary import Config, OptimizerConfig, ParallelConfig
-from nlscale.levels.spectrum import Level, spectrum
+from nlscale.levels.spectrum import Level, levels_of
 from nlscale.model.decoder import Decoder
 from nlscale.model.layers import megatron_config
 from nlscale.model.width import width_multiplier
@@ -67,7 +67,7 @@ def assigned(config: Config, vocabulary: int) -> list[LevelRules]:
         config: the run; how it is spread over ranks does not matter.
         vocabulary: token ids.
     """
-    levels = spectrum(config.levels, config.train.global_batch * config.data.sequence_length)
+    levels = levels_of(config)
     alone = replace(config, parallel=ParallelConfig())
     with torch.device("meta"):
         model = Decoder(alone, megatron_config(alone), vocabulary)

@@ -7,6 +7,7 @@ node. The step count of a rule, and its bias correction, count the updates of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -346,10 +347,16 @@ class LevelOptimizer:
         sent = reduction_bytes(parameters, nodes, wire, gathered_bytes(self.config))
         return sent * nodes / self.layout.all_nodes
 
-    def window_fill(self, level: int, tokens_per_step: int) -> float:
-        """Share of its period that the fullest window of a level holds now, 0 to 1."""
+    def window_fill(self, level: int, step: int, tokens_until: Callable[[int], int]) -> float:
+        """Share of its tokens that the fullest window of a level holds now, 0 to 1.
+
+        Args:
+            level: which.
+            step: the last that was taken.
+            tokens_until: planned, of the first steps of the run.
+        """
         return max(
-            progress.tokens / (group.period * tokens_per_step)
+            progress.tokens / group.window_tokens(step, tokens_until)
             for group, progress in self.progress.items()
             if group.level == level
         )

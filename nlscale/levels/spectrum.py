@@ -10,8 +10,10 @@ A sync group is (level, phase): the parameters that are reduced and stepped toge
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from nlscale.config.curriculum import tokens_per_step
 from nlscale.config.units import declared_period
 from nlscale.config.vocabulary import (
     Config,
@@ -59,6 +61,19 @@ class SyncGroup:
         """Whether the group updates at the end of this step, counted from 1."""
         return (step - self.phase) % self.period == 0
 
+    def window_tokens(self, step: int, tokens_until: Callable[[int], int]) -> int:
+        """Tokens of a period of steps that ends with the next update after a step.
+
+        Before the first step of a run there are as many as at it, so that a first window that the
+        phase cuts short does not count as full.
+
+        Args:
+            step: counted from 1; after an update at it the window that begins counts.
+            tokens_until: of the first steps of the run.
+        """
+        closes = step + self.period - (step - self.phase) % self.period
+        return tokens_until(closes) - tokens_until(closes - self.period)
+
     def updates(self, steps: int) -> int:
         """How often it updates in a run of that many steps, the last partial window included."""
         first = self.phase or self.period
@@ -66,18 +81,34 @@ class SyncGroup:
         return full + (0 if self.due(steps) else 1)
 
 
-def spectrum(config: LevelsConfig, tokens_per_step: int) -> list[Level]:
+def levels_of(config: Config) -> list[Level]:
+    """The levels of a run; see `spectrum`."""
+    return spectrum(config.levels, tokens_per_step(config))
+
+
+def spectrum(config: LevelsConfig, tokens_per_step: int | None) -> list[Level]:
     """The levels of a configuration, fastest first, periods in steps.
 
+    Args:
+        config: the section.
+        tokens_per_step: None: they differ between the stages of the run.
+
     Raises:
-        UserError: no level, a period that is none, two of one name, or a level faster than the
-            one before it.
+        UserError: no level, a period that is none, two of one name, a level faster than the one
+            before it, or a period in tokens where steps differ in them.
     """
     if not config.spectrum:
         raise UserError("levels.spectrum is empty; the simplest is levels=[1]")
     levels: list[Level] = []
     for index, entry in enumerate(config.spectrum):
-        period = declared_period(index, entry).in_steps(tokens_per_step)
+        declared = declared_period(index, entry)
+        if tokens_per_step is None and declared.unit == "tokens":
+            raise UserError(
+                f"levels.spectrum.{index}.period '{declared}' is in tokens, and the stages of the "
+                f"run take different numbers of them a step; give it in steps"
+            )
+        # where it is None, nothing is counted in tokens
+        period = declared.in_steps(tokens_per_step or 1)
         if any(entry.name == level.name for level in levels):
             raise UserError(f"levels.spectrum.{index}.name: {entry.name!r} is taken; rename one")
         if levels and period < levels[-1].period:

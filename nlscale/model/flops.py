@@ -18,6 +18,7 @@ in a real forward and backward pass.
 
 from __future__ import annotations
 
+from nlscale.config.curriculum import at_stage, curriculum, lengths, total_tokens
 from nlscale.config.vocabulary import Config
 from nlscale.model.mixers.facts import PASSES
 from nlscale.model.mixers.table import mixer
@@ -33,6 +34,24 @@ def flops_per_token(config: Config, vocabulary: int) -> float:
         vocabulary: token ids of the model.
     """
     return sum(flops_by_part(config, vocabulary).values())
+
+
+def steps_flops(config: Config, vocabulary: int, after: int, until: int) -> float:
+    """FLOPs of the steps of a run that come after one and up to another, each at its own stage."""
+    return sum(
+        max(0, min(until, stage.first_step + stage.steps) - max(after, stage.first_step))
+        * stage.tokens_per_step
+        * flops_per_token(at_stage(config, stage), vocabulary)
+        for stage in curriculum(config)
+    )
+
+
+def mean_flops_per_token(config: Config, vocabulary: int) -> float:
+    """FLOPs of a training token, the mean over a run."""
+    stages = curriculum(config)
+    if len(lengths(stages)) == 1:
+        return flops_per_token(config, vocabulary)
+    return steps_flops(config, vocabulary, 0, config.train.steps) / total_tokens(config)
 
 
 def flops_by_part(config: Config, vocabulary: int) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from nlscale.config.curriculum import TrainingStage, curriculum
 from nlscale.config.units import Interval
 from nlscale.config.vocabulary import (
     AttentionConfig,
@@ -33,7 +34,7 @@ def check_sizes(config: Config, ranks: int) -> int:
     """
     checkpoint_interval(config.checkpoint)
     _divides(config)
-    train, parallel = config.train, config.parallel
+    parallel, stages = config.parallel, curriculum(config)
     model_ranks = parallel.tensor * parallel.pipeline
     if ranks % model_ranks:
         raise UserError(
@@ -41,29 +42,44 @@ def check_sizes(config: Config, ranks: int) -> int:
             f"parallel.pipeline {parallel.pipeline}; use a multiple of {model_ranks} ranks"
         )
     data_parallel = ranks // model_ranks
-    per_pass = train.micro_batch * data_parallel
-    if train.global_batch % per_pass:
-        below, above = train.global_batch // per_pass * per_pass, -(-train.global_batch // per_pass)
-        near = " or ".join(str(n) for n in (below, above * per_pass) if n)
-        raise UserError(
-            f"train.global_batch {train.global_batch} is not divisible by train.micro_batch "
-            f"{train.micro_batch} x {data_parallel} data-parallel ranks; use {near}"
-        )
-    _enough_micro_batches(config, data_parallel)
+    for index, stage in enumerate(stages, 1):
+        try:
+            _check_stage(config, stage, data_parallel)
+        except UserError as error:
+            if len(stages) == 1:
+                raise
+            raise UserError(f"stage {index} of the run ({stage}): {error}") from None
     return data_parallel
 
 
-def _enough_micro_batches(config: Config, data_parallel: int) -> None:
+def _check_stage(config: Config, stage: TrainingStage, data_parallel: int) -> None:
+    """The batch of a stage is shared out evenly, and so are its sequences."""
+    micro_batch, batch = config.train.micro_batch, stage.global_batch
+    per_pass = micro_batch * data_parallel
+    if batch % per_pass:
+        below, above = batch // per_pass * per_pass, -(-batch // per_pass)
+        near = " or ".join(str(n) for n in (below, above * per_pass) if n)
+        raise UserError(
+            f"train.global_batch {batch} is not divisible by train.micro_batch "
+            f"{micro_batch} x {data_parallel} data-parallel ranks; use {near}"
+        )
+    _enough_micro_batches(config, batch, data_parallel)
+    tensor, length = config.parallel.tensor, stage.sequence_length
+    if config.parallel.sequence and length % tensor:
+        raise UserError(not_divisible("data.sequence_length", length, tensor))
+
+
+def _enough_micro_batches(config: Config, batch: int, data_parallel: int) -> None:
     """The interleaved schedule passes micro batches in groups of the pipeline's size."""
     parallel, train = config.parallel, config.train
-    micro_batches = train.global_batch // (train.micro_batch * data_parallel)
+    micro_batches = batch // (train.micro_batch * data_parallel)
     if parallel.virtual_stages == 1 or micro_batches % parallel.pipeline == 0:
         return
     group = train.micro_batch * data_parallel * parallel.pipeline
-    below, above = train.global_batch // group * group, -(-train.global_batch // group) * group
+    below, above = batch // group * group, -(-batch // group) * group
     near = " or ".join(str(n) for n in sorted({below, above} - {0}))
     raise UserError(
-        f"train.global_batch {train.global_batch} makes {micro_batches} micro batches a rank; with "
+        f"train.global_batch {batch} makes {micro_batches} micro batches a rank; with "
         f"parallel.virtual_stages {parallel.virtual_stages} they must be a multiple of "
         f"parallel.pipeline {parallel.pipeline}; use train.global_batch={near}, or another "
         f"train.micro_batch"
@@ -133,16 +149,11 @@ def _base_width(model: ModelConfig) -> None:
 
 
 def _sequence_parallel(config: Config) -> None:
-    tensor, length = config.parallel.tensor, config.data.sequence_length
-    if not config.parallel.sequence:
-        return
-    if tensor == 1:
+    if config.parallel.sequence and config.parallel.tensor == 1:
         raise UserError(
             "parallel.sequence splits the sequence over the tensor-parallel ranks; "
             "use parallel.tensor=2 or more, or leave parallel.sequence out"
         )
-    if length % tensor:
-        raise UserError(not_divisible("data.sequence_length", length, tensor))
 
 
 def _pipeline(config: Config) -> None:

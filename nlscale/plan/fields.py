@@ -48,6 +48,32 @@ _SHARDED = {
     "mean_bytes_per_step": Field("number", "bytes", "that a node sends a step, deferred"),
 }
 
+_UNTIMED = "neither the cluster's `gpu_tflops` nor `--step-seconds` is given, or in fp32"
+
+_STAGE = {
+    "first_step": Field("integer", "steps", "of the run before the stage begins"),
+    "steps": Field("integer", "steps", "of the stage"),
+    "global_batch": Field("integer", "sequences", "a step, over all ranks"),
+    "sequence_length": Field("integer", "tokens", "a sequence"),
+    "tokens_per_step": Field("integer", "tokens", "of a global batch"),
+    "tokens": Field("integer", "tokens", "of the stage"),
+    "flops_per_token": Field("number", "FLOPs", "of a training token at that length"),
+    "memory_bytes": Field("number", "bytes", "of everything on the fullest GPU"),
+    "fits": Field("true or false", "", "whether that is within the usable share"),
+    "micro_batches": Field("integer", "", "of a step, that a rank passes through the model"),
+    "bubble": Field("number", "share of a step", "in which a rank of the pipeline waits"),
+    "activation_bytes_per_step": Field(
+        "number", "bytes", "that a node sends to other pipeline ranks"
+    ),
+    "step_seconds": Field(
+        "number",
+        "s",
+        "that a step computes; where `--step-seconds` was given, by FLOPs from that of the fullest",
+        null=_UNTIMED,
+    ),
+    "exposed_link_seconds": Field("number", "s", "that a step waits for the link", null=_UNTIMED),
+}
+
 PLAN: Mapping[str, Field] = {
     "cluster": Field(
         "object",
@@ -62,6 +88,20 @@ PLAN: Mapping[str, Field] = {
         },
     ),
     "steps": Field("integer", "steps", "of the run"),
+    "tokens": Field("integer", "tokens", "of the run"),
+    "stages": Field(
+        "list of objects",
+        "",
+        "the stages of the run; where there are several, what is said besides of a step, a token "
+        "or the memory is that of the stage in which a GPU needs most memory",
+        fields=_STAGE,
+    ),
+    "run_seconds": Field(
+        "number",
+        "s",
+        "that all steps compute, and wait for the link",
+        null=_UNTIMED,
+    ),
     "tokens_per_step": Field("integer", "tokens", "of a global batch"),
     "flops_per_token": Field(
         "number", "FLOPs", "model FLOPs of a training token, forward and backward"

@@ -6,25 +6,23 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nlscale.cluster.machines import UTILISATION, Cluster
-from nlscale.cluster.spread import check_tensor
-from nlscale.config.vocabulary import Config, Reduction, Sharding, TrainConfig, WireFormat
-from nlscale.data.index import read_index
-from nlscale.errors import UserError
+from nlscale.config.curriculum import curriculum
+from nlscale.config.vocabulary import Config, Reduction, Sharding
 from nlscale.levels.spectrum import (
     approximate,
+    levels_of,
     planned_updates,
     slow_level_warnings,
-    spectrum,
 )
-from nlscale.model.flops import flops_by_part
 from nlscale.model.sizes import level_parameters
 from nlscale.plan.checkpoint import CheckpointPlan, checkpoint_plan
-from nlscale.plan.checks import check_sizes
-from nlscale.plan.link import Links, LinkTime, compute_seconds
-from nlscale.plan.memory import GIB, USABLE, Memory, memory
-from nlscale.plan.pipeline import Pipeline, pipeline
+from nlscale.plan.link import LinkTime
+from nlscale.plan.memory import GIB, USABLE, Memory
+from nlscale.plan.on_cluster import OnCluster
+from nlscale.plan.pipeline import Pipeline
 from nlscale.plan.programs import advise, serial_programs
-from nlscale.plan.traffic import Traffic, activation_bytes, cycle_steps, node_bytes, traffic
+from nlscale.plan.stages import Exposure, StagePlan, all_timed, fullest_of, stage_on
+from nlscale.plan.traffic import Traffic, node_bytes, traffic
 from nlscale.plan.whole import WholePlan, whole_plan
 
 
@@ -38,22 +36,6 @@ class LevelPlan:
     """Steps."""
     updates: int
     """Over the run, the last partial window included: of the sync group that makes most."""
-
-
-@dataclass(frozen=True)
-class Exposure:
-    """What of the link's time a step hides, and what it waits for; means of a cycle."""
-
-    step_seconds: float
-    """That a step computes."""
-    utilisation: float | None
-    """Share of the GPUs' peak that this follows from; None: it was given."""
-    backward_seconds: float
-    """Of the last micro batch, in which the link can hide."""
-    run: LinkTime
-    """As configured."""
-    plain: LinkTime
-    """Of plain data parallel that overlaps as configured."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +58,11 @@ class Plan:
     levels: list[LevelPlan]
     steps: int
     """Of the run."""
-    tokens_per_step: int
-    flops: dict[str, float]
-    """Model FLOPs of a training token by part of the model, see `nlscale.model.flops`."""
+    stages: list[StagePlan]
+    """Of the run; one where all its steps are alike."""
+    fullest: StagePlan
+    """Of these the one in which a GPU needs most memory. What depends on the batch is given for
+    this one where there are several."""
     cycle: int
     """Steps after which the traffic repeats."""
     aligned: Traffic
@@ -93,18 +77,12 @@ class Plan:
     """Whether it reduces when due; if not, it sends what plain data parallel sends."""
     group_nodes: int
     """Nodes that a data-parallel group spans."""
-    activations: float
-    """Bytes of activations between pipeline ranks, a step; not in the traffic of the levels."""
-    memory: Memory
-    exposure: Exposure | None
-    """None where no gradient crosses, or how long a step computes is not known."""
     sharding: dict[Sharding, Sharded]
     """What each way of sharding the optimizer state comes to."""
     shards: Sharding
     """As configured."""
     whole: WholePlan | None
     """Of rules over whole matrices; None where no level has one."""
-    pipeline: Pipeline
     checkpoint: CheckpointPlan
     serial_programs: int | None
     """Of a micro batch, see `nlscale.plan.programs`."""
@@ -115,6 +93,49 @@ class Plan:
     @property
     def parameters(self) -> int:
         return sum(level.parameters for level in self.levels)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.fullest.stage.tokens_per_step
+
+    @property
+    def tokens(self) -> int:
+        """Of the run."""
+        return sum(own.stage.tokens for own in self.stages)
+
+    @property
+    def run_flops(self) -> float:
+        """Model FLOPs of the run."""
+        return sum(own.flops_per_step * own.stage.steps for own in self.stages)
+
+    @property
+    def run_seconds(self) -> float | None:
+        """That its steps take, with what they wait for the link; None: not known."""
+        seconds = [own.seconds for own in self.stages]
+        return None if None in seconds else sum(filter(None, seconds))
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """Model FLOPs of a training token by part of the model, see `nlscale.model.flops`."""
+        return self.fullest.flops
+
+    @property
+    def activations(self) -> float:
+        """Bytes of activations between pipeline ranks, a step; not in the traffic of the levels."""
+        return self.fullest.activations
+
+    @property
+    def memory(self) -> Memory:
+        return self.fullest.memory
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return self.fullest.pipeline
+
+    @property
+    def exposure(self) -> Exposure | None:
+        """None where no gradient crosses, or how long a step computes is not known."""
+        return self.fullest.exposure
 
     @property
     def fewer(self) -> float | None:
@@ -130,7 +151,11 @@ class Plan:
         """The plan for JSON.
 
         - `cluster`: the cluster file
-        - `steps`, `tokens_per_step`, `cycle_steps`: of the run; steps after which traffic repeats
+        - `steps`, `tokens`, `cycle_steps`: of the run; steps after which traffic repeats
+        - `stages`: list of `StagePlan`, see `nlscale.config.curriculum`; where there are several,
+          what depends on the batch (`tokens_per_step`, FLOPs, exposure, activations, memory,
+          pipeline) is that of the stage in which a GPU needs most memory
+        - `run_seconds`: of all steps, null where not known
         - `flops_per_token`: model FLOPs of a training token, forward and backward; `flops_by_part`
           the same by part of the model
         - `staggered`, `reduction`: what the configuration asks for
@@ -191,6 +216,9 @@ class Plan:
                 "gpu_memory_gib": self.cluster.gpu_memory_gib,
             },
             "steps": self.steps,
+            "tokens": self.tokens,
+            "stages": [own.to_plain() for own in self.stages],
+            "run_seconds": self.run_seconds,
             "tokens_per_step": self.tokens_per_step,
             "flops_per_token": sum(self.flops.values()),
             "flops_by_part": self.flops,
@@ -275,12 +303,8 @@ def make_plan(
         UserError: the configuration cannot be spread over the cluster, or its vocabulary is
             unknown.
     """
-    vocabulary = vocabulary_of(config)
-    data_parallel = check(config, cluster, vocabulary)
-    parallel, nodes = config.parallel, cluster.nodes
-    group_nodes = cluster.nodes_of_a_data_group(parallel.tensor, parallel.pipeline)
-    tokens_per_step = config.train.global_batch * config.data.sequence_length
-    levels = spectrum(config.levels, tokens_per_step)
+    on, nodes, levels = OnCluster.of(config, cluster), cluster.nodes, levels_of(config)
+    vocabulary, data_parallel, group_nodes = on.vocabulary, on.data_parallel, on.group_nodes
     parameters = level_parameters(config, vocabulary)
     steps = config.train.steps
     level_plans = [
@@ -297,36 +321,14 @@ def make_plan(
         reduction = Reduction.deferred
         return traffic(config, levels, vocabulary, nodes, stagger, reduction, group_nodes)
 
-    cycle = cycle_steps(levels)
     aligned, staggered = deferred(stagger=False), deferred(stagger=True)
-    flops = flops_by_part(config, vocabulary)
-    model_flops = sum(flops.values()) * tokens_per_step
-    passes = pipeline(config, vocabulary, _micro_batches(config.train, data_parallel))
-    computes = step_seconds or compute_seconds(
-        cluster, model_flops, utilisation, config.train.dtype
-    )
-    exposure = None
-    if group_nodes > 1 and computes is not None:
-        plain = [replace(level, wire=WireFormat.fp32) for level in levels]
-        sums = replace(config, parallel=replace(parallel, shard_optimizer=Sharding.node))
-        links, plain_links = (
-            Links(what, spectrum, vocabulary, cluster, group_nodes, passes, computes)
-            for what, spectrum in ((config, levels), (sums, plain))
-        )
-        stagger = config.levels.stagger
-        exposure = Exposure(
-            step_seconds=computes,
-            utilisation=None if step_seconds else utilisation,
-            backward_seconds=links.backward_seconds,
-            run=links.time(config.levels.reduction, stagger, cycle),
-            plain=plain_links.time(Reduction.every_step, stagger, cycle),
-        )
+    own = all_timed(_stages(config, on), levels, on, utilisation, step_seconds)
+    fullest = fullest_of(own)
     return Plan(
         cluster=cluster,
         levels=level_plans,
         steps=steps,
-        tokens_per_step=tokens_per_step,
-        flops=flops,
+        stages=own,
         cycle=len(aligned.per_step),
         aligned=aligned,
         staggered=staggered,
@@ -334,8 +336,7 @@ def make_plan(
         staggers=config.levels.stagger,
         defers=config.levels.reduction == Reduction.deferred,
         group_nodes=group_nodes,
-        activations=activation_bytes(config, nodes, cluster.gpus_per_node),
-        memory=memory_on(config, cluster),
+        fullest=fullest,
         sharding={way: _sharded(config, cluster, way) for way in Sharding},
         shards=config.parallel.shard_optimizer,
         whole=whole_plan(
@@ -345,11 +346,9 @@ def make_plan(
             cluster,
             data_parallel // group_nodes,
             group_nodes,
-            model_flops,
+            fullest.flops_per_step,
             utilisation,
         ),
-        pipeline=passes,
-        exposure=exposure,
         checkpoint=checkpoint_plan(config, levels, vocabulary, cluster, group_nodes),
         serial_programs=serial_programs(config),
         advice=advise(
@@ -363,21 +362,17 @@ def make_plan(
 
 
 def memory_on(config: Config, cluster: Cluster) -> Memory:
-    """The memory alone of a run on a cluster.
+    """The memory alone of a run on a cluster, of the stage that needs most.
 
     Raises:
         UserError: as `make_plan`.
     """
-    vocabulary = vocabulary_of(config)
-    data_parallel = check(config, cluster, vocabulary)
-    group_nodes = cluster.nodes_of_a_data_group(config.parallel.tensor, config.parallel.pipeline)
-    levels = spectrum(config.levels, config.train.global_batch * config.data.sequence_length)
-    micro_batches, in_node = (
-        _micro_batches(config.train, data_parallel),
-        data_parallel // group_nodes,
-    )
-    ranks = memory(config, levels, vocabulary, in_node, micro_batches, group_nodes)
-    return Memory(ranks, cluster.gpu_memory_gib)
+    return fullest_of(_stages(config, OnCluster.of(config, cluster))).memory
+
+
+def _stages(config: Config, on: OnCluster) -> list[StagePlan]:
+    levels = levels_of(config)
+    return [stage_on(config, stage, levels, on) for stage in curriculum(config)]
 
 
 def _sharded(config: Config, cluster: Cluster, way: Sharding) -> Sharded:
@@ -387,55 +382,15 @@ def _sharded(config: Config, cluster: Cluster, way: Sharding) -> Sharded:
         parallel=replace(config.parallel, shard_optimizer=way),
         levels=replace(config.levels, reduction=Reduction.deferred),
     )
-    parallel, vocabulary = config.parallel, vocabulary_of(config)
-    group_nodes = cluster.nodes_of_a_data_group(parallel.tensor, parallel.pipeline)
-    levels = spectrum(config.levels, config.train.global_batch * config.data.sequence_length)
+    on, levels = OnCluster.of(config, cluster), levels_of(config)
     rank = memory_on(config, cluster).largest
     sent = traffic(
-        config, levels, vocabulary, cluster.nodes, False, Reduction.deferred, group_nodes
+        config,
+        levels,
+        on.vocabulary,
+        cluster.nodes,
+        False,
+        Reduction.deferred,
+        on.group_nodes,
     )
     return Sharded(rank.optimizer, rank.total, sent.mean)
-
-
-def _micro_batches(train: TrainConfig, data_parallel: int) -> int:
-    return train.global_batch // (train.micro_batch * data_parallel)
-
-
-def vocabulary_of(config: Config) -> int:
-    """Token ids of the model: `model.vocabulary`, else what the data were built with.
-
-    Raises:
-        UserError: neither is there.
-    """
-    if config.model.vocabulary is not None:
-        return config.model.vocabulary
-    try:
-        return read_index(config.data.dir)["vocabulary"]
-    except UserError as error:
-        raise UserError(f"{error}; or give model.vocabulary=N to plan without data") from None
-
-
-def check(config: Config, cluster: Cluster, vocabulary: int) -> int:
-    """Whether the configuration can be spread over the cluster.
-
-    Returns:
-        The data-parallel ranks, those that share a batch.
-
-    Raises:
-        UserError: the numbers that do not fit and what would.
-    """
-    tensor = config.parallel.tensor
-    where = f"{cluster.name} ({cluster.nodes} x {cluster.gpus_per_node})"
-    per_node = config.parallel.ranks_per_node
-    if per_node not in (None, cluster.gpus_per_node):
-        raise UserError(
-            f"parallel.ranks_per_node is {per_node}, but {where} has {cluster.gpus_per_node} GPUs "
-            f"a node; leave it null"
-        )
-    check_tensor(cluster.gpus_per_node, tensor)
-    if vocabulary % tensor:
-        raise UserError(
-            f"model.vocabulary {vocabulary} is not divisible by parallel.tensor {tensor}; use "
-            f"{-(-vocabulary // tensor) * tensor}"
-        )
-    return check_sizes(config, cluster.ranks)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from nlscale.config.curriculum import curriculum
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
 from nlscale.model.mixers.facts import MicroBatch
@@ -60,9 +61,9 @@ def advise(
 
 def _larger_micro_batch(config: Config, fits: Callable[[Config], bool]) -> int | None:
     """The smallest that fits and fills a GPU, else the largest that fits; None: none."""
-    best, train = None, config.train
-    for size in range(train.micro_batch + 1, train.global_batch + 1):
-        if train.global_batch % size:
+    best, batches = None, [stage.global_batch for stage in curriculum(config)]
+    for size in range(config.train.micro_batch + 1, min(batches) + 1):
+        if any(batch % size for batch in batches):
             continue
         try:
             if not fits(_with(config, size)):
@@ -76,10 +77,11 @@ def _larger_micro_batch(config: Config, fits: Callable[[Config], bool]) -> int |
 
 
 def _wait(config: Config, vocabulary: int, micro_batch: int, data_parallel: int) -> str:
-    """What a pipeline loses by fewer micro batches."""
+    """What a pipeline loses by fewer micro batches, where it has fewest."""
     if config.parallel.pipeline == 1:
         return ""
-    micro_batches = config.train.global_batch // (micro_batch * data_parallel)
+    fewest = min(stage.global_batch for stage in curriculum(config))
+    micro_batches = fewest // (micro_batch * data_parallel)
     bubble = pipeline(config, vocabulary, micro_batches).bubble
     return f"; a rank of the pipeline then waits {bubble:.1%} of a step"
 

@@ -18,12 +18,20 @@ def print_plan(plan: Plan, console: Console) -> None:
     """Print the tables, what they mean, and the warnings."""
     cluster = plan.cluster
     nodes = f"{cluster.nodes} node{'s' * (cluster.nodes > 1)} of {cluster.gpus_per_node} GPUs"
+    several = len(plan.stages) > 1
+    size = f"{human_count(plan.tokens_per_step)} tokens a step, {plan.steps:,} steps"
+    if several:
+        size = f"{human_count(plan.tokens)} tokens, {plan.steps:,} steps in stages"
     console.print(
         f"{cluster.name}: {nodes}, {cluster.inter_node_gbit:g} Gbit/s a node; "
-        f"{human_count(plan.parameters)} parameters, {human_count(plan.tokens_per_step)} tokens a "
-        f"step, {plan.steps:,} steps"
+        f"{human_count(plan.parameters)} parameters, {size}"
     )
     crosses = plan.plain > 0
+    if several:
+        console.print()
+        console.print(_stages(plan, crosses))
+        console.print()
+        console.print(_explain_stages(plan))
     console.print()
     console.print(_levels(plan, crosses))
     console.print()
@@ -75,10 +83,9 @@ def _compute(plan: Plan) -> str:
     total = sum(plan.flops.values())
     shares = {name: flops / total for name, flops in plan.flops.items()}
     parts = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share > 5e-4)
-    run = total * plan.tokens_per_step * plan.steps
     return (
-        f"A training token takes {human_count(total)} FLOPs ({parts}), the run {run:.3g}; "
-        f"what is computed again for memory is not counted."
+        f"A training token takes {human_count(total)} FLOPs ({parts}), the run "
+        f"{plan.run_flops:.3g}; what is computed again for memory is not counted."
     )
 
 
@@ -152,6 +159,42 @@ def _whole(whole: WholePlan) -> str:
         f"{line}; a rank computes or waits for it {human_seconds(mean)} a step, at most "
         f"{human_seconds(most)}."
     )
+
+
+def _stages(plan: Plan, crosses: bool) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    table.add_column("from\nstep", justify="right", no_wrap=True)
+    columns = ["\nsteps", "sequences\na step", "tokens a\nsequence", "tokens\na step", "\ntokens"]
+    columns += ["GiB\na GPU", "\ncomputes"] + ["\nwaits"] * crosses
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for own in plan.stages:
+        stage, known = own.stage, own.computes is not None
+        cells = [
+            f"{stage.first_step + 1:,}",
+            f"{stage.steps:,}",
+            f"{stage.global_batch:,}",
+            f"{stage.sequence_length:,}",
+            human_count(stage.tokens_per_step),
+            human_count(stage.tokens),
+            f"{own.memory.largest.total / GIB:.3g}",
+            "-" if own.computes is None else human_seconds(own.computes),
+        ]
+        if crosses:
+            cells.append(human_seconds(own.waits) if known else "-")
+        table.add_row(*cells)
+    return table
+
+
+def _explain_stages(plan: Plan) -> str:
+    fullest = plan.fullest.stage
+    line = (
+        f"What follows is of the stage that begins with step {fullest.first_step + 1:,}, in which "
+        f"a GPU needs most memory; the levels send as much in a step of every other"
+    )
+    if plan.run_seconds is None:
+        return f"{line}."
+    return f"{line}. All steps take {human_seconds(plan.run_seconds)}."
 
 
 def _levels(plan: Plan, crosses: bool) -> Table:

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from nlscale.config.curriculum import largest
 from nlscale.config.vocabulary import Config, Dtype, Reduction, WireFormat
 from nlscale.levels.groups import group_parameters
 from nlscale.levels.passes import GroupMatrices, group_matrices, matrix_crossing_bytes
@@ -152,6 +153,8 @@ def node_bytes(
 def activation_bytes(config: Config, nodes: int, ranks_per_node: int) -> float:
     """Bytes of activations and their gradients leaving a node in a step, the mean over all nodes.
 
+    Of a run in stages at the largest of them.
+
     Every micro batch passes from each model stage to the next and its gradient back; without
     sequence parallelism each tensor-parallel rank sends the whole residual stream to its like.
     """
@@ -165,8 +168,9 @@ def activation_bytes(config: Config, nodes: int, ranks_per_node: int) -> float:
         for _ in range(parallel.virtual_stages - (rank >= ranks - of_a_pipeline_rank))
     )
     data_parallel = of_a_pipeline_rank // parallel.tensor
-    sequences = train.global_batch / data_parallel
-    residual = config.data.sequence_length * config.model.d_model
+    stage = largest(config)
+    sequences = stage.global_batch / data_parallel
+    residual = stage.sequence_length * config.model.d_model
     element = 2 if train.dtype == Dtype.bf16 else 4
     part = parallel.tensor if parallel.sequence else 1
     return 2 * crossings * sequences * residual * element / part / nodes

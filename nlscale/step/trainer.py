@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nlscale.cluster.life.watch import doing
+from nlscale.config.curriculum import TrainingStage, at_stage, curriculum, stage_of
 from nlscale.config.vocabulary import Config, Dtype
 from nlscale.levels.engine import LevelOptimizer
 from nlscale.levels.spectrum import Level
@@ -71,6 +72,8 @@ class Trainer:
     optimizer: LevelOptimizer
     busy: BusyTime
     clock: WaitClock
+    curriculum: list[TrainingStage]
+    """Of the run."""
     counters: Counters = field(default_factory=Counters)
     waits: Waits = field(default_factory=Waits)
     """Of the last step."""
@@ -103,12 +106,14 @@ class Trainer:
             stage.to(layout.device)
         if draws:
             draw_together(named_parameters(stages), config.run.seed, layout)
+        of_run = curriculum(config)
         if kernels:
             columns = vocabulary // layout.tensor_size if stages[-1].is_last else 0
-            check_kernels(config, columns, layout.device)
+            for own in {own.sequence_length: own for own in of_run}.values():
+                check_kernels(at_stage(config, own), columns, layout.device)
         optimizer = LevelOptimizer(config, levels, stages, vocabulary, megatron, layout)
         busy, clock = BusyTime(layout.device), WaitClock(layout.device)
-        return cls(config, layout, levels, stages, optimizer, busy, clock)
+        return cls(config, layout, levels, stages, optimizer, busy, clock, of_run)
 
     def take_step(
         self,
@@ -132,7 +137,7 @@ class Trainer:
         counters = self.counters
         self.clock.begin()
         counters.step += 1
-        counters.samples += self.config.train.global_batch
+        counters.samples += stage_of(self.curriculum, counters.step).global_batch
         self.optimizer.start_step(counters.step)
         with doing("forward and backward pass"):
             seen = run_micro_batches(self.stages, batches, self.optimizer.windows)

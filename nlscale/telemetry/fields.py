@@ -87,6 +87,13 @@ _MEMORY = Field(
 _NONE_COUNTS = "none of them counts as a target"
 _NO_TEXT = "the tokens that count stand for no text, or there are none"
 
+_OF_END = {
+    "sequence_length": Field("integer", "tokens", "with which the run ends"),
+    "loss": Field("number", "nats a token", "mean over the targets that count", null=_NONE_COUNTS),
+    "bits_per_byte": Field("number", "bits", "the same, for each byte of text", null=_NO_TEXT),
+}
+_TWO_LENGTHS = "`data.stages` give the end of the run another sequence length than its beginning"
+
 _NO_PEAK = "on a CPU, in fp32, and on GPUs whose peak is not known"
 
 _RANKS = {
@@ -184,6 +191,13 @@ METRICS: Mapping[str, Mapping[str, Field]] = {
             "the same, for each byte of the text that these stand for",
             null=_NO_TEXT,
         ),
+        "of_end": Field(
+            "object",
+            "",
+            "the same at the sequence length with which the run ends",
+            only=_TWO_LENGTHS,
+            fields=_OF_END,
+        ),
         "not_finite": _NOT_FINITE,
     },
     "evaluation": {
@@ -227,6 +241,13 @@ SUMMARY: Mapping[str, Field] = {
     ),
     "final_val_loss": Field("number", "nats a token", "of the last validation", null=_NONE_COUNTS),
     "val_bits_per_byte": Field("number", "bits", "the same, for each byte of text", null=_NO_TEXT),
+    "val_of_end": Field(
+        "object",
+        "",
+        "`of_end` of the last validation",
+        only=_TWO_LENGTHS,
+        fields=_OF_END,
+    ),
     "unigram_bits_per_byte": Field(
         "number",
         "bits",
@@ -252,7 +273,12 @@ SUMMARY: Mapping[str, Field] = {
     ),
     "parameters": Field("integer", "", "of the model"),
     "parameters_non_embedding": Field("integer", "", "the same without the embedding"),
-    "flops": Field("number", "FLOPs", "model FLOPs of the run, forward and backward"),
+    "flops": Field(
+        "number",
+        "FLOPs",
+        "model FLOPs of the run, forward and backward; of sequences of several lengths those of a "
+        "token are the mean over the run",
+    ),
     "levels": Field(
         "list of objects",
         "",

@@ -19,13 +19,15 @@ nothing. A train record (units as written):
 and a validation record:
 
     {"kind": "validation", "step": 17, "tokens": 557056, "loss": 2.40, "bits_per_byte": 3.46,
-     "time": 1795270000.0, "seconds": 1.5}
+     "time": 1795270000.0, "seconds": 1.5,
+     "of_end": {"sequence_length": 4096, "loss": 2.31, "bits_per_byte": 3.33}}  # where another
 
 After it come those of `evaluate`, of kind "evaluation", with their `name` and their own figures.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from time import monotonic
@@ -65,7 +67,8 @@ class Telemetry:
         total_steps: steps of the whole run, those before a resume included.
         wandb: see `WandbOptions`. Whatever fails in wandb is a warning, never an error.
         config: the run's configuration as plain dicts and lists, for wandb.
-        tokens_per_step: tokens in a global batch.
+        tokens_per_step: tokens in a global batch; None: they differ between the run's stages.
+        tokens_until: planned, of the first steps of the run; None: as many a step.
 
     Raises:
         UserError: the directory or its files cannot be written, or the wandb mode is unknown.
@@ -77,7 +80,8 @@ class Telemetry:
         total_steps: int,
         wandb: WandbOptions,
         config: dict[str, Any],
-        tokens_per_step: int,
+        tokens_per_step: int | None,
+        tokens_until: Callable[[int], int] | None = None,
     ) -> None:
         self._run_dir = Path(run_dir)
         try:
@@ -85,6 +89,7 @@ class Telemetry:
         except OSError as error:
             raise UserError(f"cannot create {run_dir}: {error.strerror}") from error
         self._total_steps = total_steps
+        self._tokens_until = tokens_until or (lambda step: step * (tokens_per_step or 1))
         self._metrics = LineFile(self._run_dir / METRICS_FILE)
         self._log = LineFile(self._run_dir / LOG_FILE)
         self._screen = LiveScreen(total_steps) if is_terminal() else PlainScreen()
@@ -93,10 +98,10 @@ class Telemetry:
         self._last_validation: float | None = None
         self._was_finite = True
         self._screen_is_lost = False
+        each = "" if tokens_per_step is None else f" of {human_count(tokens_per_step)} tokens"
         self.note(
-            f"run {self._run_dir.resolve().name}: {total_steps} steps of "
-            f"{human_count(tokens_per_step)} tokens, {human_count(total_steps * tokens_per_step)} "
-            "tokens in all"
+            f"run {self._run_dir.resolve().name}: {total_steps} steps{each}, "
+            f"{human_count(self._tokens_until(total_steps))} tokens in all"
         )
         self._wandb: WandbRun | None = None
         if wandb.enabled:
@@ -234,7 +239,7 @@ class Telemetry:
         self.close(failed=kind is not None)
 
     def _eta(self, record: dict[str, Any]) -> float:
-        """Seconds left, at the wall time a step has taken so far.
+        """Seconds left, at the wall time that the tokens of a step have taken so far.
 
         Wall time counts validations and checkpoints; the first step, which allocates and
         compiles, does not count.
@@ -243,8 +248,10 @@ class Telemetry:
         if self._first is None:
             self._first = (step, now)
         first, started = self._first
-        pace = (now - started) / (step - first) if step > first else record["step_seconds"]
-        return pace * (self._total_steps - step)
+        if step == first:
+            first, started = step - 1, now - record["step_seconds"]
+        end, done, before = map(self._tokens_until, (self._total_steps, step, first))
+        return (now - started) / (done - before) * (end - done)
 
     def _progress(self, line: str) -> None:
         self._screen.progress_line(line)

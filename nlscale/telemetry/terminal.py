@@ -180,6 +180,8 @@ def validation_line(record: Mapping[str, Any], total_steps: int) -> str:
     parts = ["no validation loss" if loss is None else f"validation loss {loss_text(loss)}"]
     if bits is not None:
         parts.append(f"{loss_text(bits)} bits per byte")
+    if (end := record.get("of_end")) is not None:
+        parts.append(f"{loss_text(end['loss'])} at {end['sequence_length']:,} tokens")
     return "  ".join([step_of(record, total_steps), *parts])
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from functools import partial
 from itertools import chain
 
+from nlscale.config.curriculum import TrainingStage, stage_of
 from nlscale.step.micro_batches import Batch
 from nlscale.step.trainer import Trainer
 from nlscale.train.prepare import Prepared
@@ -30,25 +31,41 @@ class StepReader:
     def take(self) -> list[Batch]:
         """Of the step that is about to be taken; what kept them from being read is raised here."""
         counters, train = self._trainer.counters, self._trainer.config.train
-        first = counters.samples
-        batches = self._ahead.result() if self._ahead is not None else self._read(first)
+        step, first = counters.step + 1, counters.samples
+        batches = self._ahead.result() if self._ahead is not None else self._read(step, first)
         self._ahead = None
-        if counters.step + 1 < train.steps:
-            self._ahead = _in_background(partial(self._read, first + train.global_batch))
-            left = min(STEPS_EXPECTED, train.steps - counters.step - 1)
-            firsts = [first + (number + 1) * train.global_batch for number in range(left)]
-            self._prepared.reader.expect(chain.from_iterable(map(self._numbers, firsts)))
+        if step < train.steps:
+            following = first + stage_of(self._prepared.stages, step).global_batch
+            self._ahead = _in_background(partial(self._read, step + 1, following))
+            self._expect(step + 1, following)
         return batches
 
-    def _numbers(self, first: int) -> Iterator[tuple[int, int]]:
-        """What this rank reads of the step that begins with a sample: (first, count), by batch."""
+    def _expect(self, step: int, sample: int) -> None:
+        """Say what this rank will read of a step and those after it, as far as the cut goes."""
+        stages, steps = self._prepared.stages, self._trainer.config.train.steps
+        cut, numbers = stage_of(stages, step).cut, []
+        for later in range(step, min(step + STEPS_EXPECTED, steps + 1)):
+            stage = stage_of(stages, later)
+            if stage.cut == cut:
+                numbers.append(self._numbers(stage, sample))
+            sample += stage.global_batch
+        self._prepared.readers[cut].expect(chain.from_iterable(numbers))
+
+    def _numbers(self, stage: TrainingStage, sample: int) -> Iterator[tuple[int, int]]:
+        """What this rank reads of a step of a stage, whose first sample has that global number.
+
+        In the numbers of the stage's cut: (first, count), by micro batch.
+        """
         layout, size = self._trainer.layout, self._trainer.config.train.micro_batch
-        for i in range(self._prepared.micro_batches):
+        first = stage.number_in_cut(sample)
+        for i in range(stage.global_batch // (size * layout.data_size)):
             yield first + (i * layout.data_size + layout.data_rank) * size, size
 
-    def _read(self, first: int) -> list[Batch]:
-        reader, batches = self._prepared.reader, []
-        for number, size in self._numbers(first):
+    def _read(self, step: int, sample: int) -> list[Batch]:
+        """Those of a step, counted from 1, whose first sample has that global number."""
+        stage, batches = stage_of(self._prepared.stages, step), []
+        reader = self._prepared.readers[stage.cut]
+        for number, size in self._numbers(stage, sample):
             rows, counts = reader.read(number, size), reader.masks(number, size)
             separator = reader.samples.shards.separator
             batches.append(self._trainer.to_batch(rows, separator, size, counts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 
+from nlscale.config.curriculum import curriculum, stage_of
 from nlscale.config.vocabulary import Config
 from nlscale.errors import TrainingFailed
 from nlscale.parallel.consensus import SPIKE, Verdict
@@ -18,11 +19,10 @@ class Drops:
 
     Args:
         config: of the run.
-        planned_tokens: of a step, over all ranks.
     """
 
-    def __init__(self, config: Config, planned_tokens: int) -> None:
-        self._config, self._planned = config, planned_tokens
+    def __init__(self, config: Config) -> None:
+        self._config, self._stages = config, curriculum(config)
         self._row: list[Verdict] = []
 
     def see(self, verdict: Verdict, step: int, in_a_row: int) -> None:
@@ -48,14 +48,14 @@ class Drops:
             )
 
     def _check_tokens(self, verdict: Verdict, step: int) -> None:
-        if verdict.tokens == self._planned:
+        stage = stage_of(self._stages, step)
+        if verdict.tokens == stage.tokens_per_step:
             return
-        train, length = self._config.train, self._config.data.sequence_length
         raise TrainingFailed(
             f"step {step} was taken with {verdict.tokens:,} tokens instead of the "
-            f"{self._planned:,} that train.global_batch {train.global_batch} x "
-            f"data.sequence_length {length} make: the ranks did not read the whole batch; compare "
-            f"the number of ranks that were started with WORLD_SIZE"
+            f"{stage.tokens_per_step:,} that train.global_batch {stage.global_batch} x "
+            f"data.sequence_length {stage.sequence_length} make: the ranks did not read the whole "
+            f"batch; compare the number of ranks that were started with WORLD_SIZE"
         )
 
     def _reasons(self, in_a_row: int) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from nlscale.cluster.life.place import place
 from nlscale.cluster.life.signals import StopSignals
 from nlscale.cluster.life.watch import begin_step, doing
 from nlscale.config import recipe
+from nlscale.config.curriculum import stage_of, tokens_per_step, tokens_until
 from nlscale.config.vocabulary import Config
 from nlscale.errors import SaidElsewhere, TrainingFailed, UserError
 from nlscale.levels.spectrum import approximate, slow_level_warnings
@@ -134,26 +136,29 @@ def _run(
             copier.offer(checkpoint)
         counters, optimizer = trainer.counters, trainer.optimizer
         reader = StepReader(trainer, prepared)
-        deadline, drops = Deadline(), Drops(config, prepared.tokens_per_step)
+        deadline, drops = Deadline(), Drops(config)
         warned: set[int] = set()
         slow_ranks: set[int] = set()
         costs = Costs(config, prepared, layout)
         validation = Validation(prepared, trainer, telemetry, claim)
-        seconds = 0.0
+        planned = partial(tokens_until, prepared.stages)
+        pace = 0.0  # seconds a token of the last step
         signals.training()
         if counters.step in (0, config.train.steps):
             validation.run()
         while counters.step < config.train.steps:
             started, stalled = time.monotonic(), saver.take_stalled()
+            stage = stage_of(prepared.stages, counters.step + 1)
             begin_step(counters.step + 1)
             trainer.busy.start()
             with doing("reading data"), trainer.clock.reading():
                 batches = reader.take()
-            between = 2 * seconds + validation.reserve(counters.step)
+            ahead = planned(counters.step + 2) - planned(counters.step)
+            between = pace * ahead + validation.reserve(counters.step)
             ends = layout.is_writer and deadline.is_near(between, saver.seconds)
             requests = Requests(
                 stop=signals.came or ends,
-                save=saver.wants(counters, prepared.tokens_per_step),
+                save=saver.wants(counters, stage.tokens_per_step),
                 failed=saver.failed,
             )
             verdict, updated = trainer.take_step(batches, requests)
@@ -166,7 +171,8 @@ def _run(
                 warned.add(level)
             _check_replicas(trainer)
             seconds = time.monotonic() - started
-            cost = costs.of_step(verdict.tokens, seconds, trainer.waits)
+            pace = seconds / stage.tokens_per_step
+            cost = costs.of_step(stage, verdict.tokens, seconds, trainer.waits)
             claim.check()
             telemetry.train_step(
                 {
@@ -182,7 +188,7 @@ def _run(
                     "dropped_because": verdict.dropped_because,
                     "bytes_sent": counters.bytes_sent,
                     "bytes_saved": counters.bytes_saved,
-                    "levels": level_records(prepared, optimizer, updated),
+                    "levels": level_records(prepared, optimizer, step, updated),
                     **_ranks(trainer, telemetry, slow_ranks),
                 }
             )
@@ -282,7 +288,8 @@ def _telemetry(config: Config, prepared: Prepared, layout: Layout) -> Telemetry:
         config.train.steps,
         options,
         recipe.to_plain(config),
-        prepared.tokens_per_step,
+        tokens_per_step(config),
+        partial(tokens_until, prepared.stages),
     )
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
+from functools import partial
 from typing import Any
 
 from nlscale.checkpoint.saver import saves
+from nlscale.config.curriculum import tokens_until
 from nlscale.config.vocabulary import Config
 from nlscale.errors import Stopped
 from nlscale.levels.engine import LevelOptimizer
-from nlscale.model.flops import flops_per_token
+from nlscale.model.flops import mean_flops_per_token
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
 from nlscale.parallel.layout import Layout
 from nlscale.step.trainer import Trainer
@@ -30,14 +32,24 @@ def describe(config: Config, prepared: Prepared, layout: Layout) -> str:
     return (
         f"{config.model.mixer}, {sum(parameters) / 1e6:.2f}M parameters; levels: {spectrum}; "
         f"{layout.world} rank{'s' * (layout.world > 1)} on {layout.device.type}, "
-        f"{config.train.dtype.value}, {prepared.tokens_per_step} tokens a step"
+        f"{config.train.dtype.value}, {_tokens_a_step(prepared)} tokens a step"
     )
 
 
+def _tokens_a_step(prepared: Prepared) -> str:
+    """Of a run in stages those of each."""
+    counts = [stage.tokens_per_step for stage in prepared.stages]
+    return ", then ".join(map(str, counts))
+
+
 def level_records(
-    prepared: Prepared, optimizer: LevelOptimizer, updated: dict[int, dict[str, float | None]]
+    prepared: Prepared,
+    optimizer: LevelOptimizer,
+    step: int,
+    updated: dict[int, dict[str, float | None]],
 ) -> dict[str, Any]:
-    """The levels of a train record (see `nlscale.telemetry.run`), by name."""
+    """The levels of the train record of a step (see `nlscale.telemetry.run`), by name."""
+    until = partial(tokens_until, prepared.stages)
     records = {}
     for level in prepared.levels:
         updates, reductions = optimizer.counts(level.index)
@@ -46,7 +58,7 @@ def level_records(
             "updates": updates,
             "reductions": reductions,
             "updated": level.index in updated,
-            "window_fill": optimizer.window_fill(level.index, prepared.tokens_per_step),
+            "window_fill": optimizer.window_fill(level.index, step, until),
             "learning_rate": None,
             "grad_norm": None,
             "update_ratio": None,
@@ -99,6 +111,7 @@ def summarise(
         "final_train_loss": mean,
         "final_val_loss": held_out["loss"],
         "val_bits_per_byte": held_out["bits_per_byte"],
+        **({"val_of_end": held_out["of_end"]} if "of_end" in held_out else {}),
         "unigram_bits_per_byte": prepared.validation.shards.index["unigram_bits_per_byte"],
         "steps": config.train.steps,
         "dropped_steps": counters.dropped,
@@ -106,7 +119,7 @@ def summarise(
         **costs.summary(),
         "parameters": sum(parameters),
         "parameters_non_embedding": non_embedding_parameters(config, prepared.vocabulary),
-        "flops": flops_per_token(config, prepared.vocabulary) * counters.tokens,
+        "flops": mean_flops_per_token(config, prepared.vocabulary) * counters.tokens,
         "levels": [
             {
                 "name": level.name,

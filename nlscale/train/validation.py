@@ -49,7 +49,8 @@ class Validation:
     def run(self) -> None:
         """Validate, evaluate, and record what was found."""
         started = time.monotonic()
-        self.held_out = self._ask("loss", "validation")
+        self.held_out = self._ask("loss", "validation") | self._of_end()
+        self.held_out["seconds"] = time.monotonic() - started
         self._claim.check()
         self._telemetry.validation(self.held_out)
         for name in self._trainer.config.evaluate:
@@ -57,6 +58,15 @@ class Validation:
             self._claim.check()
             self._telemetry.evaluation(name, found)
         self._seconds = time.monotonic() - started
+
+    def _of_end(self) -> dict[str, Any]:
+        """The same at the sequence length with which the run ends, where that is another."""
+        samples = self._prepared.validation_of_end
+        if samples is None:
+            return {}
+        with doing("validation"):
+            found = evaluation("loss").run(self._trainer, samples)
+        return {"of_end": {"sequence_length": samples.sequence_length, **found}}
 
     def _ask(self, name: str, kind: str) -> dict[str, Any]:
         started, counters = time.monotonic(), self._trainer.counters

@@ -25,7 +25,7 @@ from nlscale.checkpoint.store.store import Checkpoint, Store
 from nlscale.cluster.life.place import without_place
 from nlscale.config import recipe
 from nlscale.errors import TrainingFailed, UserError
-from nlscale.levels.spectrum import spectrum
+from nlscale.levels.spectrum import levels_of
 from nlscale.plan.checks import check_sizes
 from nlscale.telemetry.figures import SUMMARY_FILE, read_records
 
@@ -102,7 +102,7 @@ def verify_resume(
         TrainingFailed: a run failed.
     """
     config = recipe.load(path, overrides, trusted=True).config
-    levels = spectrum(config.levels, config.train.global_batch * config.data.sequence_length)
+    levels = levels_of(config)
     steps = at + max(level.period for level in levels) + 3
     if not 1 <= at <= config.train.steps:
         raise UserError(f"--at {at} is not a step of the run; use 1 to {config.train.steps}")
@@ -122,7 +122,7 @@ def verify_resume(
     )
     check_sizes(config, ranks)
     layouts = layouts or _others(path, common, own)
-    for layout in layouts:
+    for layout in [own, *layouts]:
         _check_layout(path, common, layout)
 
     reference, killed = folder / "never-stopped", folder / "killed"

@@ -97,3 +97,58 @@ def test_a_tokenizer_that_was_not_recorded_is_the_same() -> None:
     check_same_run(config(), of_old, {**saved(), "data": of_new}, "it")
     with pytest.raises(UserError, match="data: "):
         check_same_run(config(), {**of_new, "train_tokens": 6}, {**saved(), "data": of_old}, "it")
+
+
+SIZES = "train.global_batch=[{from: 0, size: 4}, {from: 40 steps, size: 8}]"
+SHARES = "train.global_batch=[{from: 0%, size: 4}, {from: 40%, size: 8}]"
+LENGTHS = "data.stages=[{from: 60 steps, sequence_length: 2048}]"
+
+
+def test_other_stages_are_another_run() -> None:
+    state = saved("train.steps=100", SIZES, LENGTHS)
+    for other, said in (
+        ("train.global_batch.1.size=16", r"train\.global_batch\.1\.size: 8 -> 16"),
+        ("train.global_batch.1.from=50 steps", r"global_batch\.1\.from: '40 steps' -> '50 steps'"),
+        ("train.global_batch=8", r"train\.global_batch: \["),
+        ("data.stages=[]", r"data\.stages: \[.*\] -> \[\]"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_same_run(config("train.steps=100", SIZES, LENGTHS, other), {}, state, "it")
+    check_same_run(config("train.steps=100", SIZES, LENGTHS), {}, state, "it")
+    allowed = "resume.allow=[train.global_batch.1.size]"
+    wider = ["train.steps=100", SIZES, LENGTHS, "train.global_batch.1.size=16"]
+    for begun in (state, saved(*wider)):
+        check_same_run(config(*wider, allowed), {}, begun, "it")
+    before = saved("train.steps=100")
+    del before["config"]["data"]["stages"]  # of a version without
+    check_same_run(config("train.steps=100"), {}, before, "it")
+
+
+def test_a_longer_run_is_the_same_until_a_share_of_it_begins() -> None:
+    wsd = ["optimizer.schedule=wsd", "optimizer.decay_fraction=0.2", "optimizer.warmup_steps=1"]
+    longer = config("train.steps=200", SHARES, *wsd)
+    for step, same in ((40, True), (41, False)):
+        state = saved("train.steps=100", SHARES, *wsd) | {"step": step}
+        if same:
+            check_same_run(longer, {}, state, "it")
+            continue
+        with pytest.raises(UserError, match=r"train\.steps: 100 -> 200"):
+            check_same_run(longer, {}, state, "it")
+    state = saved("train.steps=100", SIZES, *wsd) | {"step": 80}
+    check_same_run(config("train.steps=200", SIZES, *wsd), {}, state, "it")
+
+
+def test_samples_of_another_length_have_the_numbers_that_the_stages_give_them() -> None:
+    # 50 steps of 4 sequences were taken; what is to be another batch is so from the beginning
+    state = saved("train.steps=100", "train.global_batch=4") | {"step": 50, "samples": 200}
+    allowed = "resume.allow=[train.global_batch,data.stages]"
+    check_same_run(config("train.steps=100", "train.global_batch=8", allowed), {}, state, "it")
+    check_same_run(
+        config("train.steps=100", "train.global_batch=4", LENGTHS, allowed), {}, state, ""
+    )
+    with pytest.raises(UserError, match=r"taken 200 samples in 50 steps, .* it would be 400"):
+        check_same_run(
+            config("train.steps=100", "train.global_batch=8", LENGTHS, allowed), {}, state, "it"
+        )
+    late = "train.global_batch=[{from: 0, size: 4}, {from: 50 steps, size: 8}]"
+    check_same_run(config("train.steps=100", late, LENGTHS, allowed), {}, state, "it")

@@ -55,7 +55,8 @@ def room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Room:
 def test_json_keys_and_how_they_hang_together(room: Room) -> None:
     plan = room.json()
     assert set(plan) == {
-        "cluster", "steps", "tokens_per_step", "flops_per_token", "flops_by_part", "cycle_steps",
+        "cluster", "steps", "tokens", "stages", "run_seconds",
+        "tokens_per_step", "flops_per_token", "flops_by_part", "cycle_steps",
         "staggered", "reduction", "levels", "total", "plain", "ratio",
         "exposure", "whole_matrices", "activation_bytes_per_step",
         "checkpoint", "shard_optimizer", "sharding", "memory", "fits", "pipeline",

@@ -15,7 +15,7 @@ import pytest
 from nlscale.cluster.machines import Cluster, load_cluster
 from nlscale.config import recipe, trees
 from nlscale.config.fields import Range, expanded
-from nlscale.config.keys import item_of
+from nlscale.config.keys import hints_of, item_of, key_of
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
 from nlscale.scaling.sweep.spec import _File
@@ -258,12 +258,14 @@ def test_a_tree_in_one_line_is_read_as_it_was(value: Any) -> None:
 
 def numbers(schema: type, prefix: str = "") -> Iterator[tuple[str, type, dataclasses.Field[Any]]]:
     """Every key that holds numbers: its name with index 0, int or float, and its field."""
-    hints = typing.get_type_hints(schema)
+    hints = hints_of(schema)
     for field in dataclasses.fields(schema):
-        hint = hints[field.name]
+        hint = hints[key_of(field)]
         if type(None) in typing.get_args(hint):
             (hint,) = (each for each in typing.get_args(hint) if each is not type(None))
-        item, key = item_of(hint), f"{prefix}{field.name}"
+        item, key = item_of(hint), f"{prefix}{key_of(field)}"
+        if "or_list_of" in field.metadata:
+            yield key, int, field
         if dataclasses.is_dataclass(item):
             index = "" if item is hint else ".0"
             yield from numbers(typing.cast(type, item), f"{key}{index}.")
@@ -295,6 +297,10 @@ def edges(item: type, wanted: Range) -> tuple[list[float], list[float]]:
     return inside or [item(-3), item(3)], outside
 
 
+LISTS = ["data.stages=[{from: 50%, sequence_length: 8}]", "train.global_batch=[{from: 0, size: 8}]"]
+"""Of which a run has none by itself, with an entry."""
+
+
 @pytest.mark.parametrize(
     ("key", "item", "field"),
     [pytest.param(*found, id=found[0]) for found in numbers(Config)],
@@ -307,10 +313,11 @@ def test_the_edges_of_every_range(key: str, item: type, field: dataclasses.Field
         listed = key in ("parallel.stages", "checkpoint.steps")
         return f"{key}=[{number}]" if listed else f"{key}={number}"
 
+    entries = [text for text in LISTS if key.startswith(f"{text.partition('=')[0]}.")]
     for value in inside:
-        config_of("levels=[1]", override(value))
+        config_of("levels=[1]", *entries, override(value))
     for value in outside:
-        message = message_of("levels=[1]", override(value))
+        message = message_of("levels=[1]", *entries, override(value))
         assert key in message and "must be" in message, message
 
 

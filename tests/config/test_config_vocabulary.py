@@ -23,14 +23,16 @@ SCHEMAS = [
 def test_every_field_is_documented(schema: type) -> None:
     docs = recipe.field_docs(schema)
     for field in dataclasses.fields(schema):
-        assert len(docs.get(field.name, "")) > 8, f"{schema.__name__}.{field.name}"
-        assert docs[field.name].endswith((".", ")"))
+        name = field.name.removesuffix("_")  # behind a keyword of Python
+        assert len(docs.get(name, "")) > 8, f"{schema.__name__}.{name}"
+        assert docs[name].endswith((".", ")"))
     assert schema.__doc__ and not schema.__doc__.startswith(f"{schema.__name__}(")
 
 
 def leaves(schema: type, prefix: str = "") -> list[str]:
     keys = []
-    for name, hint in typing.get_type_hints(schema).items():
+    for field, hint in typing.get_type_hints(schema).items():
+        name = field.removesuffix("_")
         item = typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
         if dataclasses.is_dataclass(item):
             index = ".N" if item is not hint else ""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nlscale.data import SampleOrder
+from nlscale.data.order import seed_of_cut
 
 
 @pytest.mark.parametrize("samples", [*range(1, 40), 63, 64, 65, 255, 256, 257, 1000, 4099, 65537])
@@ -67,3 +68,13 @@ def test_impossible_sizes_are_refused(samples: int) -> None:
 def test_negative_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="negative"):
         SampleOrder(5, seed=0).take(-1, 2)
+
+
+def test_every_cut_of_the_data_has_an_order_of_its_own() -> None:
+    seeds = [seed_of_cut(1234, cut) for cut in range(8)]
+    assert seeds[0] == 1234 and len(set(seeds)) == 8
+    assert not {seed_of_cut(1235, cut) for cut in range(8)} & set(seeds)
+    orders = [SampleOrder(500, seed).take(0, 500).tolist() for seed in seeds]
+    assert all(sorted(order) == list(range(500)) for order in orders)
+    for cut in range(1, 8):  # two random permutations agree in one place or so
+        assert sum(a == b for a, b in zip(orders[0], orders[cut], strict=True)) < 10

@@ -46,6 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         "evaluate=[loss,positions]",
         "parallel.straggler_check_every=3",
         "checkpoint.every=null",
+        "data.stages=[{from: 50%, sequence_length: 64}]",
     ]
     ways = {good: [], bad: ["optimizer.learning_rate=1e30", "train.max_dropped_steps=1"]}
     for run_dir, overrides in ways.items():

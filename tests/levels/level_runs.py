@@ -14,6 +14,7 @@ import torch
 import world
 
 from nlscale.config import recipe
+from nlscale.config.curriculum import curriculum, stage_of
 from nlscale.config.vocabulary import Config, DataConfig
 from nlscale.levels.spectrum import spectrum, sync_group
 from nlscale.model.decoder import Decoder
@@ -55,12 +56,12 @@ def sequences(config: Config, step: int) -> list[Batch]:
     Of `data.sequence_length` where that is given; else of lengths that differ within and between
     steps, which a schedule of one pipeline rank allows.
     """
-    out = []
-    for i in range(config.train.global_batch):
+    out, stage = [], stage_of(curriculum(config), step)
+    for i in range(stage.global_batch):
         generator = torch.Generator().manual_seed(1000 * step + i)
         length = 5 + (7 * step + 5 * i) % 13
-        if config.data.sequence_length != DataConfig.sequence_length:
-            length = config.data.sequence_length
+        if stage.sequence_length != DataConfig.sequence_length:
+            length = stage.sequence_length
         tokens = torch.randint(0, VOCABULARY, (1, length + 1), generator=generator)
         documents = None
         if config.data.document_mask:
@@ -112,7 +113,10 @@ def run_engine(overrides: list[str], spoil: dict[int, int] | None = None) -> dic
             "bytes_by_step": [now - before for now, before in zip(sent, [0, *sent], strict=False)],
             "sent": sum(of_ranks) / layout.all_nodes,
             "counts": [trainer.optimizer.counts(level.index) for level in levels],
-            "fills": [trainer.optimizer.window_fill(level.index, 100) for level in levels],
+            "fills": [
+                trainer.optimizer.window_fill(level.index, config.train.steps, lambda n: 100 * n)
+                for level in levels
+            ],
         }
 
 

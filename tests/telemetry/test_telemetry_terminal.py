@@ -126,6 +126,24 @@ def test_plain_output_of_a_run(
     assert any(line.startswith("step 200/400   50%") and "eta 2s" in line for line in lines)
 
 
+def test_what_is_left_of_a_run_in_stages_is_counted_in_tokens(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tokens_until(step: int) -> int:
+        return 100 * min(step, 200) + 400 * max(0, step - 200)
+
+    with Telemetry(tmp_path, 400, WandbOptions(), {}, None, tokens_until) as telemetry:
+        for step in range(1, 301):
+            clock.now += 1.0 if step <= 200 else 4.0
+            telemetry.train_step(train(step))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"run {tmp_path.name}: 400 steps, 100k tokens in all"
+    for step in (100, 200, 300):
+        left = (tokens_until(400) - tokens_until(step)) // 100
+        (line,) = (line for line in lines if line.startswith(f"step {step}/400"))
+        assert f"eta {duration(left)} " in line
+
+
 def test_the_summary_is_aligned_and_readable() -> None:
     summary = {
         "tokens": 13107200,

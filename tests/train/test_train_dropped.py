@@ -15,8 +15,8 @@ PLANNED = 32 * 512
 
 
 def drops(*overrides: str) -> Drops:
-    config = recipe.load(None, ["data.dir=none", "train.max_dropped_steps=3", *overrides]).config
-    return Drops(config, PLANNED)
+    keys = ["data.dir=none", "data.sequence_length=512", "train.max_dropped_steps=3", *overrides]
+    return Drops(recipe.load(None, keys).config)
 
 
 def verdict(loss: float = 2.0, admitted: bool = False, **more: object) -> Verdict:

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nlscale.config.curriculum import tokens_per_step
 from nlscale.config.recipe import load
-from nlscale.config.vocabulary import Config, OptimizerConfig
-from nlscale.levels.spectrum import Level, spectrum
+from nlscale.config.vocabulary import OptimizerConfig
+from nlscale.levels.spectrum import levels_of
 from nlscale.optim.period import at_period
 
 RECIPE = "hope-340m-muon"
@@ -48,10 +49,6 @@ MEMORIES = (
 )
 
 
-def levels_of(config: Config) -> list[Level]:
-    return spectrum(config.levels, config.train.global_batch * config.data.sequence_length)
-
-
 def rows() -> list[str]:
     """A line of markdown for each memory: its half-life at each level, in steps."""
     config = load(RECIPE, []).config
@@ -75,7 +72,8 @@ def draw(out: Path) -> None:
 
     config = load(RECIPE, []).config
     own, run = config.optimizer, config.train.steps
-    per_step = config.train.global_batch * config.data.sequence_length
+    per_step = tokens_per_step(config)
+    assert per_step is not None
     levels = levels_of(config)
     figure, axes = plt.subplots(figsize=(10, 4.6))
     names = ["window of the level", *(memory.name for memory in MEMORIES)]

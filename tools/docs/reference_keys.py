@@ -17,7 +17,15 @@ from omegaconf import MISSING
 
 from nlscale.cluster.machines import Cluster
 from nlscale.config.fields import Range
-from nlscale.config.keys import choices_of, class_doc, field_docs, item_of, to_plain
+from nlscale.config.keys import (
+    choices_of,
+    class_doc,
+    field_docs,
+    hints_of,
+    item_of,
+    key_of,
+    to_plain,
+)
 from nlscale.config.pages import page_of
 from nlscale.config.presets import MIXER_PRESETS
 from nlscale.config.recipe import has_key
@@ -144,8 +152,8 @@ def _keys(schema: type, prefix: str, anchor: str) -> Iterator[str]:
     """The keys of a section; then the sections in it, each under a heading of its own."""
     inner = []
     for f in fields(schema):
-        hint, meaning = _hint(schema, f), field_docs(schema)[f.name]
-        name, under = f"{prefix}{f.name}", f"{anchor}{f.name}"
+        hint, meaning = _hint(schema, f), field_docs(schema)[key_of(f)]
+        name, under = f"{prefix}{key_of(f)}", f"{anchor}{key_of(f)}"
         item = typing.cast(type, item_of(hint))
         if not is_dataclass(hint):
             yield _key(schema, f, name, under)
@@ -170,10 +178,12 @@ def _sweep() -> Iterator[str]:
 def _key(schema: type, f: Field[Any], name: str, anchor: str) -> str:
     hint = _hint(schema, f)
     choices = choices_of(item_of(_without_null(hint)), f)
-    meaning = field_docs(schema)[f.name]
+    meaning = field_docs(schema)[key_of(f)]
     if has_key(anchor):
         meaning += f" {_more(anchor)}"
     kind = _type(hint)
+    if "or_list_of" in f.metadata:
+        kind = f"{_type(int)} or {kind}"
     if f.metadata.get("path"):
         kind = kind.replace("text", "path")
     return _entry(name, anchor, kind, _default(f), choices, meaning, f.metadata.get("range"))
@@ -217,7 +227,7 @@ def _presets() -> str:
 
 
 def _hint(schema: type, f: Field[Any]) -> Any:
-    return typing.get_type_hints(schema)[f.name]
+    return hints_of(schema)[key_of(f)]
 
 
 def _without_null(hint: Any) -> Any:

@@ -10,6 +10,7 @@ from nlscale.checkpoint.export.origin import ORIGIN, beginning
 from nlscale.checkpoint.inspection import inspection
 from nlscale.checkpoint.store.store import Checkpoint
 from nlscale.config import trees
+from nlscale.config.curriculum import lengths, of_plain
 from nlscale.config.units import human_count
 from nlscale.errors import UserError
 from nlscale.telemetry.figures import METRICS_FILE, read_records
@@ -111,7 +112,7 @@ def write_card(
         ),
         training=table + shown,
         recipe="\n".join(f"{key}: {trees.dump(value)}" for key, value in sorted(changed.items())),
-        length=own["data"]["sequence_length"],
+        length=max(lengths(of_plain(own))),
     )
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
@@ -130,7 +131,9 @@ def _training(checkpoint: Checkpoint, run: Path, tokenizer: str) -> dict[str, st
         if "train_tokens" in state["data"]
         else f"`{data['dir']}`",
         "tokenizer": tokenizer + _digest(state["data"]),
-        "sequence length": f"{data['sequence_length']:,} tokens",
+        "sequence length": ", then ".join(
+            f"{length:,} tokens" for length in lengths(of_plain(state["config"]))
+        ),
         "steps": f"{state['step']:,}",
         "tokens": f"{state['tokens']:,}",
         "optimizer": f"{optimizer['rule']}, learning rate {optimizer['learning_rate']:g}",

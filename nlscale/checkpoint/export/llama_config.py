@@ -15,7 +15,7 @@ from nlscale.config import recipe, trees
 from nlscale.config.units import Period
 from nlscale.config.vocabulary import Config, Dtype
 from nlscale.errors import UserError
-from nlscale.levels.spectrum import spectrum
+from nlscale.levels.spectrum import levels_of
 from nlscale.plan.checks import check_sizes
 
 _LONGEST = 2048
@@ -102,7 +102,7 @@ def config_from_llama(
         "train": {"dtype": dtype.value, "global_batch": _BATCH, "micro_batch": 1},
     }
     config = recipe.load(None, [f"{k}={trees.dump(v)}" for k, v in sections.items()]).config
-    spectrum(config.levels, config.train.global_batch * config.data.sequence_length)
+    levels_of(config)
     check_sizes(config, ranks=1)
     return config
 

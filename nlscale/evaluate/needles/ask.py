@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nlscale.config.curriculum import largest
 from nlscale.config.urls import Location
 from nlscale.data.index import read_index
 from nlscale.data.needles.haystack import text_of
@@ -67,7 +68,7 @@ def evaluate(model: Model, options: argparse.Namespace, context: Context) -> Res
         factors = only_factors(options.lengths)
         return {"symbols": True, **score_all(model, task, factors, options.samples, context)}
     tokenizer = tokenizer_of(model, options.tokenizer)
-    trained = model.config.data.sequence_length
+    trained = largest(model.config).sequence_length
     lengths = tokens(options.lengths, trained)
     asked = _asked(model, task, options, lengths[0], tokenizer)
     for kind in asked.kinds:  # before anything else is done: that all of it can be

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from nlscale.config.curriculum import largest
 from nlscale.errors import UserError
 from nlscale.evaluate.asking.context import Advance, Context, Part
 from nlscale.evaluate.asking.sizes import shown
@@ -68,7 +69,7 @@ def evaluate(model: Model, options: argparse.Namespace, context: Context) -> Res
         "text": text.label,
         "tokens": text.tokens,
         "contexts": {str(length): len(starts) for length, starts in contexts.items()},
-        "trained_length": model.config.data.sequence_length,
+        "trained_length": largest(model.config).sequence_length,
         "document_mask": model.config.data.document_mask,
         "positions": positions,
         "all": whole,

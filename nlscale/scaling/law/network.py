@@ -14,9 +14,10 @@ from pathlib import Path
 
 from nlscale.cluster.machines import Cluster
 from nlscale.config import recipe
+from nlscale.config.curriculum import total_tokens
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
-from nlscale.levels.spectrum import spectrum
+from nlscale.levels.spectrum import levels_of
 from nlscale.model.sizes import level_parameters, tables
 from nlscale.plan import traffic
 from nlscale.scaling.law.points import MEASURED, PERIODS, RUN, Points, Row
@@ -181,15 +182,14 @@ def _bytes_per_token(row: Row, cluster: Cluster) -> float:
         raise UserError(f"--frontier: {row[RUN]}: its summary.json has no levels")
     parallel = config.parallel
     group_nodes = cluster.nodes_of_a_data_group(parallel.tensor, parallel.pipeline)
-    tokens_per_step = config.train.global_batch * config.data.sequence_length
     sent = traffic(
         config,
-        spectrum(config.levels, tokens_per_step),
+        levels_of(config),
         _vocabulary(row, config),
         cluster.nodes,
         group_nodes=group_nodes,
     )
-    return sent.mean / tokens_per_step
+    return sent.mean / (total_tokens(config) / config.train.steps)
 
 
 def _vocabulary(row: Row, config: Config) -> int:

@@ -19,6 +19,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from nlscale.config import recipe
+from nlscale.config.curriculum import alike_until
 from nlscale.errors import UserError
 from nlscale.optim.schedule import stable_steps
 from nlscale.scaling.sweep.runs import Run
@@ -70,7 +71,9 @@ def share_stable_phases(
 
 
 def _stable(run: Run) -> int:
-    return stable_steps(run.config.optimizer, run.steps)
+    """Steps that it shares with longer runs."""
+    config = run.config
+    return min(stable_steps(config.optimizer, run.steps), alike_until(config, run.steps))
 
 
 def _can_begin_from(run: Run, state: Status) -> bool:

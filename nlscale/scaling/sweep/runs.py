@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from nlscale.config import recipe, trees
+from nlscale.config.curriculum import curriculum, steps_for, tokens_per_step, total_tokens
 from nlscale.config.urls import is_url
 from nlscale.config.vocabulary import Config
 from nlscale.data import read_index
 from nlscale.errors import UserError
-from nlscale.levels.spectrum import spectrum
-from nlscale.model.flops import flops_per_token
+from nlscale.levels.spectrum import levels_of
+from nlscale.model.flops import mean_flops_per_token, steps_flops
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
 from nlscale.plan.checks import check_sizes
 from nlscale.scaling.compare.runs import flat, same
@@ -39,7 +40,7 @@ class Run:
     parameters: int
     non_embedding: int
     flops_per_token: float
-    """Forward and backward."""
+    """Forward and backward, the mean over its steps."""
     start: Run | None = None
     """The run whose stable phase it shares."""
     start_step: int = 0
@@ -58,13 +59,9 @@ class Run:
         return self.config.train.steps
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.config.train.global_batch * self.config.data.sequence_length
-
-    @property
     def tokens(self) -> int:
         """Tokens that its last model has been trained on."""
-        return self.steps * self.tokens_per_step
+        return total_tokens(self.config)
 
     @property
     def flops(self) -> float:
@@ -73,7 +70,7 @@ class Run:
 
     def flops_until(self, step: int) -> float:
         """FLOPs that it has done itself after that step."""
-        return max(0, step - self.start_step) * self.tokens_per_step * self.flops_per_token
+        return steps_flops(self.config, self.vocabulary, self.start_step, step)
 
 
 def expand(
@@ -100,7 +97,7 @@ def expand(
         try:
             run = _run(sweep, name, axes, list(values), vocabularies, assumed)
             check_sizes(run.config, ranks)
-            spectrum(run.config.levels, run.tokens_per_step)
+            levels_of(run.config)
         except UserError as error:
             said = str(error).replace(" (the command line)", "")
             raise UserError(f"{sweep.path}: run {name}: {said}") from None
@@ -197,7 +194,7 @@ def _run(
         vocabulary=vocabulary,
         parameters=parameters,
         non_embedding=non_embedding_parameters(config, vocabulary),
-        flops_per_token=flops_per_token(config, vocabulary),
+        flops_per_token=mean_flops_per_token(config, vocabulary),
     )
 
 
@@ -208,13 +205,14 @@ def _load(sweep: Sweep, keys: dict[str, Any]) -> Config:
 
 def _steps(budget: Budget, parameters: int, config: Config) -> int:
     tokens = budget.tokens or round((budget.per_parameter or 0) * parameters)
-    per_step = config.train.global_batch * config.data.sequence_length
-    if tokens < per_step:
+    first, per_step = curriculum(config)[0], tokens_per_step(config)
+    if tokens < first.tokens_per_step:
         raise UserError(
-            f"{tokens:,} tokens are less than one step of {per_step:,} (train.global_batch "
-            f"{config.train.global_batch} x data.sequence_length {config.data.sequence_length})"
+            f"{tokens:,} tokens are less than one step of {first.tokens_per_step:,} "
+            f"(train.global_batch {first.global_batch} x data.sequence_length "
+            f"{first.sequence_length})"
         )
-    steps = round(tokens / per_step)
+    steps = round(tokens / per_step) if per_step else steps_for(config, tokens)
     if steps > _MOST_STEPS:
         raise UserError(f"{tokens:,} tokens are {steps:,} steps; at most {_MOST_STEPS:,} can be")
     return steps

@@ -278,3 +278,25 @@ def test_numbers_of_a_grid_have_ranges(tmp_path: Path, axes: str, says: str) -> 
     path.write_text(f"recipe: quickstart\ndir: x\naxes: {axes}\n")
     with pytest.raises(UserError, match=says):
         read_sweep(path)
+
+
+def test_a_budget_of_runs_in_stages_is_in_their_own_tokens(room: Room) -> None:
+    keys = {
+        "model.mixer": "attention",
+        "train.global_batch": [{"from": "0%", "size": 4}, {"from": "50%", "size": 8}],
+        "data.stages": [{"from": "75%", "sequence_length": 64}],
+    }
+    runs = room.json(room.write({"tokens": ["8k", "32k"]}, set=keys))["runs"]
+    for run, budget in zip(runs, (8_000, 32_000), strict=True):
+        steps = run["steps"]
+        half, quarter = round(steps / 2 + 1e-9), round(3 * steps / 4 + 1e-9)
+        parts = {16: half * 4 * 16 + (quarter - half) * 8 * 16, 64: (steps - quarter) * 8 * 64}
+        assert run["tokens"] == sum(parts.values())
+        assert abs(run["tokens"] - budget) <= 8 * 64
+        flops = 0.0
+        for length, tokens in parts.items():
+            keys_of = [f"data.sequence_length={length}", "data.stages=[]"]
+            recipe_of = room.folder / "recipe.yaml"
+            config = recipe.load(recipe_of, ["model.mixer=attention", *keys_of]).config
+            flops += tokens * flops_per_token(config, 64)
+        assert run["flops"] == pytest.approx(flops)
