@@ -38,7 +38,8 @@ def key_of(f: dataclasses.Field[Any]) -> str:
 
 @functools.cache
 def hints_of(schema: type) -> dict[str, Any]:
-    """The type of each key of a class, written as texts and read once; of a number that may be a list of sections, that list's."""
+    """The type of each key of a class, read once; of a number that may be a list of sections, that
+    list's."""
     hints = typing.get_type_hints(schema)
     return {
         key_of(f): types.GenericAlias(list, f.metadata["or_list_of"])
