@@ -77,7 +77,10 @@ def find_duplicates(work: Work, number: int, advance: Advance) -> tuple[int, int
     units = work.plan.units
     of = ranges(sum(work.made(SURVEY, unit.number)["documents"] for unit in units))
     first, end = ((number + i) * (1 << 64) // of for i in (0, 1))
-    if (result := work.checked(DUPLICATES, number)) is not None:
+    surveyed = _surveyed(work)
+    result = work.checked(DUPLICATES, number)
+    # A unit may have been surveyed anew, where what could not be read was there again.
+    if result is not None and result["surveyed"] == surveyed:
         return result["read"], 0
     with work.making(DUPLICATES, number) as making:
         parts, owners, read = [np.empty(0, _RECORD)], [np.empty(0, np.uint32)], 0
@@ -105,11 +108,21 @@ def find_duplicates(work: Work, number: int, advance: Advance) -> tuple[int, int
         starts = np.searchsorted(owner[order], np.arange(len(units) + 1))
         making.result |= {
             "read": read,
+            "surveyed": surveyed,
             "starts": starts.tolist(),
             "same": same,
             "earlier": len(numbers) - same,
         }
     return 0, 0
+
+
+def _surveyed(work: Work) -> str:
+    """A sha256 of the hashes of all units, of which each range is a part."""
+    digest = hashlib.sha256()
+    for unit in work.plan.units:
+        size, sha256 = work.made(SURVEY, unit.number)["files"][_HASHES]
+        digest.update(f"{size} {sha256}\n".encode())
+    return digest.hexdigest()
 
 
 def _parts(work: Work, unit: int, first: int, end: int) -> Iterator[NDArray]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zlib
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,22 +38,31 @@ def write_unit(work: Work, number: int, advance: Advance) -> tuple[int, int]:
         Changed: a file has another content than when it was surveyed.
         OSError: the disk does.
     """
-    surveyed = work.made(SURVEY, number)
-    if work.checked(TOKENS, number) is not None:
+    surveyed, settled = work.made(SURVEY, number), settled_of(work)
+    if settled is None:
+        raise UserError(f"{work.out} is not settled; give the same command again")
+    digest = hashlib.sha256(json.dumps(settled, sort_keys=True).encode()).hexdigest()
+    result = work.checked(TOKENS, number)
+    if result is not None and result["settled"] == digest:
         return surveyed["bytes"], surveyed["documents"]
     with work.making(TOKENS, number) as making:
-        _Unit(work, number, making, advance).write(surveyed["documents"])
+        making.result["settled"] = digest
+        _Unit(work, number, making, settled, advance).write(surveyed["documents"])
     return 0, 0
 
 
 class _Unit:
-    def __init__(self, work: Work, number: int, making: Making, advance: Advance) -> None:
+    def __init__(
+        self,
+        work: Work,
+        number: int,
+        making: Making,
+        settled: dict[str, Any],
+        advance: Advance,
+    ) -> None:
         # Here, not at the top: it imports torch, and finding the data up to date should be quick.
         from nlscale.data.writer import DataWriter
 
-        settled = settled_of(work)
-        if settled is None:
-            raise UserError(f"{work.out} is not settled; give the same command again")
         plan = work.plan
         self._work, self._making, self._advance = work, making, advance
         self._unit, self._options, self._settled = plan.units[number], plan.options, settled
