@@ -22,6 +22,8 @@ from nlscale.data.building.work import Work
 from nlscale.data.index import UNITS_NAME, write_json
 from nlscale.errors import UserError
 
+_UNKNOWN = "invalid job id"
+"""What squeue says of jobs that have ended: slurm_strerror(ESLURM_INVALID_JOB_ID)."""
 _FOLDER, _JOBS = "slurm", "jobs.json"
 """Of scripts and logs, in the data folder; and what of Slurm builds it."""
 
@@ -73,10 +75,16 @@ def running(out: Path) -> str | None:
             f"{out} is built by Slurm jobs {jobs}, and there is no squeue here to ask; go on where "
             f"there is, or remove {path} if they have ended"
         )
-    # Of a job that has ended for some minutes squeue knows nothing, and fails.
     asked = ["squeue", "--noheader", f"--jobs={jobs}", "--format=%i"]
-    said = subprocess.run(asked, capture_output=True, text=True, errors="replace").stdout
-    if not said.strip():
+    said = subprocess.run(asked, capture_output=True, text=True, errors="replace")
+    # Of a job that has ended for some minutes squeue knows nothing, and fails.
+    if said.returncode and _UNKNOWN not in said.stderr.lower():
+        why = " ".join(said.stderr.split()) or f"exit code {said.returncode}"
+        raise UserError(
+            f"{out} is built by Slurm jobs {jobs}, and squeue cannot tell whether they run: {why}; "
+            f"give the command again when it can, or remove {path} if they have ended"
+        )
+    if not said.stdout.strip():
         return None
     return (
         f"{out} is being built by Slurm jobs {jobs}: {progress_of(out)}; `squeue --jobs={jobs}` "
