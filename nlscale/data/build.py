@@ -240,8 +240,8 @@ def kept(work: Work) -> Iterator[None]:
         yield
     except OSError as error:
         raise unwritable(work.out, error) from error
-    except Changed:
-        work.discard()
+    except Changed as changed:
+        work.forget(changed)
         raise
     except UserError:
         # Of one unit there is nothing to keep that would take long to make again.

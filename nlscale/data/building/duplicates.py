@@ -77,7 +77,7 @@ def find_duplicates(work: Work, number: int, advance: Advance) -> tuple[int, int
     units = work.plan.units
     of = ranges(sum(work.made(SURVEY, unit.number)["documents"] for unit in units))
     first, end = ((number + i) * (1 << 64) // of for i in (0, 1))
-    surveyed = _surveyed(work)
+    surveyed = surveyed_hashes(work)
     result = work.checked(DUPLICATES, number)
     # A unit may have been surveyed anew, where what could not be read was there again.
     if result is not None and result["surveyed"] == surveyed:
@@ -116,8 +116,8 @@ def find_duplicates(work: Work, number: int, advance: Advance) -> tuple[int, int
     return 0, 0
 
 
-def _surveyed(work: Work) -> str:
-    """A sha256 of the hashes of all units, of which each range is a part."""
+def surveyed_hashes(work: Work) -> str:
+    """A sha256 of the hashes of all units, of which each range is a part. Raises OSError."""
     digest = hashlib.sha256()
     for unit in work.plan.units:
         size, sha256 = work.made(SURVEY, unit.number)["files"][_HASHES]

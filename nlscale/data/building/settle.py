@@ -45,6 +45,7 @@ def settle(work: Work, survey: Survey, progress: bool) -> dict[str, Any]:
     if (settled := settled_of(work)) is not None:
         return settled
     options = work.plan.options
+    drops = options.duplicates == DROP
     encoder = _tokenizer(options, survey, progress)
     clear(work.out)
     encoder.save(work.out)
@@ -54,7 +55,8 @@ def settle(work: Work, survey: Survey, progress: bool) -> dict[str, Any]:
         "documents": survey.documents,
         "bytes": survey.bytes,
         "empty": survey.empty,
-        "ranges": duplicates.ranges(survey.documents) if options.duplicates == DROP else 0,
+        "ranges": duplicates.ranges(survey.documents) if drops else 0,
+        "hashes": duplicates.surveyed_hashes(work) if drops else None,
         "skipped": survey.losses.skipped(),
         "lost_files": survey.losses.lost_files(),
         "left_out": survey.losses.left_out(),

@@ -63,8 +63,8 @@ def share(out: Path, step: str, task: int, of: int, workers: int) -> None:
         STEPS[step](work, passes.largest_first(work)[task - 1 :: of], workers)
     except OSError as error:
         raise unwritable(out, error) from error
-    except Changed:
-        work.discard()
+    except Changed as changed:
+        work.forget(changed)
         raise
 
 

@@ -135,6 +135,8 @@ class _Seen:
         self._masked = False
         self._lowest, self._highest = 1 << 64, -1
         self._contents = bytearray()
+        self._cut_off: list[int] = []
+        self._files = 0
         drops = options.duplicates == DROP
         self._hashes = Hashes(making) if drops else None
         self._sample = Sample(_share(plan, unit), drops) if options.trains is not None else None
@@ -148,9 +150,11 @@ class _Seen:
                 advance(document.consumed)
         except UnreadableError as error:
             self._losses.end(file, error.kind, str(error))
+            self._cut_off.append(self._files)
         else:
             self._losses.end(file)
         self._contents += content.digest()
+        self._files += 1
 
     def _add(self, file: SourceFile, document: Document, content: Content) -> None:
         if document.error:
@@ -192,6 +196,7 @@ class _Seen:
             "highest": self._highest,
             "losses": self._losses.plain(),
             "lost_files": self._losses.any_file(),
+            "cut_off": self._cut_off,
         }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from nlscale.data.building.duplicates import dropped
 from nlscale.data.building.settle import settled_of
 from nlscale.data.building.survey import Content, contents_of, key_of
-from nlscale.data.building.work import SURVEY, TOKENS, Changed, Making, Work
+from nlscale.data.building.work import SURVEY, TOKENS, Changed, Making, Result, Work
 from nlscale.data.documents import SourceFile, UnreadableError, read_documents
 from nlscale.data.index import SPLITS
 from nlscale.data.progress import Advance
@@ -36,18 +35,20 @@ def write_unit(work: Work, number: int, advance: Advance) -> tuple[int, int]:
 
     Raises:
         Changed: a file has another content than when it was surveyed.
+        UserError: a file cannot be read any more.
         OSError: the disk does.
     """
     surveyed, settled = work.made(SURVEY, number), settled_of(work)
     if settled is None:
         raise UserError(f"{work.out} is not settled; give the same command again")
-    digest = hashlib.sha256(json.dumps(settled, sort_keys=True).encode()).hexdigest()
+    made_of = json.dumps([settled, surveyed["files"]], sort_keys=True)
+    digest = hashlib.sha256(made_of.encode()).hexdigest()
     result = work.checked(TOKENS, number)
-    if result is not None and result["settled"] == digest:
+    if result is not None and result["made_of"] == digest:
         return surveyed["bytes"], surveyed["documents"]
     with work.making(TOKENS, number) as making:
-        making.result["settled"] = digest
-        _Unit(work, number, making, settled, advance).write(surveyed["documents"])
+        making.result["made_of"] = digest
+        _Unit(work, number, making, settled, advance).write(surveyed)
     return 0, 0
 
 
@@ -84,13 +85,16 @@ class _Unit:
         self._dropped_bytes = 0
         self._seen = 0
 
-    def write(self, documents: int) -> None:
+    def write(self, surveyed: Result) -> None:
+        documents = surveyed["documents"]
         if self._settled["ranges"]:
             number = self._unit.number
             self._dropped = dropped(self._work, number, documents, self._settled["ranges"])
         contents = contents_of(self._work, self._unit.number)
-        for file, content in zip(self._work.files(self._unit), contents, strict=True):
-            self._file(file, content, documents)
+        cut_off = set(surveyed["cut_off"])
+        files = zip(self._work.files(self._unit), contents, strict=True)
+        for position, (file, content) in enumerate(files):
+            self._file(file, content, documents, position in cut_off)
         self._writer.close()
         splits = self._writer.splits()
         for split in splits.values():
@@ -106,32 +110,40 @@ class _Unit:
             "dropped_bytes": self._dropped_bytes,
         }
 
-    def _file(self, file: SourceFile, expected: bytes, documents: int) -> None:
+    def _file(self, file: SourceFile, expected: bytes, documents: int, cut_off: bool) -> None:
         content, threshold = Content(), self._settled["threshold"]
-        with suppress(UnreadableError):  # which ends the file where it ended it before
+        try:
             for document in read_documents(file, self._options.text_field, self._given):
                 if not document.data:
                     continue
                 key = key_of(document.data, self._options.seed)
                 content.add(key, document)
                 if self._seen == documents:
-                    raise _changed(file)
+                    raise self._changed(file)
                 if self._dropped is not None and self._dropped[self._seen]:
                     self._dropped_bytes += len(document.data)
                 else:
                     split = "validation" if key.split < threshold else "train"
                     if document.masked and not self._settled["masked"]:
-                        raise _changed(file)
+                        raise self._changed(file)
                     text, data, tokens = document.text, document.data, document.tokens
                     self._writer.add(text, data, split, document.spans, tokens)
                 self._seen += 1
                 self._advance(len(document.data))
+        except UnreadableError as error:
+            if not cut_off:  # else it is to end where it ended before
+                raise UserError(
+                    f"{file.path} could be read when it was surveyed, and now it cannot: {error}; "
+                    "see to it, and the same command goes on from what is finished"
+                ) from None
         if content.digest() != expected:
-            raise _changed(file)
+            raise self._changed(file)
 
-
-def _changed(file: SourceFile) -> Changed:
-    return Changed(f"the sources changed while they were being read: {file.path}; build again")
+    def _changed(self, file: SourceFile) -> Changed:
+        return Changed(
+            f"the sources changed while they were being read: {file.path}; build again",
+            self._unit.number,
+        )
 
 
 @lru_cache(1)

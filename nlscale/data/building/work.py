@@ -36,7 +36,18 @@ Result = dict[str, Any]
 
 
 class Changed(UserError):
-    """A source is not what it was when it was surveyed: nothing that was built of it is kept."""
+    """What a build has made is not of the sources as they are.
+
+    `unit` is the one whose survey is to be made again, and what follows from it; None: there is
+    nothing to go on from.
+    """
+
+    def __init__(self, message: str, unit: int | None = None) -> None:
+        super().__init__(message, unit)
+        self.unit = unit
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Work:
@@ -140,6 +151,18 @@ class Work:
         token = self.token if mine else "*"
         for path in self.folder.glob(f"*.{token}{_PARTIAL}"):
             shutil.rmtree(path, ignore_errors=True)
+
+    def forget(self, changed: Changed) -> None:
+        """Remove what has changed, so that the same command builds it anew. Raises OSError.
+
+        What other units have is kept: it says what it was made of, and is compared with that.
+        """
+        if changed.unit is None:
+            self.discard()
+            return
+        (self.folder / SETTLED).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.path(SURVEY, changed.unit))
 
     def discard(self) -> None:
         """Remove all of it, the plan first: a part of the rest is no build to go on from.

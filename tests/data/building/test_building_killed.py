@@ -18,7 +18,7 @@ from data.building.builds import contents, corpus, units
 
 from nlscale.data import TokenShards, read_index
 from nlscale.data.building import tokens
-from nlscale.data.building.work import INDEX, SETTLED, TOKENS, Making, Work
+from nlscale.data.building.work import INDEX, SETTLED, TOKENS, Making, Result, Work
 from nlscale.data.index import INDEX_NAME, UNITS_NAME
 from nlscale.errors import UserError
 
@@ -124,12 +124,12 @@ def stopped(sources: list[str], out: Path, after: int, **options: Any) -> list[P
     written = tokens._Unit.write
     count = 0
 
-    def write(unit: tokens._Unit, documents: int) -> None:
+    def write(unit: tokens._Unit, surveyed: Result) -> None:
         nonlocal count
         count += 1
         if count > after:
             raise KeyboardInterrupt
-        written(unit, documents)
+        written(unit, surveyed)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens._Unit, "write", write)
@@ -184,7 +184,7 @@ def test_other_sources_or_options_start_over(
 
 
 def test_a_source_that_changes_between_the_passes_is_named(tmp_path: Path) -> None:
-    """Also where size and time stay what they were; then nothing of it is kept."""
+    """Also where size and time stay what they were; then its unit is surveyed again."""
     sources, out = corpus(tmp_path / "in"), tmp_path / "out"
     stopped(sources, out, 0)
     path = tmp_path / "in" / "b" / "3.jsonl"
@@ -195,7 +195,8 @@ def test_a_source_that_changes_between_the_passes_is_named(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"changed while .*/b/3\.jsonl; build again") as caught:
         units(sources, out)
     assert "\n" not in str(caught.value)
-    assert not list(out.glob("*.tar")) and not (out / UNITS_NAME).exists()
+    assert not list(out.glob("*.tar")) and Work(out).noted(SETTLED) is None
+    assert len(list(out.glob(f"{UNITS_NAME}/survey-*"))) == len(Work(out).plan.units) - 1
     units(sources, out)
     units(sources, tmp_path / "whole")
     assert contents(out) == contents(tmp_path / "whole")

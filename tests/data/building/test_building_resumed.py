@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,4 +75,47 @@ def test_shards_of_what_was_settled_otherwise_are_written_again(tmp_path: Path) 
     (out / TOKENIZER_NAME).unlink()
     units(sources, out, duplicates="drop")
     units(sources, tmp_path / "whole", duplicates="drop")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_file_that_cannot_be_read_any_more_costs_nothing_that_is_finished(tmp_path: Path) -> None:
+    sources, out = corpus(tmp_path / "in"), tmp_path / "out"
+    path = tmp_path / "in" / "b" / "3.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "read_documents", fails_at(path))
+        says = r"b/3\.jsonl could be read when it was surveyed, and .* cannot: Input/output error"
+        with pytest.raises(UserError, match=says):
+            units(sources, out)
+    kept = {path: path.stat().st_mtime_ns for path in out.glob(f"{UNITS_NAME}/{TOKENS}-*")}
+    assert kept and len(list(out.glob(f"{UNITS_NAME}/{SURVEY}-*"))) > 2
+    interrupted(passes, "finish", lambda: units(sources, out))
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
+    units(sources, out)
+    units(sources, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("duplicates", ["keep", "drop"])
+def test_only_what_follows_from_a_changed_file_is_made_again(
+    tmp_path: Path, duplicates: str
+) -> None:
+    """Documents change places, so that as many of as many bytes are there as before."""
+    sources, out = corpus(tmp_path / "in"), tmp_path / "out"
+    path = tmp_path / "in" / "a" / "1.jsonl"
+    before = path.read_bytes().splitlines(keepends=True)
+    interrupted(passes, "finish", lambda: units(sources, out, duplicates=duplicates))
+    stat = path.stat()
+    path.write_bytes(b"".join(reversed(before)))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    work = Work(out)
+    (changed,) = (
+        unit for unit in work.plan.units if path in [file.path for file in work.files(unit)]
+    )
+    shutil.rmtree(work.path(TOKENS, changed.number))  # as if it had not been written before that
+    with pytest.raises(UserError, match=r"changed while .*a/1\.jsonl"):
+        units(sources, out, duplicates=duplicates)
+    surveys = list(out.glob(f"{UNITS_NAME}/{SURVEY}-*"))
+    assert len(surveys) == len(work.plan.units) - 1
+    units(sources, out, duplicates=duplicates)
+    units(sources, tmp_path / "whole", duplicates=duplicates)
     assert contents(out) == contents(tmp_path / "whole")
