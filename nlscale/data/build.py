@@ -19,6 +19,7 @@ from nlscale.data.building.units import (
     KEEP,
     UNIT_BYTES,
     Options,
+    any_plan,
     first_change,
     read_plan,
     write_plan,
@@ -47,6 +48,7 @@ from nlscale.data.tally import shown
 from nlscale.data.tokenizer import (
     ByteTokenizer,
     bpe_vocabulary,
+    decided_beside,
     given_file,
     read_tokenizer,
     refuse_options,
@@ -200,17 +202,26 @@ def begun(
         pack=pack,
     )
     found = find_files(sources, out)
-    asked = _asked(options, unit_bytes)
-    identity = fingerprint(found.files, asked)
+    asked, beside = _asked(options, unit_bytes), _beside(options)
+    identities = [fingerprint(found.files, [*asked, beside] if beside else asked)]
+    identity = identities[0]
     there = (out / INDEX_NAME).exists()
     if not overwrite and there:
-        return _up_to_date(out, identity, found, max_lost, progress)
+        index = read_index(out)
+        if beside and beside.items() <= index.items():  # builds of earlier versions do not name it
+            identities.append(fingerprint(found.files, asked))
+        return _up_to_date(out, index, identities, found, max_lost, progress)
     refuse_foreign_shards(out)
     Losses(found, text_field).check_left_out(max_lost)  # before hours of reading
-    work, only_options = Work(out), fingerprint([], asked)
+    work, only_options = Work(out), fingerprint([], [*asked, beside])
     try:
         out.mkdir(parents=True, exist_ok=True)
         before = read_plan(work.folder)
+        if before is None and any_plan(work.folder) and progress:
+            say(
+                f"starting over what an earlier build of {out} had begun: its plan is damaged, "
+                "or of another version"
+            )
         if before is not None and before.identity != identity and progress:
             changed = "it had other options"
             if before.asked == only_options:
@@ -223,6 +234,8 @@ def begun(
         work.folder.mkdir(exist_ok=True)
         work.tidy()
         remove_temporary(out)
+        if (path := given_file(tokenizer)) is not None:
+            work.keep_tokenizer(path)
         write_plan(work.folder, identity, only_options, options, found, unit_bytes)
     except OSError as error:
         raise unwritable(out, error) from error
@@ -293,6 +306,21 @@ def _asked(options: Options, unit_bytes: int) -> list[object]:
     return asked
 
 
+def _beside(options: Options) -> dict[str, object]:
+    """What the file beside a tokenizer.json decides of the index; nothing where it does not."""
+    path, chosen = given_file(options.tokenizer), (options.separator, options.vocabulary_multiple)
+    if path is None:
+        return {}
+    tokenizer = read_tokenizer(path, *chosen)
+    if not decided_beside(path, tokenizer, *chosen):
+        return {}
+    return {
+        "separator": tokenizer.separator,
+        "vocabulary": tokenizer.vocabulary,
+        "tokenizer_sha256": tokenizer.identity(),
+    }
+
+
 def check_options(
     held_out: float,
     shard_tokens: int,
@@ -323,10 +351,14 @@ def check_options(
 
 
 def _up_to_date(
-    out: Path, identity: str, found: Found, max_lost: float | None, progress: bool
+    out: Path,
+    index: Index,
+    identities: list[str],
+    found: Found,
+    max_lost: float | None,
+    progress: bool,
 ) -> Index:
-    index = read_index(out)
-    if index["fingerprint"] != identity:
+    if index["fingerprint"] not in identities:
         fewer = "" if "left_out" in index else ", by a version that read fewer formats"
         named = shown(" ".join(index["sources"]))
         raise UserError(

@@ -39,6 +39,7 @@ __all__ = [
     "SymbolTokenizer",
     "Tokenizer",
     "bpe_vocabulary",
+    "decided_beside",
     "given_file",
     "load_tokenizer",
     "read_tokenizer",
@@ -139,6 +140,23 @@ def read_tokenizer(
             raise
         reason = str(error).partition("\n")[0]
         raise UserError(f"cannot read {path}: {reason}; restore or rebuild it") from None
+
+
+def decided_beside(
+    path: Path, tokenizer: Tokenizer, separator: str | None, multiple: int | None
+) -> bool:
+    """Whether the tokenizer_config.json beside a tokenizer.json decides what is not asked for.
+
+    Args:
+        path, separator, multiple: as of `read_tokenizer`, which has not refused them.
+        tokenizer: that it gave.
+    """
+    settings, made = _settings(path.with_name(SETTINGS_NAME)), tokenizer.settings()
+    return (
+        OURS in settings
+        or (separator is None and bool(settings) and SEPARATOR_KEY in made)
+        or (multiple is None and VOCABULARY_KEY in made)
+    )
 
 
 def _settings(path: Path) -> dict[str, Any]:

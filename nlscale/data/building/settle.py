@@ -6,7 +6,7 @@ from typing import Any
 
 from nlscale.data.building import duplicates
 from nlscale.data.building.survey import Survey
-from nlscale.data.building.units import DROP, Options
+from nlscale.data.building.units import DROP
 from nlscale.data.building.work import SETTLED, Work
 from nlscale.data.folder import clear
 from nlscale.data.hashed import sha256_of
@@ -46,7 +46,7 @@ def settle(work: Work, survey: Survey, progress: bool) -> dict[str, Any]:
         return settled
     options = work.plan.options
     drops = options.duplicates == DROP
-    encoder = _tokenizer(options, survey, progress)
+    encoder = _tokenizer(work, survey, progress)
     clear(work.out)
     encoder.save(work.out)
     settled = {
@@ -76,9 +76,10 @@ def settled_of(work: Work) -> dict[str, Any] | None:
     return settled if same else None
 
 
-def _tokenizer(options: Options, survey: Survey, progress: bool) -> Tokenizer:
+def _tokenizer(work: Work, survey: Survey, progress: bool) -> Tokenizer:
+    options = work.plan.options
     if options.trains is None:
-        return options.given() or ByteTokenizer()
+        return work.given() or ByteTokenizer()
     sample = survey.sample()
     if progress:
         say(f"training {options.tokenizer} on {len(sample):,} documents")

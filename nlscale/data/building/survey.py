@@ -6,17 +6,14 @@ import hashlib
 import heapq
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
-from functools import lru_cache
 from typing import NamedTuple
 
 from nlscale.data.building.duplicates import Hashes
-from nlscale.data.building.units import DROP, Options, Plan, Unit, found_of, losses_of
+from nlscale.data.building.units import DROP, Plan, Unit, found_of, losses_of
 from nlscale.data.building.work import SURVEY, Making, Work
 from nlscale.data.documents import Document, SourceFile, UnreadableError, read_documents
 from nlscale.data.losses import Losses
 from nlscale.data.progress import Advance
-from nlscale.data.tokenizer import Tokenizer
 from nlscale.errors import UserError
 
 _BPE_DOCUMENT_CHARACTERS = 1 << 20  # so that no single document is the sample
@@ -115,7 +112,7 @@ def survey_unit(work: Work, number: int, advance: Advance) -> tuple[int, int]:
     if result is not None and not result["lost_files"]:
         return unit.bytes, result["documents"]
     with work.making(SURVEY, number) as making:
-        seen = _Seen(work.plan, unit, making)
+        seen = _Seen(work, unit, making)
         for file in work.files(unit):
             seen.read(file, advance)
         seen.close()
@@ -125,10 +122,10 @@ def survey_unit(work: Work, number: int, advance: Advance) -> tuple[int, int]:
 class _Seen:
     """What was seen of a unit so far."""
 
-    def __init__(self, plan: Plan, unit: Unit, making: Making) -> None:
-        options = plan.options
+    def __init__(self, work: Work, unit: Unit, making: Making) -> None:
+        plan, options = work.plan, work.plan.options
         self._text_field, self._seed, self._unit = options.text_field, options.seed, unit
-        self._tokenizer = _given(json.dumps(asdict(options)))
+        self._tokenizer = work.given()
         self._losses = Losses.of_a_part(found_of(plan), options.text_field)
         self._making = making
         self._documents = self._bytes = self._empty = 0
@@ -205,12 +202,6 @@ def _share(plan: Plan, unit: Unit) -> int:
     most = plan.options.bpe_sample
     share = _SHARES * most * unit.bytes // max(1, plan.bytes)
     return min(most, max(_LEAST_SAMPLE, share))
-
-
-@lru_cache(1)
-def _given(options: str) -> Tokenizer | None:
-    """Loaded once for many units."""
-    return Options(**json.loads(options)).given()
 
 
 def contents_of(work: Work, number: int) -> Iterator[bytes]:

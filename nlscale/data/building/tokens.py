@@ -19,7 +19,7 @@ from nlscale.data.building.work import SURVEY, TOKENS, Changed, Making, Result, 
 from nlscale.data.documents import SourceFile, UnreadableError, read_documents
 from nlscale.data.index import SPLITS
 from nlscale.data.progress import Advance
-from nlscale.data.tokenizer import Tokenizer, given_file, load_tokenizer
+from nlscale.data.tokenizer import Tokenizer, load_tokenizer
 from nlscale.errors import UserError
 
 _COUNTS = "counts"
@@ -71,7 +71,7 @@ class _Unit:
         prefix = f"{number:05d}-" if len(plan.units) > 1 else ""
         tokenizer = _tokenizer(work.out, settled["tokenizer"])
         # The saved one is the given one; a trained one, and bytes, have made no sources.
-        self._given = tokenizer if given_file(self._options.tokenizer) else None
+        self._given = tokenizer if self._options.given else None
         self._writer = DataWriter(
             making.folder,
             tokenizer,

@@ -13,7 +13,7 @@ from nlscale.data.index import DEFAULT_BPE_SAMPLE, write_json
 from nlscale.data.losses import Losses, judged_bytes_of
 from nlscale.data.sources import Found
 from nlscale.data.tally import Tally
-from nlscale.data.tokenizer import Tokenizer, given_file, read_tokenizer
+from nlscale.data.tokenizer import ByteTokenizer
 
 UNIT_BYTES = 256 << 20
 """Of the sources, in a unit: seconds to minutes of work, and so what a kill can cost."""
@@ -21,6 +21,8 @@ MOST_UNITS = 4096
 """About; with more bytes a unit is larger. A unit has shards of its own."""
 KEEP, DROP = "keep", "drop"
 """What becomes of documents that came before."""
+_FORM = 2
+"""Of the plan, and of what is made of its units. A build of another one is begun anew."""
 _PLAN, _FILES = "plan.json", "files.jsonl"
 
 
@@ -44,12 +46,10 @@ class Options:
     bpe_sample: int = DEFAULT_BPE_SAMPLE
     pack: int | None = None
 
-    def given(self) -> Tokenizer | None:
-        """The tokenizer, where a file is named that describes it. Raises UserError: it is none."""
-        path = given_file(self.tokenizer)
-        if path is None:
-            return None
-        return read_tokenizer(path, self.separator, self.vocabulary_multiple)
+    @property
+    def given(self) -> bool:
+        """Whether a file describes the tokenizer."""
+        return self.trains is None and self.tokenizer != ByteTokenizer.name
 
 
 @dataclass(frozen=True)
@@ -125,19 +125,27 @@ def write_plan(
         "judged_bytes": judged_bytes_of(found),
     }
     plan = Plan(identity, asked, options, units, beside)
-    write_json(folder / _PLAN, asdict(plan))
+    write_json(folder / _PLAN, {"form": _FORM, **asdict(plan)})
     return plan
 
 
 def read_plan(folder: Path) -> Plan | None:
-    """The plan of a folder; None where there is none. Raises OSError."""
+    """The plan of a folder; None where there is none to go on from. Raises OSError."""
     try:
         plain = json.loads((folder / _PLAN).read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    # What another version has made of its units means something else, too.
+    if not isinstance(plain, dict) or plain.pop("form", None) != _FORM:
         return None
     options = Options(**plain.pop("options"))
     units = [Unit(**unit) for unit in plain.pop("units")]
     return Plan(options=options, units=units, **plain)
+
+
+def any_plan(folder: Path) -> bool:
+    """Whether a folder has a plan, also one that `read_plan` does not know."""
+    return (folder / _PLAN).is_file()
 
 
 def forget_plan(folder: Path) -> None:

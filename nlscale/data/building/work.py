@@ -1,6 +1,7 @@
 """What a build has made of each unit so far: folders that have their names once they are whole.
 
 .units/plan.json, files.jsonl    what is to be built (`nlscale.data.building.units`)
+.units/tokenizer.json            what --tokenizer names, and the tokenizer_config.json beside it
 .units/survey-00007/             what a pass has made of unit 7: `result.json` and other files
 .units/settled.json              `out` was cleared, and the tokenizer lies there
 .units/index.json                all is written, and shards get their names in `out`
@@ -16,7 +17,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from nlscale.data.building.units import Plan, Unit, files_of, forget_plan, read_
 from nlscale.data.documents import SourceFile
 from nlscale.data.hashed import HashedFile, sha256_of, sync_folder
 from nlscale.data.index import UNITS_NAME, write_json
+from nlscale.data.tokenizer import SETTINGS_NAME, TOKENIZER_NAME, Tokenizer, read_tokenizer
 from nlscale.errors import UserError
 
 SURVEY, DUPLICATES, TOKENS = "survey", "duplicates", "tokens"
@@ -69,6 +71,30 @@ class Work:
         if plan is None:
             raise UserError(f"nothing is being built at {self.out}; begin with nlscale data build")
         return plan
+
+    def keep_tokenizer(self, path: Path) -> None:
+        """Keep a copy of a tokenizer.json, and of what lies beside it. Raises OSError.
+
+        The passes may be hours later, in the queue of a cluster.
+        """
+        for name, source in (
+            (TOKENIZER_NAME, path),
+            (SETTINGS_NAME, path.with_name(SETTINGS_NAME)),
+        ):
+            (self.folder / name).unlink(missing_ok=True)
+            if source.is_file():
+                shutil.copyfile(source, self.folder / name)
+
+    def given(self) -> Tokenizer | None:
+        """The tokenizer that a file describes, loaded once; None: it is bytes, or trained.
+
+        Raises UserError: the copy of the file has gone.
+        """
+        options = self.plan.options
+        if not options.given:
+            return None
+        chosen = (options.separator, options.vocabulary_multiple)
+        return _given(self.folder / TOKENIZER_NAME, *chosen, self.plan.identity)
 
     def files(self, unit: Unit) -> list[SourceFile]:
         """Those of a unit, in their order. Raises OSError."""
@@ -173,6 +199,12 @@ class Work:
             forget_plan(self.folder)
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.folder)
+
+
+@lru_cache(1)
+def _given(path: Path, separator: str | None, multiple: int | None, identity: str) -> Tokenizer:
+    """That of the build of this identity."""
+    return read_tokenizer(path, separator, multiple)
 
 
 class Making:
