@@ -101,7 +101,7 @@ def build(
             as the tokenizer's
         bpe_sample: the most characters that a BPE is trained on
         duplicates: "keep", or "drop": a document whose text and mask came before, in the order of
-            the sources, is left out
+            the sources, is left out; of sources of tokens, whose ids did
         max_lost: the share, from 0 to 1, of what the sources hold that may be lost: of the
             documents of each source, of its files, and of all bytes (those of files that are not
             read for their suffix). None: 0.01, and no file that cannot be read

@@ -55,6 +55,26 @@ def spans_of(value: Any, characters: int) -> Spans | None:
     return tuple(spans)
 
 
+def normalized(spans: Spans | None, characters: int) -> Spans | None:
+    """The same for all spans of a text that count the same: in order, apart, and not empty.
+
+    None where all of the text counts.
+
+    Args:
+        spans: None: all of it does.
+        characters: of the text.
+    """
+    found: list[tuple[int, int]] = []
+    for start, end in sorted(spans or ()):
+        if start == end:
+            continue
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((start, end))
+    return None if spans is None or found == [(0, characters)] else tuple(found)
+
+
 def tokens_that_count(
     text: str, spans: Spans, ids: ArrayLike, byte_lengths: NDArray[np.int64]
 ) -> NDArray[np.bool_]:

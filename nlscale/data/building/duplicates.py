@@ -1,14 +1,20 @@
 """Documents that came before: exactly the same text, with the same mask, in the order of sources.
 
-The survey of a unit writes 24 bytes a document, sorted by hash in runs of a million. A range of
-hashes is read from all runs, so that as many ranges as it takes keep the memory small: each finds
-its own duplicates, and they are noted by unit.
+The survey of a unit writes 28 bytes a document, sorted by hash in runs of a million. Of what a run
+has of one source more than once it writes the first, how often it comes again, and elsewhere the
+numbers of the others: however often a document is repeated, a range has few records of it. A range
+of hashes is read from all runs, so that as many ranges as it takes keep the memory small: each
+finds its own duplicates, and they are noted by unit.
+
+Documents of text are compared by their text, those of tokens by their ids; a mask that all of a
+text is in is none.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +22,14 @@ from numpy.typing import NDArray
 from nlscale.data.building.work import DUPLICATES, SURVEY, Making, Work
 from nlscale.data.documents import Document
 from nlscale.data.progress import Advance
+from nlscale.data.spans import normalized
 
-_RECORD = np.dtype([("key", "<u8"), ("rest", "<u8"), ("number", "<u4"), ("group", "<u4")])
+_RECORD = np.dtype(
+    [("key", "<u8"), ("rest", "<u8"), ("number", "<u4"), ("group", "<u4"), ("again", "<u4")]
+)
 _RUN = 1 << 20  # records
 _RANGE = 1 << 22  # documents, about, of a range of hashes: some 200 MB while it is looked at
-_HASHES, _NUMBERS = "hashes", "numbers"
+_HASHES, _AGAIN, _NUMBERS = "hashes", "again", "numbers"
 SAME, EARLIER = "came before in the same source", "came before in an earlier source"
 """Where the first one lies; see `nlscale.data.sources.find_files` for what a source is."""
 
@@ -29,39 +38,72 @@ class Hashes:
     """Writes the hashes of a unit's documents. Raises OSError."""
 
     def __init__(self, making: Making) -> None:
-        self._file = making.file(_HASHES)
-        self._out = self._file.__enter__()
+        self._files, self._making = ExitStack(), making
+        self._runs: list[int] = []
+        self._out = self._files.enter_context(making.file(_HASHES))
+        self._again = self._files.enter_context(making.file(_AGAIN))
         self._digests = bytearray()
         self._numbers: list[int] = []
         self._groups: list[int] = []
 
     def add(self, document: Document, number: int, group: int) -> None:
         """The next document: its number in the unit, and its source."""
-        digest = hashlib.blake2b(document.data, digest_size=16)
-        if document.spans is not None:  # no text holds 0xFF
-            digest.update(b"\xff" + repr(document.spans).encode())
-        if document.tokens is not None and document.tokens.counted is not None:
-            digest.update(b"\xff" + document.tokens.counted.tobytes())
-        self._digests += digest.digest()
+        self._digests += _digest(document)
         self._numbers.append(number)
         self._groups.append(group)
         if len(self._numbers) == _RUN:
             self._write()
 
     def close(self) -> None:
-        """Write the last of them."""
+        """Write the last of them, and note the records of each run."""
         self._write()
-        self._file.__exit__(None, None, None)
+        self._making.result["runs"] = self._runs
+        self._files.close()
 
     def _write(self) -> None:
         run = np.empty(len(self._numbers), dtype=_RECORD)
         pairs = np.frombuffer(bytes(self._digests), dtype="<u8").reshape(-1, 2)
         run["key"], run["rest"] = pairs[:, 0], pairs[:, 1]
         run["number"], run["group"] = self._numbers, self._groups
-        self._out.write(run[np.argsort(run["key"], kind="stable")].tobytes())
+        run = run[np.lexsort((run["group"], run["rest"], run["key"]))]  # which keeps the order
+        first = _differs(run, "key", "rest", "group")
+        at = np.flatnonzero(first)
+        run["again"][at] = np.diff(at, append=len(run)) - 1
+        self._out.write(run[first].tobytes())
+        self._runs.append(len(at))
+        self._again.write(run["number"][~first].tobytes())
         self._digests.clear()
         self._numbers.clear()
         self._groups.clear()
+
+
+def _digest(document: Document) -> bytes:
+    """The same of documents that are duplicates, 16 bytes."""
+    digest = hashlib.blake2b(document.data if document.tokens is None else b"", digest_size=16)
+    spans = normalized(document.spans, len(document.text))
+    if spans is not None:  # no text holds 0xFF
+        digest.update(b"\xff" + repr(spans).encode())
+    if document.tokens is not None:
+        ids, counted = document.tokens
+        digest.update(b"\xff" + ids.tobytes())
+        if counted is not None and not counted.all():
+            digest.update(b"\xff" + counted.tobytes())
+    return digest.digest()
+
+
+def _differs(records: NDArray, *fields: str) -> NDArray[np.bool_]:
+    """Whether each has another value in some of the fields than the one before: bool [records]."""
+    differs = np.ones(len(records), dtype=np.bool_)
+    differs[1:] = False
+    for field in fields:
+        differs[1:] |= records[field][1:] != records[field][:-1]
+    return differs
+
+
+def hashed_bytes(work: Work) -> int:
+    """Of all units, which the ranges read. Raises OSError."""
+    made = (work.made(SURVEY, unit.number)["files"] for unit in work.plan.units)
+    return sum(files[_HASHES][0] for files in made)
 
 
 def ranges(documents: int) -> int:
@@ -93,14 +135,11 @@ def find_duplicates(work: Work, number: int, advance: Advance) -> tuple[int, int
         records, owner = np.concatenate(parts), np.concatenate(owners)
         order = np.lexsort((records["number"], owner, records["rest"], records["key"]))
         records, owner = records[order], owner[order]
-        # Where each begins that has another hash than the one before.
-        new = np.ones(len(records), dtype=np.bool_)
-        new[1:] = (records["key"][1:] != records["key"][:-1]) | (
-            records["rest"][1:] != records["rest"][:-1]
-        )
-        group = records["group"]
+        new = _differs(records, "key", "rest")
+        group, again = records["group"], records["again"].astype(np.int64)
         begins = group[np.flatnonzero(new)[np.cumsum(new) - 1]]
-        same = int((~new & (begins == group)).sum())
+        gone = again + ~new
+        same = int(gone[begins == group].sum())
         numbers, owner = records["number"][~new], owner[~new]
         order = np.argsort(owner, kind="stable")
         with making.file(_NUMBERS) as out:
@@ -111,7 +150,7 @@ def find_duplicates(work: Work, number: int, advance: Advance) -> tuple[int, int
             "surveyed": surveyed,
             "starts": starts.tolist(),
             "same": same,
-            "earlier": len(numbers) - same,
+            "earlier": int(gone.sum()) - same,
         }
     return 0, 0
 
@@ -131,8 +170,10 @@ def _parts(work: Work, unit: int, first: int, end: int) -> Iterator[NDArray]:
     if not path.stat().st_size:
         return
     hashes = np.memmap(path, dtype=_RECORD, mode="r")
-    for start in range(0, len(hashes), _RUN):
-        run = hashes[start : start + _RUN]
+    start = 0
+    for count in work.made(SURVEY, unit)["runs"]:
+        run = hashes[start : start + count]
+        start += count
         low, high = (_below(run, bound) for bound in (first, end))
         if high > low:
             yield np.array(run[low:high])
@@ -160,6 +201,7 @@ def dropped(work: Work, unit: int, documents: int, of: int) -> NDArray[np.bool_]
         of: the ranges of hashes in which duplicates were looked for.
     """
     gone = np.zeros(documents, dtype=np.bool_)
+    gone[np.fromfile(work.path(SURVEY, unit) / _AGAIN, dtype="<u4")] = True
     for number in range(of):
         first, end = work.made(DUPLICATES, number)["starts"][unit : unit + 2]
         path = work.path(DUPLICATES, number) / _NUMBERS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nlscale.data.building.duplicates import ranges
+from nlscale.data.building.duplicates import hashed_bytes, ranges
 from nlscale.data.building.finish import finish
 from nlscale.data.building.pool import run_pass
 from nlscale.data.building.settle import settle, settled_of, survey_of
@@ -11,8 +11,6 @@ from nlscale.data.building.units import DROP
 from nlscale.data.building.work import DUPLICATES, INDEX, SURVEY, TOKENS, Work
 from nlscale.data.index import Index
 from nlscale.data.progress import phase
-
-_HASHED = 24  # bytes of a document, see `nlscale.data.building.duplicates`
 
 
 def run_all(work: Work, workers: int, progress: bool) -> Index:
@@ -55,6 +53,5 @@ def write_units(work: Work, numbers: list[int], workers: int, progress: bool) ->
 
 def _find_duplicates(work: Work, survey: Survey, workers: int, progress: bool) -> None:
     numbers = list(range(ranges(survey.documents)))
-    total = survey.documents * _HASHED
-    with phase("finding duplicates", total, progress, "ranges") as advance:
+    with phase("finding duplicates", hashed_bytes(work), progress, "ranges") as advance:
         run_pass(work, DUPLICATES, numbers, workers, advance)

@@ -158,7 +158,7 @@ class _Seen:
             self._losses.lose(document)
             return
         self._losses.keep()
-        if not document.data:
+        if document.empty:
             self._empty += 1
             return
         key = key_of(document.data, self._seed)

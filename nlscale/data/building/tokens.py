@@ -114,7 +114,7 @@ class _Unit:
         content, threshold = Content(), self._settled["threshold"]
         try:
             for document in read_documents(file, self._options.text_field, self._given):
-                if not document.data:
+                if document.empty:
                     continue
                 key = key_of(document.data, self._options.seed)
                 content.add(key, document)

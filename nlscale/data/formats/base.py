@@ -71,6 +71,11 @@ class Document(NamedTuple):
     left_out: int | None = None
 
     @property
+    def empty(self) -> bool:
+        """Whether nothing is in it; tokens of no text, such as special ones, are something."""
+        return not self.data if self.tokens is None else not len(self.tokens.ids)
+
+    @property
     def masked(self) -> bool:
         """Whether it says what of it counts."""
         return self.spans is not None or (

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from data.building.builds import corpus, units
 from data.corpora import everything, lines
+from data.formats.sources import tokenizer, write_numpy
 
+from nlscale.data import TokenShards
 from nlscale.data.building import duplicates
 from nlscale.data.building.duplicates import EARLIER, SAME
 
@@ -73,3 +77,68 @@ def test_they_are_kept_unless_asked_for(tmp_path: Path) -> None:
     assert "duplicates" not in index
     texts = everything(tmp_path / "out")
     assert len(set(texts)) < len(texts)
+
+
+def test_copies_of_one_document_take_a_record_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them lie in one range of hashes, which is held in memory."""
+    monkeypatch.setattr(duplicates, "_RUN", 500)
+    held: list[int] = []
+    parts = duplicates._parts
+
+    def counted(*where: Any) -> Any:
+        for part in parts(*where):
+            held.append(len(part))
+            yield part
+
+    monkeypatch.setattr(duplicates, "_parts", counted)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        texts = ["again and again"] * 1990 + [f"{name} {i}" for i in range(10)]
+        (tmp_path / name / "x.jsonl").write_bytes(lines(texts))
+    sources = [str(tmp_path / name) for name in ("a", "b")]
+    index = units(sources, tmp_path / "out", duplicates="drop")
+    assert index["duplicates"]["reasons"] == {SAME: 1989, EARLIER: 1990}
+    assert len(everything(tmp_path / "out")) == 21
+    assert sum(held) == 20 + 8  # those that differ, and one of each of eight runs
+
+
+def test_masks_that_count_the_same_are_the_same(tmp_path: Path) -> None:
+    masks = [None, [[0, 4]], [[0, 2], [2, 4]], [[2, 4], [0, 3]], [[1, 2]], [[1, 1], [1, 2]], []]
+    records = [{"text": "text", "mask": mask} for mask in masks]
+    records += [{"text": f"other {i}"} for i in range(5)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    index = units([str(tmp_path / "a.jsonl")], tmp_path / "out", duplicates="drop")
+    assert index["duplicates"]["count"] == 4
+    assert everything(tmp_path / "out").count("text") == 3
+
+
+@pytest.mark.parametrize("drops", [False, True], ids=["keep", "drop"])
+def test_tokens_are_compared_as_tokens(tmp_path: Path, drops: bool) -> None:
+    """Halves of a character are the same text; tokens of no text are no empty document."""
+    by = tokenizer()
+    (tmp_path / "by").mkdir()
+    by.save(tmp_path / "by")
+    halves = by.encode("é").tolist()
+    assert len(halves) == 2
+    start = by.encode("a text").tolist()
+    documents = [[*start, halves[0]], [*start, halves[1]], [*start, halves[0]], [], start]
+    write_numpy(tmp_path / "a.npy", documents, by.separator)
+    out = tmp_path / "out"
+    index = units(
+        [str(tmp_path / "a.npy")], out, str(tmp_path / "by"), duplicates="drop" if drops else "keep"
+    )
+    wanted = [tuple(ids) for ids in documents if ids]
+    if drops:
+        wanted = list(dict.fromkeys(wanted))
+    found = []
+    for split in ("train", "validation"):
+        shards = TokenShards(out, split)
+        ids = shards.read(0, shards.tokens)
+        cut = np.split(ids, np.flatnonzero(ids == by.separator) + 1)
+        found += [tuple(part[:-1].tolist()) for part in cut if len(part)]
+    assert sorted(found) == sorted(wanted)
+    assert index["empty_documents"] == 1
+    if drops:
+        assert index["duplicates"]["count"] == 1
