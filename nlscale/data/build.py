@@ -24,7 +24,7 @@ from nlscale.data.building.units import (
     read_plan,
     write_plan,
 )
-from nlscale.data.building.work import INDEX, SETTLED, Changed, Work
+from nlscale.data.building.work import INDEX, SETTLED, Changed, Work, kept
 from nlscale.data.documents import template_of
 from nlscale.data.folder import refuse_foreign_shards, remove_temporary, unwritable
 from nlscale.data.index import (
@@ -146,7 +146,7 @@ def build(
         raise UserError(f"workers is {workers}; it must be 1 or more")
     if not isinstance(work, Work):
         return work
-    with kept(work):
+    with kept(work), _nothing_left(work):
         return passes.run_all(work, workers, progress)
 
 
@@ -243,18 +243,11 @@ def begun(
 
 
 @contextmanager
-def kept(work: Work) -> Iterator[None]:
-    """Build in the block: where it fails, keep what the same command can go on from.
-
-    Raises:
-        UserError: also in place of an OSError of the disk.
-    """
+def _nothing_left(work: Work) -> Iterator[None]:
+    """Build in the block: where a small one is refused, nothing of it stays."""
     try:
         yield
-    except OSError as error:
-        raise unwritable(work.out, error) from error
-    except Changed as changed:
-        work.forget(changed)
+    except Changed:
         raise
     except UserError:
         # Of one unit there is nothing to keep that would take long to make again.

@@ -15,6 +15,7 @@ from nlscale.data.formats.tokens import TOKENS, read_tokens
 from nlscale.data.formats.webdataset import read_webdataset
 from nlscale.data.index import DEFAULT_FIELD
 from nlscale.data.tally import shown
+from nlscale.errors import UserError
 
 __all__ = [
     "NO_COLUMN",
@@ -78,7 +79,7 @@ def read_documents(
 
     Raises:
         UnreadableError: the file cannot be read, or only so far.
-        UserError: the template cannot be read; or an id is none of the tokenizer.
+        UserError: the template cannot be read; an id is none of the tokenizer; memory is short.
     """
     suffix, packed = format_of(file.path.name)
     template = template_of(field)
@@ -90,7 +91,12 @@ def read_documents(
         with open(file.path, "rb", buffering=-1 if not packed else 0) as raw:
             stream = decompressed(raw, packed)
             yield from _TEXT[suffix](Stream(str(file.path), template, raw, stream))
-    except (*DAMAGE, MemoryError, RecursionError, ValueError) as error:
+    except MemoryError as error:  # of Arrow's, too: the file is no worse for it
+        raise UserError(
+            f"there is not the memory to read {file.path} ({error or 'MemoryError'}); use fewer "
+            "--workers or more memory, and the same command goes on from what is finished"
+        ) from error
+    except (*DAMAGE, RecursionError, ValueError) as error:
         raise UnreadableError(*_reason(error)) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from nlscale.data.tokenizer import SETTINGS_NAME, TOKENIZER_NAME
 from nlscale.data.verified import VERIFIED_NAME, remember, state_of
 from nlscale.errors import UserError
 
+_SHORT = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+"""Errors of memory, processes and open files, which are none of the disk's."""
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{6,}}\.tar")
 
 
@@ -61,8 +64,17 @@ def finish(out: Path, index: Index) -> None:
     (out / BUILDING_NAME).unlink(missing_ok=True)
 
 
-def unwritable(out: Path, error: OSError) -> UserError:
-    """What is said where the disk does not take what is built."""
+def unwritable(out: Path, error: OSError | MemoryError) -> UserError:
+    """What is said where the disk does not take what is built, or the machine has no more to give.
+
+    The same command goes on from what is finished.
+    """
+    if isinstance(error, MemoryError) or error.errno in _SHORT:
+        why = str(error) or type(error).__name__
+        return UserError(
+            f"cannot build {out} here: {why}; use fewer --workers or more memory, and the same "
+            "command goes on from what is finished"
+        )
     return UserError(
         f"cannot write {out}: {error}; make room or choose another --out, and build again"
     )

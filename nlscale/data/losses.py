@@ -56,7 +56,7 @@ class Losses:
         for group, tally in found.lost.items():
             self._sources[group].files += tally.count
             self._sources[group].lost_files.merge(tally)
-        self._kept = 0
+        self._kept = self._kept_bytes = 0
         self._here = Tally()
         self._left_here = Tally()
         self._unread = 0
@@ -97,15 +97,15 @@ class Losses:
         """Whether a file could not be read, or not to its end."""
         return any(source.lost_files.count for source in self._sources)
 
-    def keep(self) -> None:
-        """The next document of a file can be read."""
+    def keep(self, size: int) -> None:
+        """The next document of a file can be read, and has so many bytes."""
         self._kept += 1
+        self._kept_bytes += size
 
     def lose(self, document: Document) -> None:
         """The next document of a file cannot be read, or is left out."""
         if document.left_out is not None:
-            self._found.leave(document.kind, document.name, document.left_out, document.error)
-            self._left_here.add(document.kind, document.name, "", document.left_out)
+            self._left_here.add(document.kind, document.name, document.error, document.left_out)
             return
         self._here.add(document.kind, document.name, document.error)
 
@@ -113,7 +113,12 @@ class Losses:
         """The file is at its end, or cannot be read on, for a reason."""
         source, kept, here = self._sources[file.group], self._kept, self._here
         left, self._left_here = self._left_here, Tally()
-        self._kept, self._here = 0, Tally()
+        # A compressed file is smaller than what is in it: of its bytes the same share is left out.
+        held = left.bytes + (self._kept_bytes if format_of(file.path.name)[1] else 0)
+        left.scale(file.size, max(file.size, held))
+        self._found.left_out.merge(left)
+        self._found.left_bytes += left.bytes
+        self._kept, self._kept_bytes, self._here = 0, 0, Tally()
         source.seen += 1
         self._unread += left.bytes if self._found.judged[file.group] else 0
         path = str(file.path)

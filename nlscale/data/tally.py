@@ -58,6 +58,11 @@ class Tally:
             self.kinds.setdefault(name, Kind()).add(kind)
         self.first += other.first[: NAMED - len(self.first)]
 
+    def scale(self, numerator: int, denominator: int) -> None:
+        """Count bytes as this share of what they were, rounded down."""
+        for kind in self.kinds.values():
+            kind.bytes = kind.bytes * numerator // max(1, denominator)
+
     def plain(self) -> list[Any]:
         """It as JSON holds it; see `of`."""
         kinds = {name: [kind.count, kind.bytes, kind.first] for name, kind in self.kinds.items()}

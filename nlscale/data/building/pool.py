@@ -90,8 +90,15 @@ class _Worker:
 def _workers(work: Work, count: int) -> Iterator[list[_Worker]]:
     team: list[_Worker] = []
     try:
-        for _ in range(count):
-            team.append(_Worker(work))
+        for number in range(1, count + 1):
+            try:
+                team.append(_Worker(work))
+            except (OSError, EOFError) as error:  # the server that forks has ended, with EOFError
+                why = str(error) or "there can be no more"
+                raise UserError(
+                    f"cannot start worker process {number} of {count}: {why}; "
+                    "use fewer --workers, and the same command goes on from what is finished"
+                ) from error
         yield team
     except BaseException:
         for worker in team:
@@ -107,7 +114,7 @@ def _distribute(
 ) -> None:
     waiting = deque(numbers)
     for worker in team:
-        worker.give(kind, waiting.popleft())
+        _give(worker, kind, waiting.popleft(), work)
     while busy := {worker.pipe: worker for worker in team if worker.number is not None}:
         for pipe in wait(list(busy)):
             worker = busy[pipe]  # type: ignore[index]
@@ -121,7 +128,14 @@ def _distribute(
             if said == "done":
                 worker.number = None
                 if waiting:
-                    worker.give(kind, waiting.popleft())
+                    _give(worker, kind, waiting.popleft(), work)
+
+
+def _give(worker: _Worker, kind: str, number: int, work: Work) -> None:
+    try:
+        worker.give(kind, number)
+    except ConnectionError:
+        raise _lost(worker, kind, work) from None
 
 
 def _lost(worker: _Worker, kind: str, work: Work) -> LostRank:

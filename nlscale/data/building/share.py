@@ -8,8 +8,7 @@ from pathlib import Path
 from nlscale.data.building import passes
 from nlscale.data.building.finish import finish
 from nlscale.data.building.settle import settled_of
-from nlscale.data.building.work import INDEX, SURVEY, TOKENS, Changed, Work
-from nlscale.data.folder import unwritable
+from nlscale.data.building.work import INDEX, SURVEY, TOKENS, Work, kept
 from nlscale.errors import UserError
 
 SETTLE, FINISH = "settle", "finish"
@@ -59,13 +58,8 @@ def share(out: Path, step: str, task: int, of: int, workers: int) -> None:
     work = Work(out)
     if step not in STEPS:
         raise UserError(f"unknown step {step!r}; the steps of a build are {', '.join(STEPS)}")
-    try:
+    with kept(work):
         STEPS[step](work, passes.largest_first(work)[task - 1 :: of], workers)
-    except OSError as error:
-        raise unwritable(out, error) from error
-    except Changed as changed:
-        work.forget(changed)
-        raise
 
 
 def progress_of(out: Path) -> str:

@@ -157,7 +157,7 @@ class _Seen:
         if document.error:
             self._losses.lose(document)
             return
-        self._losses.keep()
+        self._losses.keep(len(document.data))
         if document.empty:
             self._empty += 1
             return

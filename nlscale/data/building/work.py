@@ -23,6 +23,7 @@ from typing import Any
 
 from nlscale.data.building.units import Plan, Unit, files_of, forget_plan, read_plan
 from nlscale.data.documents import SourceFile
+from nlscale.data.folder import unwritable
 from nlscale.data.hashed import HashedFile, sha256_of, sync_folder
 from nlscale.data.index import UNITS_NAME, write_json
 from nlscale.data.tokenizer import SETTINGS_NAME, TOKENIZER_NAME, Tokenizer, read_tokenizer
@@ -205,6 +206,22 @@ class Work:
 def _given(path: Path, separator: str | None, multiple: int | None, identity: str) -> Tokenizer:
     """That of the build of this identity."""
     return read_tokenizer(path, separator, multiple)
+
+
+@contextmanager
+def kept(work: Work) -> Iterator[None]:
+    """Do a part of a build in the block: where it fails, what is finished stays.
+
+    Raises:
+        UserError: also in place of an OSError, and where memory is short.
+    """
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        raise unwritable(work.out, error) from error
+    except Changed as changed:
+        work.forget(changed)
+        raise
 
 
 class Making:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data.corpora import everything, left_out, small
+from data.corpora import PACK, everything, left_out, small
 from data.formats.sources import TEXTS, read, tar_of, texts_of
 
 from nlscale.data.documents import UnreadableError, read_documents
@@ -219,3 +219,22 @@ def test_a_document_that_is_no_text(tmp_path: Path) -> None:
     members = [("a.txt", b"\xff"), ("b.json", b"{"), ("c.json", json.dumps([1]).encode())]
     found = [document.kind for document in read(put(tmp_path, tar_of(members)))]
     assert found == ["not UTF-8", "not JSON", "not an object"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_what_is_left_out_of_a_compressed_tar_is_a_share_of_its_bytes(
+    tmp_path: Path, suffix: str
+) -> None:
+    """Its members are larger than it is, and with leave to lose all of it, it can be built."""
+    members = []
+    for i in range(20):
+        members.append((f"{i:02}.txt", f"text number {i} ".encode() * 30))
+        members.append((f"{i:02}.xml", b"<a/>" * 20_000))
+    path = tmp_path / f"a.tar{suffix}"
+    path.write_bytes(PACK[suffix](tar_of(members)))
+    with pytest.raises(UserError, match=r"are not read \(9\d(\.\d)?%\): \.xml in a tar 20"):
+        small([str(path)], tmp_path / "out")
+    index = small([str(path)], tmp_path / "out", max_lost=1.0)
+    (entry,) = index["left_out"]
+    assert entry["count"] == 20 and 0.96 < entry["bytes"] / path.stat().st_size < 1
+    assert len(everything(tmp_path / "out")) == 20
