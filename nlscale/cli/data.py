@@ -250,7 +250,7 @@ def _build_text(args: argparse.Namespace) -> Index | None:
     # pyarrow and the tokenizers are slow to import
     from nlscale.cluster.launch.data_build import running
     from nlscale.data.build import begun, build
-    from nlscale.data.building.units import UNIT_BYTES
+    from nlscale.data.building.options import UNIT_BYTES
     from nlscale.data.building.work import Work
 
     if args.tokenizer is None:

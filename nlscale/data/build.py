@@ -12,28 +12,18 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nlscale.data.building import passes
-from nlscale.data.building.units import (
-    DROP,
-    KEEP,
-    UNIT_BYTES,
-    Options,
-    any_plan,
-    first_change,
-    read_plan,
-    write_plan,
-)
+from nlscale.data.building.options import DROP, KEEP, UNIT_BYTES, Asked, Options
+from nlscale.data.building.units import any_plan, first_change, read_plan, write_plan
 from nlscale.data.building.work import INDEX, SETTLED, Changed, Work, kept
 from nlscale.data.documents import template_of
 from nlscale.data.folder import refuse_foreign_shards, remove_temporary, unwritable
 from nlscale.data.index import (
     BUILDING_NAME,
-    DEFAULT_BLOCK_TOKENS,
     DEFAULT_BPE_SAMPLE,
     DEFAULT_FIELD,
-    DEFAULT_HELD_OUT,
-    DEFAULT_SHARD_TOKENS,
     FORMAT,
     INDEX_NAME,
     Index,
@@ -55,6 +45,9 @@ from nlscale.data.tokenizer import (
 )
 from nlscale.errors import UserError
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # of `typing` from Python 3.11 on
+
 _MOST_BLOCK = 1 << 27  # tokens; a block is held in memory
 _MOST_SHARD = 1 << 40  # tokens: some TiB
 
@@ -64,21 +57,10 @@ def build(
     tokenizer: str,
     out: str | Path,
     *,
-    held_out: float = DEFAULT_HELD_OUT,
-    shard_tokens: int = DEFAULT_SHARD_TOKENS,
-    block_tokens: int = DEFAULT_BLOCK_TOKENS,
-    seed: int = 0,
-    text_field: str = DEFAULT_FIELD,
-    separator: str | None = None,
-    vocabulary_multiple: int | None = None,
-    bpe_sample: int = DEFAULT_BPE_SAMPLE,
-    duplicates: str = KEEP,
-    max_lost: float | None = None,
-    pack: int | None = None,
     overwrite: bool = False,
     workers: int = 1,
-    unit_bytes: int = UNIT_BYTES,
     progress: bool = False,
+    **options: Unpack[Asked],
 ) -> Index:
     """Tokenize `sources` into the data folder `out`, and return its index.
 
@@ -87,31 +69,10 @@ def build(
         tokenizer: "bytes"; "bpe:N", which is trained on a sample of the train documents;
             "file:PATH/tokenizer.json", of another model or of other data; or a folder with one.
             Only with the last two are sources read that are tokens already
-        held_out: the share of documents that goes to validation, above 0 and below 1. A document is
-            held out by a hash of its text, so it stays where it is when others are added; copies of
-            it go the same way. Each split gets at least one document.
-        shard_tokens: the most tokens in a shard, rounded down to whole blocks
-        block_tokens: tokens in a block, the unit of storage; independent of any sequence length
-        seed: of the hash, so another one holds out other documents; a 64-bit integer
-        text_field: the field, or the column, that holds the text of a record; or a template of
-            several, such as "{title}\\n\\n{text}"
-        separator: the token of a given tokenizer that ends a document; None: see
-            `nlscale.data.tokenizer.read_tokenizer`
-        vocabulary_multiple: the vocabulary is rounded up to a multiple of it; None: it is as large
-            as the tokenizer's
-        bpe_sample: the most characters that a BPE is trained on
-        duplicates: "keep", or "drop": a document whose text and mask came before, in the order of
-            the sources, is left out; of sources of tokens, whose ids did
-        max_lost: the share, from 0 to 1, of what the sources hold that may be lost: of the
-            documents of each source, of its files, and of all bytes (those of files that are not
-            read for their suffix). None: 0.01, and no file that cannot be read
-        pack: documents are packed whole into samples of so many tokens, for runs of that
-            `data.sequence_length` (`nlscale.data.packing`). None: they follow one another, for any
         overwrite: replace a build made from other sources or options
         workers: processes that share the units; what they build does not depend on how many
-        unit_bytes: about how many bytes of the sources a unit has at most (a file is one part of a
-            unit, however large). It decides where shards end: sources of one unit fill them
         progress: say on standard error how far it is
+        options: fields of `nlscale.data.building.options.Options`, by their names
 
     When `out` was already built from the same files (names, sizes, modification times) and
     options, it is left as it is. A build that was killed goes on with the units that it had not
@@ -123,25 +84,7 @@ def build(
             a disk that cannot be written.
         LostRank: a process was killed.
     """
-    work = begun(
-        sources,
-        tokenizer,
-        out,
-        held_out=held_out,
-        shard_tokens=shard_tokens,
-        block_tokens=block_tokens,
-        seed=seed,
-        text_field=text_field,
-        separator=separator,
-        vocabulary_multiple=vocabulary_multiple,
-        bpe_sample=bpe_sample,
-        duplicates=duplicates,
-        max_lost=max_lost,
-        pack=pack,
-        overwrite=overwrite,
-        unit_bytes=unit_bytes,
-        progress=progress,
-    )
+    work = begun(sources, tokenizer, out, overwrite=overwrite, progress=progress, **options)
     if workers < 1:
         raise UserError(f"workers is {workers}; it must be 1 or more")
     if not isinstance(work, Work):
@@ -155,20 +98,9 @@ def begun(
     tokenizer: str,
     out: str | Path,
     *,
-    held_out: float = DEFAULT_HELD_OUT,
-    shard_tokens: int = DEFAULT_SHARD_TOKENS,
-    block_tokens: int = DEFAULT_BLOCK_TOKENS,
-    seed: int = 0,
-    text_field: str = DEFAULT_FIELD,
-    separator: str | None = None,
-    vocabulary_multiple: int | None = None,
-    bpe_sample: int = DEFAULT_BPE_SAMPLE,
-    duplicates: str = KEEP,
-    max_lost: float | None = None,
-    pack: int | None = None,
     overwrite: bool = False,
-    unit_bytes: int = UNIT_BYTES,
     progress: bool = False,
+    **options: Unpack[Asked],
 ) -> Work | Index:
     """What `build` does before any text is read: what is to be built, or the index that is there.
 
@@ -178,31 +110,10 @@ def begun(
         UserError: as `build`, of what is known before the text is read.
     """
     out = Path(out)
-    check_options(held_out, shard_tokens, block_tokens, seed, max_lost, text_field)
-    if duplicates not in (KEEP, DROP):
-        raise UserError(f"duplicates is {duplicates!r}; it must be {KEEP} or {DROP}")
-    if pack is not None and not 2 <= pack <= MOST_WINDOW_TOKENS:
-        raise UserError(f"pack is {pack}; it must be from 2 to {MOST_WINDOW_TOKENS:,} tokens")
-    if unit_bytes < 1:
-        raise UserError(f"unit bytes is {unit_bytes}; it must be 1 or more")
-    options = Options(
-        sources=list(sources),
-        tokenizer=tokenizer,
-        trains=_vocabulary(tokenizer, separator, vocabulary_multiple, bpe_sample),
-        held_out=held_out,
-        shard_blocks=shard_tokens // block_tokens,
-        block_tokens=block_tokens,
-        seed=seed,
-        text_field=text_field,
-        separator=separator,
-        vocabulary_multiple=vocabulary_multiple,
-        bpe_sample=bpe_sample,
-        duplicates=duplicates,
-        max_lost=max_lost,
-        pack=pack,
-    )
+    asked_for = Options(sources=list(sources), tokenizer=tokenizer, **options)
+    _check(asked_for)
     found = find_files(sources, out)
-    asked, beside = _asked(options, unit_bytes), _beside(options)
+    asked, beside = _asked(asked_for), _beside(asked_for)
     identities = [fingerprint(found.files, [*asked, beside] if beside else asked)]
     identity = identities[0]
     there = (out / INDEX_NAME).exists()
@@ -210,9 +121,11 @@ def begun(
         index = read_index(out)
         if beside and beside.items() <= index.items():  # builds of earlier versions do not name it
             identities.append(fingerprint(found.files, asked))
-        return _up_to_date(out, index, identities, found, max_lost, progress)
+        return _up_to_date(out, index, identities, found, asked_for.max_lost, progress)
     refuse_foreign_shards(out)
-    Losses(found, text_field).check_left_out(max_lost)  # before hours of reading
+    Losses(found, asked_for.text_field).check_left_out(
+        asked_for.max_lost
+    )  # before hours of reading
     work, only_options = Work(out), fingerprint([], [*asked, beside])
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -236,7 +149,7 @@ def begun(
         remove_temporary(out)
         if (path := given_file(tokenizer)) is not None:
             work.keep_tokenizer(path)
-        write_plan(work.folder, identity, only_options, options, found, unit_bytes)
+        write_plan(work.folder, identity, only_options, asked_for, found)
     except OSError as error:
         raise unwritable(out, error) from error
     return work
@@ -258,23 +171,36 @@ def _nothing_left(work: Work) -> Iterator[None]:
         raise
 
 
-def _vocabulary(
-    tokenizer: str, separator: str | None, multiple: int | None, sample: int
-) -> int | None:
-    """Ids of the BPE that is to be trained, if one is. Raises UserError: no such tokenizer."""
-    path, trains = given_file(tokenizer), None
+def _check(options: Options) -> None:
+    """Refuse options that cannot be, and a tokenizer that there is not, by a UserError."""
+    check_options(
+        options.held_out,
+        options.shard_tokens,
+        options.block_tokens,
+        options.seed,
+        options.max_lost,
+        options.text_field,
+    )
+    if options.duplicates not in (KEEP, DROP):
+        raise UserError(f"duplicates is {options.duplicates!r}; it must be {KEEP} or {DROP}")
+    if options.pack is not None and not 2 <= options.pack <= MOST_WINDOW_TOKENS:
+        raise UserError(
+            f"pack is {options.pack}; it must be from 2 to {MOST_WINDOW_TOKENS:,} tokens"
+        )
+    if options.unit_bytes < 1:
+        raise UserError(f"unit bytes is {options.unit_bytes}; it must be 1 or more")
+    tokenizer, path = options.tokenizer, given_file(options.tokenizer)
+    chosen, trains = (options.separator, options.vocabulary_multiple), False
     if path is not None:
-        read_tokenizer(path, separator, multiple)  # which is refused before anything is read
+        read_tokenizer(path, *chosen)  # which is refused before anything is read
     else:
-        trains = bpe_vocabulary(tokenizer)
-        fixed = ByteTokenizer.vocabulary if trains is None else None
-        refuse_options(tokenizer, separator, multiple, fixed)
-    if trains is None and sample != DEFAULT_BPE_SAMPLE:
+        trains = bpe_vocabulary(tokenizer) is not None
+        refuse_options(tokenizer, *chosen, None if trains else ByteTokenizer.vocabulary)
+    if not trains and options.bpe_sample != DEFAULT_BPE_SAMPLE:
         raise UserError(f"--bpe-sample is for bpe:N, and --tokenizer is {tokenizer}; leave it out")
-    return trains
 
 
-def _asked(options: Options, unit_bytes: int) -> list[object]:
+def _asked(options: Options) -> list[object]:
     """What the fingerprint of a build has beside the files."""
     tokenizer, path = options.tokenizer, given_file(options.tokenizer)
     if path is not None:  # what it is, wherever it lies
@@ -294,8 +220,8 @@ def _asked(options: Options, unit_bytes: int) -> list[object]:
         asked.append({"duplicates": options.duplicates})
     if options.pack is not None:
         asked.append({"pack": options.pack, "window": window_of(options.pack)})
-    if unit_bytes != UNIT_BYTES:
-        asked.append({"unit_bytes": unit_bytes})
+    if options.unit_bytes != UNIT_BYTES:
+        asked.append({"unit_bytes": options.unit_bytes})
     return asked
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "UnreadableError",
     "format_of",
     "is_plain",
+    "of_programs",
     "read_documents",
     "template_of",
 ]
@@ -46,6 +47,9 @@ _FILES: dict[str, Callable[[SourceFile, Template, Tokenizer | None], Iterator[Do
     PARQUET: lambda file, template, tokenizer: read_parquet(file, template),
     **dict.fromkeys(TOKENS, lambda file, template, tokenizer: read_tokens(file, tokenizer)),
 }
+_OF_PROGRAMS = {".csv": frozenset({NO_COLUMN}), ".json": frozenset({NO_FIELD, NO_RECORD})}
+"""Where nothing else is wrong with it, a file of the suffix is figures or settings of some program,
+more often than text."""
 SUFFIXES = (*_TEXT, *_FILES)
 """Of what can be read, in lower case; the text ones may be followed by one of `COMPRESSED`."""
 
@@ -65,6 +69,11 @@ def format_of(name: str) -> tuple[str, str]:
 def is_plain(name: str) -> bool:
     """Whether a file of this name is one document, and has no records."""
     return format_of(name)[0] in _PLAIN
+
+
+def of_programs(name: str) -> frozenset[str]:
+    """Kinds of errors for which a file of this name is taken for none of text."""
+    return _OF_PROGRAMS.get(format_of(name)[0], frozenset())
 
 
 def read_documents(

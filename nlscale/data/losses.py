@@ -9,11 +9,11 @@ from typing import Any
 from nlscale.data.documents import (
     NO_COLUMN,
     NO_FIELD,
-    NO_RECORD,
     Document,
     SourceFile,
     format_of,
     is_plain,
+    of_programs,
 )
 from nlscale.data.formats.tokens import NO_TOKENIZER
 from nlscale.data.index import LeftOut, LostFile, LostFiles, Skipped, SkippedDocument
@@ -122,8 +122,8 @@ class Losses:
         source.seen += 1
         self._unread += left.bytes if self._found.judged[file.group] else 0
         path = str(file.path)
-        if kind == NO_COLUMN and format_of(file.path.name)[0] == ".csv":
-            self._leave(file, why)  # figures of some program, more often than text
+        if kind in of_programs(file.path.name):
+            self._leave(file, why)
             return
         if kind:
             after = f", after document {kept:,}" if kept else ""
@@ -142,7 +142,7 @@ class Losses:
     def _none(self, file: SourceFile, here: Tally) -> None:
         """A file of records none of which can be read: lost, or settings of some program."""
         path, why = str(file.path), here.first[0][1]
-        if format_of(file.path.name)[0] == ".json" and here.kinds.keys() <= {NO_FIELD, NO_RECORD}:
+        if here.kinds.keys() <= of_programs(file.path.name):
             self._leave(file, why)
             return
         source = self._sources[file.group]
@@ -153,8 +153,11 @@ class Losses:
     def _leave(self, file: SourceFile, why: str) -> None:
         """A file is found to be none of text when it is read."""
         self._unread += file.size if self._found.judged[file.group] else 0
-        kind = f"{format_of(file.path.name)[0]} without {self._text_field!r}"
-        self._found.leave(kind, str(file.path), file.size, why)
+        self._found.leave(self._without(file.path.name), str(file.path), file.size, why)
+
+    def _without(self, name: str) -> str:
+        """The kind of a file of this name that is left out for what it lacks."""
+        return f"{format_of(name)[0]} without {self._text_field!r}"
 
     def check(self, most: float | None) -> None:
         """See whether too much was lost.
@@ -215,7 +218,7 @@ class Losses:
     def _remedy(self, lost: Tally) -> str:
         """What helps where the text has another name."""
         kinds = {NO_FIELD, NO_COLUMN, "no readable record"}
-        kinds |= {f"{suffix} without {self._text_field!r}" for suffix in (".json", ".csv")}
+        kinds |= {self._without(name) for kind in lost.kinds.values() for name, _ in kind.first}
         helps = (
             "name the field of the text with --text-field, " if kinds & lost.kinds.keys() else ""
         )

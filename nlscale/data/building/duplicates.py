@@ -6,8 +6,8 @@ numbers of the others: however often a document is repeated, a range has few rec
 of hashes is read from all runs, so that as many ranges as it takes keep the memory small: each
 finds its own duplicates, and they are noted by unit.
 
-Documents of text are compared by their text, those of tokens by their ids; a mask that all of a
-text is in is none.
+Documents are compared by their text, and those of tokens by their ids too, where the text does not
+show all of them. A mask that all of a text is in is none.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from nlscale.data.building.work import DUPLICATES, SURVEY, Making, Work
 from nlscale.data.documents import Document
+from nlscale.data.encoders.base import Tokenizer
 from nlscale.data.progress import Advance
 from nlscale.data.spans import normalized
 
@@ -35,11 +36,17 @@ SAME, EARLIER = "came before in the same source", "came before in an earlier sou
 
 
 class Hashes:
-    """Writes the hashes of a unit's documents. Raises OSError."""
+    """Writes the hashes of a unit's documents. Raises OSError.
 
-    def __init__(self, making: Making) -> None:
+    Args:
+        making: the folder of the unit.
+        tokenizer: that has made those that are tokens; None: there are none.
+    """
+
+    def __init__(self, making: Making, tokenizer: Tokenizer | None) -> None:
         self._files, self._making = ExitStack(), making
         self._runs: list[int] = []
+        self._tokenizer = tokenizer
         self._out = self._files.enter_context(making.file(_HASHES))
         self._again = self._files.enter_context(making.file(_AGAIN))
         self._digests = bytearray()
@@ -48,7 +55,7 @@ class Hashes:
 
     def add(self, document: Document, number: int, group: int) -> None:
         """The next document: its number in the unit, and its source."""
-        self._digests += _digest(document)
+        self._digests += _digest(document, self._tokenizer)
         self._numbers.append(number)
         self._groups.append(group)
         if len(self._numbers) == _RUN:
@@ -77,18 +84,24 @@ class Hashes:
         self._groups.clear()
 
 
-def _digest(document: Document) -> bytes:
+def _digest(document: Document, tokenizer: Tokenizer | None) -> bytes:
     """The same of documents that are duplicates, 16 bytes."""
-    digest = hashlib.blake2b(document.data if document.tokens is None else b"", digest_size=16)
+    digest = hashlib.blake2b(document.data, digest_size=16)
     spans = normalized(document.spans, len(document.text))
     if spans is not None:  # no text holds 0xFF
         digest.update(b"\xff" + repr(spans).encode())
     if document.tokens is not None:
         ids, counted = document.tokens
-        digest.update(b"\xff" + ids.tobytes())
         if counted is not None and not counted.all():
             digest.update(b"\xff" + counted.tobytes())
+        if _hides(document.text, ids, tokenizer):
+            digest.update(b"\xffids" + ids.tobytes())
     return digest.digest()
+
+
+def _hides(text: str, ids: NDArray, tokenizer: Tokenizer | None) -> bool:
+    """Whether a text does not show all of its tokens: parts of characters, or special ones."""
+    return "\ufffd" in text or (tokenizer is not None and tokenizer.decode(ids) != text)
 
 
 def _differs(records: NDArray, *fields: str) -> NDArray[np.bool_]:

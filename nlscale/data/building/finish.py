@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from nlscale.data.building.duplicates import reasons
+from nlscale.data.building.options import DROP
 from nlscale.data.building.settle import settled_of
 from nlscale.data.building.tokens import counts_of
-from nlscale.data.building.units import DROP
 from nlscale.data.building.work import INDEX, TOKENS, Changed, Work
 from nlscale.data.folder import finish as finish_folder
 from nlscale.data.hashed import sync_folder

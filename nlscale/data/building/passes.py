@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from nlscale.data.building.duplicates import hashed_bytes, ranges
 from nlscale.data.building.finish import finish
+from nlscale.data.building.options import DROP
 from nlscale.data.building.pool import run_pass
 from nlscale.data.building.settle import settle, settled_of, survey_of
 from nlscale.data.building.survey import Survey
-from nlscale.data.building.units import DROP
 from nlscale.data.building.work import DUPLICATES, INDEX, SURVEY, TOKENS, Work
 from nlscale.data.index import Index
 from nlscale.data.progress import phase

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from nlscale.data.building import duplicates
+from nlscale.data.building.options import DROP
 from nlscale.data.building.survey import Survey
-from nlscale.data.building.units import DROP
 from nlscale.data.building.work import SETTLED, Work
 from nlscale.data.folder import clear
 from nlscale.data.hashed import sha256_of

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from nlscale.data.building.duplicates import Hashes
-from nlscale.data.building.units import DROP, Plan, Unit, found_of, losses_of
+from nlscale.data.building.options import DROP
+from nlscale.data.building.units import Plan, Unit, found_of, losses_of
 from nlscale.data.building.work import SURVEY, Making, Work
 from nlscale.data.documents import Document, SourceFile, UnreadableError, read_documents
 from nlscale.data.losses import Losses
@@ -135,7 +136,7 @@ class _Seen:
         self._cut_off: list[int] = []
         self._files = 0
         drops = options.duplicates == DROP
-        self._hashes = Hashes(making) if drops else None
+        self._hashes = Hashes(making, self._tokenizer) if drops else None
         self._sample = Sample(_share(plan, unit), drops) if options.trains is not None else None
 
     def read(self, file: SourceFile, advance: Advance) -> None:

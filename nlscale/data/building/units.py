@@ -8,48 +8,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nlscale.data.building.options import Options
 from nlscale.data.documents import SourceFile
-from nlscale.data.index import DEFAULT_BPE_SAMPLE, write_json
+from nlscale.data.index import write_json
 from nlscale.data.losses import Losses, judged_bytes_of
 from nlscale.data.sources import Found
 from nlscale.data.tally import Tally
-from nlscale.data.tokenizer import ByteTokenizer
 
-UNIT_BYTES = 256 << 20
-"""Of the sources, in a unit: seconds to minutes of work, and so what a kill can cost."""
 MOST_UNITS = 4096
 """About; with more bytes a unit is larger. A unit has shards of its own."""
-KEEP, DROP = "keep", "drop"
-"""What becomes of documents that came before."""
 _FORM = 2
 """Of the plan, and of what is made of its units. A build of another one is begun anew."""
 _PLAN, _FILES = "plan.json", "files.jsonl"
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a build was asked for; see `nlscale.data.build.build`."""
-
-    sources: list[str]
-    tokenizer: str
-    trains: int | None
-    """Ids of the BPE that is to be trained; None: the tokenizer is there."""
-    held_out: float
-    shard_blocks: int
-    block_tokens: int
-    seed: int
-    text_field: str
-    duplicates: str
-    max_lost: float | None
-    separator: str | None = None
-    vocabulary_multiple: int | None = None
-    bpe_sample: int = DEFAULT_BPE_SAMPLE
-    pack: int | None = None
-
-    @property
-    def given(self) -> bool:
-        """Whether a file describes the tokenizer."""
-        return self.trains is None and self.tokenizer != ByteTokenizer.name
 
 
 @dataclass(frozen=True)
@@ -101,14 +71,12 @@ def cut(files: Sequence[SourceFile], unit_bytes: int) -> list[int]:
     return [count for count in counts if count]
 
 
-def write_plan(
-    folder: Path, identity: str, asked: str, options: Options, found: Found, unit_bytes: int
-) -> Plan:
+def write_plan(folder: Path, identity: str, asked: str, options: Options, found: Found) -> Plan:
     """Cut the files into units, and keep that in a folder, the plan last. Raises OSError."""
     units: list[Unit] = []
     files = iter(found.files)
     with open(folder / _FILES, "wb") as out:
-        for number, count in enumerate(cut(found.files, unit_bytes)):
+        for number, count in enumerate(cut(found.files, options.unit_bytes)):
             at, size = out.tell(), 0
             for _ in range(count):
                 file = next(files)
