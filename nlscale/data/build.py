@@ -123,9 +123,8 @@ def begun(
             identities.append(fingerprint(found.files, asked))
         return _up_to_date(out, index, identities, found, asked_for.max_lost, progress)
     refuse_foreign_shards(out)
-    Losses(found, asked_for.text_field).check_left_out(
-        asked_for.max_lost
-    )  # before hours of reading
+    losses = Losses(found, asked_for.text_field)
+    losses.check_left_out(asked_for.max_lost)  # before hours of reading
     work, only_options = Work(out), fingerprint([], [*asked, beside])
     try:
         out.mkdir(parents=True, exist_ok=True)
