@@ -191,7 +191,7 @@ class Index(_Index, total=False):
     cross-entropy of the validation tokens under the add-one smoothed unigram distribution of
     the train tokens, in bits per UTF-8 byte of validation text: what a model that learns
     nothing but frequencies would reach; with masks, of the tokens that count; None where those of
-    validation stand for no text. `empty_documents` counts documents without a character,
+    validation stand for no text. `empty_documents` counts documents without a character, or token,
     which are left out. `text_field` is what the text of a record was called, or its template; it,
     `lost_files` and `left_out` are not in indexes that earlier versions wrote, nor in those of a
     `task`. Nor is `tokenizer_sha256`, which tells tokenizers apart that have the same name

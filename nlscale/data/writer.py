@@ -212,7 +212,7 @@ class DataWriter:
         self._documents[split] += 1
         self._bytes[split] += len(data)
         self._batch.append((split, text, spans, tokens))
-        self._batch_bytes += len(data)
+        self._batch_bytes += len(data) + (0 if tokens is None else tokens.ids.nbytes)
         if self._batch_bytes >= _BATCH_BYTES:
             self._flush()
 

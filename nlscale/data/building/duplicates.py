@@ -1,5 +1,7 @@
 """Documents that came before: exactly the same text, with the same mask, in the order of sources.
 
+Of tokens that are no whole characters, or stand for no text, the ids have to be the same.
+
 The survey of a unit writes 24 bytes a document, sorted by hash in runs of a million. A range of
 hashes is read from all runs, so that as many ranges as it takes keep the memory small: each finds
 its own duplicates, and they are noted by unit.
@@ -37,7 +39,7 @@ class Hashes:
 
     def add(self, document: Document, number: int, group: int) -> None:
         """The next document: its number in the unit, and its source."""
-        digest = hashlib.blake2b(document.data, digest_size=16)
+        digest = hashlib.blake2b(document.identity, digest_size=16)
         if document.spans is not None:  # no text holds 0xFF
             digest.update(b"\xff" + repr(document.spans).encode())
         if document.tokens is not None and document.tokens.counted is not None:

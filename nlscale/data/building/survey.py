@@ -35,8 +35,9 @@ class Key(NamedTuple):
     sample: int
 
 
-def key_of(data: bytes, seed: int) -> Key:
-    """Of a document in UTF-8."""
+def key_of(document: Document, seed: int) -> Key:
+    """Of the text of a document, or of its ids where they stand for none."""
+    data = document.data or document.identity
     salt = (seed % (1 << 64)).to_bytes(8, "little")
     digest = hashlib.blake2b(data, digest_size=16, salt=salt).digest()
     return Key(int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little"))
@@ -157,10 +158,10 @@ class _Seen:
             self._losses.lose(document)
             return
         self._losses.keep()
-        if not document.data:
+        if document.empty:
             self._empty += 1
             return
-        key = key_of(document.data, self._seed)
+        key = key_of(document, self._seed)
         if self._hashes is not None:
             self._hashes.add(document, self._documents, file.group)
         self._documents += 1

@@ -98,9 +98,9 @@ class _Unit:
         content, threshold = Content(), self._settled["threshold"]
         with suppress(UnreadableError):  # which ends the file where it ended it before
             for document in read_documents(file, self._options.text_field, self._given):
-                if not document.data:
+                if document.empty:
                     continue
-                key = key_of(document.data, self._options.seed)
+                key = key_of(document, self._options.seed)
                 content.add(key, document)
                 if self._seen == documents:
                     raise _changed(file)

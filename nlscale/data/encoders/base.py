@@ -68,6 +68,10 @@ class Tokenizer(ABC):
         """As `decode`, without the tokens that control a model and stand for no text."""
         return self.decode(ids)
 
+    def loses(self, ids: NDArray, text: str) -> bool:
+        """Whether others than these ids, which are known, may have the `text` that they have."""
+        return "\ufffd" in text or (not text and len(ids) > 0)
+
     def known(self) -> NDArray[np.bool_]:
         """Which ids there is a token for, [vocabulary]: not the gaps, nor the padding behind."""
         return np.ones(self.vocabulary, dtype=np.bool_)

@@ -130,6 +130,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def text(self, ids: ArrayLike) -> str:
         return self._carrier.decode(self._checked(ids).tolist(), skip_special_tokens=True)
 
+    def loses(self, ids: NDArray, text: str) -> bool:
+        return super().loses(ids, text) or bool(self._special[ids].any())
+
     def known(self) -> NDArray[np.bool_]:
         known = np.zeros(self.vocabulary, dtype=np.bool_)
         known[list(self._carrier.get_vocab().values())] = True
