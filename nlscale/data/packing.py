@@ -34,12 +34,14 @@ class Packer:
     """Makes samples of documents, a window of them at a time, in the order of the stream.
 
     Documents of more than S tokens are cut into pieces of S; the last piece is packed as a document
-    is. The samples of a window come in the order in which the first document of each came, and so
-    do the documents in a sample: nothing about lengths shows in either. The same documents in the
-    same order give the same samples.
+    is, unless it is the separator alone, which would end nothing there and is left out. The samples
+    of a window come in the order in which the first document of each came, and so do the documents
+    in a sample: nothing about lengths shows in either. The same documents in the same order give
+    the same samples.
 
     The first token of a sample does not count. As a target it belongs to the sample before, where
-    its document is not.
+    its document is not. Nor does the first token of a piece that goes on with a document, wherever
+    in a sample it stands: what comes before it there is another document.
 
     Args:
         sample_tokens: S, the tokens of a sample, at least 1.
@@ -47,7 +49,8 @@ class Packer:
         window: tokens of a window: once that many are held, or `MOST_WINDOW_PIECES` documents, they
             are packed; None: `window_of` S.
 
-    Fields: `samples` (so far), `cut` (documents that were cut), `padding` (tokens that fill up).
+    Fields: `samples` (so far), `cut` (documents of several pieces), `padding` (tokens that fill
+    up).
 
     Raises:
         ValueError: S or the window is below 1.
@@ -70,11 +73,18 @@ class Packer:
             mask: [count], which of them count; None: all.
         """
         mask = np.ones(len(ids), dtype=np.bool_) if mask is None else mask
-        self.cut += len(ids) > self._size
-        for start in range(0, len(ids), self._size):
-            piece = slice(start, start + self._size)
-            self._pieces.append((ids[piece], mask[piece]))
-        self._held += len(ids)
+        end = len(ids)
+        if end > 1 and (end - 1) % self._size == 0 and ids[-1] == self._separator:
+            end -= 1  # it would be a piece of its own
+        self.cut += end > self._size
+        for start in range(0, end, self._size):
+            piece = slice(start, min(end, start + self._size))
+            counts = mask[piece]
+            if start:
+                counts = counts.copy()
+                counts[0] = False
+            self._pieces.append((ids[piece], counts))
+        self._held += end
         if self._held >= self.window or len(self._pieces) >= MOST_WINDOW_PIECES:
             yield from self.close()
 
