@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 KEY, EXAMPLE = "data.dir", "s3://bucket/data"
 SLOWEST = 100_000
 """Bytes a second, on the average of a file, below which its transfer is given up."""
+LARGEST_SMALL = 512 << 20
+"""Bytes of a file that is read whole: the index of some two million shards."""
 _PIECE = 4 << 20
 """Bytes that are asked for at a time; it is of these that one must come within the timeout where
 the client gives no fewer."""
@@ -43,7 +45,7 @@ class Missing(ServiceError):
 
 
 class Refused(ServiceError):
-    """The service does not allow it, which asking again does not change."""
+    """What asking again does not change: the service does not allow it, or sends without end."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Service:
         """A small file, whole.
 
         Raises:
-            Missing: it is not there.
+            Missing: it is not there. Refused: it is larger than `LARGEST_SMALL`, or not allowed.
             ServiceError: the service fails, as often as it may.
         """
         return self.again(name, lambda: b"".join(self.pieces(name)))
@@ -114,12 +116,12 @@ class Service:
 
         Args:
             name: of the file.
-            size: of it, where that is known: more is not read, and the time is limited.
+            size: of it: more is not read; None: not known, and it is at most `LARGEST_SMALL`. The
+                time is that for so many bytes, or for those that have come.
 
         Raises:
             Missing, Refused: at once; ServiceError: else.
         """
-        limit = None if size is None else self.patience.of_attempt(size)
         began, got = time.monotonic(), 0
         with _Reading(self._open, name, _READ.get(self._protocol, {})) as reading:
             while True:
@@ -137,10 +139,12 @@ class Service:
                 yield piece
                 if size is not None and got > size:
                     return
-                if limit is not None and time.monotonic() - began > limit:
-                    raise ServiceError(
-                        f"it is too slow: {got:,} of {size or 0:,} bytes in {limit:.0f} s"
-                    )
+                if size is None and got > LARGEST_SMALL:
+                    raise Refused(f"it sends more than the {LARGEST_SMALL:,} bytes it may have")
+                limit = self.patience.of_attempt(got if size is None else size)
+                if time.monotonic() - began > limit:
+                    of = "" if size is None else f" of {size:,}"
+                    raise ServiceError(f"it is too slow: {got:,}{of} bytes in {limit:.3g} s")
         if size is not None and got < size:
             raise ServiceError(f"it ended after {got:,} of {size:,} bytes")
 

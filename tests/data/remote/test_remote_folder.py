@@ -17,7 +17,7 @@ from data.remote.servers import Server
 from nlscale.config.vocabulary import CacheConfig
 from nlscale.data import BatchReader, Samples, TokenShards, read_index
 from nlscale.data.remote import service
-from nlscale.data.remote.service import Patience
+from nlscale.data.remote.service import Patience, Service
 from nlscale.data.tokenizer import load_tokenizer
 from nlscale.errors import UserError
 
@@ -132,12 +132,32 @@ def test_a_slow_server_is_waited_for_within_bounds(
     patience = Patience(timeout=10, retries=2)
     assert patience.of_attempt(1_000_000) == 10 + 10
     assert patience.most(1_000_000) == 3 * 20 + 0.01 + 0.02
-    monkeypatch.setattr(Patience, "of_attempt", lambda self, size: 0.0)
     there = opened(server, tmp_path / "two", retries=0)
+    monkeypatch.setattr(Patience, "of_attempt", lambda self, size: 0.0)
     with pytest.raises(
         UserError, match=r"it is too slow: [\d,]+ of [\d,]+ bytes in .*; 1 attempt "
     ):
         there.read(0, there.tokens)
+
+
+def test_an_index_that_drips_is_given_up(server: Server) -> None:
+    """Whose size nobody knows before: what has come must have come fast enough."""
+    server.always["index.json"] = "drip"
+    for read in (read_index, lambda url, patience: Service(url, patience).read("index.json")):
+        with pytest.raises(
+            UserError, match=r"index\.json: it is too slow: \d+ bytes in 0\.3 s; 2 attempts"
+        ):
+            read(server.url, Patience(0.3, 1))
+    assert server.asked["index.json"] == 4
+
+
+def test_an_index_without_an_end_is_given_up(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "LARGEST_SMALL", 100)
+    with pytest.raises(UserError, match=r"index\.json: it sends more than the 100 bytes it may"):
+        read_index(server.url, Patience(2.0, 3))
+    assert server.asked["index.json"] == 1, "asking again would change nothing"
 
 
 def test_nobody_answers(tmp_path: Path) -> None:
