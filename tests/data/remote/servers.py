@@ -90,6 +90,7 @@ _FAULTS: dict[str, Callable[[bytes], bytes]] = {
     "slow": lambda data: data,
     "mute": lambda data: b"",
     "drip": lambda data: b"",
+    "page": lambda data: b"<html>log in, please</html>",
     "stall": lambda data: data[: len(data) // 2],
     "cut": lambda data: data[: len(data) // 2],
     "short": lambda data: data[: len(data) // 2],
