@@ -9,13 +9,25 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Sample = tuple[NDArray[Any], NDArray[np.bool_]]
 """The token ids of a sample and which of them count as targets, each [S]."""
+
+
+class _Piece(NamedTuple):
+    """Ids of a document, [count], which of them count, [count], and the bytes of text of these."""
+
+    ids: NDArray[Any]
+    counts: NDArray[np.bool_]
+    bytes: int
+    first: int
+    """Of its first token, if that counts."""
+
+
 WINDOW_SAMPLES = 1024
 """Samples that a window of documents fills, unless `MOST_WINDOW_TOKENS` are fewer: the room into
 which no document of it fits is small beside so many."""
@@ -50,7 +62,7 @@ class Packer:
             are packed; None: `window_of` S.
 
     Fields: `samples` (so far), `cut` (documents of several pieces), `padding` (tokens that fill
-    up).
+    up), `counted_bytes` (of text, that the tokens which count stand for).
 
     Raises:
         ValueError: S or the window is below 1.
@@ -60,18 +72,25 @@ class Packer:
         self.window = window_of(sample_tokens) if window is None else window
         if min(sample_tokens, self.window) < 1:
             raise ValueError(f"samples of {sample_tokens} tokens and a window of {self.window}")
-        self.samples = self.cut = self.padding = 0
+        self.samples = self.cut = self.padding = self.counted_bytes = 0
         self._size, self._separator = sample_tokens, separator
-        self._pieces: list[Sample] = []
+        self._pieces: list[_Piece] = []
         self._held = 0
 
-    def add(self, ids: NDArray[Any], mask: NDArray[np.bool_] | None = None) -> Iterator[Sample]:
+    def add(
+        self,
+        ids: NDArray[Any],
+        mask: NDArray[np.bool_] | None = None,
+        sizes: NDArray[np.int64] | None = None,
+    ) -> Iterator[Sample]:
         """Take a document, and give the samples of a window that it has filled.
 
         Args:
             ids: of the document, its separator among them, [count]; samples are of their dtype.
             mask: [count], which of them count; None: all.
+            sizes: [count], bytes of text that each stands for; None: of none.
         """
+        sizes = np.zeros(len(ids), dtype=np.int64) if sizes is None else sizes
         mask = np.ones(len(ids), dtype=np.bool_) if mask is None else mask
         end = len(ids)
         if end > 1 and (end - 1) % self._size == 0 and ids[-1] == self._separator:
@@ -83,7 +102,8 @@ class Packer:
             if start:
                 counts = counts.copy()
                 counts[0] = False
-            self._pieces.append((ids[piece], counts))
+            of_each = sizes[piece] * counts
+            self._pieces.append(_Piece(ids[piece], counts, int(of_each.sum()), int(of_each[0])))
         self._held += end
         if self._held >= self.window or len(self._pieces) >= MOST_WINDOW_PIECES:
             yield from self.close()
@@ -91,17 +111,19 @@ class Packer:
     def close(self) -> Iterator[Sample]:
         """The samples of what is held: nothing is, after it."""
         pieces, self._pieces, self._held = self._pieces, [], 0
-        for numbers in best_fit([len(ids) for ids, _ in pieces], self._size):
+        for numbers in best_fit([len(ids) for ids, *_ in pieces], self._size):
             yield self._sample([pieces[number] for number in numbers])
 
-    def _sample(self, pieces: list[Sample]) -> Sample:
-        ids = np.full(self._size, self._separator, dtype=pieces[0][0].dtype)
+    def _sample(self, pieces: list[_Piece]) -> Sample:
+        ids = np.full(self._size, self._separator, dtype=pieces[0].ids.dtype)
         counts = np.zeros(self._size, dtype=np.bool_)
         end = 0
-        for piece, mask in pieces:
-            start, end = end, end + len(piece)
-            ids[start:end], counts[start:end] = piece, mask
+        for piece in pieces:
+            start, end = end, end + len(piece.ids)
+            ids[start:end], counts[start:end] = piece.ids, piece.counts
+            self.counted_bytes += piece.bytes
         counts[0] = False
+        self.counted_bytes -= pieces[0].first
         self.samples += 1
         self.padding += self._size - end
         return ids, counts

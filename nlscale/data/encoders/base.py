@@ -93,6 +93,16 @@ class Tokenizer(ABC):
         """
         return tokens_that_count(text, spans, ids, self._lengths)
 
+    def sizes(self, text: str, ids: NDArray) -> NDArray[np.int64]:
+        """UTF-8 bytes of a text that each of its tokens stands for, [tokens]: its own, or as many
+        as the token was made of.
+
+        Args:
+            text: of a document.
+            ids: its tokens, as `encode` gives them, or as they were when it was read as tokens.
+        """
+        return self._lengths[ids]
+
     @cached_property
     def _lengths(self) -> NDArray[np.int64]:
         return self.byte_lengths()
