@@ -19,7 +19,7 @@ import uuid
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from nlscale.config.urls import Location, inside
+from nlscale.config.urls import Location, inside, is_url
 from nlscale.data.index_form import IndexFormError, check
 from nlscale.data.remote.service import Missing, Patience, read_small
 from nlscale.errors import UserError
@@ -191,7 +191,7 @@ class Index(_Index, total=False):
     cross-entropy of the validation tokens under the add-one smoothed unigram distribution of
     the train tokens, in bits per UTF-8 byte of validation text: what a model that learns
     nothing but frequencies would reach; with masks, of the tokens that count; None where those of
-    validation stand for no text. `empty_documents` counts documents without a character,
+    validation stand for no text. `empty_documents` counts documents without a character, or token,
     which are left out. `text_field` is what the text of a record was called, or its template; it,
     `lost_files` and `left_out` are not in indexes that earlier versions wrote, nor in those of a
     `task`. Nor is `tokenizer_sha256`, which tells tokenizers apart that have the same name
@@ -220,9 +220,11 @@ def read_index(directory: Location, patience: Patience | None = None) -> Index:
             what cannot be, such as the name of a file elsewhere.
     """
     path = inside(directory, INDEX_NAME)
+    again = (
+        "copy the folder there again" if is_url(directory) else "build it again with --overwrite"
+    )
     try:
-        text = read_small(directory, INDEX_NAME, patience)
-        index: Any = json.loads(text, parse_constant=_no_number)
+        index = read_small(directory, INDEX_NAME, patience)
     except Missing:
         raise UserError(
             f"no data at {directory}: there is no {INDEX_NAME}; build it in a folder of this "
@@ -239,20 +241,18 @@ def read_index(directory: Location, patience: Patience | None = None) -> Index:
             f"nlscale data build --source PATH --tokenizer bytes --out {directory}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}; build it again with --overwrite") from None
+        raise UserError(f"cannot read {path}: {error}; {again}") from None
     found = index.get("format") if isinstance(index, dict) else None
     if type(found) is not int or found not in (FORMAT, MASKED_FORMAT):
         said = found if type(found) is int else f"a {type(found).__name__}"
         raise UserError(
             f"{path} has format {said}, this version reads formats {FORMAT} and {MASKED_FORMAT}; "
-            "build it again with --overwrite"
+            f"{again}"
         )
     try:
         check(index, masked=found == MASKED_FORMAT)
     except IndexFormError as error:
-        raise UserError(
-            f"{path} cannot be used: {error}; restore it, or build the data again with --overwrite"
-        ) from None
+        raise UserError(f"{path} cannot be used: {error}; restore it, or {again}") from None
     return cast(Index, index)
 
 
@@ -260,10 +260,6 @@ def tokenizer_of(index: Index) -> str | None:
     """The name and the sha256 of its tokenizer; None: an earlier version wrote the index."""
     digest = index.get("tokenizer_sha256")
     return None if digest is None else f"{index['tokenizer']} sha256:{digest}"
-
-
-def _no_number(word: str) -> None:
-    raise ValueError(f"{word} is no number")
 
 
 def write_json(path: Path, value: Any) -> None:

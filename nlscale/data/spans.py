@@ -119,6 +119,22 @@ def tokens_at_that_count(
     return np.append(before[ends] > before[starts], counts[-1])
 
 
+def sizes_at(text: str, at: list[tuple[int, int]]) -> NDArray[np.int64]:
+    """UTF-8 bytes of a text that each token was made of, [tokens]: together all of the text.
+
+    Those of a character that several tokens were made of are the first one's, and those of which
+    none was made the next one's, or the last one's.
+
+    Args:
+        text: of the document.
+        at: as of `tokens_at_that_count`, at least one.
+    """
+    ends = np.maximum.accumulate(np.array([end for _, end in at], dtype=np.int64))
+    ends[-1] = len(text)
+    before = np.concatenate([[0], np.cumsum(_widths(text))])
+    return np.diff(before[ends], prepend=0)
+
+
 def _characters(count: int, spans: Spans) -> NDArray[np.bool_]:
     """Whether each character is in a span."""
     edges = np.zeros(count + 1, dtype=np.int64)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nlscale.config.urls import Location, is_url
+from nlscale.config.urls import Location, inside, is_url
 from nlscale.data.encoders.base import (
     END_OF_TEXT,
     LARGEST_VOCABULARY,
@@ -23,6 +23,7 @@ from nlscale.data.encoders.huggingface import (
     train_bpe,
 )
 from nlscale.data.encoders.plain import ByteTokenizer, SymbolTokenizer
+from nlscale.data.index import read_index
 from nlscale.data.remote.service import copied
 from nlscale.errors import UserError
 
@@ -90,11 +91,18 @@ def load_tokenizer(directory: Location) -> Tokenizer:
     """The tokenizer saved in `directory` (a data folder, for example, or a URL of one).
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is none, or it cannot be read; or behind a URL it is not that of the index.
     """
     if is_url(directory):
         with copied(directory, TOKENIZER_NAME, SETTINGS_NAME) as here:
-            return load_tokenizer(here)
+            tokenizer = load_tokenizer(here)
+        digest = read_index(directory).get("tokenizer_sha256", tokenizer.identity())
+        if digest != tokenizer.identity():
+            raise UserError(
+                f"{inside(directory, TOKENIZER_NAME)} has not made the data there: its sha256 is "
+                f"{tokenizer.identity()}, the index says {digest}; copy the folder there again"
+            )
+        return tokenizer
     return read_tokenizer(Path(directory) / TOKENIZER_NAME)
 
 

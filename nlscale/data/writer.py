@@ -187,6 +187,7 @@ class DataWriter:
             self._packers = {split: Packer(pack, encoder.separator) for split in SPLITS}
         self._documents = dict.fromkeys(SPLITS, 0)
         self._bytes = dict.fromkeys(SPLITS, 0)
+        self._counted = dict.fromkeys(SPLITS, 0)
         self._batch: list[tuple[str, str, Spans | None, Tokens | None]] = []
         self._batch_bytes = 0
 
@@ -242,7 +243,7 @@ class DataWriter:
         self._flush()  # documents stay in their order
         self._documents[split] += 1
         self._bytes[split] += int(self._lengths[ids].sum())
-        self._write(split, ids, mask)
+        self._write(split, ids, mask, self._lengths[ids])
 
     def close(self) -> None:
         """Finish all shards; the figures below are final after it."""
@@ -286,8 +287,9 @@ class DataWriter:
         return unigram_bits_per_byte(self.counts(), size)
 
     def _counted_bytes(self, split: str) -> int:
-        """Bytes of text that the tokens which count stand for."""
-        return int(self._writers[split].counts @ self._lengths)
+        """Bytes of text that the tokens which count stand for, where there are masks."""
+        packer = self._packers.get(split)
+        return self._counted[split] if packer is None else packer.counted_bytes
 
     def _flush(self) -> None:
         if not self._batch:
@@ -298,15 +300,27 @@ class DataWriter:
             ids, mask = tokens if tokens is not None else (next(encoded), None)
             if spans is not None:
                 mask = self._encoder.counted(text, spans, ids)
-            self._write(split, np.append(ids, self._separator), mask)
+            sizes = None
+            if self._masked:
+                sizes = np.append(self._encoder.sizes(text, ids), 0)  # the separator is no text
+            self._write(split, np.append(ids, self._separator), mask, sizes)
         self._batch.clear()
         self._batch_bytes = 0
 
-    def _write(self, split: str, ids: NDArray, mask: NDArray[np.bool_] | None) -> None:
+    def _write(
+        self,
+        split: str,
+        ids: NDArray,
+        mask: NDArray[np.bool_] | None,
+        sizes: NDArray[np.int64] | None,
+    ) -> None:
+        """Write tokens of a document and, where there are masks, the bytes that each stands for."""
         if not self._packers:
+            if sizes is not None:
+                self._counted[split] += int((sizes if mask is None else sizes[mask]).sum())
             self._writers[split].write(ids, mask)
             return
-        for sample in self._packers[split].add(ids.astype(self._encoder.dtype), mask):
+        for sample in self._packers[split].add(ids.astype(self._encoder.dtype), mask, sizes):
             self._writers[split].write(*sample)
 
 

@@ -51,7 +51,9 @@ def slow_pack(
         held.clear()
 
     for ids, mask in zip(documents, masks, strict=True):
-        held += [(ids[i : i + size], mask[i : i + size]) for i in range(0, len(ids), size)]
+        for i in range(0, len(ids), size):
+            piece = ids[i : i + size], [mask[i] and not i, *mask[i + 1 : i + size]]
+            held += [piece] if not i or piece[0] != [SEPARATOR] else []
         if sum(len(piece) for piece, _ in held) >= window:
             pack()
     pack()
@@ -91,9 +93,11 @@ def test_samples_are_those_of_plain_best_fit(size: int, longest: int, window: in
         samples = packed(packer, documents, masks)
         assert samples == slow_pack(documents, masks, size, window)
         assert packer.samples == len(samples)
-        assert packer.cut == sum(len(ids) > size for ids in documents)
-        tokens = sum(map(len, documents))
-        assert packer.padding == len(samples) * size - tokens
+        # those of 1, 2, ... whole samples of text leave out their separator
+        left_out = [len(ids) > 1 and (len(ids) - 1) % size == 0 for ids in documents]
+        lengths = [len(ids) - out for ids, out in zip(documents, left_out, strict=True)]
+        assert packer.cut == sum(length > size for length in lengths)
+        assert packer.padding == len(samples) * size - sum(lengths)
 
 
 def test_documents_that_fit_stay_whole() -> None:
@@ -111,6 +115,20 @@ def test_the_first_token_of_a_sample_and_what_fills_it_up_do_not_count() -> None
     ((ids, counts),) = packer.add(np.array([7, 8, 9, 0]), np.array([True, False, True, True]))
     assert ids.tolist() == [5, 6, 0, 7, 8, 9, 0, 0]
     assert counts.tolist() == [False, True, True, True, False, True, True, False]
+
+
+def test_the_rest_of_a_document_begins_nothing_that_counts() -> None:
+    """Its first token would be predicted from another document; so would a lone separator."""
+    packer = Packer(8, SEPARATOR, 100)
+    for document in ([5, 0], [*range(11, 22), 0], [*range(31, 39), 0]):
+        assert not list(packer.add(np.array(document)))
+    samples = [(ids.tolist(), counts.astype(int).tolist()) for ids, counts in packer.close()]
+    assert samples == [
+        ([5, 0, 19, 20, 21, 0, 0, 0], [0, 1, 0, 1, 1, 1, 0, 0]),
+        ([*range(11, 19)], [0, 1, 1, 1, 1, 1, 1, 1]),
+        ([*range(31, 39)], [0, 1, 1, 1, 1, 1, 1, 1]),
+    ]
+    assert (packer.cut, packer.padding) == (1, 2)
 
 
 def test_room_is_used_well() -> None:

@@ -6,8 +6,8 @@ numbers of the others: however often a document is repeated, a range has few rec
 of hashes is read from all runs, so that as many ranges as it takes keep the memory small: each
 finds its own duplicates, and they are noted by unit.
 
-Documents are compared by their text, and those of tokens by their ids too, where the text does not
-show all of them. A mask that all of a text is in is none.
+Documents are compared by their text; of tokens that are no whole characters, or stand for no text,
+the ids have to be the same. A mask that all of a text is in is none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from nlscale.data.building.work import DUPLICATES, SURVEY, Making, Work
 from nlscale.data.documents import Document
-from nlscale.data.encoders.base import Tokenizer
 from nlscale.data.progress import Advance
 from nlscale.data.spans import normalized
 
@@ -40,13 +39,11 @@ class Hashes:
 
     Args:
         making: the folder of the unit.
-        tokenizer: that has made those that are tokens; None: there are none.
     """
 
-    def __init__(self, making: Making, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, making: Making) -> None:
         self._files, self._making = ExitStack(), making
         self._runs: list[int] = []
-        self._tokenizer = tokenizer
         self._out = self._files.enter_context(making.file(_HASHES))
         self._again = self._files.enter_context(making.file(_AGAIN))
         self._digests = bytearray()
@@ -55,7 +52,7 @@ class Hashes:
 
     def add(self, document: Document, number: int, group: int) -> None:
         """The next document: its number in the unit, and its source."""
-        self._digests += _digest(document, self._tokenizer)
+        self._digests += _digest(document)
         self._numbers.append(number)
         self._groups.append(group)
         if len(self._numbers) == _RUN:
@@ -84,24 +81,16 @@ class Hashes:
         self._groups.clear()
 
 
-def _digest(document: Document, tokenizer: Tokenizer | None) -> bytes:
+def _digest(document: Document) -> bytes:
     """The same of documents that are duplicates, 16 bytes."""
-    digest = hashlib.blake2b(document.data, digest_size=16)
+    digest = hashlib.blake2b(document.identity, digest_size=16)
     spans = normalized(document.spans, len(document.text))
     if spans is not None:  # no text holds 0xFF
         digest.update(b"\xff" + repr(spans).encode())
-    if document.tokens is not None:
-        ids, counted = document.tokens
-        if counted is not None and not counted.all():
-            digest.update(b"\xff" + counted.tobytes())
-        if _hides(document.text, ids, tokenizer):
-            digest.update(b"\xffids" + ids.tobytes())
+    counted = None if document.tokens is None else document.tokens.counted
+    if counted is not None and not counted.all():
+        digest.update(b"\xff" + counted.tobytes())
     return digest.digest()
-
-
-def _hides(text: str, ids: NDArray, tokenizer: Tokenizer | None) -> bool:
-    """Whether a text does not show all of its tokens: parts of characters, or special ones."""
-    return "\ufffd" in text or (tokenizer is not None and tokenizer.decode(ids) != text)
 
 
 def _differs(records: NDArray, *fields: str) -> NDArray[np.bool_]:

@@ -33,8 +33,9 @@ class Key(NamedTuple):
     sample: int
 
 
-def key_of(data: bytes, seed: int) -> Key:
-    """Of a document in UTF-8."""
+def key_of(document: Document, seed: int) -> Key:
+    """Of the text of a document, or of its ids where they stand for none."""
+    data = document.data or document.identity
     salt = (seed % (1 << 64)).to_bytes(8, "little")
     digest = hashlib.blake2b(data, digest_size=16, salt=salt).digest()
     return Key(int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little"))
@@ -136,7 +137,7 @@ class _Seen:
         self._cut_off: list[int] = []
         self._files = 0
         drops = options.duplicates == DROP
-        self._hashes = Hashes(making, self._tokenizer) if drops else None
+        self._hashes = Hashes(making) if drops else None
         self._sample = Sample(_share(plan, unit), drops) if options.trains is not None else None
 
     def read(self, file: SourceFile, advance: Advance) -> None:
@@ -162,7 +163,7 @@ class _Seen:
         if document.empty:
             self._empty += 1
             return
-        key = key_of(document.data, self._seed)
+        key = key_of(document, self._seed)
         if self._hashes is not None:
             self._hashes.add(document, self._documents, file.group)
         self._documents += 1

@@ -116,7 +116,7 @@ class _Unit:
             for document in read_documents(file, self._options.text_field, self._given):
                 if document.empty:
                     continue
-                key = key_of(document.data, self._options.seed)
+                key = key_of(document, self._options.seed)
                 content.add(key, document)
                 if self._seen == documents:
                     raise self._changed(file)

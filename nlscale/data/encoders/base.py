@@ -68,6 +68,10 @@ class Tokenizer(ABC):
         """As `decode`, without the tokens that control a model and stand for no text."""
         return self.decode(ids)
 
+    def loses(self, ids: NDArray, text: str) -> bool:
+        """Whether others than these ids, which are known, may have the `text` that they have."""
+        return "\ufffd" in text or (not text and len(ids) > 0)
+
     def known(self) -> NDArray[np.bool_]:
         """Which ids there is a token for, [vocabulary]: not the gaps, nor the padding behind."""
         return np.ones(self.vocabulary, dtype=np.bool_)
@@ -88,6 +92,16 @@ class Tokenizer(ABC):
             ids: its tokens, as `encode` gives them
         """
         return tokens_that_count(text, spans, ids, self._lengths)
+
+    def sizes(self, text: str, ids: NDArray) -> NDArray[np.int64]:
+        """UTF-8 bytes of a text that each of its tokens stands for, [tokens]: its own, or as many
+        as the token was made of.
+
+        Args:
+            text: of a document.
+            ids: its tokens, as `encode` gives them, or as they were when it was read as tokens.
+        """
+        return self._lengths[ids]
 
     @cached_property
     def _lengths(self) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from nlscale.data.encoders.base import (
     LARGEST_VOCABULARY,
     Tokenizer,
 )
-from nlscale.data.spans import Spans, tokens_at_that_count, tokens_that_count
+from nlscale.data.spans import Spans, sizes_at, tokens_at_that_count, tokens_that_count
 from nlscale.errors import UserError
 
 if TYPE_CHECKING:  # imported where it is used: the tasks of data are listed where it is missing
@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # imported where it is used: the tasks of data are listed whe
 
 SEPARATOR_KEY, VOCABULARY_KEY = "nlscale_separator", "nlscale_vocabulary"
 """In tokenizer_config.json: what a build was asked for that the tokenizer.json does not say."""
+BYTE_LEVEL = "ByteLevel"
+"""The decoder of tokens that spell each byte as one character."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -65,7 +67,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._carrier, self._end = carrier, end
         self._padded = vocabulary is not None
         self.separator = separator
-        model = json.loads(carrier.to_str())["model"]
+        content = json.loads(carrier.to_str())
+        model = content["model"]
+        self._of_bytes = BYTE_LEVEL in _steps(content["decoder"])
         self.name = f"{model['type'].lower()}:{carrier.get_vocab_size()}"
         specials = {n: token.content for n, token in added.items() if token.special}
         specials[separator] = end
@@ -105,7 +109,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def byte_lengths(self) -> NDArray[np.int64]:
         lengths = np.zeros(self.vocabulary, dtype=np.int64)
-        if "ByteLevel" not in repr(self._carrier.decoder):
+        if not self._of_bytes:
             return lengths  # pieces of characters, in which no id stands for bytes by itself
         for token, number in self._carrier.get_vocab().items():
             lengths[number] = len(token)  # which spells each byte as one character
@@ -118,17 +122,33 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._lengths[ids].sum() == len(text.encode()):
             return tokens_that_count(text, spans, ids, self._lengths)
         # Ids that do not stand for bytes, or a text that the tokenizer changes before it cuts it.
+        return tokens_at_that_count(len(text), spans, self._places(text))
+
+    def sizes(self, text: str, ids: NDArray) -> NDArray[np.int64]:
+        sizes = self._lengths[ids]
+        if sizes.sum() == len(text.encode()):
+            return sizes
+        places = self._places(text)
+        if len(places) == len(ids):
+            return sizes_at(text, places)
+        # Read as tokens, which were cut elsewhere: about the same each.
+        return np.diff(len(text.encode()) * np.arange(len(ids) + 1) // max(1, len(ids)))
+
+    def _places(self, text: str) -> list[tuple[int, int]]:
+        """Characters [start, end) of a text that each of its tokens was made of, [tokens]."""
         whole = [(0, self._carrier.encode(text, add_special_tokens=False))]
         if self._made[whole[0][1].ids].any():
             whole = list(self._apart(text))
-        at = [(start + a, start + b) for start, piece in whole for a, b in piece.offsets]
-        return tokens_at_that_count(len(text), spans, at)
+        return [(start + a, start + b) for start, piece in whole for a, b in piece.offsets]
 
     def decode(self, ids: ArrayLike) -> str:
         return self._carrier.decode(self._checked(ids).tolist(), skip_special_tokens=False)
 
     def text(self, ids: ArrayLike) -> str:
         return self._carrier.decode(self._checked(ids).tolist(), skip_special_tokens=True)
+
+    def loses(self, ids: NDArray, text: str) -> bool:
+        return super().loses(ids, text) or bool(self._special[ids].any())
 
     def known(self) -> NDArray[np.bool_]:
         known = np.zeros(self.vocabulary, dtype=np.bool_)
@@ -172,6 +192,14 @@ def _vocabulary(carrier: hf.Tokenizer, wanted: int | None) -> int:
 def padded(carrier: hf.Tokenizer, multiple: int) -> int:
     """The vocabulary that holds every id and is a multiple."""
     return -(-(max(carrier.get_vocab().values(), default=0) + 1) // multiple) * multiple
+
+
+def _steps(decoder: dict[str, Any] | None) -> list[str]:
+    """The types of what a decoder does, one after another."""
+    if decoder is None:
+        return []
+    inner = [_steps(step) for step in decoder.get("decoders", [])]
+    return [decoder["type"], *(step for steps in inner for step in steps)]
 
 
 def _unknown(model: dict[str, Any]) -> str | None:

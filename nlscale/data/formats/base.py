@@ -57,7 +57,8 @@ class Document(NamedTuple):
     three words, the same for all documents that have it. `spans` are what counts of the text; None:
     all of it does. `tokens` are what it was made of, where that is not text. `left_out` is not None
     where nothing is lost, because what stands there is not to be read: the bytes of it that could
-    be text.
+    be text. `lossy`: others than its tokens may have this text, because some are no whole
+    characters, or no text at all.
     """
 
     name: str
@@ -69,11 +70,7 @@ class Document(NamedTuple):
     spans: Spans | None = None
     tokens: Tokens | None = None
     left_out: int | None = None
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing is in it; tokens of no text, such as special ones, are something."""
-        return not self.data if self.tokens is None else not len(self.tokens.ids)
+    lossy: bool = False
 
     @property
     def masked(self) -> bool:
@@ -81,6 +78,19 @@ class Document(NamedTuple):
         return self.spans is not None or (
             self.tokens is not None and self.tokens.counted is not None
         )
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing of it to learn; tokens may stand for no text and be some."""
+        return not (self.data or self.lossy)
+
+    @property
+    def identity(self) -> bytes:
+        """What another has that is the same but for its mask: its text, or ids that are more."""
+        if self.tokens is None or not self.lossy:
+            return self.data
+        ids = self.tokens.ids  # no text holds 0xFF
+        return b"\xff" + len(ids).to_bytes(8, "little") + ids.tobytes()
 
 
 class UnreadableError(Exception):

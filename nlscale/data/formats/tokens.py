@@ -90,7 +90,8 @@ def read_tokens(file: SourceFile, tokenizer: Tokenizer | None) -> Iterator[Docum
             text = tokenizer.text(ids)
             tokens = Tokens(ids.astype(tokenizer.dtype), counted)
             consumed = found.size // len(pieces)
-            yield Document(name, text, text.encode(), consumed, tokens=tokens)
+            lossy = tokenizer.loses(ids, text)
+            yield Document(name, text, text.encode(), consumed, tokens=tokens, lossy=lossy)
 
 
 def _check(ids: NDArray, known: NDArray[np.bool_], tokenizer: Tokenizer, name: str) -> None:

@@ -5,7 +5,9 @@ folder it came from and whatever lies there by now:
 
     <sha256>                      whole, compared with its sha256 before it got this name
     <sha256>.<bytes>.<id>.partial being fetched; so many bytes are set aside for it
-    locks/<sha256>                held by who fetches it, or waits for who does
+    whole/<sha256>                its size and modification time when that was compared: where they
+                                  are others, somebody has written there, and it is compared again
+    locks/<sha256>                held by who fetches or compares it, and says who that is
     lock                          held while room is made
 
 Locks are the kernel's (flock), which lets go of them when a process is killed. Who reads a shard
@@ -17,7 +19,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -32,7 +36,9 @@ from nlscale.errors import UserError
 
 _PARTIAL = ".partial"
 _LOOK_SECONDS = 0.05
-"""Between two looks whether there is room."""
+"""Between two looks whether there is room, or a lock is free; the first come sooner."""
+_CHUNK = 1 << 20  # bytes that are hashed at once
+_SILENCE = 600.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -52,15 +58,18 @@ class Cache:
     Args:
         directory: which is made; of this machine, where it should be fast.
         size: bytes at most.
+        silence: seconds for which another process that is waited for may do nothing.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or used, because of a process that does nothing.
     """
 
-    def __init__(self, directory: Path, size: int) -> None:
-        self.directory, self.size = directory, size
+    def __init__(self, directory: Path, size: int, silence: float = _SILENCE) -> None:
+        self.directory, self.size, self._silence = directory, size, silence
+        self._known: dict[str, str] = {}
         with self._written():
-            (directory / "locks").mkdir(parents=True, exist_ok=True)
+            for name in ("locks", "whole"):
+                (directory / name).mkdir(parents=True, exist_ok=True)
             with self._locked(directory / "lock"):
                 pass
 
@@ -85,22 +94,30 @@ class Cache:
             patience: seconds to wait for room.
 
         Raises:
-            UserError: the disk is full; there is no room for so long; and what `fetch` raises.
+            UserError: the disk is full; there is no room for so long; who fetches it does nothing;
+                and what `fetch` raises.
         """
         with self._written():
             descriptor = self._present(shard)
             if descriptor is None:
-                with self._locked(self.directory / "locks" / shard["sha256"]):
-                    descriptor = self._present(shard)  # fetched by who held the lock
+                path = self.directory / "locks" / shard["sha256"]
+                with self._locked(path, shard["sha256"]) as lock:
+                    # fetched by who held the lock, or not known to be whole
+                    descriptor = self._present(shard, lock)
                     if descriptor is None:
-                        descriptor = self._fetched(shard, fetch, patience)
+                        descriptor = self._fetched(shard, fetch, patience, lock)
         try:
             yield descriptor
         finally:
             os.close(descriptor)
 
-    def _present(self, shard: Shard) -> int | None:
-        """A shard that is there, held; None: it is not."""
+    def _present(self, shard: Shard, lock: int | None = None) -> int | None:
+        """A shard that is there, held; None: it is not, or not known to be whole.
+
+        Args:
+            shard: that is wanted.
+            lock: on it, of who compares it where that is not known; None: nobody does.
+        """
         path = self.directory / shard["sha256"]
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -108,9 +125,8 @@ class Cache:
             return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-            # of another size where somebody else has written there: it is replaced
-            whole = os.fstat(descriptor).st_size == shard["size_bytes"]
-            if whole and _is(path, descriptor):
+            # another one where somebody else has written there: it is replaced
+            if self._whole(shard, descriptor, lock) and _is(path, descriptor):
                 _use(descriptor)
                 return descriptor
         except BaseException:
@@ -119,17 +135,42 @@ class Cache:
         os.close(descriptor)
         return None
 
-    def _fetched(self, shard: Shard, fetch: Callable[[BinaryIO], None], patience: float) -> int:
+    def _whole(self, shard: Shard, descriptor: int, lock: int | None) -> bool:
+        """Whether an open file is the shard; without a lock, whether that is known."""
+        name, state = shard["sha256"], _state(descriptor)
+        if os.fstat(descriptor).st_size != shard["size_bytes"]:
+            return False
+        if self._known.get(name) == state:
+            return True
+        note = self.directory / "whole" / name
+        with suppress(FileNotFoundError):
+            if note.read_text(errors="replace") == state:
+                self._known[name] = state
+                return True
+        if lock is None or _sha256(descriptor, lock) != name:
+            return False
+        self._note(name, descriptor)
+        return True
+
+    def _note(self, name: str, descriptor: int) -> None:
+        """Remember that an open file is whole: on this machine, and in this process."""
+        self._known[name] = state = _state(descriptor)
+        (self.directory / "whole" / name).write_text(state)
+
+    def _fetched(
+        self, shard: Shard, fetch: Callable[[BinaryIO], None], patience: float, lock: int
+    ) -> int:
         """A shard that was fetched, held."""
         size, final = shard["size_bytes"], self.directory / shard["sha256"]
         partial = self.directory / f"{final.name}.{size}.{uuid.uuid4().hex}{_PARTIAL}"
-        descriptor = self._reserved(partial, size, patience)
+        descriptor = self._reserved(partial, size, patience, lock)
         try:
             with open(descriptor, "wb", closefd=False) as file:
                 fetch(file)
                 file.flush()
-                _use(descriptor)
                 os.fsync(descriptor)  # or the name would outlive the bytes in a crash
+            _use(descriptor)
+            self._note(final.name, descriptor)
             # nobody makes room meanwhile: it is counted once, and held throughout
             with self._locked(self.directory / "lock"):
                 os.rename(partial, final)
@@ -140,7 +181,7 @@ class Cache:
             raise
         return descriptor
 
-    def _reserved(self, partial: Path, size: int, patience: float) -> int:
+    def _reserved(self, partial: Path, size: int, patience: float, lock: int) -> int:
         """A new file for which there is room, held; waits for room for so many seconds."""
         began = time.monotonic()
         while True:
@@ -157,6 +198,7 @@ class Cache:
                     f"{human_bytes(held)} of {human_bytes(self.size)} have been read or fetched by "
                     f"this and other processes for {patience:.0f} s; give a larger data.cache.size"
                 )
+            os.utime(lock)  # a sign of life
             time.sleep(_LOOK_SECONDS)
 
     def _make_room(self, size: int) -> int:
@@ -169,6 +211,7 @@ class Cache:
                 break
             if _remove_unused(entry.path):
                 held -= entry.size
+                (self.directory / "whole" / os.path.basename(entry.path)).unlink(missing_ok=True)
         return held
 
     def _entries(self) -> list[_Entry]:
@@ -180,17 +223,63 @@ class Cache:
                 elif len(file.name) == 64:
                     with suppress(FileNotFoundError):  # removed meanwhile
                         stat = file.stat()
-                        found.append(_Entry(file.path, stat.st_size, stat.st_mtime_ns))
+                        found.append(_Entry(file.path, stat.st_size, stat.st_atime_ns))
         return found
 
     @contextmanager
-    def _locked(self, path: Path) -> Iterator[None]:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    def _locked(self, path: Path, shard: str | None = None) -> Iterator[int]:
+        """Hold a lock; its descriptor. One of a shard, of that sha256, is gone afterwards.
+
+        Raises:
+            UserError: who holds it gives no sign of life.
+        """
+        descriptor = self._taken(path, shard)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
+            yield descriptor
         finally:
+            if shard is not None:
+                path.unlink(missing_ok=True)  # still held: who waits for it sees that it has gone
             os.close(descriptor)
+
+    def _taken(self, path: Path, shard: str | None) -> int:
+        """A lock that is held."""
+        since, seen, pause = time.monotonic(), self._signs(path, shard), 0.001
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is(path, descriptor):
+                    os.ftruncate(descriptor, 0)
+                    os.write(
+                        descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode()
+                    )
+                    return descriptor
+            except BlockingIOError:
+                pass
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+            if time.monotonic() - since > self._silence:
+                since, before, seen = time.monotonic(), seen, self._signs(path, shard)
+                if seen == before:
+                    raise UserError(
+                        f"{path} is held by {seen[0] or 'another process'}, which has done nothing "
+                        f"for {self._silence:.0f} s; let it go on (kill -CONT) or end it, then "
+                        f"start again"
+                    )
+            time.sleep(pause)
+            pause = min(2 * pause, _LOOK_SECONDS)
+
+    def _signs(self, path: Path, shard: str | None) -> tuple[str, ...]:
+        """Who holds a lock, and what changes while they do something."""
+        signs = []
+        with suppress(FileNotFoundError):
+            signs = [path.read_text(errors="replace"), str(path.stat().st_mtime_ns)]
+        for partial in self.directory.glob(f"{shard}.*{_PARTIAL}"):
+            with suppress(FileNotFoundError):
+                signs.append(f"{partial.name} {partial.stat().st_size}")
+        return tuple(signs) or ("",)
 
     @contextmanager
     def _written(self) -> Iterator[None]:
@@ -207,9 +296,25 @@ class Cache:
 
 
 def _use(descriptor: int) -> None:
-    """Make a file the one that was used last."""
+    """Make a file the one that was used last, which its access time says."""
     now = time.time_ns()  # the file system's own clock is coarse
-    os.utime(descriptor, ns=(now, now))
+    os.utime(descriptor, ns=(now, os.fstat(descriptor).st_mtime_ns))
+
+
+def _state(descriptor: int) -> str:
+    """Of an open file what changes when somebody writes there."""
+    stat = os.fstat(descriptor)
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def _sha256(descriptor: int, lock: int) -> str:
+    """Of an open file; the lock that is held meanwhile shows that it goes on."""
+    digest, at = hashlib.sha256(), 0
+    while data := os.pread(descriptor, _CHUNK, at):
+        digest.update(data)
+        at += len(data)
+        os.utime(lock)
+    return digest.hexdigest()
 
 
 def _is(path: Path, descriptor: int) -> bool:

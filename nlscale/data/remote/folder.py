@@ -57,7 +57,9 @@ class RemoteFolder:
     @cached_property
     def cache(self) -> Cache:
         """Where shards are kept, made when the first is wanted. Raises UserError: it cannot be."""
-        return Cache(cache_folder(self.config), self._size)
+        patience = self.service.patience
+        silence = patience.most(0) + patience.timeout  # a fetch without a byte ends before
+        return Cache(cache_folder(self.config), self._size, silence)
 
     def states(self, shards: Sequence[Shard]) -> dict[str, State]:
         """Nothing: the sha256 of a shard is compared whenever it is fetched."""

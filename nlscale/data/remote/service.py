@@ -7,6 +7,7 @@ there or not allowed, or nobody answers.
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import random
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nlscale.config.urls import Location, is_url
 from nlscale.data.remote.opening import ServiceError, open_service, reason
+from nlscale.data.tally import shown
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -28,11 +30,15 @@ if TYPE_CHECKING:
 KEY, EXAMPLE = "data.dir", "s3://bucket/data"
 SLOWEST = 100_000
 """Bytes a second, on the average of a file, below which its transfer is given up."""
+LARGEST_SMALL = 512 << 20
+"""Bytes of a file that is read whole: the index of some two million shards."""
 _PIECE = 4 << 20
 """Bytes that are asked for at a time; it is of these that one must come within the timeout where
 the client gives no fewer."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 """Seconds before the second attempt, doubled before each further one; and at most."""
+_SHOWN = 40
+"""Bytes that are shown of what is no JSON."""
 _WAITING = 2
 """Pieces that may wait to be written."""
 _T = TypeVar("_T")
@@ -43,7 +49,7 @@ class Missing(ServiceError):
 
 
 class Refused(ServiceError):
-    """The service does not allow it, which asking again does not change."""
+    """What asking again does not change: the service does not allow it, or sends without end."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +93,29 @@ class Service:
         self._lock = threading.Lock()
         self._open()
 
-    def read(self, name: str) -> bytes:
-        """A small file, whole.
+    def read(self, name: str) -> tuple[bytes, Any]:
+        """A small file of JSON, whole, and what it says.
+
+        What is no JSON is asked for again: a transfer can be cut without a word, and a service that
+        is overloaded, or wants a login, sends a page.
 
         Raises:
-            Missing: it is not there.
+            Missing: it is not there. Refused: it is larger than `LARGEST_SMALL`, or not allowed.
             ServiceError: the service fails, as often as it may.
         """
-        return self.again(name, lambda: b"".join(self.pieces(name)))
+
+        def attempt() -> tuple[bytes, Any]:
+            data = b"".join(self.pieces(name))
+            try:
+                return data, parse_json(data)
+            except (ValueError, RecursionError) as error:
+                begins = shown(data[:_SHOWN].decode(errors="replace"))
+                size = f"{len(data):,} bytes"
+                raise ServiceError(
+                    f"it sends no JSON, but {size} that begin with {begins!r} ({error})"
+                ) from None
+
+        return self.again(name, attempt)
 
     def listing(self) -> dict[str, int] | None:
         """Bytes by name of what lies there, in one listing; None: the protocol has none."""
@@ -114,12 +135,12 @@ class Service:
 
         Args:
             name: of the file.
-            size: of it, where that is known: more is not read, and the time is limited.
+            size: of it: more is not read; None: not known, and it is at most `LARGEST_SMALL`. The
+                time is that for so many bytes, or for those that have come.
 
         Raises:
             Missing, Refused: at once; ServiceError: else.
         """
-        limit = None if size is None else self.patience.of_attempt(size)
         began, got = time.monotonic(), 0
         with _Reading(self._open, name, _READ.get(self._protocol, {})) as reading:
             while True:
@@ -137,10 +158,12 @@ class Service:
                 yield piece
                 if size is not None and got > size:
                     return
-                if limit is not None and time.monotonic() - began > limit:
-                    raise ServiceError(
-                        f"it is too slow: {got:,} of {size or 0:,} bytes in {limit:.0f} s"
-                    )
+                if size is None and got > LARGEST_SMALL:
+                    raise Refused(f"it sends more than the {LARGEST_SMALL:,} bytes it may have")
+                limit = self.patience.of_attempt(got if size is None else size)
+                if time.monotonic() - began > limit:
+                    of = "" if size is None else f" of {size:,}"
+                    raise ServiceError(f"it is too slow: {got:,}{of} bytes in {limit:.3g} s")
         if size is not None and got < size:
             raise ServiceError(f"it ended after {got:,} of {size:,} bytes")
 
@@ -182,8 +205,17 @@ class Service:
         return Service, (self.url, self.patience)
 
 
-def read_small(directory: Location, name: str, patience: Patience | None = None) -> bytes:
-    """A small file of a data folder, wherever that is.
+def parse_json(data: bytes) -> Any:
+    """What JSON says, of which NaN and Infinity are none. Raises ValueError, RecursionError."""
+    return json.loads(data, parse_constant=_no_number)
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number")
+
+
+def read_small(directory: Location, name: str, patience: Patience | None = None) -> Any:
+    """What a small file of JSON says that lies in a data folder, wherever that is.
 
     Args:
         directory: of the data, or its URL.
@@ -191,20 +223,20 @@ def read_small(directory: Location, name: str, patience: Patience | None = None)
         patience: with a service; None: as a run has it by default.
 
     Raises:
-        OSError: it cannot be read, or is no file.
+        OSError: it cannot be read, or is no file. ValueError, RecursionError: it is no JSON.
         Missing: there is none behind a URL. ServiceError: the service cannot be asked.
     """
     if is_url(directory):
-        return Service(directory, patience or Patience()).read(name)
+        return Service(directory, patience or Patience()).read(name)[1]
     path = Path(directory) / name
     if path.exists() and not path.is_file():
         raise OSError("it is not a file")
-    return path.read_bytes()
+    return parse_json(path.read_bytes())
 
 
 @contextmanager
 def copied(url: str, needed: str, *others: str) -> Iterator[Path]:
-    """Small files behind a URL in a folder that is gone afterwards.
+    """Small files of JSON behind a URL in a folder that is gone afterwards.
 
     Args:
         url: of the data.
@@ -213,10 +245,10 @@ def copied(url: str, needed: str, *others: str) -> Iterator[Path]:
     """
     service = Service(url, Patience())
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / needed).write_bytes(service.read(needed))
+        (Path(folder) / needed).write_bytes(service.read(needed)[0])
         for name in others:
             with suppress(Missing):
-                (Path(folder) / name).write_bytes(service.read(name))
+                (Path(folder) / name).write_bytes(service.read(name)[0])
         yield Path(folder)
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers as hf
 from data.building.builds import corpus, units
 from data.corpora import everything, lines
 from data.formats.sources import tokenizer, write_numpy
 
 from nlscale.data import TokenShards
+from nlscale.data.build import build
 from nlscale.data.building import duplicates
 from nlscale.data.building.duplicates import EARLIER, SAME
 
@@ -142,3 +145,35 @@ def test_tokens_are_compared_as_tokens(tmp_path: Path, drops: bool) -> None:
     assert index["empty_documents"] == 1
     if drops:
         assert index["duplicates"]["count"] == 1
+
+
+def test_tokens_are_the_same_where_their_ids_are(tmp_path: Path) -> None:
+    """Incomplete characters all become U+FFFD, and tokens that control a model no text at all."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(hf.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*specials, *alphabet])}
+    carrier = hf.Tokenizer(hf.models.BPE(vocabulary, []))
+    carrier.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    carrier.decoder = hf.decoders.ByteLevel()
+    carrier.add_special_tokens(specials)
+    carrier.save(str(tmp_path / "tokenizer.json"))
+
+    letters = [carrier.token_to_id(letter) for letter in "abc"]
+    first, second = (carrier.encode(letter).ids[0] for letter in "éā")  # of two bytes each
+    given = [[*letters, first], [*letters, second], letters, [1, 2], [2, 1], [1, 2], [], letters]
+    ids = [number for document in given for number in [*document, 0]]
+    np.save(tmp_path / "a.npy", np.array(ids, dtype="<u2"))
+    for choice, count in (("keep", 7), ("drop", 5)):
+        out = tmp_path / choice
+        named = f"file:{tmp_path}/tokenizer.json"
+        index = build([str(tmp_path / "a.npy")], named, out, held_out=0.3, duplicates=choice)
+        found: list[tuple[int, ...]] = []
+        for split in ("train", "validation"):
+            shards = TokenShards(out, split)
+            text = shards.read(0, shards.tokens).astype("<u2").tolist()
+            ends = [-1, *(i for i, number in enumerate(text) if number == 0)]
+            found += [tuple(text[a + 1 : b]) for a, b in pairwise(ends)]
+        expected = [tuple(document) for document in given if document]
+        assert set(found) == set(expected) and len(found) == count
+        assert index["empty_documents"] == 1
+    assert index["duplicates"]["count"] == 2

@@ -66,6 +66,30 @@ def unigram() -> hf.Tokenizer:
     return carrier
 
 
+def llama() -> hf.Tokenizer:
+    """A BPE of characters, with bytes for others, that puts a space before each text."""
+    carrier = hf.Tokenizer(hf.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    normalizers = [hf.normalizers.Prepend("▁"), hf.normalizers.Replace(" ", "▁")]
+    carrier.normalizer = hf.normalizers.Sequence(normalizers)
+    decoders = [
+        hf.decoders.Replace("▁", " "),
+        hf.decoders.ByteFallback(),
+        hf.decoders.Fuse(),
+        hf.decoders.Strip(" ", 1, 0),
+    ]
+    carrier.decoder = hf.decoders.Sequence(decoders)
+    specials = ["<unk>", "<s>", "</s>"]
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=[*specials, *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
+    )
+    carrier.train_from_iterator(CORPUS, trainer)
+    made = json.loads(carrier.to_str())  # its bytes are no specials
+    made["added_tokens"] = [t for t in made["added_tokens"] if t["content"] in specials]
+    return hf.Tokenizer.from_str(json.dumps(made))
+
+
 MADE: dict[str, tuple[Callable[[], hf.Tokenizer], str | None]] = {
     "bpe": (byte_level, None),
     "wordpiece": (wordpiece, "[SEP]"),
@@ -300,3 +324,62 @@ def test_settings_that_cannot_be(tmp_path: Path, key: str, value: object) -> Non
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({key: value}))
     with pytest.raises(UserError, match=r"tokenizer\.json: "):
         load_tokenizer(tmp_path)
+
+
+def test_bytes_of_each_token_are_those_that_it_was_made_of(tmp_path: Path) -> None:
+    """Also where ids stand for no bytes by themselves: together they are the text."""
+    llama().save(str(tmp_path / "llama.json"))
+    made = read_tokenizer(tmp_path / "llama.json", "</s>")
+    ids = made.encode("the 漢a")
+    assert made.decode(ids) == "the 漢a" and not made.byte_lengths().any()
+    by_id = dict(
+        zip(
+            made.content()["model"]["vocab"].values(), made.content()["model"]["vocab"], strict=True
+        )
+    )
+    spelled = [by_id[number] for number in ids.tolist()]
+    assert spelled[-4:] == ["<0xE6>", "<0xBC>", "<0xA2>", "a"]
+    sizes = made.sizes("the 漢a", ids)
+    assert sizes[-4:].tolist() == [3, 0, 0, 1], "all of the character are the first one's"
+    assert sizes[:-4].sum() == len("the ") and sizes.sum() == len("the 漢a".encode())
+    for kind, (_, end) in MADE.items():
+        tokenizer = read_tokenizer(written(tmp_path / kind, kind), end)
+        for text in TEXTS:
+            sizes = tokenizer.sizes(text, tokenizer.encode(text))
+            assert sizes.sum() == len(text.encode()) and sizes.min() >= 0
+    # tokens that were cut elsewhere
+    letters = np.concatenate([made.encode(letter) for letter in "the cat"])
+    assert len(letters) > len(made.encode("the cat"))
+    assert made.sizes("the cat", letters).sum() == 7
+
+
+@pytest.mark.parametrize("pack", [None, 32])
+def test_packed_data_have_bits_per_byte(tmp_path: Path, pack: int | None) -> None:
+    """Packing masks tokens, and those that count stand for bytes, whatever the tokenizer."""
+    llama().save(str(tmp_path / "llama.json"))
+    tokenizer = read_tokenizer(tmp_path / "llama.json", "</s>")
+    texts = [f"the cat {number} sat – on the mat" for number in range(60)]
+    (tmp_path / "a.jsonl").write_bytes(lines(texts))
+    given = f"file:{tmp_path}/llama.json"
+    out = tmp_path / "out"
+    index = build(
+        [str(tmp_path / "a.jsonl")], given, out, held_out=0.3, separator="</s>", pack=pack
+    )
+    train = np.bincount(_targets(out, "train"), minlength=tokenizer.vocabulary) + 1
+    for split in ("train", "validation"):
+        shards, entry = TokenShards(out, split), index["splits"][split]
+        size = entry["bytes"]
+        if pack is not None:  # but for the first token of each sample: "▁the" and the like
+            ids = shards.read(0, shards.tokens).astype(np.int64)
+            firsts = [tokenizer.decode([number]) for number in ids[::pack].tolist()]
+            size -= sum(len(text.encode()) for text in firsts)
+            assert entry["counted_bytes"] == size
+        assert shards.bytes_per_token == size / shards.counted_tokens > 1
+    bits = -np.log2(train / train.sum())[_targets(out, "validation")].sum() / size
+    assert index["unigram_bits_per_byte"] == pytest.approx(bits, rel=1e-12)
+
+
+def _targets(out: Path, split: str) -> np.ndarray:
+    shards = TokenShards(out, split)
+    ids, mask = shards.read(0, shards.tokens), shards.read_mask(0, shards.tokens)
+    return ids.astype(np.int64)[slice(None) if mask is None else mask]

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,18 @@ class Server:
         data = path.read_bytes()
         sent = _FAULTS[fault](data)
         request.send_response(200)
-        request.send_header("Content-Length", str(len(data) if fault in _CUT else len(sent)))
+        if fault != "drip":
+            request.send_header("Content-Length", str(len(data) if fault in _CUT else len(sent)))
         request.end_headers()
         if fault == "slow":
             for start in range(0, len(sent), 4096):
                 request.wfile.write(sent[start : start + 4096])
                 time.sleep(0.02)
+            return
+        if fault == "drip":
+            with suppress(OSError):  # who has given it up
+                while not self.over.wait(0.02):
+                    request.wfile.write(b" ")
             return
         request.wfile.write(sent)
         request.wfile.flush()
@@ -82,11 +89,14 @@ _FAULTS: dict[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,
     "slow": lambda data: data,
     "mute": lambda data: b"",
+    "drip": lambda data: b"",
+    "page": lambda data: b"<html>log in, please</html>",
     "stall": lambda data: data[: len(data) // 2],
     "cut": lambda data: data[: len(data) // 2],
     "short": lambda data: data[: len(data) // 2],
     "more": lambda data: data + b"x",
     "lie": lambda data: bytes([data[0] ^ 1]) + data[1:],
 }
-"""What is sent. `short` says that it is all there is; `cut` and `stall` promise the rest; `500` and
+"""What is sent. `short` says that it is all there is; `cut` and `stall` promise the rest;
+`drip` sends spaces without end; `500` and
 other statuses are sent as such."""

@@ -140,6 +140,43 @@ def test_a_file_of_another_size_is_replaced(tmp_path: Path) -> None:
     assert source.read(0) == content(0) and source.given == [0, 0]
 
 
+def test_a_shard_that_was_written_to_is_replaced(tmp_path: Path) -> None:
+    """Of the same size: in a process that has read it, and in one that has not."""
+    path = tmp_path / shard(0)["sha256"]
+    source = Source(Cache(tmp_path, 3 * SIZE))
+    source.read(0)
+    for seconds, reader in enumerate((source, Source(Cache(tmp_path, 3 * SIZE)))):
+        path.write_bytes(b"X" * SIZE)
+        os.utime(path, (5 + seconds, 5 + seconds))
+        assert reader.read(0) == content(0)
+    assert source.given == [0, 0] and reader.given == [0]
+
+
+def test_a_shard_is_hashed_once_where_it_is_not_known_to_be_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of an earlier version are; and what gives way is forgotten."""
+    hashed, hash_ = list[int](), cache_module._sha256
+
+    def counted(descriptor: int, lock: int) -> str:
+        hashed.append(descriptor)
+        return hash_(descriptor, lock)
+
+    monkeypatch.setattr(cache_module, "_sha256", counted)
+    Source(Cache(tmp_path, 2 * SIZE)).read(0)
+    assert not hashed, "it was compared when it was fetched"
+    (note,) = (tmp_path / "whole").iterdir()
+    note.unlink()
+    for _ in range(2):
+        source = Source(Cache(tmp_path, 2 * SIZE))
+        assert [source.read(0) for _ in range(3)] == 3 * [content(0)] and not source.given
+    assert len(hashed) == 1
+    for number in (1, 2, 3):
+        source.read(number)
+    names = {shard(number)["sha256"] for number in (2, 3)}
+    assert set(os.listdir(tmp_path / "whole")) == names
+
+
 def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -178,7 +215,56 @@ def test_what_a_killed_process_was_fetching_is_fetched_by_who_waits(tmp_path: Pa
     process.join()
     waiting.join(10)
     assert found == [content(0)]
-    assert sorted(os.listdir(tmp_path)) == sorted([shard(0)["sha256"], "lock", "locks"])
+    assert sorted(os.listdir(tmp_path)) == sorted([shard(0)["sha256"], "lock", "locks", "whole"])
+    assert not os.listdir(tmp_path / "locks")
+
+
+def test_who_was_stopped_is_named(tmp_path: Path) -> None:
+    begun = _CONTEXT.Event()
+    process = _CONTEXT.Process(target=fetch_and_hang, args=(tmp_path, begun))
+    process.start()
+    assert begun.wait(10) and process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    says = rf"{shard(0)['sha256']} is held by process {process.pid} on .*nothing for 0 s; let it go"
+    try:
+        with pytest.raises(UserError, match=says):
+            Source(Cache(tmp_path, SIZE, silence=0.2)).read(0)
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_who_fetches_slowly_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, begun, files = Cache(tmp_path, SIZE), threading.Event(), list[BinaryIO]()
+    over, waiting = threading.Event(), Source(Cache(tmp_path, SIZE, silence=0.02))
+
+    def fetch(file: BinaryIO) -> None:
+        files.append(file)
+        begun.set()
+        assert over.wait(10)
+
+    def take() -> None:
+        with slow.opened(shard(0), fetch, 1.0):
+            pass
+
+    looks, look = list[int](), waiting.cache._signs
+
+    def bytes_came(path: Path, name: str | None) -> tuple[str, ...]:
+        if path.name == shard(0)["sha256"] and len(looks) < 5:
+            files[0].write(content(0)[200 * len(looks) : 200 * len(looks) + 200])
+            files[0].flush()
+            looks.append(1)
+            if len(looks) == 5:
+                monkeypatch.setattr(waiting.cache, "_silence", 60.0)
+                over.set()
+        return look(path, name)
+
+    monkeypatch.setattr(waiting.cache, "_signs", bytes_came)
+    holder = threading.Thread(target=take)
+    holder.start()
+    assert begun.wait(10)
+    assert waiting.read(0) == content(0) and not waiting.given and len(looks) == 5
+    holder.join()
 
 
 def read_many(folder: Path, size: int, seed: int, results: Any) -> None:

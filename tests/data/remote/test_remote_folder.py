@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import time
@@ -17,8 +18,8 @@ from data.remote.servers import Server
 from nlscale.config.vocabulary import CacheConfig
 from nlscale.data import BatchReader, Samples, TokenShards, read_index
 from nlscale.data.remote import service
-from nlscale.data.remote.service import Patience
-from nlscale.data.tokenizer import load_tokenizer
+from nlscale.data.remote.service import Patience, Service
+from nlscale.data.tokenizer import SymbolTokenizer, load_tokenizer
 from nlscale.errors import UserError
 
 SHARD = "train-000002.tar"
@@ -81,7 +82,7 @@ def test_what_fails_once_is_asked_for_again(
     built: Path, server: Server, tmp_path: Path, fault: str
 ) -> None:
     server.faults[SHARD] = [fault]
-    server.faults["index.json"] = [fault] if fault != "short" else []
+    server.faults["index.json"] = [fault]
     there = opened(server, tmp_path, timeout=0.3)
     assert np.array_equal(there.read(0, there.tokens), TokenShards(built).read(0, there.tokens))
     assert server.asked[SHARD] == 2
@@ -132,12 +133,68 @@ def test_a_slow_server_is_waited_for_within_bounds(
     patience = Patience(timeout=10, retries=2)
     assert patience.of_attempt(1_000_000) == 10 + 10
     assert patience.most(1_000_000) == 3 * 20 + 0.01 + 0.02
-    monkeypatch.setattr(Patience, "of_attempt", lambda self, size: 0.0)
     there = opened(server, tmp_path / "two", retries=0)
+    monkeypatch.setattr(Patience, "of_attempt", lambda self, size: 0.0)
     with pytest.raises(
         UserError, match=r"it is too slow: [\d,]+ of [\d,]+ bytes in .*; 1 attempt "
     ):
         there.read(0, there.tokens)
+
+
+def test_an_index_that_drips_is_given_up(server: Server) -> None:
+    """Whose size nobody knows before: what has come must have come fast enough."""
+    server.always["index.json"] = "drip"
+    for read in (read_index, lambda url, patience: Service(url, patience).read("index.json")):
+        with pytest.raises(
+            UserError, match=r"index\.json: it is too slow: \d+ bytes in 0\.3 s; 2 attempts"
+        ):
+            read(server.url, Patience(0.3, 1))
+    assert server.asked["index.json"] == 4
+
+
+def test_an_index_without_an_end_is_given_up(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "LARGEST_SMALL", 100)
+    with pytest.raises(UserError, match=r"index\.json: it sends more than the 100 bytes it may"):
+        read_index(server.url, Patience(2.0, 3))
+    assert server.asked["index.json"] == 1, "asking again would change nothing"
+
+
+@pytest.mark.parametrize("fault", ["short", "page"])
+def test_what_is_no_json_is_asked_for_again(built: Path, server: Server, fault: str) -> None:
+    """A transfer that was cut without a word, or the page of a login."""
+    for name in ("index.json", "tokenizer.json"):
+        server.faults[name] = [fault]
+    assert read_index(server.url, Patience(2.0, 1)) == read_index(built)
+    assert load_tokenizer(server.url).name == "bytes"
+    server.always["index.json"] = fault
+    says = (
+        r"cannot read .*index\.json: it sends no JSON, but [\d,]+ bytes that begin with '(<html|{)"
+    )
+    with pytest.raises(UserError, match=f"{says}.*; 2 attempts .*; see to the service") as error:
+        read_index(server.url, Patience(2.0, 1))
+    assert "\n" not in str(error.value) and "overwrite" not in str(error.value)
+
+
+def test_an_index_that_cannot_be_is_copied_again(built: Path, tmp_path: Path) -> None:
+    index = json.loads((built / "index.json").read_text())
+    for change, says in (({"format": 99}, "has format 99"), ({"separator": -1}, "cannot be used")):
+        (tmp_path / "index.json").write_text(json.dumps({**index, **change}))
+        with Server(tmp_path) as server:
+            for place, fix in ((server.url, "copy the folder there"), (tmp_path, "build it")):
+                with pytest.raises(UserError, match=f"{says}.*{fix} again"):
+                    read_index(place)
+
+
+def test_a_tokenizer_that_is_not_that_of_the_index(built: Path, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_bytes((built / "index.json").read_bytes())
+    SymbolTokenizer("other", ["a", "b"]).save(tmp_path)
+    with (
+        Server(tmp_path) as server,
+        pytest.raises(UserError, match=r"tokenizer\.json has not made the data there: its sha256"),
+    ):
+        load_tokenizer(server.url)
 
 
 def test_nobody_answers(tmp_path: Path) -> None:
