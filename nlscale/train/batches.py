@@ -50,8 +50,8 @@ class StepReader:
         reader, batches = self._prepared.reader, []
         for number, size in self._numbers(first):
             rows, counts = reader.read(number, size), reader.masks(number, size)
-            separator = reader.samples.shards.separator
-            batches.append(self._trainer.to_batch(rows, separator, size, counts))
+            of = reader.sources(number, size)
+            batches.append(self._trainer.to_batch(rows, reader.separator, size, counts, of))
         return batches
 
 

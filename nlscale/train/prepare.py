@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nlscale.cluster.life.place import place
 from nlscale.config.vocabulary import Config
 from nlscale.data import BatchReader, Samples, TokenShards
-from nlscale.data.index import Index, tokenizer_of
+from nlscale.data.folders import Folder, open_folders
+from nlscale.data.history import Ordered, identity, is_mixed
+from nlscale.data.reader import MixtureReader
 from nlscale.data.tasks.table import task_of_index
 from nlscale.errors import UserError
 from nlscale.evaluate.table import check as check_evaluations
 from nlscale.levels.spectrum import Level, spectrum
 from nlscale.plan.checks import check_sizes, not_divisible
 from nlscale.train.cached import check_cache
+from nlscale.train.mixed import HeldOut, data_from, held_out, order_of, reader_of
 
 
 @dataclass
@@ -23,8 +25,13 @@ class Prepared:
     """What a checked run stands on."""
 
     levels: list[Level]
-    reader: BatchReader
-    validation: Samples
+    reader: BatchReader | MixtureReader
+    sources: Ordered | None
+    """The sources of a mixture, by their place in batches, and their order; None: there is one."""
+    folders: list[Folder]
+    """The data folders, whose shards are there with their sizes."""
+    validation: list[HeldOut]
+    """What a validation reads of each folder."""
     vocabulary: int
     micro_batches: int
     """Micro batches a rank passes through the model in a step."""
@@ -33,6 +40,14 @@ class Prepared:
     """What identifies the data: the same data in another folder have the same."""
     notes: list[str] = field(default_factory=list)
     """What there is to say of the data, each in a line."""
+
+    def epochs(self, tokens: int) -> dict[str, float]:
+        """How often the run, of so many tokens, reads each source of a mixture, or "its data"."""
+        if self.sources is None:
+            return {"its data": tokens / self.data["train_tokens"]}
+        counts = self.sources.order.counts(self.sources.order.end).tolist()
+        each = zip(self.sources.names, counts, self.sources.lengths, strict=True)
+        return {name: count / length for name, count, length in each}
 
 
 def prepare(config: Config) -> Prepared:
@@ -49,35 +64,64 @@ def prepare(config: Config) -> Prepared:
     tokens_per_step = train.global_batch * config.data.sequence_length
     levels = spectrum(config.levels, tokens_per_step)
     check_evaluations(config.evaluate)
-    shards = TokenShards(config.data.dir, "train", verify=False, cache=config.data.cache)
-    held_out = shards.beside("validation")
-    if not shards.counted_tokens:
-        raise UserError(
-            f"no token of the train split of {config.data.dir} counts as a target; mend the masks "
-            f"of its sources and build it again"
-        )
-    _check_task(config, shards)
-    notes = _check_packed(config, shards)
+    folders, notes = open_folders(config.data), []
+    shards = folders[0].train
+    for folder in folders:
+        _check_task(config, folder.train)
+        notes += _check_packed(config, folder.train)
     model.vocabulary = model.vocabulary or shards.vocabulary
     if model.vocabulary < shards.vocabulary:
         raise UserError(
             f"model.vocabulary {model.vocabulary} is smaller than the {shards.vocabulary} "
-            f"token ids of {config.data.dir}; leave it null"
+            f"token ids of {shards.directory}; leave it null"
         )
     if model.vocabulary % config.parallel.tensor:
         raise UserError(not_divisible("model.vocabulary", model.vocabulary, config.parallel.tensor))
     in_step = train.global_batch // data_parallel  # of a rank
     here = min(data_parallel, place().local_world)
+    data = identity(folders, config.data.sequence_length, mixed=bool(config.data.mixture))
+    # one that changes on resuming is checked with what was read before
+    checked = "data.mixture" not in config.resume.allow
+    sources, reader = _order_and_reader(config, folders, data, checked)
+    splits = [split for folder in folders for split in (folder.train, folder.held_out)]
     return Prepared(
         levels=levels,
-        reader=BatchReader(Samples(shards, config.data.sequence_length), config.run.seed),
-        validation=Samples(held_out, config.data.sequence_length),
+        reader=reader,
+        sources=sources,
+        folders=folders,
+        validation=held_out(folders, config),
         vocabulary=model.vocabulary,
         micro_batches=train.global_batch // (train.micro_batch * data_parallel),
         tokens_per_step=tokens_per_step,
-        data=_identity(shards.index),
-        notes=[*notes, *check_cache([shards, held_out], here * in_step)],
+        data=data,
+        notes=[*notes, *check_cache(splits, here * in_step)],
     )
+
+
+def go_on(config: Config, prepared: Prepared, state: dict[str, Any] | None) -> Prepared:
+    """What a run stands on that goes on from the state of a checkpoint; None: it begins.
+
+    Of a mixture that has changed since, which `resume.allow` has let pass, the new weights hold
+    from the next sample on.
+
+    Raises:
+        UserError: the mixture ends before the run does.
+    """
+    data = data_from(state, prepared.data, prepared.folders, config)
+    if not is_mixed(data):
+        return prepared
+    sources, reader = _order_and_reader(config, prepared.folders, data)
+    return replace(prepared, data=data, sources=sources, reader=reader)
+
+
+def _order_and_reader(
+    config: Config, folders: list[Folder], data: dict[str, Any], checked: bool = True
+) -> tuple[Ordered | None, BatchReader | MixtureReader]:
+    if not is_mixed(data):
+        samples = Samples(folders[0].train, config.data.sequence_length)
+        return None, BatchReader(samples, config.run.seed)
+    sources = order_of(data, config, checked)
+    return sources, reader_of(sources, folders, config)
 
 
 def _check_task(config: Config, shards: TokenShards) -> None:
@@ -118,17 +162,3 @@ def _check_packed(config: Config, shards: TokenShards) -> list[str]:
         f"the documents of {shards.directory} are packed into samples with others, which they see: "
         f"data.document_mask is false; true reads each as if it stood alone"
     ]
-
-
-def _identity(index: Index) -> dict[str, Any]:
-    sums = [
-        shard["sha256"]
-        for name in ("train", "validation")
-        for shard in index["splits"][name]["shards"]
-    ]
-    tokenizer = tokenizer_of(index)
-    return {
-        "fingerprint": hashlib.sha256("".join(sums).encode()).hexdigest(),
-        "train_tokens": index["splits"]["train"]["tokens"],
-        **({"tokenizer": tokenizer} if tokenizer else {}),
-    }

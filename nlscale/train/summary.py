@@ -12,9 +12,11 @@ from nlscale.errors import Stopped
 from nlscale.levels.engine import LevelOptimizer
 from nlscale.model.flops import flops_per_token
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
+from nlscale.parallel.consensus import Verdict
 from nlscale.parallel.layout import Layout
 from nlscale.step.trainer import Trainer
 from nlscale.train.costs import Costs
+from nlscale.train.mixed import unigram_bits_per_byte
 from nlscale.train.prepare import Prepared
 
 _STANDS_STILL = 1e-7
@@ -53,6 +55,31 @@ def level_records(
             **updated.get(level.index, {}),
         }
     return records
+
+
+def source_records(prepared: Prepared, trainer: Trainer, verdict: Verdict) -> dict[str, Any]:
+    """`sources` of a train record (see `nlscale.telemetry.run`); nothing where there is one alone.
+
+    Args:
+        prepared: what the run is made of.
+        trainer: after the step.
+        verdict: of the step.
+    """
+    if (sources := prepared.sources) is None:
+        return {}
+    length, read = trainer.config.data.sequence_length, sources.order.counts
+    counts = read(trainer.counters.samples).tolist()
+    losses, counted = verdict.source_losses, verdict.source_counted
+    return {
+        "sources": {
+            sources.names[i]: {
+                "loss": losses[i] if counted[i] else None,
+                "tokens": counts[i] * length,
+                "epochs": counts[i] / sources.lengths[i],
+            }
+            for i in sources.shown
+        }
+    }
 
 
 def standing_still(updated: dict[int, dict[str, float | None]]) -> set[int]:
@@ -99,7 +126,7 @@ def summarise(
         "final_train_loss": mean,
         "final_val_loss": held_out["loss"],
         "val_bits_per_byte": held_out["bits_per_byte"],
-        "unigram_bits_per_byte": prepared.validation.shards.index["unigram_bits_per_byte"],
+        "unigram_bits_per_byte": unigram_bits_per_byte(prepared.validation),
         "steps": config.train.steps,
         "dropped_steps": counters.dropped,
         "tokens": counters.tokens,
