@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nlscale.config import recipe
 from nlscale.config.curriculum import alike_until, curriculum, lengths, samples_until
 from nlscale.config.vocabulary import Config
+from nlscale.data.history import changed as changed_mixture
+from nlscale.data.history import is_mixed
 from nlscale.errors import UserError
 from nlscale.optim.schedule import stable_steps
 
@@ -17,6 +21,8 @@ _FREE = (
     "run.imports",
     "data.dir",
     "data.cache.",
+    "data.mixture",
+    "data.temperature",
     "parallel.",
     "timeouts.",
     "checkpoint.",
@@ -31,7 +37,7 @@ _FREE = (
     "train.max_dropped_steps",
 )
 """What may differ without asking: where and how fast a run goes, not where to. The data are
-compared by what they are."""
+compared by what they are, and a mixture by the order that it makes of them."""
 
 
 TOKENIZER = "data.tokenizer"
@@ -94,8 +100,9 @@ def check_same_run(config: Config, data: dict[str, Any], state: dict[str, Any], 
 def changed_data(now: dict[str, Any], before: Any) -> dict[str, tuple[Any, Any]]:
     """What makes data others than those of a run that was saved: (before, now) by key.
 
-    Their tokenizer is a key of its own, `TOKENIZER`, as other text may be meant and other ids of
-    the same text hardly are. Where one of both was written before it was recorded, it is the same.
+    `data` where other data are read, `data.mixture` where they are mixed otherwise. Their tokenizer
+    is a key of its own, `TOKENIZER`, as other text may be meant and other ids of the same text
+    hardly are. Where one of both was written before it was recorded, it is the same.
     """
     if not isinstance(before, dict):
         return {"data": (before, now)}
@@ -104,6 +111,9 @@ def changed_data(now: dict[str, Any], before: Any) -> dict[str, tuple[Any, Any]]
     changed: dict[str, tuple[Any, Any]] = {}
     if None not in names and names[0] != names[1]:
         changed[TOKENIZER] = (names[0], names[1])
+    if is_mixed(now) or is_mixed(before):
+        mixtures = changed_mixture(before, now)
+        return changed if mixtures is None else {**changed, "data.mixture": mixtures}
     if rest[0] != rest[1]:
         changed["data"] = (rest[0], rest[1])
     return changed
@@ -123,6 +133,27 @@ def _check_numbers(config: Config, state: dict[str, Any], where: str) -> None:
             f"stages of this configuration it would be {planned:,}; let what changes begin after "
             f"{step:,} steps"
         )
+
+
+def changed_sources(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`data.mixture` where a run that has saved nothing yet was to mix other sources, or otherwise.
+
+    Args:
+        config: of the run that wants to begin.
+        saved: of the one that was begun.
+    """
+    now, before = recipe.to_plain(config)["data"], saved.get("data") or {}
+    mixtures = [_sources(data) for data in (before, now)]
+    return {} if mixtures[0] == mixtures[1] else {"data.mixture": (mixtures[0], mixtures[1])}
+
+
+def _sources(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights and epochs by the name of a source, wherever it lies, and the temperature."""
+    sources = data.get("mixture") or []
+    if not sources:
+        return {}
+    each = {s["name"] or Path(s["dir"]).name: (s["weight"], s["epochs"]) for s in sources}
+    return {**each, "temperature": data.get("temperature")}
 
 
 def changed_keys(config: Config, saved: Any) -> dict[str, tuple[Any, Any]]:

@@ -120,6 +120,25 @@ def samples_until(stages: Sequence[TrainingStage], step: int) -> int:
     return stage.first_sample + (step - stage.first_step) * stage.global_batch
 
 
+def samples_of_cuts(stages: Sequence[TrainingStage], samples: int) -> list[int]:
+    """Of the first samples of a run, how many are of each cut of the data."""
+    counts = [0] * len(lengths(stages))
+    ends = [*(stage.first_sample for stage in stages[1:]), samples]
+    for stage, end in zip(stages, ends, strict=True):
+        counts[stage.cut] += max(0, min(samples, end) - stage.first_sample)
+    return counts
+
+
+def step_of(stages: Sequence[TrainingStage], cut: int, count: int) -> int:
+    """The step with which at least so many samples of a cut have been taken."""
+    stage = next(
+        s
+        for s in reversed(stages)
+        if s.cut == cut and (s.first_of_cut < count or not s.first_of_cut)
+    )
+    return stage.first_step - (stage.first_of_cut - count) // stage.global_batch
+
+
 def tokens_until(stages: Sequence[TrainingStage], step: int) -> int:
     """Tokens of the first steps of a run, dropped ones included."""
     stage = stage_of(stages, max(1, step))

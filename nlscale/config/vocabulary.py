@@ -73,6 +73,22 @@ class CacheConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of the sources of a mixture: a data folder, and how much of the run reads it."""
+
+    dir: str = path(url=True)
+    """Folder of its shards and their index.json; or a URL of one."""
+    weight: float | None = within(None, above=0)
+    """Its share of the samples, over the sum of all weights; null, of all sources alike: its tokens
+    to the power of data.temperature."""
+    epochs: int | None = within(None, above=0)
+    """Times that it is read at most; then the others share its place. Null: as often as its weight
+    makes it."""
+    name: str | None = None
+    """In metrics and figures, of one source alone; null: the last part of dir."""
+
+
+@dataclass
 class DataStage:
     """Other data from some step on, until the next stage or the end; see nlscale.config.curriculum.
 
@@ -87,11 +103,16 @@ class DataStage:
 
 @dataclass
 class DataConfig:
-    """The token shards made by ``nlscale data build``."""
+    """The token shards made by ``nlscale data build``: of one folder, or of several, mixed."""
 
-    dir: str = path(url=True)
+    dir: str | None = path(None, url=True)
     """Folder of the shards and their index.json; or a URL of one, s3://bucket/data or of another
-    service that fsspec reads."""
+    service that fsspec reads. Needed, unless there is a mixture."""
+    mixture: list[SourceConfig] = field(default_factory=list)
+    """Folders that are read in turn, each as often as its weight says, in place of data.dir."""
+    temperature: float = within(1.0, least=0, most=10)
+    """Power of a source's tokens that is its weight, where the mixture gives none: 1 reads all
+    sources equally often, 0 as much of each."""
     sequence_length: int = within(1024, above=0, most=MOST)
     """Tokens a sample trains on (it reads one more, the last target)."""
     stages: list[DataStage] = field(default_factory=list)
@@ -102,6 +123,10 @@ class DataConfig:
     stood alone. False: a document sees those before it in the sample."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Shards that are fetched from another service."""
+
+    def folders(self) -> list[str]:
+        """The data folders: `dir` alone, or those of the mixture in its order."""
+        return [self.dir] if self.dir is not None else [source.dir for source in self.mixture]
 
 
 @dataclass
