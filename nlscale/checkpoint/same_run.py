@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ _FREE = (
     "data.cache.",
     "data.mixture",
     "data.temperature",
+    "data.stages.N.mixture",
     "parallel.",
     "timeouts.",
     "checkpoint.",
@@ -148,12 +150,19 @@ def changed_sources(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple
 
 
 def _sources(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights and epochs by the name of a source, wherever it lies, and the temperature."""
-    sources = data.get("mixture") or []
-    if not sources:
-        return {}
-    each = {s["name"] or Path(s["dir"]).name: (s["weight"], s["epochs"]) for s in sources}
-    return {**each, "temperature": data.get("temperature")}
+    """Weights and epochs by the name of a source, wherever it lies, and the temperature.
+
+    Of the mixtures of stages by the number of the stage and the name.
+    """
+    later = [stage.get("mixture") or [] for stage in data.get("stages") or []]
+    mixtures = {"": data.get("mixture") or []}
+    mixtures |= {f"data.stages.{number}: ": mixture for number, mixture in enumerate(later)}
+    each = {
+        f"{of}{s['name'] or Path(s['dir']).name}": (s["weight"], s["epochs"])
+        for of, mixture in mixtures.items()
+        for s in mixture
+    }
+    return {**each, "temperature": data.get("temperature")} if each else {}
 
 
 def changed_keys(config: Config, saved: Any) -> dict[str, tuple[Any, Any]]:
@@ -177,10 +186,15 @@ def differences(now: Any, before: Any, prefix: str = "") -> dict[str, tuple[Any,
         found: dict[str, tuple[Any, Any]] = {}
         for name in [*before, *(key for key in now if key not in before)]:
             key = f"{prefix}{name}"
-            if not key.startswith(_FREE) and not f"{key}.".startswith(_FREE):
+            if not _is_free(key):
                 found |= differences(now.get(name), before.get(name), f"{key}.")
         return found
     return {} if now == before else {prefix.rstrip("."): (before, now)}
+
+
+def _is_free(key: str) -> bool:
+    plain = re.sub(r"\.\d+(?=\.|$)", ".N", key)
+    return plain.startswith(_FREE) or f"{plain}.".startswith(_FREE)
 
 
 def _completed(saved: Any, defaults: Any) -> Any:

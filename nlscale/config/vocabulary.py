@@ -82,8 +82,8 @@ class SourceConfig:
     """Its share of the samples, over the sum of all weights; null, of all sources alike: its tokens
     to the power of data.temperature."""
     epochs: int | None = within(None, above=0)
-    """Times that it is read at most; then the others share its place. Null: as often as its weight
-    makes it."""
+    """Times that it is read at most, at each sequence length of the run; then the others share its
+    place. Null: as often as its weight makes it."""
     name: str | None = None
     """In metrics and figures, of one source alone; null: the last part of dir."""
 
@@ -99,6 +99,8 @@ class DataStage:
     """When it begins: a share of train.steps such as '80%', or '1000 steps' that come before it."""
     sequence_length: int | None = within(None, above=0, most=MOST)
     """Tokens a sample trains on from then on; null: as before."""
+    mixture: list[SourceConfig] = field(default_factory=list)
+    """Folders that are mixed from then on, in place of those before; none: as before."""
 
 
 @dataclass
@@ -117,7 +119,7 @@ class DataConfig:
     """Tokens a sample trains on (it reads one more, the last target)."""
     stages: list[DataStage] = field(default_factory=list)
     """What changes in the course of the run, such as a context extension at its end:
-    [{from: 80%, sequence_length: 4096}]."""
+    [{from: 80%, sequence_length: 4096}], or an annealing mixture."""
     document_mask: bool = False
     """Begin memories, convolutions and attention anew with each document of a sample, as if it
     stood alone. False: a document sees those before it in the sample."""
@@ -125,8 +127,10 @@ class DataConfig:
     """Shards that are fetched from another service."""
 
     def folders(self) -> list[str]:
-        """The data folders: `dir` alone, or those of the mixture in its order."""
-        return [self.dir] if self.dir is not None else [source.dir for source in self.mixture]
+        """The data folders: `dir` or those of the mixture, then those that stages add."""
+        begins = [self.dir] if self.dir is not None else [source.dir for source in self.mixture]
+        later = [source.dir for stage in self.stages for source in stage.mixture]
+        return list(dict.fromkeys([*begins, *later]))
 
 
 @dataclass

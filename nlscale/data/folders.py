@@ -9,9 +9,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from nlscale.config.data_sources import name_of
+from nlscale.config.data_sources import mixtures_of, name_of
 from nlscale.config.urls import is_url
-from nlscale.config.vocabulary import CacheConfig, DataConfig
+from nlscale.config.vocabulary import CacheConfig, DataConfig, SourceConfig
 from nlscale.data.index import Index, tokenizer_of
 from nlscale.data.shards import TokenShards
 from nlscale.data.tokenizer import TOKENIZER_NAME
@@ -29,10 +29,11 @@ class Folder:
     """Of the source, in metrics."""
     train: TokenShards
     held_out: TokenShards
-    weight: Fraction
-    """Its share of the samples, over the sum of those of all."""
-    epochs: int | None
-    """Times that it is read at most; None: any number."""
+    weights: tuple[Fraction, ...]
+    """Of each mixture of the run its share of the samples, over the sum of those of all folders; 0
+    where it is not of that mixture."""
+    epochs: tuple[int | None, ...]
+    """The same of the times that it is read at most; None: any number."""
 
     @property
     def fingerprint(self) -> str:
@@ -41,7 +42,7 @@ class Folder:
 
 
 def open_folders(data: DataConfig) -> list[Folder]:
-    """The folder of `data.dir` alone, or those of the mixture, in its order.
+    """The folder of `data.dir` alone, or those of all mixtures of the run, as they come.
 
     Checksums of shards are not compared.
 
@@ -49,15 +50,25 @@ def open_folders(data: DataConfig) -> list[Folder]:
         UserError: a folder or shard is missing; no token of one counts; sources of a mixture have
             other tokenizers, or hold the same data.
     """
-    if data.dir is not None:
-        return [_open(Path(data.dir).name, data.dir, data.cache, Fraction(1), None)]
-    folders = []
-    for source in data.mixture:
-        # 0.6 is to be 3/5, not the binary fraction that is next to it
-        weight = Fraction(1) if source.weight is None else Fraction(str(source.weight))
-        folders.append(_open(name_of(source), source.dir, data.cache, weight, source.epochs))
-    if all(source.weight is None for source in data.mixture):
-        folders = [_weighed(folder, data.temperature) for folder in folders]
+    mixtures = [
+        {name_of(source): source for source in mixture} for mixture in mixtures_of(data).values()
+    ]
+    if not mixtures:
+        assert data.dir is not None, "settled with the recipe"
+        train, held_out = _open(data.dir, data.cache)
+        return [Folder(Path(data.dir).name, train, held_out, (Fraction(1),), (None,))]
+    sources = {name: source for mixture in mixtures for name, source in mixture.items()}
+    splits = {name: _open(source.dir, data.cache) for name, source in sources.items()}
+    folders = [
+        Folder(
+            name,
+            train,
+            held_out,
+            tuple(_weight(m.get(name), train, data.temperature) for m in mixtures),
+            tuple(m[name].epochs if name in m else None for m in mixtures),
+        )
+        for name, (train, held_out) in splits.items()
+    ]
     _refuse_other_tokenizers(folders)
     seen: dict[str, Folder] = {}
     for folder in folders:
@@ -80,9 +91,7 @@ def fingerprint(index: Index) -> str:
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
-def _open(
-    name: str, directory: str, cache: CacheConfig, weight: Fraction, epochs: int | None
-) -> Folder:
+def _open(directory: str, cache: CacheConfig) -> tuple[TokenShards, TokenShards]:
     train = TokenShards(directory, "train", verify=False, cache=cache)
     held_out = train.beside("validation")
     if not train.counted_tokens:
@@ -90,14 +99,17 @@ def _open(
             f"no token of the train split of {directory} counts as a target; mend the masks "
             f"of its sources and build it again"
         )
-    return Folder(name, train, held_out, weight, epochs)
+    return train, held_out
 
 
-def _weighed(folder: Folder, temperature: float) -> Folder:
-    """With its tokens to the power of `data.temperature` as its weight."""
-    tokens = folder.train.tokens
-    weight = Fraction(tokens) if temperature == 1 else Fraction(tokens**temperature)
-    return Folder(folder.name, folder.train, folder.held_out, weight, folder.epochs)
+def _weight(source: SourceConfig | None, train: TokenShards, temperature: float) -> Fraction:
+    """As it was given, else its tokens to the power of `data.temperature`."""
+    if source is None:
+        return Fraction(0)
+    if source.weight is not None:
+        # 0.6 is to be 3/5, not the binary fraction that is next to it
+        return Fraction(str(source.weight))
+    return Fraction(train.tokens if temperature == 1 else train.tokens**temperature)
 
 
 def _refuse_other_tokenizers(folders: list[Folder]) -> None:

@@ -10,9 +10,10 @@ and of a mixture also
                 "sources": SOURCES}, ...]}
 
 where SOURCES are {"ab12...": {"name": "web", "parts": 3, "epochs": null, "tokens": 1000000}, ...}.
-The plan is what the configuration mixes, and tells one mixture from another. The segments say from
-which number of each cut of the data on (`nlscale.config.curriculum`) which weights have held or
-will: of a mixture that was changed on resuming they begin with those of before.
+The plan is what the configuration mixes, one mixture after another as stages give them, and tells
+one run from another. The segments say from which number of each cut of the data on
+(`nlscale.config.curriculum`) which weights have held or will: of a plan that was changed on
+resuming they begin with those of before.
 
 Sources are recognised by their fingerprints, whatever they are called and wherever they lie; the
 order is a function of these segments, the seed and the number of a sample in its cut. One folder is
@@ -22,6 +23,7 @@ the mixture of one source.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +31,12 @@ from typing import Any
 from nlscale.config.curriculum import (
     curriculum,
     lengths,
+    mixture_starts,
     samples_of_cuts,
     samples_until,
+    stage_of,
 )
+from nlscale.config.data_sources import mixtures_of
 from nlscale.config.vocabulary import Config
 from nlscale.data.apportion import MOST_PARTS, parts_of
 from nlscale.data.folders import Folder
@@ -69,6 +74,8 @@ class Ordered:
     """Places in the order of the recipe, and then those that are read no more."""
     cuts: list[CutOrder]
     """Of each cut of the data."""
+    beyond: int = 0
+    """See `samples_beyond`, of where the run stands."""
 
     def read(self, samples: Sequence[int] | None = None) -> tuple[list[int], list[float]]:
         """Tokens and epochs of each source in the first samples of each cut; None: in all."""
@@ -79,9 +86,9 @@ class Ordered:
         return tokens, [sum(count[i] / cut.lengths[i] for count, cut in of) for i in places]
 
     def counts(self, samples: Sequence[int]) -> list[list[int]]:
-        """Samples of each source, by cut, in the first samples of each."""
+        """Samples of each source in the first samples of each cut, as far as its order goes."""
         each = zip(self.cuts, samples, strict=True)
-        return [cut.order.counts(count).tolist() for cut, count in each]
+        return [cut.order.counts(min(count, cut.order.end)).tolist() for cut, count in each]
 
 
 def identity(folders: Sequence[Folder], config: Config, mixed: bool) -> dict[str, Any]:
@@ -106,33 +113,41 @@ def identity(folders: Sequence[Folder], config: Config, mixed: bool) -> dict[str
         found["tokenizer"] = tokenizer
     if not mixed:
         return found
-    plan = [_planned(folders)]
-    return {**found, "mixture": {"plan": plan, "segments": _joined(_to_come(plan, config, 0, 0))}}
+    keys = list(mixtures_of(config.data)) or ["data.dir"]
+    plan = [_planned(folders, number, key) for number, key in enumerate(keys)]
+    return {
+        **found,
+        "mixture": {"plan": plan, "segments": _joined(_to_come(plan, config, 0, 0))},
+    }
 
 
-def _planned(folders: Sequence[Folder]) -> dict[str, Any]:
-    parts, _ = parts_of([folder.weight for folder in folders])
-    for folder, part in zip(folders, parts, strict=True):
+def _planned(folders: Sequence[Folder], number: int, key: str) -> dict[str, Any]:
+    """The sources of a mixture of the run."""
+    own = [folder for folder in folders if folder.weights[number]]
+    weights = [folder.weights[number] for folder in own]
+    parts, _ = parts_of(weights)
+    for folder, part in zip(own, parts, strict=True):
         if not part:
-            share = float(folder.weight / sum(each.weight for each in folders))
+            share = float(folder.weights[number] / sum(weights))
             raise UserError(
-                f"data.mixture: the share of {folder.name} is {share:.2g}, and shares are rounded "
+                f"{key}: the share of {folder.name} is {share:.2g}, and shares are rounded "
                 f"to parts of {MOST_PARTS:,}; give it more weight, or leave it out"
             )
     return {
         folder.fingerprint: {
             "name": folder.name,
             "parts": part,
-            "epochs": folder.epochs,
+            "epochs": folder.epochs[number],
             "tokens": folder.train.tokens,
         }
-        for folder, part in zip(folders, parts, strict=True)
+        for folder, part in zip(own, parts, strict=True)
     }
 
 
 def rounded(folders: Sequence[Folder]) -> str | None:
     """A line on weights that were rounded to parts of a period; None: they were not."""
-    if parts_of([folder.weight for folder in folders])[1]:
+    mixtures = zip(*(folder.weights for folder in folders), strict=True)
+    if all(parts_of(list(filter(None, weights)))[1] for weights in mixtures):
         return None
     return f"the weights of data.mixture are rounded to parts of {MOST_PARTS:,}"
 
@@ -191,15 +206,17 @@ def _to_come(
     plan: Sequence[Sources], config: Config, step: int, samples: int
 ) -> list[dict[str, Any]]:
     """The segments of a plan from where a run stands on, after so many steps and samples."""
-    stages = curriculum(config)
+    stages, starts = curriculum(config), mixture_starts(config)
     beyond = samples_beyond(config, step, samples)
+    begins = sorted({*(stage.first_step for stage in stages), *starts})
     found: list[dict[str, Any]] = []
-    for stage in stages:
-        if stage.first_step + stage.steps <= step:
-            continue
-        begins = max(stage.first_step, step)
-        first = stage.number_in_cut(samples_until(stages, begins) + beyond)
-        found.append({"cut": stage.cut, "first_sample": first, "sources": plan[0]})
+    for begin, end in zip(begins, [*begins[1:], config.train.steps], strict=True):
+        if end > step:
+            first = max(begin, step)
+            stage = stage_of(stages, first + 1)
+            number = stage.number_in_cut(samples_until(stages, first) + beyond)
+            sources = plan[bisect_right(starts, begin) - 1]
+            found.append({"cut": stage.cut, "first_sample": number, "sources": sources})
     return found
 
 
@@ -240,7 +257,7 @@ def ordered(data: Mapping[str, Any], config: Config, beyond: int = 0) -> Ordered
         order = Mixture(epochs, own, seed_of_cut(seed, cut), samples[cut])
         cuts.append(CutOrder(length, epochs, order))
     shown = [prints.index(one) for one in [*now, *(one for one in latest if one not in now)]]
-    return Ordered(prints, _names(latest, now), shown, cuts)
+    return Ordered(prints, _names(latest, now), shown, cuts, beyond)
 
 
 def _segment(segment: Mapping[str, Any], prints: Sequence[str], lengths: Sequence[int]) -> Segment:

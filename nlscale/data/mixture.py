@@ -81,8 +81,8 @@ class Mixture:
     limit, by source, those that do).
 
     Raises:
-        ValueError: no segments, or not in their order; of other sources than `lengths`; or nothing
-            is left to read where a segment begins.
+        ValueError: no segments, or not in their order; of other sources than `lengths`; or of none
+            there is anything to read.
     """
 
     def __init__(
@@ -100,14 +100,16 @@ class Mixture:
         for number, segment in enumerate(segments):
             if not len(segment.parts) == len(segment.limits) == len(lengths):
                 raise ValueError(f"segment {number} is not of {len(lengths)} sources")
-            self.ended = {i: n for i, n in self.ended.items() if base[i] == segment.limits[i]}
+            self.ended = {
+                i: n
+                for i, n in self.ended.items()
+                if not segment.parts[i] or base[i] == segment.limits[i]
+            }
             last = number + 1 == len(segments)
             end = max(samples, firsts[-1] + 1) if last else firsts[number + 1]
             base = self._cut(segment, base, end)
-            if self.ends is not None and not last:
-                raise ValueError(
-                    f"after {self.ends} samples nothing is left, before segment {number + 1}"
-                )
+            if self.ends is not None:  # and no later segment is come to
+                break
         if not self._stretches:
             raise ValueError("of no source there is anything to read")
         self._firsts = np.array([stretch.first for stretch in self._stretches])

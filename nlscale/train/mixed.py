@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from nlscale.config.curriculum import curriculum, step_of
+from nlscale.config.curriculum import curriculum, mixture_starts, step_of
+from nlscale.config.data_sources import mixtures_of
 from nlscale.config.vocabulary import Config
 from nlscale.data.folders import Folder
 from nlscale.data.history import CutOrder, Ordered, gone_on, identity, is_mixed, ordered
@@ -27,21 +28,23 @@ class HeldOut:
     """Of the source."""
     samples: Samples
     share: float
-    """Of the source in the loss of the mixture; of one, 1."""
+    """Of the source in the loss of the mixture with which the run begins, 0 where it comes later;
+    of one, 1."""
 
 
 def held_out(folders: Sequence[Folder], config: Config, sequence_length: int) -> list[HeldOut]:
-    """The held-out sequences of each source, as many as its weight makes of all.
+    """The held-out sequences of each source, as many as its weight makes of all, at least one.
 
+    Weights are those with which the run begins, so that its losses are of one text throughout.
     Of one source all of them; `train.validation_sequences` are not more than a validation reads.
 
     Raises:
         UserError: the split of a source holds no sample.
     """
     splits = [Samples(folder.held_out, sequence_length) for folder in folders]
-    if not config.data.mixture:
+    if not mixtures_of(config.data):
         return [HeldOut(folders[0].name, splits[0], 1.0)]
-    weights = np.array([float(folder.weight) for folder in folders])
+    weights = np.array([float(folder.weights[0]) for folder in folders])
     shares = weights / weights.sum()
     counts = _dealt(shares, config.train.validation_sequences)
     return [
@@ -62,6 +65,7 @@ def unigram_bits_per_byte(validation: Sequence[HeldOut]) -> float | None:
 
     Of a mixture the mean over its bytes; None where a source has no text.
     """
+    validation = [each for each in validation if each.share]
     figures = [each.samples.shards.index["unigram_bits_per_byte"] for each in validation]
     if len(figures) == 1 or None in figures:
         return figures[0] if len(figures) == 1 else None
@@ -83,12 +87,16 @@ def order_of(
         UserError: all sources have been read as often as they may before the run ends.
     """
     found = ordered(data, config, beyond)
-    ends = end_of(found, config, beyond)
+    ends = end_of(found, config)
     if checked and ends is not None:
         step, order = ends
         stages = curriculum(config)
         among = "the run" if len(found.cuts) == 1 else f"{order.sequence_length:,} tokens"
-        fewer = f", or take train.steps={step}" if len(stages) == 1 else ""
+        fewer = (
+            f", or take train.steps={step}"
+            if len(stages) == len(mixture_starts(config)) == 1
+            else ""
+        )
         raise UserError(
             f"data.mixture ends after {order.order.end:,} of the {order.order.samples:,} samples "
             f"of {among}, in step {step + 1:,}, as all its sources have been read as often as "
@@ -97,14 +105,14 @@ def order_of(
     return found
 
 
-def end_of(found: Ordered, config: Config, beyond: int = 0) -> tuple[int, CutOrder] | None:
+def end_of(found: Ordered, config: Config) -> tuple[int, CutOrder] | None:
     """The last step that a mixture that ends before the run does is enough for, and in which cut.
 
     None: it does not.
     """
     stages = curriculum(config)
     ends = [
-        (step_of(stages, cut, order.order.end - beyond + 1) - 1, order)
+        (step_of(stages, cut, order.order.end - found.beyond + 1) - 1, order)
         for cut, order in enumerate(found.cuts)
         if order.order.end < order.order.samples
     ]

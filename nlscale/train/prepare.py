@@ -8,6 +8,7 @@ from typing import Any
 
 from nlscale.cluster.life.place import place
 from nlscale.config.curriculum import TrainingStage, curriculum, lengths
+from nlscale.config.data_sources import mixtures_of
 from nlscale.config.vocabulary import Config
 from nlscale.data import BatchReader, Samples, TokenShards
 from nlscale.data.folders import Folder, open_folders
@@ -82,7 +83,7 @@ def prepare(config: Config) -> Prepared:
         raise UserError(not_divisible("model.vocabulary", model.vocabulary, config.parallel.tensor))
     in_step = max(stage.global_batch for stage in stages) // data_parallel  # of a rank
     here = min(data_parallel, place().local_world)
-    data = identity(folders, config, mixed=bool(config.data.mixture))
+    data = identity(folders, config, mixed=bool(mixtures_of(config.data)))
     # one that changes on resuming is checked with what was read before
     checked = "data.mixture" not in config.resume.allow
     sources, readers = _order_and_readers(config, folders, data, checked)

@@ -104,11 +104,13 @@ def validated(figures: Sequence[dict[str, Any]], held_out: Sequence[HeldOut]) ->
     """The losses of each source, and of the mixture: their mean by the shares of its weights.
 
     Its bits per byte are those of a text that is mixed in these shares of tokens, and None where a
-    source has none. A source none of whose held-out targets counts is left out of the loss.
+    source has none. A source none of whose held-out targets counts is left out of the loss, as
+    one is that the run does not begin with.
     """
-    losses, shares = [each["loss"] for each in figures], [each.share for each in held_out]
+    begun = [both for both in zip(figures, held_out, strict=True) if both[1].share]
+    losses, shares = [each["loss"] for each, _ in begun], [one.share for _, one in begun]
     loss = mean(losses, shares)
-    sizes = [each.samples.shards.bytes_per_token for each in held_out]
+    sizes = [one.samples.shards.bytes_per_token for _, one in begun]
     size = mean(sizes, shares) if all(sizes) and None not in losses else None
     bits = None if loss is None or size is None else loss / math.log(2) / size
     sources = {one.name: each for one, each in zip(held_out, figures, strict=True)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nlscale.checkpoint.same_run import check_same_run
+from nlscale.checkpoint.same_run import changed_sources, check_same_run
 from nlscale.config import recipe
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
@@ -195,6 +195,29 @@ def test_a_mixture_is_another_run_by_what_it_reads_and_not_by_what_it_is_called(
     check_same_run(mixed(), mixture(a=1, b=1), state | {"data": later}, "it")
     with pytest.raises(UserError, match=r"resume\.allow=\[data\.mixture\]"):
         check_same_run(mixed(), mixture(a=2, b=1), state | {"data": later}, "it")
+
+
+def test_mixtures_of_stages_are_compared_as_what_they_read() -> None:
+    def annealed(weight: str, start: str = "50%") -> Config:
+        listed = f"[{{dir: d/b, weight: {weight}}}, {{dir: d/c, weight: 1}}]"
+        return mixed(f"data.stages=[{{from: {start}, mixture: {listed}}}]")
+
+    def data(b: int) -> dict[str, Any]:
+        plans = [mixture(a=2, b=1)["mixture"]["plan"], mixture(b=b, c=1)["mixture"]["plan"]]
+        return mixture() | {"mixture": {"plan": [*plans[0], *plans[1]], "segments": []}}
+
+    state = saved() | {"config": recipe.to_plain(annealed("1")), "data": data(1)}
+    check_same_run(annealed("1"), data(1), state, "it")
+    with pytest.raises(UserError) as refused:
+        check_same_run(annealed("3"), data(3), state, "it")
+    said = str(refused.value)
+    assert "'0.6667 a; 0.3333 b, then 0.5 b; 0.5 c' -> '0.6667 a; 0.3333 b, then 0.75 b" in said
+    assert "'resume.allow=[data.mixture]'" in said
+    with pytest.raises(UserError, match=r"data\.stages\.0\.from: '50%' -> '60%'"):
+        check_same_run(annealed("1", "60%"), data(1), state, "it")
+    begun = recipe.to_plain(annealed("1"))
+    assert changed_sources(annealed("1"), begun) == {}
+    assert changed_sources(annealed("3"), begun).keys() == {"data.mixture"}
 
 
 def test_one_folder_is_the_mixture_of_it() -> None:

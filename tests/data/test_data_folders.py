@@ -92,7 +92,7 @@ def test_weights_that_are_not_given_are_tokens_to_the_power_of_the_temperature(r
 
     def weights(temperature: str) -> list[Fraction]:
         config = mixed(*sources, overrides=(f"data.temperature={temperature}",))
-        return [each.weight for each in open_folders(config.data)]
+        return [each.weights[0] for each in open_folders(config.data)]
 
     tokens = [each.train.tokens for each in open_folders(mixed(*sources).data)]
     assert weights("1") == tokens and weights("0") == [1, 1, 1]

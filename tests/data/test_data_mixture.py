@@ -67,7 +67,7 @@ def test_a_large_period_is_within_one_place_too() -> None:
 
 
 def slowly(
-    lengths: Sequence[int], segments: Sequence[Segment], samples: int
+    lengths: Sequence[int], segments: Sequence[Segment], samples: int, seed: int = SEED
 ) -> list[tuple[int, int]]:
     """Source and sample of each number: which place is due first, looked for anew each time."""
     counts, found = [0] * len(lengths), []
@@ -90,7 +90,7 @@ def slowly(
                     due[i] = ceil(nth / weight)
         source = min(due, key=lambda i: (due[i], i))
         epoch, at = divmod(counts[source], lengths[source])
-        found.append((source, SampleOrder(lengths[source], SEED)[epoch * lengths[source] + at]))
+        found.append((source, SampleOrder(lengths[source], seed)[epoch * lengths[source] + at]))
         counts[source] += 1
     return found
 
@@ -102,6 +102,11 @@ CASES = {
     "equal lengths": ([17, 17], [Segment(0, (1, 3), (None, None))]),
     "limits": ([10, 7, 50], [Segment(0, (30, 15, 8), (20, 7, None))]),
     "all end": ([10, 7], [Segment(0, (3, 2), (30, 14))]),
+    "end before a segment": ([5], [Segment(0, (1,), (5,)), Segment(8, (1,), (None,))]),
+    "end with a segment": (
+        [5, 7],
+        [Segment(0, (1, 2), (None, 14)), Segment(30, (0, 1), (None, 14))],
+    ),
     "changed": (
         [10, 7, 5],
         [Segment(0, (3, 2, 0), FREE), Segment(41, (3, 2, 4), FREE), Segment(120, (0, 1, 1), FREE)],
@@ -164,7 +169,5 @@ def test_what_is_no_history_is_refused() -> None:
             Mixture([5], segments, SEED, 10)
     with pytest.raises(ValueError, match="not of 2 sources"):
         Mixture([5, 5], [Segment(0, *one)], SEED, 10)
-    with pytest.raises(ValueError, match="nothing is left, before segment 1"):
-        Mixture([5], [Segment(0, (1,), (5,)), Segment(8, *one)], SEED, 10)
     with pytest.raises(ValueError, match="anything to read"):
         Mixture([5], [Segment(0, (0,), (None,))], SEED, 10)
