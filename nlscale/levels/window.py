@@ -133,6 +133,8 @@ class Window:
 
     def square(self) -> Tensor:
         """Sum of squares of the closed window's gradient, as far as this rank has it, float64."""
+        if not self._owned:  # all of its shards are of matrices that lie on other nodes
+            return torch.zeros((), dtype=torch.float64, device=self.shards[0].device)
         return torch.stack([sum_of_squares(owned) for owned in self._owned]).sum()
 
     def close_without_step(self) -> None:
@@ -149,7 +151,8 @@ class Window:
 
     def scale(self, factor: Tensor) -> None:
         """Multiply the closed window's gradient: the mean over its tokens, clipped."""
-        torch._foreach_mul_(self._owned, factor.to(torch.float32))
+        if self._owned:
+            torch._foreach_mul_(self._owned, factor.to(torch.float32))
 
     @property
     def _waits(self) -> bool:

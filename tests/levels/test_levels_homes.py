@@ -85,3 +85,23 @@ def test_each_node_holds_a_share() -> None:
     parameters = results[0][0]
     assert sum(nodes) == parameters and max(nodes) <= 0.55 * parameters
     assert all(different is None for _, _, different in results)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "per_node", "more"),
+    [
+        (6, 3, ["train.global_batch=6"]),
+        (4, 1, ["model.cms=independent", "train.global_batch=4"]),
+    ],
+)
+def test_a_rank_that_has_nothing_of_a_group_takes_part(
+    ranks: int, per_node: int, more: list[str]
+) -> None:
+    wide = ["model.layers=2", "model.d_model=64", "model.hidden=128", "levels=[1,2]"]
+    keys = [*wide, "data.sequence_length=16", "train.steps=4", "optimizer.rule=muon", *more]
+    homes, parts = (
+        world.run(ranks, run_engine, [*keys, way], ranks_per_node=per_node)
+        for way in (MATRICES, "parallel.shard_optimizer=all")
+    )
+    assert len({tuple(result["hashes"]) for result in homes}) == 1
+    assert homes[0]["losses"] == pytest.approx(parts[0]["losses"], rel=1e-6)
