@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,7 @@ from nlscale.train.batches import StepReader
 from nlscale.train.mix_plan import lines, mix_plan
 from nlscale.train.prepare import Prepared, prepare
 
-STEPS = ["train.steps=6", "checkpoint.every=1 step", "checkpoint.keep=6", "train.validate_every=6"]
+STEPS = ["train.steps=6", "checkpoint.every=3 steps", "train.validate_every=6"]
 
 
 @pytest.fixture(scope="module")
@@ -132,16 +131,13 @@ def test_a_run_reports_and_goes_on_in_another_stage_bit_by_bit(root: Path, tmp_p
             assert books["loss"] > 0
     assert np.isfinite(json.loads((tmp_path / "summary.json").read_text())["val_bits_per_byte"])
 
-    for step in (3, 5):
-        only_until(tmp_path, step)
-        world.run(1, run, here)
-        again = records(tmp_path, "train")
-        kept = ("step", "loss", "tokens", "sources")
-        assert [[r[k] for k in kept] for r in again] == [[r[k] for k in kept] for r in whole]
-        resumed = Store(tmp_path / "checkpoints").checkpoints()[-1]
-        assert compare(resumed, Checkpoint(tmp_path / "later-6", 6))["bitwise"]
-        for later in tmp_path.glob("later-*"):
-            shutil.rmtree(later)
+    only_until(tmp_path, 3)  # from which another mixture was read, and another length is to come
+    world.run(1, run, here)
+    again = records(tmp_path, "train")
+    kept = ("step", "loss", "tokens", "sources")
+    assert [[r[k] for k in kept] for r in again] == [[r[k] for k in kept] for r in whole]
+    resumed = Store(tmp_path / "checkpoints").checkpoints()[-1]
+    assert compare(resumed, Checkpoint(tmp_path / "later-6", 6))["bitwise"]
 
     only = [*here[:1], here[1].replace("weight: 3", "weight: 1"), *here[2:]]
     (refused,) = world.run(1, run, only)
@@ -154,5 +150,5 @@ def test_the_dry_run_shows_each_mixture(root: Path, capsys: pytest.CaptureFixtur
     said = capsys.readouterr().out
     assert not ended.value.code
     assert "steps 1 to 2: 512 tokens, 16 samples" in said
-    assert "steps 3 to 6: 1.54K tokens, 32 samples" in said or "steps 3 to 6:" in said
+    assert "steps 3 to 6: 1.54k tokens, 32 samples" in said
     assert said.count("books") == 2 and said.count("code") == 2 and said.count("web") == 3
