@@ -12,6 +12,7 @@ from nlscale.evaluate.asking.context import Advance, Context, Part
 from nlscale.evaluate.finite import finite
 from nlscale.evaluate.intervals import Share
 from nlscale.evaluate.trained import Result
+from nlscale.generate.given import data_of
 from nlscale.generate.model import Model
 
 
@@ -21,11 +22,12 @@ def evaluate(model: Model, options: argparse.Namespace, context: Context) -> Res
     Raises:
         UserError: the data of the run are not there, or hold no context.
     """
-    shards = TokenShards(model.config.data.dir, "validation")
+    folder = data_of(model.config, "ask a model that was trained on one folder")
+    shards = TokenShards(folder, "validation")
     length = model.config.data.sequence_length
     count = min(options.contexts, (shards.tokens - 1) // length)
     if count < 1:
-        raise UserError(f"{model.config.data.dir} holds {shards.tokens:,} tokens out; give more")
+        raise UserError(f"{folder} holds {shards.tokens:,} tokens out; give more")
     parts = [Part(f"{number}", length, number * length) for number in range(count)]
 
     def work(part: Part, advance: Advance) -> int:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nlscale.config import recipe
 from nlscale.config.curriculum import alike_until, curriculum, lengths, samples_until
 from nlscale.config.vocabulary import Config
+from nlscale.data.history import changed as changed_mixture
+from nlscale.data.history import is_mixed
 from nlscale.errors import UserError
 from nlscale.optim.schedule import stable_steps
 
@@ -17,6 +22,9 @@ _FREE = (
     "run.imports",
     "data.dir",
     "data.cache.",
+    "data.mixture",
+    "data.temperature",
+    "data.stages.N.mixture",
     "parallel.",
     "timeouts.",
     "checkpoint.",
@@ -31,7 +39,7 @@ _FREE = (
     "train.max_dropped_steps",
 )
 """What may differ without asking: where and how fast a run goes, not where to. The data are
-compared by what they are."""
+compared by what they are, and a mixture by the order that it makes of them."""
 
 
 TOKENIZER = "data.tokenizer"
@@ -94,8 +102,9 @@ def check_same_run(config: Config, data: dict[str, Any], state: dict[str, Any], 
 def changed_data(now: dict[str, Any], before: Any) -> dict[str, tuple[Any, Any]]:
     """What makes data others than those of a run that was saved: (before, now) by key.
 
-    Their tokenizer is a key of its own, `TOKENIZER`, as other text may be meant and other ids of
-    the same text hardly are. Where one of both was written before it was recorded, it is the same.
+    `data` where other data are read, `data.mixture` where they are mixed otherwise. Their tokenizer
+    is a key of its own, `TOKENIZER`, as other text may be meant and other ids of the same text
+    hardly are. Where one of both was written before it was recorded, it is the same.
     """
     if not isinstance(before, dict):
         return {"data": (before, now)}
@@ -104,6 +113,9 @@ def changed_data(now: dict[str, Any], before: Any) -> dict[str, tuple[Any, Any]]
     changed: dict[str, tuple[Any, Any]] = {}
     if None not in names and names[0] != names[1]:
         changed[TOKENIZER] = (names[0], names[1])
+    if is_mixed(now) or is_mixed(before):
+        mixtures = changed_mixture(before, now)
+        return changed if mixtures is None else {**changed, "data.mixture": mixtures}
     if rest[0] != rest[1]:
         changed["data"] = (rest[0], rest[1])
     return changed
@@ -123,6 +135,34 @@ def _check_numbers(config: Config, state: dict[str, Any], where: str) -> None:
             f"stages of this configuration it would be {planned:,}; let what changes begin after "
             f"{step:,} steps"
         )
+
+
+def changed_sources(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`data.mixture` where a run that has saved nothing yet was to mix other sources, or otherwise.
+
+    Args:
+        config: of the run that wants to begin.
+        saved: of the one that was begun.
+    """
+    now, before = recipe.to_plain(config)["data"], saved.get("data") or {}
+    mixtures = [_sources(data) for data in (before, now)]
+    return {} if mixtures[0] == mixtures[1] else {"data.mixture": (mixtures[0], mixtures[1])}
+
+
+def _sources(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights and epochs by the name of a source, wherever it lies, and the temperature.
+
+    Of the mixtures of stages by the number of the stage and the name.
+    """
+    later = [stage.get("mixture") or [] for stage in data.get("stages") or []]
+    mixtures = {"": data.get("mixture") or []}
+    mixtures |= {f"data.stages.{number}: ": mixture for number, mixture in enumerate(later)}
+    each = {
+        f"{of}{s['name'] or Path(s['dir']).name}": (s["weight"], s["epochs"])
+        for of, mixture in mixtures.items()
+        for s in mixture
+    }
+    return {**each, "temperature": data.get("temperature")} if each else {}
 
 
 def changed_keys(config: Config, saved: Any) -> dict[str, tuple[Any, Any]]:
@@ -146,10 +186,15 @@ def differences(now: Any, before: Any, prefix: str = "") -> dict[str, tuple[Any,
         found: dict[str, tuple[Any, Any]] = {}
         for name in [*before, *(key for key in now if key not in before)]:
             key = f"{prefix}{name}"
-            if not key.startswith(_FREE) and not f"{key}.".startswith(_FREE):
+            if not _is_free(key):
                 found |= differences(now.get(name), before.get(name), f"{key}.")
         return found
     return {} if now == before else {prefix.rstrip("."): (before, now)}
+
+
+def _is_free(key: str) -> bool:
+    plain = re.sub(r"\.\d+(?=\.|$)", ".N", key)
+    return plain.startswith(_FREE) or f"{plain}.".startswith(_FREE)
 
 
 def _completed(saved: Any, defaults: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`nlscale data build`, `nlscale data share` and `nlscale data info`."""
+"""`nlscale data build`, `nlscale data share` and `nlscale data info`; `mix` is `cli.data_mix`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nlscale.cli.arguments import add_cluster, number, path, size, whole
+from nlscale.cli.data_mix import add_mix
 from nlscale.cluster.life.owner import hold
 from nlscale.cluster.life.signals import handled
 from nlscale.config.urls import Location, is_url
@@ -184,6 +185,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "directory", type=_folder, metavar="DIR", help="a folder made by build, or a URL of one"
     )
     info.set_defaults(func=_info)
+    add_mix(verbs)
 
 
 def _add_places(build: argparse.ArgumentParser) -> None:

@@ -100,7 +100,8 @@ def _checked(args: argparse.Namespace) -> tuple[Config, Cluster]:
     check_evaluations(config.evaluate)
     planned, known = config, True
     try:
-        read_index(config.data.dir)
+        for folder in config.data.folders():
+            read_index(folder)
     except UserError as error:
         if not args.dry_run:
             raise

@@ -294,7 +294,7 @@ def _print_script(
     from nlscale.data import read_index
     from nlscale.scaling.sweep.slurm import command_lines
 
-    for data in dict.fromkeys(run.config.data.dir for run in runs):
+    for data in dict.fromkeys(data for run in runs for data in run.config.data.folders()):
         try:
             read_index(data)
         except UserError as error:

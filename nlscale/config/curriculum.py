@@ -2,7 +2,8 @@
 
 `train.global_batch` may be a list of sizes, and `data.stages` give sequences another length; both
 cut the run into stages, within which all steps are alike. Everything that counts samples or tokens
-of a run asks here. A run without either is one stage.
+of a run asks here. A run without either is one stage. Another mixture, which `data.stages` may give
+as well, makes no stage of its own: `mixture_starts`.
 
 Samples are numbered over the run. Sequences of another length are another cut of the data, whose
 samples have an order of their own: the first stage of a length begins that at 0, and each later one
@@ -18,7 +19,7 @@ from typing import Any
 
 from nlscale.config.schema import where
 from nlscale.config.units import Start
-from nlscale.config.vocabulary import BatchStage, Config, DataStage
+from nlscale.config.vocabulary import BatchStage, Config, DataStage, SourceConfig
 from nlscale.errors import UserError
 
 _MOST_STEPS = 10**15
@@ -88,18 +89,23 @@ def curriculum(config: Config, sources: Mapping[str, str] | None = None) -> list
             )
         sizes = {place: entry.size for place, entry in zip(places, given, strict=True)}
     for index, place in enumerate(_checked("data.stages", data.stages, steps, sources)):
-        length, key = data.stages[index].sequence_length, f"data.stages.{index}"
-        if length is None:
+        entry, key = data.stages[index], f"data.stages.{index}"
+        length = entry.sequence_length
+        if length is None and not entry.mixture:
             raise UserError(
-                f"{key} changes nothing; give its sequence_length, or leave it out"
+                f"{key} changes nothing; give its sequence_length or a mixture, or leave it out"
                 f"{where(key, sources)}"
             )
         if place == 0:
+            fix = (
+                "give its data.mixture" if length is None else f"set data.sequence_length={length}"
+            )
             raise UserError(
                 f"{key}.from: it begins with the run, whose data are those of the section itself; "
-                f"set data.sequence_length={length}{where(f'{key}.from', sources)}"
+                f"{fix}{where(f'{key}.from', sources)}"
             )
-        tokens[place] = length
+        if length is not None:
+            tokens[place] = length
     changes = sorted({*sizes, *tokens})
     return _numbered(
         [
@@ -107,6 +113,15 @@ def curriculum(config: Config, sources: Mapping[str, str] | None = None) -> list
             for first, end in zip(changes, [*changes[1:], steps], strict=True)
         ]
     )
+
+
+def mixture_starts(config: Config) -> list[int]:
+    """The steps of a run that come before each of its mixtures, of which the first begins it.
+
+    Another mixture does not make another stage, all of whose steps cost the same.
+    """
+    later = [Start.parse(entry.from_) for entry in config.data.stages if entry.mixture]
+    return [0, *(start.in_steps(config.train.steps) for start in later)]
 
 
 def stage_of(stages: Sequence[TrainingStage], step: int) -> TrainingStage:
@@ -118,6 +133,25 @@ def samples_until(stages: Sequence[TrainingStage], step: int) -> int:
     """Samples of the first steps of a run, dropped ones included."""
     stage = stage_of(stages, max(1, step))
     return stage.first_sample + (step - stage.first_step) * stage.global_batch
+
+
+def samples_of_cuts(stages: Sequence[TrainingStage], samples: int) -> list[int]:
+    """Of the first samples of a run, how many are of each cut of the data."""
+    counts = [0] * len(lengths(stages))
+    ends = [*(stage.first_sample for stage in stages[1:]), samples]
+    for stage, end in zip(stages, ends, strict=True):
+        counts[stage.cut] += max(0, min(samples, end) - stage.first_sample)
+    return counts
+
+
+def step_of(stages: Sequence[TrainingStage], cut: int, count: int) -> int:
+    """The step with which at least so many samples of a cut have been taken."""
+    stage = next(
+        s
+        for s in reversed(stages)
+        if s.cut == cut and (s.first_of_cut < count or not s.first_of_cut)
+    )
+    return stage.first_step - (stage.first_of_cut - count) // stage.global_batch
 
 
 def tokens_until(stages: Sequence[TrainingStage], step: int) -> int:
@@ -206,7 +240,11 @@ def of_plain(saved: Mapping[str, Any]) -> list[TrainingStage]:
     )
     config.data.sequence_length = data["sequence_length"]
     config.data.stages = [
-        DataStage(from_=entry["from"], sequence_length=entry["sequence_length"])
+        DataStage(
+            from_=entry["from"],
+            sequence_length=entry["sequence_length"],
+            mixture=[SourceConfig(dir=source["dir"]) for source in entry.get("mixture", [])],
+        )
         for entry in data.get("stages", [])
     ]
     return curriculum(config)

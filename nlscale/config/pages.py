@@ -17,6 +17,8 @@ PAGES = {
     "data": "concepts/data.md",
     "data.dir": "concepts/data.md#shards-and-their-index",
     "data.cache": "concepts/data.md#shards-elsewhere",
+    "data.mixture": "concepts/data.md#mixtures",
+    "data.temperature": "concepts/data.md#mixtures",
     "data.sequence_length": "concepts/data.md#samples",
     "data.stages": "concepts/data.md#stages-of-a-run",
     "data.document_mask": "concepts/memory.md#documents",

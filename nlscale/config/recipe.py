@@ -17,17 +17,18 @@ from typing import Any
 
 import yaml
 
-from nlscale.config import curriculum, keys, level_optimizer, schema, shipped, trees
+from nlscale.config import curriculum, data_sources, keys, level_optimizer, schema, shipped, trees
 from nlscale.config.extensions import import_all
 from nlscale.config.keys import class_doc, field_docs, key_of, to_plain
 from nlscale.config.pages import page_of
 from nlscale.config.presets import MIXER_PRESETS
 from nlscale.config.scalars import NULLS
 from nlscale.config.units import declared_period
-from nlscale.config.vocabulary import Config, LevelConfig, LevelsConfig
+from nlscale.config.vocabulary import Config, LevelConfig, LevelsConfig, SourceConfig
 from nlscale.errors import UserError
 
 _LEVELS = "a list of levels, for example levels=[1,4,16]"
+_SOURCES = "a list of sources, for example data.mixture=[{dir: data/web, weight: 0.6}]"
 RECIPE = schema.Kind(
     name="recipe",
     schema=Config,
@@ -37,7 +38,7 @@ RECIPE = schema.Kind(
     integer="an integer",
     listing="`nlscale config --keys` lists all keys",
     interpolates=True,
-    shapes={LevelsConfig: _LEVELS, LevelConfig: _LEVELS},
+    shapes={LevelsConfig: _LEVELS, LevelConfig: _LEVELS, SourceConfig: _SOURCES},
 )
 """What a recipe has to be."""
 
@@ -81,6 +82,7 @@ def load(
         declared_period(index, level)
     level_optimizer.settle(config, sources)
     curriculum.curriculum(config, sources)
+    data_sources.settle(config, sources)
     _fill_presets(config, sources)
     return Recipe(config, sources)
 

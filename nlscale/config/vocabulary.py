@@ -73,6 +73,22 @@ class CacheConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of the sources of a mixture: a data folder, and how much of the run reads it."""
+
+    dir: str = path(url=True)
+    """Folder of its shards and their index.json; or a URL of one."""
+    weight: float | None = within(None, above=0)
+    """Its share of the samples, over the sum of all weights; null, of all sources alike: its tokens
+    to the power of data.temperature."""
+    epochs: int | None = within(None, above=0)
+    """Times that it is read at most, at each sequence length of the run; then the others share its
+    place. Null: as often as its weight makes it."""
+    name: str | None = None
+    """In metrics and figures, of one source alone; null: the last part of dir."""
+
+
+@dataclass
 class DataStage:
     """Other data from some step on, until the next stage or the end; see nlscale.config.curriculum.
 
@@ -83,25 +99,38 @@ class DataStage:
     """When it begins: a share of train.steps such as '80%', or '1000 steps' that come before it."""
     sequence_length: int | None = within(None, above=0, most=MOST)
     """Tokens a sample trains on from then on; null: as before."""
+    mixture: list[SourceConfig] = field(default_factory=list)
+    """Folders that are mixed from then on, in place of those before; none: as before."""
 
 
 @dataclass
 class DataConfig:
-    """The token shards made by ``nlscale data build``."""
+    """The token shards made by ``nlscale data build``: of one folder, or of several, mixed."""
 
-    dir: str = path(url=True)
+    dir: str | None = path(None, url=True)
     """Folder of the shards and their index.json; or a URL of one, s3://bucket/data or of another
-    service that fsspec reads."""
+    service that fsspec reads. Needed, unless there is a mixture."""
+    mixture: list[SourceConfig] = field(default_factory=list)
+    """Folders that are read in turn, each as often as its weight says, in place of data.dir."""
+    temperature: float = within(1.0, least=0, most=10)
+    """Power of a source's tokens that is its weight, where the mixture gives none: 1 reads all
+    sources equally often, 0 as much of each."""
     sequence_length: int = within(1024, above=0, most=MOST)
     """Tokens a sample trains on (it reads one more, the last target)."""
     stages: list[DataStage] = field(default_factory=list)
     """What changes in the course of the run, such as a context extension at its end:
-    [{from: 80%, sequence_length: 4096}]."""
+    [{from: 80%, sequence_length: 4096}], or an annealing mixture."""
     document_mask: bool = False
     """Begin memories, convolutions and attention anew with each document of a sample, as if it
     stood alone. False: a document sees those before it in the sample."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Shards that are fetched from another service."""
+
+    def folders(self) -> list[str]:
+        """The data folders: `dir` or those of the mixture, then those that stages add."""
+        begins = [self.dir] if self.dir is not None else [source.dir for source in self.mixture]
+        later = [source.dir for stage in self.stages for source in stage.mixture]
+        return list(dict.fromkeys([*begins, *later]))
 
 
 @dataclass

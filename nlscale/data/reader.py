@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nlscale.data.mixture import Mixture
 from nlscale.data.order import SampleOrder
 from nlscale.data.shards import TokenShards
 from nlscale.errors import UserError
@@ -34,7 +36,7 @@ class Samples:
             )
         self.shards = shards
         self.sequence_length = sequence_length
-        self._count = (shards.tokens - 1) // sequence_length
+        self._count = samples_in(shards.tokens, sequence_length)
 
     def __len__(self) -> int:
         return self._count
@@ -54,6 +56,17 @@ class Samples:
             raise IndexError(f"sample {i} of {self._count}")
         return self.shards.read_mask(i * self.sequence_length, self.sequence_length + 1)
 
+    def first(self, count: int) -> Samples:
+        """The first samples alone, as many as there are up to `count`, at least 1."""
+        few = copy(self)
+        few._count = min(self._count, count)
+        return few
+
+
+def samples_in(tokens: int, sequence_length: int) -> int:
+    """Samples of a split of so many tokens, in an epoch."""
+    return (tokens - 1) // sequence_length
+
 
 class BatchReader:
     """Reads samples in the shuffled order of `seed`, by global sample number.
@@ -65,6 +78,7 @@ class BatchReader:
     def __init__(self, samples: Samples, seed: int) -> None:
         self.samples = samples
         self.order = SampleOrder(len(samples), seed)
+        self.separator = samples.shards.separator
 
     def read(self, first: int, count: int) -> NDArray[np.int64]:
         """Global sample numbers first .. first + count - 1: int64 [count, S + 1]."""
@@ -90,3 +104,66 @@ class BatchReader:
         for row, sample in enumerate(self.order.take(first, count)):
             masks[row] = self.samples.mask(int(sample))
         return masks
+
+    def sources(self, first: int, count: int) -> tuple[NDArray[np.int64], int] | None:
+        """Of which source each is, as `MixtureReader` says it; None: there is one alone."""
+        return None
+
+
+class MixtureReader:
+    """Reads samples of several sources in the order of a mixture, as `BatchReader` those of one.
+
+    Args:
+        sources: samples of one length and one tokenizer, in the order of those of `order`; of one
+            that is not read any more, None.
+        order: which of them, and which of its samples, a global sample number stands for.
+    """
+
+    def __init__(self, sources: Sequence[Samples | None], order: Mixture) -> None:
+        self._sources, self.order = sources, order
+        some = [source for source in sources if source is not None]
+        self._length = some[0].sequence_length
+        self._masked = any(source.shards.masked for source in some)
+        self.separator = some[0].shards.separator
+
+    def read(self, first: int, count: int) -> NDArray[np.int64]:
+        """Global sample numbers first .. first + count - 1: int64 [count, S + 1]."""
+        batch = np.empty((count, self._length + 1), dtype=np.int64)
+        for row, (source, sample) in enumerate(self._taken(first, count)):
+            batch[row] = source[sample]
+        return batch
+
+    def masks(self, first: int, count: int) -> NDArray[np.bool_] | None:
+        """Which tokens of the same count as targets: bool [count, S + 1]; None: all of all."""
+        if not self._masked:
+            return None
+        masks = np.ones((count, self._length + 1), dtype=np.bool_)
+        for row, (source, sample) in enumerate(self._taken(first, count)):
+            mask = source.mask(sample)
+            if mask is not None:
+                masks[row] = mask
+        return masks
+
+    def expect(self, numbers: Iterable[tuple[int, int]]) -> None:
+        """Global sample numbers that will be read soon, as `BatchReader.expect` takes them."""
+        soon: dict[int, list[tuple[int, int]]] = {}
+        for first, count in numbers:
+            for place, sample in zip(*self.order.take(first, count), strict=True):
+                start = int(sample) * self._length
+                soon.setdefault(int(place), []).append((start, self._length + 1))
+        for place, ranges in soon.items():
+            source = self._sources[place]
+            assert source is not None, f"source {place} is read no more"
+            source.shards.expect(ranges)
+
+    def sources(self, first: int, count: int) -> tuple[NDArray[np.int64], int]:
+        """Of which source each of the same is, its place: int64 [count]; and how many there are."""
+        return self.order.take(first, count)[0], len(self._sources)
+
+    def _taken(self, first: int, count: int) -> list[tuple[Samples, int]]:
+        taken = []
+        for place, sample in zip(*self.order.take(first, count), strict=True):
+            source = self._sources[place]
+            assert source is not None, f"source {place} is read no more"
+            taken.append((source, int(sample)))
+        return taken

@@ -73,8 +73,12 @@ def data_of(config: Config, fix: str) -> Location:
         fix: what else can be given.
 
     Raises:
-        UserError: it was imported, and is of no data; ends with `fix`.
+        UserError: it was imported, and is of no data, or of those of several folders; ends with
+            `fix`.
     """
-    if config.data.dir == NO_DATA:
+    folders = config.data.folders()
+    if folders == [NO_DATA]:
         raise UserError(f"the model was imported, and has no data of its own; {fix}")
-    return location_of(config.data.dir)
+    if len(folders) > 1:
+        raise UserError(f"the model was trained on a mixture of {', '.join(folders)}; {fix}")
+    return location_of(folders[0])

@@ -37,7 +37,7 @@ class Model:
         self, decoder: Decoder, config: Config, step: int, tokenizer_folder: Path | None = None
     ) -> None:
         self.config, self.step = config, step
-        self._tokenizer_folder = tokenizer_folder or location_of(config.data.dir)
+        self._tokenizer_folder = tokenizer_folder or location_of(config.data.folders()[0])
         weight = next(decoder.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self._decoder = decoder

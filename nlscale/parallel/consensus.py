@@ -5,11 +5,13 @@ The device acts on it at once; the host reads it when the update is under way.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nlscale.ops.transfer import HostCopy, to_device
@@ -26,6 +28,15 @@ class Requests:
     """To write a checkpoint after this step."""
     failed: bool = False
     """To give up: a checkpoint could not be written."""
+
+
+class BySource(NamedTuple):
+    """What a rank saw of a step, for each source of a mixture."""
+
+    loss_sums: Tensor
+    """Sums of the losses of its targets that count: float64 [sources]."""
+    counted: NDArray[np.int64]
+    """How many these are, known to the host: int64 [sources]."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,10 @@ class Verdict:
     """Loss above which the step is dropped."""
     counted_tokens: int = 0
     """Targets of the step that count, over all ranks."""
+    source_losses: tuple[float, ...] = ()
+    """Of each source of a mixture, as `loss`; NaN where none of its targets is in the step."""
+    source_counted: tuple[int, ...] = ()
+    """Targets of each that count, over all ranks."""
 
     @property
     def dropped_because(self) -> str | None:
@@ -64,25 +79,41 @@ class Verdict:
 LOSS_NOT_FINITE = "loss not finite"
 GRADIENT_NOT_FINITE = "gradient not finite"
 SPIKE = "spike"
+_HEAD = 5 + len(fields(Requests))
+"""Numbers of a report before those of sources."""
 
 
 class Consensus:
-    """A verdict where the device has it, and on its way to the host."""
+    """A verdict where the device has it, and on its way to the host.
 
-    def __init__(self, report: Tensor, limit: float) -> None:
-        total, tokens, counted, bad, bad_losses, *wishes = report
+    Args:
+        report: what the ranks saw together: `_HEAD` numbers, then of each source the sum of its
+            losses, and then of each how many targets these are of.
+        limit: loss above which the step is dropped.
+        sources: of a mixture; 0: there is none.
+    """
+
+    def __init__(self, report: Tensor, limit: float, sources: int = 0) -> None:
+        total, tokens, counted, bad, bad_losses, *wishes = report[:_HEAD]
         self._limit = limit
         loss = torch.where(bad_losses > 0, torch.nan, total / counted)
         self.admitted = (bad == 0) & ~(loss > limit)
         """bool []."""
         self.counted_tokens = torch.where(self.admitted, counted, 0.0)
         """Targets that count and enter the windows: none where the step is dropped. float64 []."""
-        seen = [loss, tokens, counted, self.admitted.double(), bad_losses, *wishes]
-        self._copy = HostCopy(torch.stack(seen))
+        seen = torch.stack([loss, tokens, counted, self.admitted.double(), bad_losses, *wishes])
+        if sources:
+            sums, of = report[_HEAD:].view(2, sources)
+            losses = torch.where(bad_losses > 0, torch.nan, sums / of)
+            seen = torch.cat([seen, losses, of])
+        self._sources = sources
+        self._copy = HostCopy(seen)
 
     def read(self) -> Verdict:
         """The verdict; the host waits until the GPU has come to it."""
-        loss, tokens, counted, admitted, bad_losses, *wishes = self._copy.read()
+        seen = self._copy.read()
+        loss, tokens, counted, admitted, bad_losses, *wishes = seen[:_HEAD]
+        last = _HEAD + self._sources
         return Verdict(
             loss=loss,
             tokens=round(tokens),
@@ -91,6 +122,8 @@ class Consensus:
             asked=Requests(*map(bool, wishes)),
             losses_not_finite=round(bad_losses),
             limit=self._limit,
+            source_losses=tuple(seen[_HEAD:last]),
+            source_counted=tuple(map(round, seen[last:])),
         )
 
 
@@ -102,6 +135,7 @@ def agree(
     finite: Tensor,
     requests: Requests | None = None,
     limit: float = float("inf"),
+    by_source: BySource | None = None,
 ) -> Consensus:
     """Combine what the ranks saw of a step.
 
@@ -113,17 +147,25 @@ def agree(
         finite: whether the gradient was finite here, bool []; of the loss it is seen here.
         requests: what this rank asks for.
         limit: loss above which the step is dropped; the same on every rank.
+        by_source: the same sums and counts for each source of a mixture; None on every rank: there
+            is none.
     """
     # Every rank of a copy of the model sees the same batch; one of them speaks for it.
     speaks, good_loss = layout.speaks, torch.isfinite(loss_sum)
     asked = astuple(requests or Requests())
     # From the host in one piece: a number written into a tensor on a GPU is a copy that waits.
     seen = [tokens, counted_tokens] if speaks else [0, 0]
-    known = np.array([0, *seen, 0, 0, *asked], dtype=np.float64)
+    sources = 0 if by_source is None else len(by_source.counted)
+    known = np.zeros(_HEAD + 2 * sources)
+    known[:_HEAD] = [0, *seen, 0, 0, *asked]
+    if by_source is not None and speaks:
+        known[_HEAD + sources :] = by_source.counted
     report = to_device(known, layout.device)
     if speaks:
         report[0] = torch.where(good_loss, loss_sum, torch.zeros_like(loss_sum))
+        if by_source is not None:
+            report[_HEAD : _HEAD + sources] = by_source.loss_sums.nan_to_num(0.0, 0.0, 0.0)
     report[3] = ~(finite & good_loss)
     report[4] = ~good_loss
     dist.all_reduce(report)
-    return Consensus(report, limit)
+    return Consensus(report, limit, sources)

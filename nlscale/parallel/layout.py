@@ -138,10 +138,11 @@ def _join(
 def _told(config: Config, more: Told) -> Told:
     """What every rank must have been told alike.
 
-    The folder of the data may be at another place on each node, as copies on local disks are.
+    The folders of the data may be at another place on each node, as copies on local disks are.
     """
     plain = to_plain(config)
-    del plain["data"]["dir"]
+    for source in [plain["data"], *plain["data"]["mixture"]]:
+        del source["dir"]
     return {
         "ranks of a node": config.parallel.ranks_per_node or place().local_world,
         **plain,

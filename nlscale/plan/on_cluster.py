@@ -46,7 +46,7 @@ def vocabulary_of(config: Config) -> int:
     if config.model.vocabulary is not None:
         return config.model.vocabulary
     try:
-        return read_index(config.data.dir)["vocabulary"]
+        return read_index(config.data.folders()[0])["vocabulary"]
     except UserError as error:
         raise UserError(f"{error}; or give model.vocabulary=N to plan without data") from None
 

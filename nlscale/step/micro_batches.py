@@ -17,6 +17,7 @@ from nlscale.levels.window import Window
 from nlscale.model.decoder import Decoder
 from nlscale.ops.documents import Documents
 from nlscale.ops.transfer import to_device
+from nlscale.parallel.consensus import BySource
 
 
 class LossMask(NamedTuple):
@@ -42,6 +43,37 @@ class LossMask(NamedTuple):
         return cls(to_device(counts, device), int(counts.sum()))
 
 
+class RowSources(NamedTuple):
+    """Of which source of a mixture each row of a micro batch is."""
+
+    rows: Tensor
+    """bool [rows, sources]: one of each row."""
+    counted: NDArray[np.int64]
+    """Targets of each source that count: int64 [sources], known to the host."""
+
+    @classmethod
+    def of(
+        cls,
+        places: NDArray[np.int64],
+        sources: int,
+        counts: NDArray[np.bool_] | None,
+        length: int,
+        device: torch.device,
+    ) -> RowSources:
+        """The sources of a micro batch all of whose rows are samples.
+
+        Args:
+            places: of each row its source's place among them, [rows].
+            sources: how many there are.
+            counts: which targets count, [rows, length]; None: all.
+            length: targets of a row.
+            device: where the model is.
+        """
+        rows = places[:, None] == np.arange(sources)
+        each = np.full(len(places), length) if counts is None else counts.sum(1)
+        return cls(to_device(rows, device), each @ rows)
+
+
 class Batch(NamedTuple):
     """A micro batch."""
 
@@ -55,6 +87,8 @@ class Batch(NamedTuple):
     """Where they are, where each is to be treated as if it stood alone."""
     mask: LossMask | None = None
     """Which of their targets count; None: all."""
+    sources: RowSources | None = None
+    """Of which source each row is, where the data are a mixture."""
 
     @property
     def counted_tokens(self) -> int:
@@ -66,6 +100,7 @@ def run_micro_batches(
     stages: list[Decoder],
     batches: list[Batch],
     windows: list[Window] | None,
+    by_source: BySource | None = None,
 ) -> tuple[Tensor, int, int]:
     """Pass the micro batches of this rank through the model.
 
@@ -73,6 +108,7 @@ def run_micro_batches(
         stages: what this rank holds of the model: one stage, or several interleaved.
         batches: what the rank reads in this step; with several pipeline ranks all of one shape.
         windows: where gradients go; None for a forward pass only (validation).
+        by_source: of `sums_by_source`; takes the losses of each source of a mixture.
 
     Returns:
         The sum of the losses over the targets that count (0 where the rank does not hold the last
@@ -87,6 +123,8 @@ def run_micro_batches(
             total = losses.where(batch.mask.counts.T, 0.0).sum()
         # The schedule works on `total` in place: what is reported is a copy.
         sums.append(total.detach().clone())
+        if by_source is not None:
+            _add(by_source, losses.detach(), batch)
         return total, torch.tensor(losses.numel(), dtype=torch.int), sums[-1]
 
     def forward(
@@ -113,6 +151,26 @@ def run_micro_batches(
     total = torch.stack(sums).sum() if sums else torch.zeros((), device=device)
     tokens = sum(b.counted * b.tokens.shape[1] for b in batches)
     return total, tokens, sum(b.counted_tokens for b in batches)
+
+
+def sums_by_source(batches: list[Batch]) -> BySource | None:
+    """Where the losses of a step are added up by source; None: the data are no mixture."""
+    each = [batch.sources.counted for batch in batches if batch.sources is not None]
+    if not each:
+        return None
+    counted = np.sum(each, axis=0)
+    device = batches[0].tokens.device
+    return BySource(torch.zeros(len(counted), dtype=torch.float64, device=device), counted)
+
+
+def _add(by_source: BySource, losses: Tensor, batch: Batch) -> None:
+    """Add the losses of a micro batch, [sequence, rows], to the sum of each row's source."""
+    assert batch.sources is not None
+    if batch.mask is not None:
+        losses = losses.where(batch.mask.counts.T, 0.0)
+    rows = losses.double().sum(0)[:, None]
+    # not by adding rows at indices, whose order, and so the rounding, a GPU leaves open
+    by_source.loss_sums.add_(torch.where(batch.sources.rows, rows, 0.0).sum(0))
 
 
 def _no_sync(windows: list[Window]) -> ExitStack:

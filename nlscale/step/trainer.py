@@ -26,7 +26,13 @@ from nlscale.ops.transfer import to_device
 from nlscale.parallel.consensus import Requests, Verdict, agree
 from nlscale.parallel.layout import Layout
 from nlscale.step.draw import draw_together
-from nlscale.step.micro_batches import Batch, LossMask, run_micro_batches
+from nlscale.step.micro_batches import (
+    Batch,
+    LossMask,
+    RowSources,
+    run_micro_batches,
+    sums_by_source,
+)
 from nlscale.step.stragglers import BusyTime
 from nlscale.step.waits import WaitClock, Waits
 
@@ -140,14 +146,16 @@ class Trainer:
         counters.samples += stage_of(self.curriculum, counters.step).global_batch
         self.optimizer.start_step(counters.step)
         with doing("forward and backward pass"):
-            seen = run_micro_batches(self.stages, batches, self.optimizer.windows)
+            by_source = sums_by_source(batches)
+            seen = run_micro_batches(self.stages, batches, self.optimizer.windows, by_source)
         self.busy.stop()
         with doing("reduction inside the node"):
             self.optimizer.finish_backward()
         with doing("reduction across nodes"):
             finite = self.optimizer.finish_crossing()
         with doing("consensus"):
-            consensus = agree(self.layout, *seen, finite, requests, limit=self._highest_loss())
+            limit = self._highest_loss()
+            consensus = agree(self.layout, *seen, finite, requests, limit, by_source)
         if before_update is not None:
             before_update()
         with doing("update of the levels due"):
@@ -165,6 +173,7 @@ class Trainer:
         separator: int,
         counted: int,
         counts: NDArray[np.bool_] | None = None,
+        sources: tuple[NDArray[np.int64], int] | None = None,
     ) -> Batch:
         """A micro batch of samples, [rows, sequence + 1]: the last token of each is only a target.
 
@@ -173,16 +182,21 @@ class Trainer:
             separator: the token that ends a document, where `data.document_mask` tells them apart.
             counted: the first rows, whose loss counts.
             counts: of the tokens, which count as targets, [rows, sequence + 1]; None: all.
+            sources: of each row the place of its source, [rows], and how many sources there are;
+                None: the data are no mixture. All rows are counted then.
         """
-        device, documents, mask = self.layout.device, None, None
+        device, documents, mask, own = self.layout.device, None, None, None
         if self.config.data.document_mask:
             chunk = self.config.model.memory.chunk
             targets = None if counts is None else counts[:, 1:]
             documents = Documents.of(rows[:, :-1], separator, chunk, device, targets)
         if counts is not None:
             mask = LossMask.of(counts[:, 1:], counted, device)
+        if sources is not None:
+            length, targets = rows.shape[1] - 1, None if counts is None else counts[:, 1:]
+            own = RowSources.of(*sources, targets, length, device)
         tokens = to_device(rows, device)
-        return Batch(tokens[:, :-1], tokens[:, 1:], counted, documents, mask)
+        return Batch(tokens[:, :-1], tokens[:, 1:], counted, documents, mask, own)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters by their names in the whole model."""

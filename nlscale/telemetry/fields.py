@@ -87,10 +87,25 @@ _MEMORY = Field(
 _NONE_COUNTS = "none of them counts as a target"
 _NO_TEXT = "the tokens that count stand for no text, or there are none"
 
+_VALIDATED = {
+    "loss": Field("number", "nats a token", "on its held-out sequences", null=_NONE_COUNTS),
+    "bits_per_byte": Field("number", "bits", "the same, for each byte of text", null=_NO_TEXT),
+}
+
+_MIXED = "the data are a mixture"
+_OF_SOURCES = Field(
+    "object",
+    "",
+    "the sources of a mixture by name",
+    only=_MIXED,
+    fields={"SOURCE": Field("object", "", "one source", fields=_VALIDATED)},
+)
+
 _OF_END = {
     "sequence_length": Field("integer", "tokens", "with which the run ends"),
     "loss": Field("number", "nats a token", "mean over the targets that count", null=_NONE_COUNTS),
     "bits_per_byte": Field("number", "bits", "the same, for each byte of text", null=_NO_TEXT),
+    "sources": _OF_SOURCES,
 }
 _TWO_LENGTHS = "`data.stages` give the end of the run another sequence length than its beginning"
 
@@ -102,6 +117,17 @@ _RANKS = {
     "slowest": Field("number", "s", "that the slowest rank computes"),
     "slowest_rank": Field("integer", "", "which that is"),
     "slowest_host": Field("text", "", "the host it runs on"),
+}
+
+_SOURCE = {
+    "loss": Field(
+        "number",
+        "nats a token",
+        "mean over the targets of this source in the global batch that count",
+        null="none of them is in the step",
+    ),
+    "tokens": Field("integer", "tokens", "of it, read so far, those of dropped steps among them"),
+    "epochs": Field("number", "", "times that its training tokens were read so far"),
 }
 
 METRICS: Mapping[str, Mapping[str, Field]] = {
@@ -163,6 +189,13 @@ METRICS: Mapping[str, Mapping[str, Field]] = {
             "the levels by name, fastest first",
             fields={"LEVEL": Field("object", "", "one level", fields=_LEVEL)},
         ),
+        "sources": Field(
+            "object",
+            "",
+            "the sources of a mixture by name",
+            only=_MIXED,
+            fields={"SOURCE": Field("object", "", "one source", fields=_SOURCE)},
+        ),
         "ranks": Field(
             "object",
             "",
@@ -182,7 +215,8 @@ METRICS: Mapping[str, Mapping[str, Field]] = {
         "loss": Field(
             "number",
             "nats a token",
-            "mean over the targets of the held-out sequences that count",
+            "mean over the targets of the held-out sequences that count; of a mixture, the mean of "
+            "its sources' by the shares of their weights",
             null=_NONE_COUNTS,
         ),
         "bits_per_byte": Field(
@@ -191,6 +225,7 @@ METRICS: Mapping[str, Mapping[str, Field]] = {
             "the same, for each byte of the text that these stand for",
             null=_NO_TEXT,
         ),
+        "sources": _OF_SOURCES,
         "of_end": Field(
             "object",
             "",
@@ -212,7 +247,7 @@ METRICS: Mapping[str, Mapping[str, Field]] = {
             "its own",
             "what the evaluation found, by its own names: `positions` FROM-TO/loss, in nats a "
             "token, for ranges of positions; `task` accuracy and chance, shares; `loss` those of "
-            "a validation",
+            "a validation; of a mixture SOURCE/FIGURE, for each source",
             null="no target counts, or `not_finite` names it",
         ),
         "not_finite": _NOT_FINITE,

@@ -24,6 +24,7 @@ from nlscale.telemetry.panels import (
     rows_of,
 )
 from nlscale.telemetry.records import mistyped, parse
+from nlscale.telemetry.source_panels import panels_of_sources
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -89,7 +90,8 @@ def update_steps(records: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
 
 
 def draw_loss(run_dir: Path, out: Path | None = None) -> Path:
-    """Draw training and validation loss; below it evaluations, and the update steps of levels.
+    """Draw training and validation loss; below it sources, evaluations, and the update steps of
+    levels.
 
     Loss is in nats per token over step, with tokens seen on the top axis. Where summary.json has
     `unigram_nats_per_token`, or `unigram_bits_per_byte` and a validation record to convert it
@@ -116,7 +118,9 @@ def draw_loss(run_dir: Path, out: Path | None = None) -> Path:
     if not validation and all(r.get("loss") is None for r in train):
         raise UserError(f"{run_dir / METRICS_FILE} holds no loss yet: nothing to draw")
     levels = update_steps(train)
+    by_source, unread = panels_of_sources(records)
     panels, more = panels_of(records)
+    panels, more = [*by_source, *panels], more + unread
     strip = [0.26 * len(levels) + 0.1] if levels else []  # inches
     with rc_context(STYLE):
         figure = Figure(dpi=160, layout="constrained")

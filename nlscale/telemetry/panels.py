@@ -155,7 +155,7 @@ def _span(points: Sequence[Point], more: Sequence[float]) -> tuple[float, float]
 
 def left_out(count: int) -> str:
     """A line to put below a figure."""
-    return f"\n{count} more figures of evaluations are in metrics.jsonl" if count else ""
+    return f"\n{count} more figures are in metrics.jsonl" if count else ""
 
 
 def _figures(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str, Point]]:

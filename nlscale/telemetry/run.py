@@ -13,6 +13,7 @@ nothing. A train record (units as written):
      "levels": {"slow": {"period": 16, "learning_rate": 3e-3, "grad_norm": None, "updates": 1,
                          "reductions": 1, "updated": False, "window_fill": 0.06,
                          "update_ratio": None}},
+     "sources": {"web": {"loss": 2.3, "tokens": 334234, "epochs": 0.2}},  # where they are mixed
      "ranks": {"fastest": 0.30, "median": 0.31, "slowest": 0.38,      # seconds a rank computes of a
                "slowest_rank": 3, "slowest_host": "n1"}}              # step, where compared
 
@@ -22,7 +23,8 @@ and a validation record:
      "time": 1795270000.0, "seconds": 1.5,
      "of_end": {"sequence_length": 4096, "loss": 2.31, "bits_per_byte": 3.33}}  # where another
 
-After it come those of `evaluate`, of kind "evaluation", with their `name` and their own figures.
+with the `sources` of a mixture by name, of each its loss and bits_per_byte. After it come those of
+`evaluate`, of kind "evaluation", with their `name` and their own figures.
 """
 
 from __future__ import annotations

@@ -96,7 +96,10 @@ class WandbRun:
                 self._give_up("start", again)
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Log a record; keys become `kind`/key, those of levels levels/name/key."""
+        """Log a record; keys become `kind`/key, those of levels levels/name/key.
+
+        Of a train record, those of sources sources/name/key; of others, `kind`/sources/name/key.
+        """
         if self._run is None:
             return
         try:
@@ -234,7 +237,7 @@ def _flat(kind: str, record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             if key == "step":
                 yield key, value
         elif isinstance(value, Mapping):
-            group = key if kind in ("train", "validation") else f"{kind}/{key}"
+            group = key if kind == "train" else f"{kind}/{key}"
             yield from _flat(group, value)
         elif value is not None:
             yield f"{kind}/{key}", value

@@ -67,8 +67,8 @@ class StepReader:
         reader = self._prepared.readers[stage.cut]
         for number, size in self._numbers(stage, sample):
             rows, counts = reader.read(number, size), reader.masks(number, size)
-            separator = reader.samples.shards.separator
-            batches.append(self._trainer.to_batch(rows, separator, size, counts))
+            of = reader.sources(number, size)
+            batches.append(self._trainer.to_batch(rows, reader.separator, size, counts, of))
         return batches
 
 

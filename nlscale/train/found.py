@@ -18,6 +18,7 @@ from nlscale.checkpoint.same_run import (
     OtherSettings,
     changed_data,
     changed_keys,
+    changed_sources,
     check_same_run,
     stable_end,
 )
@@ -193,7 +194,7 @@ def _newest(
 
 def _refuse_another(config: Config, written: dict[str, Any], run_dir: Path) -> None:
     """Of a run that has no checkpoint yet: its records would go, so it has to be this one."""
-    changed = changed_keys(config, written)
+    changed = changed_keys(config, written) | changed_sources(config, written)
     refused = {key: both for key, both in changed.items() if key not in config.resume.allow}
     if refused:
         raise UserError(
@@ -217,6 +218,8 @@ def _finished(
     changed = changed_keys(config, written if written is not None else state.get("config", {}))
     if state:
         changed |= changed_data(data, state.get("data"))
+    elif written is not None:
+        changed |= changed_sources(config, written)
     if not changed:
         found.summary = summary
         return

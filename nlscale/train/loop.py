@@ -44,11 +44,13 @@ from nlscale.train.claim import Claim
 from nlscale.train.costs import Costs
 from nlscale.train.dropped import Drops
 from nlscale.train.found import look
-from nlscale.train.prepare import Prepared
+from nlscale.train.mix_plan import lines as mixture_lines
+from nlscale.train.prepare import Prepared, go_on
 from nlscale.train.summary import (
     describe,
     hardly_moves,
     level_records,
+    source_records,
     standing_still,
     stopped,
     summarise,
@@ -117,8 +119,11 @@ def _run(
         store, warn, note = store_of(config.run), telemetry.warn, telemetry.note
         checkpoint = find_checkpoint(config, prepared.data, layout, store, warn, note)
     draws = checkpoint is None and config.run.weights is None
+    prepared = go_on(config, prepared, checkpoint.state if checkpoint is not None else None)
     trainer = Trainer.build(config, layout, prepared.levels, prepared.vocabulary, draws)
     telemetry.note(describe(config, prepared, layout))
+    for line in mixture_lines(prepared.sources, prepared.folders, config):
+        telemetry.note(line)
     layers, stagger = config.model.layers, config.levels.stagger
     for warning in [
         *slow_level_warnings(prepared.levels, layers, stagger, config.train.steps),
@@ -189,6 +194,7 @@ def _run(
                     "bytes_sent": counters.bytes_sent,
                     "bytes_saved": counters.bytes_saved,
                     "levels": level_records(prepared, optimizer, step, updated),
+                    **source_records(prepared, trainer, verdict),
                     **_ranks(trainer, telemetry, slow_ranks),
                 }
             )

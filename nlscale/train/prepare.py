@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nlscale.cluster.life.place import place
 from nlscale.config.curriculum import TrainingStage, curriculum, lengths
+from nlscale.config.data_sources import mixtures_of
 from nlscale.config.vocabulary import Config
 from nlscale.data import BatchReader, Samples, TokenShards
-from nlscale.data.index import Index, tokenizer_of
+from nlscale.data.folders import Folder, open_folders
+from nlscale.data.history import Ordered, identity, is_mixed, samples_beyond
 from nlscale.data.order import seed_of_cut
+from nlscale.data.reader import MixtureReader
 from nlscale.data.tasks.table import task_of_index
 from nlscale.errors import UserError
 from nlscale.evaluate.table import check as check_evaluations
 from nlscale.levels.spectrum import Level, levels_of
 from nlscale.plan.checks import check_sizes, not_divisible
 from nlscale.train.cached import check_cache
+from nlscale.train.mixed import HeldOut, data_from, held_out, order_of, readers_of
 
 
 @dataclass
@@ -26,11 +30,15 @@ class Prepared:
 
     levels: list[Level]
     stages: list[TrainingStage]
-    readers: list[BatchReader]
+    readers: Sequence[BatchReader | MixtureReader]
     """Of each cut of the data, see `nlscale.config.curriculum`."""
-    validation: Samples
-    """At the sequence length with which the run begins."""
-    validation_of_end: Samples | None
+    sources: Ordered | None
+    """The sources of a mixture, by their place in batches, and their order; None: there is one."""
+    folders: list[Folder]
+    """The data folders, whose shards are there with their sizes."""
+    validation: list[HeldOut]
+    """What a validation reads of each folder, at the sequence length with which the run begins."""
+    validation_of_end: list[HeldOut] | None
     """At that with which it ends, where that is another."""
     vocabulary: int
     data: dict[str, Any]
@@ -38,10 +46,11 @@ class Prepared:
     notes: list[str] = field(default_factory=list)
     """What there is to say of the data, each in a line."""
 
-    @property
-    def reader(self) -> BatchReader:
-        """Of the cut with which the run begins; all are of the same shards."""
-        return self.readers[0]
+    def epochs(self, tokens: int) -> dict[str, float]:
+        """How often the run, of so many tokens, reads each source of a mixture, or "its data"."""
+        if self.sources is None:
+            return {"its data": tokens / self.data["train_tokens"]}
+        return dict(zip(self.sources.names, self.sources.read()[1], strict=True))
 
 
 def prepare(config: Config) -> Prepared:
@@ -57,40 +66,75 @@ def prepare(config: Config) -> Prepared:
     data_parallel = check_sizes(config, place().world)
     levels = levels_of(config)
     check_evaluations(config.evaluate)
-    shards = TokenShards(config.data.dir, "train", verify=False, cache=config.data.cache)
-    held_out = shards.beside("validation")
-    if not shards.counted_tokens:
-        raise UserError(
-            f"no token of the train split of {config.data.dir} counts as a target; mend the masks "
-            f"of its sources and build it again"
-        )
-    for length in lengths(stages):
-        _check_task(config, shards, length)
-        _check_packed(shards, length)
+    folders, notes, cuts = open_folders(config.data), [], lengths(stages)
+    shards = folders[0].train
+    for folder in folders:
+        for length in cuts:
+            _check_task(config, folder.train, length)
+            _check_packed(folder.train, length)
+        notes += _packed_together(config, folder.train)
     model.vocabulary = model.vocabulary or shards.vocabulary
     if model.vocabulary < shards.vocabulary:
         raise UserError(
             f"model.vocabulary {model.vocabulary} is smaller than the {shards.vocabulary} "
-            f"token ids of {config.data.dir}; leave it null"
+            f"token ids of {shards.directory}; leave it null"
         )
     if model.vocabulary % config.parallel.tensor:
         raise UserError(not_divisible("model.vocabulary", model.vocabulary, config.parallel.tensor))
     in_step = max(stage.global_batch for stage in stages) // data_parallel  # of a rank
     here = min(data_parallel, place().local_world)
-    first, last = stages[0].sequence_length, stages[-1].sequence_length
+    data = identity(folders, config, mixed=bool(mixtures_of(config.data)))
+    # one that changes on resuming is checked with what was read before
+    checked = "data.mixture" not in config.resume.allow
+    sources, readers = _order_and_readers(config, folders, data, checked)
+    splits = [split for folder in folders for split in (folder.train, folder.held_out)]
+    end = stages[-1].sequence_length
     return Prepared(
         levels=levels,
         stages=stages,
-        readers=[
-            BatchReader(Samples(shards, length), seed_of_cut(config.run.seed, cut))
-            for cut, length in enumerate(lengths(stages))
-        ],
-        validation=Samples(held_out, first),
-        validation_of_end=Samples(held_out, last) if last != first else None,
+        readers=readers,
+        sources=sources,
+        folders=folders,
+        validation=held_out(folders, config, stages[0].sequence_length),
+        validation_of_end=held_out(folders, config, end) if end != cuts[0] else None,
         vocabulary=model.vocabulary,
-        data=_identity(shards.index),
-        notes=[*_packed_together(config, shards), *check_cache([shards, held_out], here * in_step)],
+        data=data,
+        notes=[*notes, *check_cache(splits, here * in_step)],
     )
+
+
+def go_on(config: Config, prepared: Prepared, state: dict[str, Any] | None) -> Prepared:
+    """What a run stands on that goes on from the state of a checkpoint; None: it begins.
+
+    Of a mixture that has changed since, which `resume.allow` has let pass, the new weights hold
+    from the next sample on.
+
+    Raises:
+        UserError: the mixture ends before the run does.
+    """
+    data = data_from(state, prepared.data, prepared.folders, config)
+    if not is_mixed(data):
+        return prepared
+    beyond = 0 if state is None else samples_beyond(config, state["step"], state["samples"])
+    sources, readers = _order_and_readers(config, prepared.folders, data, beyond=beyond)
+    return replace(prepared, data=data, sources=sources, readers=readers)
+
+
+def _order_and_readers(
+    config: Config,
+    folders: list[Folder],
+    data: dict[str, Any],
+    checked: bool = True,
+    beyond: int = 0,
+) -> tuple[Ordered | None, Sequence[BatchReader | MixtureReader]]:
+    """Of each cut of the data what reads it, and what orders the sources of a mixture."""
+    if not is_mixed(data):
+        return None, [
+            BatchReader(Samples(folders[0].train, length), seed_of_cut(config.run.seed, cut))
+            for cut, length in enumerate(lengths(curriculum(config)))
+        ]
+    sources = order_of(data, config, checked, beyond)
+    return sources, readers_of(sources, folders)
 
 
 def _check_task(config: Config, shards: TokenShards, length: int) -> None:
@@ -129,17 +173,3 @@ def _packed_together(config: Config, shards: TokenShards) -> list[str]:
         f"the documents of {shards.directory} are packed into samples with others, which they see: "
         f"data.document_mask is false; true reads each as if it stood alone"
     ]
-
-
-def _identity(index: Index) -> dict[str, Any]:
-    sums = [
-        shard["sha256"]
-        for name in ("train", "validation")
-        for shard in index["splits"][name]["shards"]
-    ]
-    tokenizer = tokenizer_of(index)
-    return {
-        "fingerprint": hashlib.sha256("".join(sums).encode()).hexdigest(),
-        "train_tokens": index["splits"]["train"]["tokens"],
-        **({"tokenizer": tokenizer} if tokenizer else {}),
-    }

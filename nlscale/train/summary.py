@@ -8,15 +8,17 @@ from functools import partial
 from typing import Any
 
 from nlscale.checkpoint.saver import saves
-from nlscale.config.curriculum import tokens_until
+from nlscale.config.curriculum import samples_of_cuts, tokens_until
 from nlscale.config.vocabulary import Config
 from nlscale.errors import Stopped
 from nlscale.levels.engine import LevelOptimizer
 from nlscale.model.flops import mean_flops_per_token
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
+from nlscale.parallel.consensus import Verdict
 from nlscale.parallel.layout import Layout
 from nlscale.step.trainer import Trainer
 from nlscale.train.costs import Costs
+from nlscale.train.mixed import unigram_bits_per_byte
 from nlscale.train.prepare import Prepared
 
 _STANDS_STILL = 1e-7
@@ -67,6 +69,30 @@ def level_records(
     return records
 
 
+def source_records(prepared: Prepared, trainer: Trainer, verdict: Verdict) -> dict[str, Any]:
+    """`sources` of a train record (see `nlscale.telemetry.run`); nothing where there is one alone.
+
+    Args:
+        prepared: what the run is made of.
+        trainer: after the step.
+        verdict: of the step.
+    """
+    if (sources := prepared.sources) is None:
+        return {}
+    tokens, epochs = sources.read(samples_of_cuts(prepared.stages, trainer.counters.samples))
+    losses, counted = verdict.source_losses, verdict.source_counted
+    return {
+        "sources": {
+            sources.names[i]: {
+                "loss": losses[i] if counted[i] else None,
+                "tokens": tokens[i],
+                "epochs": epochs[i],
+            }
+            for i in sources.shown
+        }
+    }
+
+
 def standing_still(updated: dict[int, dict[str, float | None]]) -> set[int]:
     """Levels whose update is next to nothing beside their weights."""
     ratios = {level: seen["update_ratio"] for level, seen in updated.items()}
@@ -112,7 +138,7 @@ def summarise(
         "final_val_loss": held_out["loss"],
         "val_bits_per_byte": held_out["bits_per_byte"],
         **({"val_of_end": held_out["of_end"]} if "of_end" in held_out else {}),
-        "unigram_bits_per_byte": prepared.validation.shards.index["unigram_bits_per_byte"],
+        "unigram_bits_per_byte": unigram_bits_per_byte(prepared.validation),
         "steps": config.train.steps,
         "dropped_steps": counters.dropped,
         "tokens": counters.tokens,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nlscale.cluster.life.watch import doing
@@ -11,7 +13,10 @@ from nlscale.evaluate.table import evaluation
 from nlscale.step.trainer import Trainer
 from nlscale.telemetry.run import Telemetry
 from nlscale.train.claim import Claim
+from nlscale.train.mixed import HeldOut, mean
 from nlscale.train.prepare import Prepared
+
+_Mixed = Callable[[Sequence[dict[str, Any]], Sequence[HeldOut]], dict[str, Any]]
 
 
 class Validation:
@@ -49,29 +54,37 @@ class Validation:
     def run(self) -> None:
         """Validate, evaluate, and record what was found."""
         started = time.monotonic()
-        self.held_out = self._ask("loss", "validation") | self._of_end()
+        self.held_out = self._ask("loss", "validation", validated) | self._of_end()
         self.held_out["seconds"] = time.monotonic() - started
         self._claim.check()
         self._telemetry.validation(self.held_out)
         for name in self._trainer.config.evaluate:
-            found = self._ask(name, "evaluation")
+            found = self._ask(name, "evaluation", by_source)
             self._claim.check()
             self._telemetry.evaluation(name, found)
         self._seconds = time.monotonic() - started
 
     def _of_end(self) -> dict[str, Any]:
         """The same at the sequence length with which the run ends, where that is another."""
-        samples = self._prepared.validation_of_end
-        if samples is None:
+        held_out = self._prepared.validation_of_end
+        if held_out is None:
             return {}
         with doing("validation"):
-            found = evaluation("loss").run(self._trainer, samples)
-        return {"of_end": {"sequence_length": samples.sequence_length, **found}}
+            found = self._found("loss", held_out, validated)
+        length = held_out[0].samples.sequence_length
+        return {"of_end": {"sequence_length": length, **found}}
 
-    def _ask(self, name: str, kind: str) -> dict[str, Any]:
+    def _found(self, name: str, held_out: Sequence[HeldOut], mixed: _Mixed) -> dict[str, Any]:
+        """What an evaluation finds; of the sources of a mixture, what `mixed` makes of it."""
+        asked = evaluation(name)
+        figures = [asked.run(self._trainer, each.samples) for each in held_out]
+        return figures[0] if self._prepared.sources is None else mixed(figures, held_out)
+
+    def _ask(self, name: str, kind: str, mixed: _Mixed) -> dict[str, Any]:
+        """The record of an evaluation."""
         started, counters = time.monotonic(), self._trainer.counters
         with doing(kind):
-            found = evaluation(name).run(self._trainer, self._prepared.validation)
+            found = self._found(name, self._prepared.validation, mixed)
         own = {
             "kind": kind,
             "step": counters.step,
@@ -85,6 +98,29 @@ class Validation:
                 f"something else; give it another name"
             )
         return {**own, **found}
+
+
+def validated(figures: Sequence[dict[str, Any]], held_out: Sequence[HeldOut]) -> dict[str, Any]:
+    """The losses of each source, and of the mixture: their mean by the shares of its weights.
+
+    Its bits per byte are those of a text that is mixed in these shares of tokens, and None where a
+    source has none. A source none of whose held-out targets counts is left out of the loss, as
+    one is that the run does not begin with.
+    """
+    begun = [both for both in zip(figures, held_out, strict=True) if both[1].share]
+    losses, shares = [each["loss"] for each, _ in begun], [one.share for _, one in begun]
+    loss = mean(losses, shares)
+    sizes = [one.samples.shards.bytes_per_token for _, one in begun]
+    size = mean(sizes, shares) if all(sizes) and None not in losses else None
+    bits = None if loss is None or size is None else loss / math.log(2) / size
+    sources = {one.name: each for one, each in zip(held_out, figures, strict=True)}
+    return {"loss": loss, "bits_per_byte": bits, "sources": sources}
+
+
+def by_source(figures: Sequence[dict[str, Any]], held_out: Sequence[HeldOut]) -> dict[str, Any]:
+    """The figures of each source, as SOURCE/FIGURE."""
+    each = zip(held_out, figures, strict=True)
+    return {f"{one.name}/{name}": value for one, own in each for name, value in own.items()}
 
 
 def _seconds_before(records: list[dict[str, Any]]) -> float:

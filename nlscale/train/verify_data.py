@@ -28,6 +28,7 @@ from nlscale.config.units import human_bytes
 from nlscale.config.vocabulary import Config
 from nlscale.data.index import INDEX_NAME, Shard
 from nlscale.data.progress import Advance, phase, say
+from nlscale.data.shards import TokenShards
 from nlscale.data.verified import VERIFIED_NAME, Hashing, SoFar, State, not_remembered, remember
 from nlscale.errors import LostRank, UserError
 from nlscale.parallel.layout import Layout
@@ -50,7 +51,11 @@ def verify_data(config: Config, prepared: Prepared, layout: Layout) -> None:
         UserError: a shard was altered or cannot be read; on every rank, naming the host.
         LostRank: of a shard no byte came for `timeouts.startup`; on every rank.
     """
-    splits = (prepared.reader.samples.shards, prepared.validation.shards)
+    for folder in prepared.folders:
+        _verify_folder(config, (folder.train, folder.held_out), layout)
+
+
+def _verify_folder(config: Config, splits: Sequence[TokenShards], layout: Layout) -> None:
     directory = splits[0].directory
     if not isinstance(directory, Path):  # their sha256 is compared when they are fetched
         with doing("listing the data"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nlscale.checkpoint.same_run import check_same_run
+from nlscale.checkpoint.same_run import changed_sources, check_same_run
 from nlscale.config import recipe
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
@@ -152,3 +152,79 @@ def test_samples_of_another_length_have_the_numbers_that_the_stages_give_them() 
         )
     late = "train.global_batch=[{from: 0, size: 4}, {from: 50 steps, size: 8}]"
     check_same_run(config("train.steps=100", late, LENGTHS, allowed), {}, state, "it")
+
+
+def mixture(**parts: int) -> dict[str, Any]:
+    """What identifies a mixture of sources of these names, whose fingerprints they are, too."""
+    sources = {
+        name: {"name": name, "parts": part, "epochs": None, "tokens": 9}
+        for name, part in parts.items()
+    }
+    return {
+        "fingerprint": "all",
+        "train_tokens": 90,
+        "mixture": {
+            "plan": [sources],
+            "segments": [{"cut": 0, "first_sample": 0, "sources": sources}],
+        },
+    }
+
+
+SOURCES = "data.mixture=[{dir: d/a, weight: 2}, {dir: d/b, weight: 1}]"
+
+
+def mixed(*overrides: str) -> Config:
+    return recipe.load(None, [SOURCES, *overrides]).config
+
+
+def test_a_mixture_is_another_run_by_what_it_reads_and_not_by_what_it_is_called() -> None:
+    state = saved() | {"config": recipe.to_plain(mixed()), "data": mixture(a=2, b=1)}
+    moved = mixed("data.mixture.0.dir=else/where", "data.mixture.1.name=other")
+    check_same_run(moved, mixture(b=1, a=2), state, "it")
+    with pytest.raises(UserError) as refused:
+        check_same_run(mixed("data.mixture.0.weight=1"), mixture(a=1, b=1), state, "it")
+    said = str(refused.value)
+    assert "data.mixture: '0.6667 a; 0.3333 b' -> '0.5 a; 0.5 b'" in said
+    assert "'resume.allow=[data.mixture]'" in said
+    allowed = mixed("data.mixture.0.weight=1", "resume.allow=[data.mixture]")
+    check_same_run(allowed, mixture(a=1, b=1), state, "it")
+    # as it goes on, it is the mixture of before no more
+    later, begun = mixture(a=1, b=1), mixture(a=2, b=1)["mixture"]["segments"]
+    segments = later["mixture"]["segments"]
+    later["mixture"]["segments"] = [*begun, {**segments[0], "first_sample": 8}]
+    check_same_run(mixed(), mixture(a=1, b=1), state | {"data": later}, "it")
+    with pytest.raises(UserError, match=r"resume\.allow=\[data\.mixture\]"):
+        check_same_run(mixed(), mixture(a=2, b=1), state | {"data": later}, "it")
+
+
+def test_mixtures_of_stages_are_compared_as_what_they_read() -> None:
+    def annealed(weight: str, start: str = "50%") -> Config:
+        listed = f"[{{dir: d/b, weight: {weight}}}, {{dir: d/c, weight: 1}}]"
+        return mixed(f"data.stages=[{{from: {start}, mixture: {listed}}}]")
+
+    def data(b: int) -> dict[str, Any]:
+        plans = [mixture(a=2, b=1)["mixture"]["plan"], mixture(b=b, c=1)["mixture"]["plan"]]
+        return mixture() | {"mixture": {"plan": [*plans[0], *plans[1]], "segments": []}}
+
+    state = saved() | {"config": recipe.to_plain(annealed("1")), "data": data(1)}
+    check_same_run(annealed("1"), data(1), state, "it")
+    with pytest.raises(UserError) as refused:
+        check_same_run(annealed("3"), data(3), state, "it")
+    said = str(refused.value)
+    assert "'0.6667 a; 0.3333 b, then 0.5 b; 0.5 c' -> '0.6667 a; 0.3333 b, then 0.75 b" in said
+    assert "'resume.allow=[data.mixture]'" in said
+    with pytest.raises(UserError, match=r"data\.stages\.0\.from: '50%' -> '60%'"):
+        check_same_run(annealed("1", "60%"), data(1), state, "it")
+    begun = recipe.to_plain(annealed("1"))
+    assert changed_sources(annealed("1"), begun) == {}
+    assert changed_sources(annealed("3"), begun).keys() == {"data.mixture"}
+
+
+def test_one_folder_is_the_mixture_of_it() -> None:
+    alone = {"fingerprint": "a", "train_tokens": 90}
+    state = saved() | {"data": alone}
+    check_same_run(mixed(), mixture(a=1), state, "it")
+    with pytest.raises(UserError, match=r"data\.mixture: '1 data' -> '0\.5 a; 0\.5 b'"):
+        check_same_run(mixed(), mixture(a=1, b=1), state, "it")
+    with pytest.raises(UserError, match=r"  data: "):
+        check_same_run(config(), alone | {"fingerprint": "b"}, state, "it")

@@ -297,8 +297,14 @@ def edges(item: type, wanted: Range) -> tuple[list[float], list[float]]:
     return inside or [item(-3), item(3)], outside
 
 
-LISTS = ["data.stages=[{from: 50%, sequence_length: 8}]", "train.global_batch=[{from: 0, size: 8}]"]
-"""Of which a run has none by itself, with an entry."""
+_MIXED = ["data.dir=null", "data.mixture=[{dir: x}]"]
+NEEDED = {
+    "data.mixture.": _MIXED,
+    "data.temperature": _MIXED,
+    "data.stages.": ["data.stages=[{from: 50%, sequence_length: 8, mixture: [{dir: x}]}]"],
+    "train.global_batch.": ["train.global_batch=[{from: 0, size: 8}]"],
+}
+"""What a run has to have beside keys that begin so, of which it has none by itself."""
 
 
 @pytest.mark.parametrize(
@@ -313,7 +319,7 @@ def test_the_edges_of_every_range(key: str, item: type, field: dataclasses.Field
         listed = key in ("parallel.stages", "checkpoint.steps")
         return f"{key}=[{number}]" if listed else f"{key}={number}"
 
-    entries = [text for text in LISTS if key.startswith(f"{text.partition('=')[0]}.")]
+    entries = [text for begin, given in NEEDED.items() if key.startswith(begin) for text in given]
     for value in inside:
         config_of("levels=[1]", *entries, override(value))
     for value in outside:

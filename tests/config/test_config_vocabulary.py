@@ -48,13 +48,13 @@ def test_the_list_of_keys_holds_each_key_once_with_default_and_meaning() -> None
         (line,) = [line for line in lines if line.startswith(f"{key} (")]
         assert len(line.partition("): ")[2]) > 8
     assert any(line.startswith("train.steps (1000; above 0): ") for line in lines)
-    assert any(line.startswith("data.dir (required): ") for line in lines)
+    assert any(line.startswith("data.dir (null): ") for line in lines)
     (mixer,) = [line for line in lines if line.startswith("model.mixer (")]
     assert all(choice in mixer for choice in MIXERS)
 
 
 def test_every_listed_key_can_be_explained() -> None:
-    loaded = recipe.load(None, ["data.dir=x"])
+    loaded = recipe.load(None, ["data.mixture=[{dir: x}]"])
     for key in recipe.all_keys():
         text = recipe.explain(loaded, key.replace(".N", ".0"))
         assert len(text.splitlines()) == 4 and text.splitlines()[2].strip(), key

@@ -36,11 +36,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A run on two nodes of one rank that finishes, and one that diverges."""
+    """A run on two nodes of one rank that finishes, and one on a mixture that diverges."""
     folder = tmp_path_factory.mktemp("runs")
     text = folder / "text"
     text.mkdir()
-    data = f"data.dir={small_data(text, documents=40, held_out=0.1)}"
+    data, other = small_data(text, documents=40, held_out=0.1), folder / "other"
+    other.mkdir()
+    more = small_data(other, documents=20, held_out=0.1)
+    mixture = f"data.mixture=[{{dir: {data}, name: one}}, {{dir: {more}, name: other}}]"
     good, bad = folder / "good", folder / "bad"
     asked = [
         "evaluate=[loss,positions]",
@@ -48,9 +51,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         "checkpoint.every=null",
         "data.stages=[{from: 50%, sequence_length: 64}]",
     ]
-    ways = {good: [], bad: ["optimizer.learning_rate=1e30", "train.max_dropped_steps=1"]}
+    diverges = ["optimizer.learning_rate=1e30", "train.max_dropped_steps=1"]
+    ways = {good: [f"data.dir={data}"], bad: [mixture, *diverges]}
     for run_dir, overrides in ways.items():
-        here = [data, f"run.dir={run_dir}", *asked, *overrides]
+        here = [f"run.dir={run_dir}", *asked, *overrides]
         world.run(2, run, here, ranks_per_node=1)
     return [good, bad]
 

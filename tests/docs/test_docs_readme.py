@@ -227,10 +227,14 @@ def load_all(pages: list[tuple[list[str], str, list[str]]]) -> None:
 def test_the_pages_override_only_keys_that_exist() -> None:
     overrides = []
     for command in (c for page in PAGES for c in [*commands(page), *shown(page)]):
-        words = re.sub(r"--(?:layout|where) \S+", "", " ".join(command.words)).split()
-        pairs = [word for word in words if re.fullmatch(r"[a-z_.0-9]+=\S+", word)]
+        typed = command.words
+        after = zip(["", *typed], typed, strict=False)
+        words = [word for before, word in after if before not in ("--layout", "--where")]
+        pairs = [word for word in words if re.fullmatch(r"[a-z_.0-9]+=.+", word)]
         if "nlscale" in words and pairs:
-            recipe = "bench-sync.yaml" if "bench sync" in command.text else "quickstart.yaml"
+            named = [word for word in words if (ROOT / "recipes" / f"{word}.yaml").is_file()]
+            recipe = f"{named[0] if named else 'quickstart'}.yaml"
+            recipe = "bench-sync.yaml" if "bench sync" in command.text else recipe
             overrides.append((re.findall(r"--import (\S+)", command.text), recipe, pairs))
     assert len(overrides) > 10
     world.run(1, load_all, overrides)

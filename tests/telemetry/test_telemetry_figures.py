@@ -158,7 +158,7 @@ def test_more_evaluations_than_can_be_read_are_counted(
     drawn = sum(len(axes.lines) for axes in panels)
     assert drawn == 15 and len(panels) == 8
     said = panels[-1].get_xlabel()
-    assert said == "step\n5 more figures of evaluations are in metrics.jsonl"
+    assert said == "step\n5 more figures are in metrics.jsonl"
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def first_step(data: Path, *overrides: str) -> tuple[list[Batch], int]:
     prepared = prepare(config)
     with process_groups(config) as layout:
         trainer = Trainer.build(config, layout, prepared.levels, prepared.vocabulary)
-        return StepReader(trainer, prepared).take(), prepared.reader.samples.shards.separator
+        return StepReader(trainer, prepared).take(), prepared.readers[0].samples.shards.separator
 
 
 def test_documents_begin_with_their_separator_and_with_the_sample(data: Path) -> None:
@@ -83,7 +83,7 @@ def test_the_next_step_is_read_while_one_is_taken(
             if begun < lost_at:
                 rest = [asked.get(timeout=10) for _ in batches[1:]]
                 assert rest == list(range(begun + micro_batch, begun + size, micro_batch))
-            expected = read(prepared.reader, step * size, micro_batch)
+            expected = read(prepared.readers[0], step * size, micro_batch)
             assert batches[0].tokens.numpy().tolist() == expected[:, :-1].tolist()
             trainer.counters.step += 1
             trainer.counters.samples += size

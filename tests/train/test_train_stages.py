@@ -143,7 +143,7 @@ def read_by(data: Path, ranks: int) -> list[NDArray[np.int64]]:
             counters=SimpleNamespace(step=0, samples=0),
             config=config,
             layout=SimpleNamespace(data_size=ranks, data_rank=rank),
-            to_batch=lambda rows, separator, size, counts: rows,
+            to_batch=lambda rows, separator, size, counts, of: rows,
         )
         readers.append((trainer, StepReader(trainer, prepared)))  # type: ignore[arg-type]
     steps = []

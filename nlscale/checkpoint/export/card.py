@@ -126,10 +126,11 @@ def _digest(data: dict[str, Any]) -> str:
 def _training(checkpoint: Checkpoint, run: Path, tokenizer: str) -> dict[str, str]:
     state = checkpoint.state
     data, optimizer = state["config"]["data"], state["config"]["optimizer"]
+    folders = [data["dir"]] if data["dir"] else [source["dir"] for source in data["mixture"]]
+    tokens = state["data"].get("train_tokens")
+    size = [] if tokens is None else [f"{human_count(tokens)} tokens"]
     rows = {
-        "data": f"`{data['dir']}`, {human_count(state['data']['train_tokens'])} tokens"
-        if "train_tokens" in state["data"]
-        else f"`{data['dir']}`",
+        "data": ", ".join([*(f"`{folder}`" for folder in folders), *size]),
         "tokenizer": tokenizer + _digest(state["data"]),
         "sequence length": ", then ".join(
             f"{length:,} tokens" for length in lengths(of_plain(state["config"]))

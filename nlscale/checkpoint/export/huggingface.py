@@ -62,7 +62,7 @@ def export_huggingface(
     config = config_of(own, checkpoint.path)
     plain_mixer(config.model.mixer)  # refuses one that there is not
     source = modeling_source(config.model.mixer)
-    _refuse_another_tokenizer(checkpoint, tokenizer_folder or Path(config.data.dir))
+    _refuse_another_tokenizer(checkpoint, tokenizer_folder or Path(config.data.folders()[0]))
     tokenizer = _tokenizer(config, tokenizer_folder)
     assert config.model.vocabulary is not None
     count = sum(level_parameters(config, config.model.vocabulary))
@@ -119,7 +119,7 @@ def _refuse_another_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _tokenizer(config: Config, folder: Path | None) -> Tokenizer:
     try:
-        tokenizer = load_tokenizer(folder or config.data.dir)
+        tokenizer = load_tokenizer(folder or config.data.folders()[0])
     except UserError as error:
         raise UserError(f"{error}, and give it with --tokenizer") from None
     assert config.model.vocabulary is not None

@@ -174,6 +174,9 @@ def _checkpoint(folder: Path) -> Named:
 def _data(config: Any) -> Location | None:
     section = config.get("data") if isinstance(config, dict) else None
     folder = section.get("dir") if isinstance(section, dict) else None
+    mixture = section.get("mixture") if isinstance(section, dict) else None
+    if isinstance(mixture, list) and len(mixture) == 1 and isinstance(mixture[0], dict):
+        folder = mixture[0].get("dir")  # of several none is read: one has to be named
     return location_of(folder) if isinstance(folder, str) and folder else None
 
 

@@ -25,7 +25,7 @@ def evaluate(model: Model, options: argparse.Namespace, context: Context) -> Res
     """
     task = task_of(model, options, context)
     if TASKS[task.name].family != context.name:
-        folder = options.data or model.config.data.dir
+        folder = options.data or model.config.data.folders()[0]
         raise UserError(f"{folder} holds {task}; use nlscale eval {task.family}")
     return score_all(model, task, options.lengths, options.examples, context)
 

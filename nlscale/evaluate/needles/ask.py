@@ -114,9 +114,11 @@ def _batches(samples: int, length: int) -> list[range]:
 
 def _task(model: Model) -> Task | None:
     """The task that a model was trained on; None: text, or nobody knows."""
-    folder = model.config.data.dir
+    folders = model.config.data.folders()
+    if len(folders) > 1:  # a mixture, which is no task's alone
+        return None
     try:
-        return task_of_index(read_index(folder), folder)
+        return task_of_index(read_index(folders[0]), folders[0])
     except UserError:
         return None
 

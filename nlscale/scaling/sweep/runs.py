@@ -124,14 +124,15 @@ def check_data(sweep: Sweep, runs: list[Run]) -> list[str]:
     """
     lines = []
     for run in runs:
-        require_data(sweep, run.config.data.dir)
+        for folder in run.config.data.folders():
+            require_data(sweep, folder)
         try:
             prepared = prepare(run.config)
         except UserError as error:
             raise UserError(f"{sweep.path}: run {run.name}: {error}") from None
-        epochs = run.tokens / prepared.data["train_tokens"]
-        if epochs > 1:
-            lines.append(f"{run.name} reads its data {epochs:.1f} times")
+        for what, epochs in prepared.epochs(run.tokens).items():
+            if epochs > 1:
+                lines.append(f"{run.name} reads {what} {epochs:.1f} times")
     return lines
 
 
@@ -219,10 +220,10 @@ def _steps(budget: Budget, parameters: int, config: Config) -> int:
 
 
 def _vocabulary(sweep: Sweep, config: Config, known: dict[str, int], assumed: int | None) -> int:
-    folder = config.data.dir
+    folder = config.data.folders()[0]  # sources of a mixture have one tokenizer
     if folder not in known:
         try:
-            require_data(sweep, config.data.dir)
+            require_data(sweep, folder)
             known[folder] = read_index(folder)["vocabulary"]
         except UserError:
             found = (
@@ -240,6 +241,6 @@ def _seen_vocabulary(sweep: Sweep, data: str) -> int | None:
     for written in sorted(sweep.folder.glob("*/config.yaml")):
         with suppress(UserError):
             config = recipe.load(written).config
-            if config.data.dir == data and config.model.vocabulary:
+            if data in config.data.folders() and config.model.vocabulary:
                 return config.model.vocabulary
     return None
