@@ -91,6 +91,7 @@ class _Unit:
             "format": self._writer.format,
             "splits": splits,
             "packed": self._writer.packed(),
+            "sources": self._writer.sources(),
             "dropped_bytes": self._dropped_bytes,
         }
 
@@ -111,7 +112,7 @@ class _Unit:
                     if document.masked and not self._settled["masked"]:
                         raise _changed(file)
                     text, data, tokens = document.text, document.data, document.tokens
-                    self._writer.add(text, data, split, document.spans, tokens)
+                    self._writer.add(text, data, split, document.spans, tokens, file.group)
                 self._seen += 1
                 self._advance(len(document.data))
         if content.digest() != expected:
