@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from nlscale.cli.arguments import add_cluster, number, path, size, whole
-from nlscale.cli.data_look import console, show
+from nlscale.cli.data_show import console, show
 from nlscale.cluster.life.owner import hold
 from nlscale.cluster.life.signals import handled
 from nlscale.data.index import (
