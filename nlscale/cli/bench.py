@@ -1,4 +1,4 @@
-"""`nlscale bench sync|checkpoint|coords`; device is in `bench_device`, speeds in `bench_speed`."""
+"""`nlscale bench sync|checkpoint|coords`; others are in `bench_data`, `_device` and `_speed`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-from nlscale.cli import bench_device, bench_speed
+from nlscale.cli import bench_data, bench_device, bench_speed
 from nlscale.cli.arguments import add_recipe, config_of, figure, path, whole
 from nlscale.cluster.life.place import alone, place
 from nlscale.errors import UserError
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sync.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a recipe's key")
     sync.set_defaults(func=_sync)
 
+    bench_data.add_arguments(verbs)
     bench_device.add_arguments(verbs)
     bench_speed.add_arguments(verbs)
     checkpoint = verbs.add_parser(

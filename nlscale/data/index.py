@@ -62,6 +62,18 @@ class Shard(_Shard, total=False):
     mask_offset: int
 
 
+class SourceCounts(TypedDict):
+    """What of a split came from one of the sources; figures as those of `Split`.
+
+    Files that were named one by one are one source.
+    """
+
+    source: str
+    documents: int
+    tokens: int
+    bytes: int
+
+
 class _Split(TypedDict):
     documents: int
     tokens: int
@@ -73,11 +85,14 @@ class Split(_Split, total=False):
     """One split: `bytes` counts UTF-8 bytes of text, `tokens` includes one separator a document.
 
     With masks, in format 2, `counted_tokens` are those of the tokens that count as targets, and
-    `counted_bytes` the bytes of text that these stand for.
+    `counted_bytes` the bytes of text that these stand for. `sources` has a part for each source, in
+    their order; they add up to the whole, but for the tokens that fill packed samples up. It is not
+    in indexes that earlier versions wrote, nor in those of a task.
     """
 
     counted_tokens: int
     counted_bytes: int
+    sources: list[SourceCounts]
 
 
 class SkippedDocument(TypedDict):

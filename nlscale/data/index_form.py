@@ -64,6 +64,7 @@ def check(index: Mapping[str, Any], masked: bool) -> None:
             samples = f"a multiple of packed.length, {packed['length']}"
             raise _wrong(f"{where}.tokens", tokens, samples)
         text = entry["bytes"]
+        _by_source(entry, where, index.get("packed", {}).get("padding", {}).get(split, 0))
         if masked:
             _counted(entry, where)
             text = entry["counted_bytes"]
@@ -94,6 +95,15 @@ def _masks(shard: Mapping[str, Any], at: str, block_tokens: int, width: int) -> 
         raise _wrong(f"{at}.mask_offset", shard["mask_offset"], f"at most {most}, for its masks")
     if shard["blocks"] > 1 and shard["stride"] < before + ids:
         raise _wrong(f"{at}.stride", shard["stride"], f"at least {before + ids}, a block")
+
+
+def _by_source(split: Mapping[str, Any], at: str, padding: int) -> None:
+    """The parts of the sources add up, with the tokens that fill packed samples up."""
+    for figure in ("documents", "tokens", "bytes") if "sources" in split else ():
+        found = sum(source[figure] for source in split["sources"])
+        found += padding if figure == "tokens" else 0
+        if found != split[figure]:
+            raise _wrong(f"{at}.{figure}", split[figure], f"{found}, the sum of its sources")
 
 
 def _counted(split: Mapping[str, Any], at: str) -> None:
@@ -200,7 +210,19 @@ _SPLIT = _object(
         "tokens": _whole(1),
         "bytes": _whole(0),
         "shards": _list(_SHARD),
-    }
+    },
+    {
+        "sources": _list(
+            _object(
+                {
+                    "source": _ANY,
+                    "documents": _whole(0),
+                    "tokens": _whole(0),
+                    "bytes": _whole(0),
+                }
+            )
+        )
+    },
 )
 _COUNTS = _by_name(_ANY, _whole(0))
 _INDEX: dict[str, _Rule] = {

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -73,6 +73,18 @@ def remember(directory: Path, states: Mapping[str, State]) -> None:
     """
     path = directory / VERIFIED_NAME
     write_json(path, {**_read(path), **states})
+
+
+def forget(directory: Path, names: Iterable[str]) -> None:
+    """Take back that these shards are whole.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path, names = directory / VERIFIED_NAME, set(names)
+    known = _read(path)
+    if not names.isdisjoint(known):
+        write_json(path, {name: state for name, state in known.items() if name not in names})
 
 
 def _read(path: Path) -> dict[str, Any]:

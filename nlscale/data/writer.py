@@ -6,6 +6,7 @@ Importing this module imports webdataset, and with it torch, which takes seconds
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import webdataset
@@ -136,6 +137,17 @@ class SplitWriter:
         self._file = None
 
 
+class _Waiting(NamedTuple):
+    """A document that is to be tokenized with others."""
+
+    split: str
+    text: str
+    size: int
+    spans: Spans | None
+    tokens: Tokens | None
+    source: int
+
+
 class DataWriter:
     """Tokenizes documents and writes both splits of a data folder.
 
@@ -188,7 +200,8 @@ class DataWriter:
         self._documents = dict.fromkeys(SPLITS, 0)
         self._bytes = dict.fromkeys(SPLITS, 0)
         self._counted = dict.fromkeys(SPLITS, 0)
-        self._batch: list[tuple[str, str, Spans | None, Tokens | None]] = []
+        self._sources: dict[str, dict[int, NDArray[np.int64]]] = {split: {} for split in SPLITS}
+        self._batch: list[_Waiting] = []
         self._batch_bytes = 0
 
     def add(
@@ -198,11 +211,12 @@ class DataWriter:
         split: str,
         spans: Spans | None = None,
         tokens: Tokens | None = None,
+        source: int = 0,
     ) -> None:
         """Append a document, given as str and as UTF-8, to `split`, and a separator.
 
         `spans` are what counts of its text; None: all of it. `tokens` are what it was made of;
-        None: the tokenizer makes them.
+        None: the tokenizer makes them. `source` is the number of the source that it came from.
 
         Raises:
             ValueError: there are spans, and the folder is one without masks.
@@ -212,7 +226,7 @@ class DataWriter:
             raise ValueError("a document has a mask, and the folder is written without masks")
         self._documents[split] += 1
         self._bytes[split] += len(data)
-        self._batch.append((split, text, spans, tokens))
+        self._batch.append(_Waiting(split, text, len(data), spans, tokens, source))
         self._batch_bytes += len(data) + (0 if tokens is None else tokens.ids.nbytes)
         if self._batch_bytes >= _BATCH_BYTES:
             self._flush()
@@ -269,6 +283,13 @@ class DataWriter:
                 splits[name]["counted_bytes"] = self._counted_bytes(name)
         return splits
 
+    def sources(self) -> dict[str, list[list[int]]]:
+        """What `add` took by split and source: number, documents, tokens, bytes of each."""
+        return {
+            split: [[number, *counts.tolist()] for number, counts in sorted(of_split.items())]
+            for split, of_split in self._sources.items()
+        }
+
     def counts(self) -> dict[str, NDArray[np.int64]]:
         """How often each id was written and counts, by split: int64 [vocabulary]."""
         return {split: writer.counts for split, writer in self._writers.items()}
@@ -294,9 +315,9 @@ class DataWriter:
     def _flush(self) -> None:
         if not self._batch:
             return
-        texts = [text for _, text, _, tokens in self._batch if tokens is None]
+        texts = [document.text for document in self._batch if document.tokens is None]
         encoded = iter(self._encoder.encode_batch(texts))
-        for split, text, spans, tokens in self._batch:
+        for split, text, size, spans, tokens, source in self._batch:
             ids, mask = tokens if tokens is not None else (next(encoded), None)
             if spans is not None:
                 mask = self._encoder.counted(text, spans, ids)
@@ -304,6 +325,8 @@ class DataWriter:
             if self._masked:
                 sizes = np.append(self._encoder.sizes(text, ids), 0)  # the separator is no text
             self._write(split, np.append(ids, self._separator), mask, sizes)
+            counts = self._sources[split].setdefault(source, np.zeros(3, dtype=np.int64))
+            counts += (1, len(ids) + 1, size)
         self._batch.clear()
         self._batch_bytes = 0
 

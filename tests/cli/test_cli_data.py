@@ -48,7 +48,7 @@ def test_build_and_info(texts: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run("info", str(out)) == 0
     info = capsys.readouterr().out
     assert "validation" in info and "tokenizer bytes" in info
-    assert info in printed
+    assert info.startswith(printed.rpartition("\n")[0].rpartition("\n")[0])
     assert run(*command) == 0
     assert "up to date" in capsys.readouterr().err
     with pytest.raises(UserError, match="--overwrite"):

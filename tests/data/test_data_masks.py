@@ -276,7 +276,11 @@ def test_folders_without_masks_are_what_they_always_were(
         path.write_bytes(f"document {i}: {'äb c' * (i * 7 % 31)}".encode())
         os.utime(path, (1, 1))
     index = small(["in"], Path("out"))
-    digest = hashlib.sha256(Path("out/index.json").read_bytes()).hexdigest()
+    said = json.loads(Path("out/index.json").read_text())
+    del said["tokenizer_sha256"]  # which, as what came of each source, is new
+    for split in said["splits"].values():
+        del split["sources"]
+    digest = hashlib.sha256(f"{json.dumps(said, indent=1)}\n".encode()).hexdigest()
     assert digest == "c4c7f52782ecca17f481b7a85a6b2b4a181b9d8aa56d8f32aa106a0fae50e0c6"
     assert index["format"] == 1
     samples = Samples(TokenShards("out"), 20)

@@ -3,7 +3,8 @@
 Exit codes: 0 done, 2 something to mend in what was asked (one line says what), 3 the training
 failed, 4 a job gave up after restarts without progress, 5 a rank was lost or hung, 75 stopped on
 request with a checkpoint, 130 interrupted, 1 anything else (with a traceback, because what was
-printed could not be written, or because some of the models that were asked have no answer).
+printed could not be written, because some of the models that were asked have no answer, or because
+data that were verified are not whole).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from nlscale.data.building.tokens import counts_of
 from nlscale.data.building.work import INDEX, TOKENS, Changed, Work
 from nlscale.data.folder import finish as finish_folder
 from nlscale.data.hashed import sync_folder
-from nlscale.data.index import SPLITS, Duplicates, Index, PackedIndex, Split
+from nlscale.data.index import SPLITS, Duplicates, Index, PackedIndex, SourceCounts, Split
 from nlscale.data.packing import window_of
 from nlscale.data.tokenizer import load_tokenizer
 from nlscale.data.verified import Hashing
@@ -82,6 +82,7 @@ def _assembled(work: Work) -> dict[str, Any]:
     splits: dict[str, Split] = {}
     moves: list[tuple[int, str, str]] = []
     packed: dict[str, Counter[str]] = {"cut": Counter(), "padding": Counter()}
+    by_source: list[dict[str, list[list[int]]]] = []
     dropped_bytes, form = 0, 0
     for unit in plan.units:
         written = work.made(TOKENS, unit.number)
@@ -93,6 +94,8 @@ def _assembled(work: Work) -> dict[str, Any]:
             counts[split] += of_unit
         for split, entry in written["splits"].items():
             _add(splits, split, entry, unit.number, moves)
+        by_source.append(written["sources"])
+    _add_sources(splits, plan.found["names"], by_source)
     # Here, not at the top: it imports torch, and finding the data up to date should be quick.
     from nlscale.data.writer import counted_bytes, unigram_bits_per_byte
 
@@ -139,3 +142,18 @@ def _add(
         final = f"{name}-{len(total['shards']):06d}.tar"
         moves.append((unit, shard["name"], final))
         total["shards"].append({**shard, "name": final})
+
+
+def _add_sources(
+    splits: dict[str, Split], names: list[str], units: list[dict[str, list[list[int]]]]
+) -> None:
+    """Say what came of each source, of which every unit has counted a part."""
+    for split, entry in splits.items():
+        totals = np.zeros((len(names), 3), dtype=np.int64)
+        for of_unit in units:
+            for number, *figures in of_unit[split]:
+                totals[number] += figures
+        entry["sources"] = [
+            SourceCounts(source=name, documents=figures[0], tokens=figures[1], bytes=figures[2])
+            for name, figures in zip(names, totals.tolist(), strict=True)
+        ]

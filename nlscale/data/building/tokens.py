@@ -107,6 +107,7 @@ class _Unit:
             "format": self._writer.format,
             "splits": splits,
             "packed": self._writer.packed(),
+            "sources": self._writer.sources(),
             "dropped_bytes": self._dropped_bytes,
         }
 
@@ -127,7 +128,7 @@ class _Unit:
                     if document.masked and not self._settled["masked"]:
                         raise self._changed(file)
                     text, data, tokens = document.text, document.data, document.tokens
-                    self._writer.add(text, data, split, document.spans, tokens)
+                    self._writer.add(text, data, split, document.spans, tokens, file.group)
                 self._seen += 1
                 self._advance(len(document.data))
         except UnreadableError as error:
