@@ -175,12 +175,14 @@ class PackedIndex(TypedDict):
 
     Sample i of a split is its tokens [i * length, (i + 1) * length), and no target of it lies in
     the next. `window` is the packer's, in tokens; by split, `cut` counts the documents of more than
-    `length` tokens, and `padding` the tokens that fill samples up.
+    `length` tokens, `unended` those that have no separator, as a sample ends with their text, and
+    `padding` the tokens that fill samples up.
     """
 
     length: int
     window: int
     cut: dict[str, int]
+    unended: dict[str, int]
     padding: dict[str, int]
 
 

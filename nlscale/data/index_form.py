@@ -257,7 +257,11 @@ _SINCE: dict[str, _Rule] = {  # which earlier builds of the same format do not h
     "text_field": _ANY,
     "tokenizer_sha256": _text(r"[0-9a-f]{64}", "a sha256 in hexadecimal"),
     "packed": _object(
-        {"length": _whole(1), "window": _whole(1), "cut": _COUNTS, "padding": _COUNTS}
+        {
+            "length": _whole(1),
+            "window": _whole(1),
+            **dict.fromkeys(("cut", "unended", "padding"), _COUNTS),
+        }
     ),
     "duplicates": _object({"count": _whole(0), "bytes": _whole(0), "reasons": _COUNTS}),
     "lost_files": _object(

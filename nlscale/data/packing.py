@@ -61,8 +61,9 @@ class Packer:
         window: tokens of a window: once that many are held, or `MOST_WINDOW_PIECES` documents, they
             are packed; None: `window_of` S.
 
-    Fields: `samples` (so far), `cut` (documents of several pieces), `padding` (tokens that fill
-    up), `counted_bytes` (of text, that the tokens which count stand for).
+    Fields: `samples` (so far), `cut` (documents of several pieces), `unended` (documents without
+    a separator, as a sample ends with their text), `padding` (tokens that fill up),
+    `counted_bytes` (of text, that the tokens which count stand for).
 
     Raises:
         ValueError: S or the window is below 1.
@@ -72,10 +73,16 @@ class Packer:
         self.window = window_of(sample_tokens) if window is None else window
         if min(sample_tokens, self.window) < 1:
             raise ValueError(f"samples of {sample_tokens} tokens and a window of {self.window}")
-        self.samples = self.cut = self.padding = self.counted_bytes = 0
+        self.samples = self.cut = self.unended = self.padding = self.counted_bytes = 0
         self._size, self._separator = sample_tokens, separator
         self._pieces: list[_Piece] = []
         self._held = 0
+
+    def taken(self, ids: NDArray[Any]) -> int:
+        """Tokens of a document that are packed: not its separator where that fills no sample."""
+        end = len(ids)
+        alone = end > 1 and (end - 1) % self._size == 0 and ids[-1] == self._separator
+        return end - 1 if alone else end
 
     def add(
         self,
@@ -92,10 +99,9 @@ class Packer:
         """
         sizes = np.zeros(len(ids), dtype=np.int64) if sizes is None else sizes
         mask = np.ones(len(ids), dtype=np.bool_) if mask is None else mask
-        end = len(ids)
-        if end > 1 and (end - 1) % self._size == 0 and ids[-1] == self._separator:
-            end -= 1  # it would be a piece of its own
+        end = self.taken(ids)
         self.cut += end > self._size
+        self.unended += end < len(ids)
         for start in range(0, end, self._size):
             piece = slice(start, min(end, start + self._size))
             counts = mask[piece]

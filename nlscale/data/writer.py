@@ -295,10 +295,11 @@ class DataWriter:
         return {split: writer.counts for split, writer in self._writers.items()}
 
     def packed(self) -> dict[str, dict[str, int]]:
-        """By split, how many documents were cut, and the tokens that fill samples up."""
+        """By split, documents that were cut, or have no separator, and tokens that fill up."""
         packers = self._packers.items()
         return {
             "cut": {split: packer.cut for split, packer in packers},
+            "unended": {split: packer.unended for split, packer in packers},
             "padding": {split: packer.padding for split, packer in packers},
         }
 
@@ -324,9 +325,9 @@ class DataWriter:
             sizes = None
             if self._masked:
                 sizes = np.append(self._encoder.sizes(text, ids), 0)  # the separator is no text
-            self._write(split, np.append(ids, self._separator), mask, sizes)
+            written = self._write(split, np.append(ids, self._separator), mask, sizes)
             counts = self._sources[split].setdefault(source, np.zeros(3, dtype=np.int64))
-            counts += (1, len(ids) + 1, size)
+            counts += (1, written, size)
         self._batch.clear()
         self._batch_bytes = 0
 
@@ -336,15 +337,21 @@ class DataWriter:
         ids: NDArray,
         mask: NDArray[np.bool_] | None,
         sizes: NDArray[np.int64] | None,
-    ) -> None:
-        """Write tokens of a document and, where there are masks, the bytes that each stands for."""
+    ) -> int:
+        """Write tokens of a document and, where there are masks, the bytes that each stands for.
+
+        Returns:
+            How many are written; what fills a sample up is no part of a document.
+        """
         if not self._packers:
             if sizes is not None:
                 self._counted[split] += int((sizes if mask is None else sizes[mask]).sum())
             self._writers[split].write(ids, mask)
-            return
-        for sample in self._packers[split].add(ids.astype(self._encoder.dtype), mask, sizes):
+            return len(ids)
+        packer = self._packers[split]
+        for sample in packer.add(ids.astype(self._encoder.dtype), mask, sizes):
             self._writers[split].write(*sample)
+        return packer.taken(ids)
 
 
 def _padded(size: int) -> int:

@@ -17,8 +17,8 @@ from generate.models import VOCABULARY, saved
 
 import nlscale
 from nlscale.data.tokenizer import (
-    BpeTokenizer,
     ByteTokenizer,
+    HuggingFaceTokenizer,
     SymbolTokenizer,
     Tokenizer,
     train_bpe,
@@ -59,7 +59,7 @@ def fallback() -> Tokenizer:
     carrier.decoder = decode.Sequence(
         [decode.Replace("▁", " "), decode.ByteFallback(), decode.Fuse(), decode.Strip(" ", 1, 0)]
     )
-    return BpeTokenizer(carrier, "</s>")
+    return HuggingFaceTokenizer(carrier, "</s>")
 
 
 class Scripted:

@@ -81,7 +81,7 @@ def _assembled(work: Work) -> dict[str, Any]:
     counts = {split: np.zeros(encoder.vocabulary, dtype=np.int64) for split in SPLITS}
     splits: dict[str, Split] = {}
     moves: list[tuple[int, str, str]] = []
-    packed: dict[str, Counter[str]] = {"cut": Counter(), "padding": Counter()}
+    packed: dict[str, Counter[str]] = {name: Counter() for name in ("cut", "unended", "padding")}
     by_source: list[dict[str, list[list[int]]]] = []
     dropped_bytes, form = 0, 0
     for unit in plan.units:
@@ -122,6 +122,7 @@ def _assembled(work: Work) -> dict[str, Any]:
             length=length,
             window=window_of(length),
             cut={split: packed["cut"][split] for split in SPLITS},
+            unended={split: packed["unended"][split] for split in SPLITS},
             padding={split: packed["padding"][split] for split in SPLITS},
         )
     if plan.options.duplicates == DROP:

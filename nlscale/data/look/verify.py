@@ -115,7 +115,9 @@ def _sums(index: Index, name: str, split: Split, scans: list[Scan]) -> list[str]
         return wrong
     packed = index.get("packed")
     separators = sum(scan.separators for scan in scans)
-    needed = split["documents"] + (packed["padding"].get(name, 0) if packed else 0)
+    needed = split["documents"]
+    if packed:
+        needed += packed["padding"][name] - packed["unended"][name]
     if separators != needed:
         wrong.append(f"{name} has {separators:,} separators, by the index {needed:,}")
     if not packed and scans and scans[-1].last:

@@ -101,6 +101,8 @@ def test_text_and_tokens_give_the_same_data(tmp_path: Path, bpe: Tokenizer) -> N
         else:
             path = write_tokens(folder, kind, TEXTS, bpe)
         index = build([str(path)], f"file:{tmp_path}/by/tokenizer.json", folder / "out")
+        for split in index["splits"].values():
+            del split["sources"]  # whose names differ
         made[kind] = [index["splits"], index["unigram_bits_per_byte"], index["tokenizer_sha256"]]
     assert all(one == made["text"] for one in made.values())
 

@@ -107,10 +107,11 @@ def test_counts_by_source_are_those_of_its_documents(
         ):
             mine = [text for text in texts if text[0] == name[0]]
             size = sum(len(text.encode()) for text in mine)
+            ends = [len(text.encode()) % LENGTH > 0 or "packed" not in index for text in mine]
             assert counts == {
                 "source": str(path),
                 "documents": len(mine),
-                "tokens": size + len(mine),
+                "tokens": size + sum(ends),
                 "bytes": size,
             }
 

@@ -283,6 +283,7 @@ def test_numbers_of_a_grid_have_ranges(tmp_path: Path, axes: str, says: str) -> 
 def test_a_budget_of_runs_in_stages_is_in_their_own_tokens(room: Room) -> None:
     keys = {
         "model.mixer": "attention",
+        "train.micro_batch": 4,
         "train.global_batch": [{"from": "0%", "size": 4}, {"from": "50%", "size": 8}],
         "data.stages": [{"from": "75%", "sequence_length": 64}],
     }
