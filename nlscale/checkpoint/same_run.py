@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nlscale.config import recipe
-from nlscale.config.curriculum import alike_until, curriculum, lengths, samples_until
+from nlscale.config.curriculum import (
+    TrainingStage,
+    alike_until,
+    curriculum,
+    lengths,
+    of_plain,
+    samples_of_cuts,
+    samples_until,
+)
 from nlscale.config.vocabulary import Config
 from nlscale.data.history import changed as changed_mixture
 from nlscale.data.history import is_mixed
@@ -67,8 +75,9 @@ def check_same_run(config: Config, data: dict[str, Any], state: dict[str, Any], 
 
     Raises:
         OtherSettings: one line for each key that differs and is not in `resume.allow`.
-        UserError: `resume.allow` names no key; the state is damaged; or the configuration ends
-            before the step of the checkpoint.
+        UserError: `resume.allow` names no key; the state is damaged; samples were read at another
+            sequence length than the stages of the configuration say; or it ends before the step
+            of the checkpoint.
     """
     lacking = [key for key in ("config", "data") if not isinstance(state.get(key), dict)]
     if lacking:
@@ -83,15 +92,19 @@ def check_same_run(config: Config, data: dict[str, Any], state: dict[str, Any], 
     if "train.steps" in changed and _length_has_not_mattered(config, state, changed):
         del changed["train.steps"]
     refused = {key: values for key, values in changed.items() if key not in config.resume.allow}
+    read_otherwise = _read_otherwise(config, state, where)
     if refused:
         lines = [f"  {key}: {before!r} -> {now!r}" for key, (before, now) in refused.items()]
+        said = f"{where} is of a run with other settings:\n" + "\n".join(lines)
+        if read_otherwise:
+            raise UserError(f"{said}\n{read_otherwise}")
         raise OtherSettings(
-            f"{where} is of a run with other settings:\n" + "\n".join(lines) + "\n"
-            f"give another run.dir, or go on with the change: "
+            f"{said}\ngive another run.dir, or go on with the change: "
             f"'resume.allow=[{','.join(refused)}]'"
         )
+    if read_otherwise:
+        raise UserError(read_otherwise)
     taken = state.get("step", 0)
-    _check_numbers(config, state, where)
     if taken > config.train.steps:
         raise UserError(
             f"{where} has taken {taken:,} steps, and train.steps is {config.train.steps:,}; give "
@@ -121,20 +134,40 @@ def changed_data(now: dict[str, Any], before: Any) -> dict[str, tuple[Any, Any]]
     return changed
 
 
-def _check_numbers(config: Config, state: dict[str, Any], where: str) -> None:
-    """Of a run with several sequence lengths, whose samples have numbers of their own at each.
+def _read_otherwise(config: Config, state: dict[str, Any], where: str) -> str | None:
+    """What to say where samples so far are not those of the stages of a configuration.
 
-    After an allowed change of the batch a run of one length goes on from the next sample. Where
-    another length begins follows from the samples that the stages before it take.
+    Where the numbers in a cut of the data go on follows from the steps of its stages, so that
+    another past would have samples read twice, or never. A run of one length goes on from the next
+    sample, after an allowed change of the batch, too.
     """
-    stages, step = curriculum(config), state.get("step", 0)
-    planned = samples_until(stages, step)
-    if len(lengths(stages)) > 1 and state.get("samples", planned) != planned:
-        raise UserError(
-            f"{where} has taken {state['samples']:,} samples in {step:,} steps, and with the "
-            f"stages of this configuration it would be {planned:,}; let what changes begin after "
-            f"{step:,} steps"
-        )
+    now = curriculum(config)
+    before = of_plain(_completed(state["config"], recipe.to_plain(Config())))
+    if len(lengths(now)) == len(lengths(before)) == 1:
+        return None
+    step = state.get("step", 0)
+    samples = state.get("samples", samples_until(before, step))
+    planned = samples if len(lengths(now)) == 1 else samples_until(now, step)
+    was, would_be = _by_length(before, samples), _by_length(now, planned)
+    if was == would_be:
+        return None
+    return (
+        f"{where} has taken {_counted(was)} in {step:,} steps, and with the stages of this "
+        f"configuration it would be {_counted(would_be)}; give the stages that have begun as they "
+        f"were, their places in steps if train.steps changes, and let what changes begin after "
+        f"{step:,} steps"
+    )
+
+
+def _by_length(stages: Sequence[TrainingStage], samples: int) -> list[tuple[int, int]]:
+    """Tokens of a sample, and how many of the first samples are so long, in the order of cuts."""
+    cuts = zip(lengths(stages), samples_of_cuts(stages, samples), strict=True)
+    return [(length, count) for length, count in cuts if count]
+
+
+def _counted(read: Sequence[tuple[int, int]]) -> str:
+    shown = [f"{count:,} samples of {length:,} tokens" for length, count in read]
+    return " and ".join(shown) or "no sample"
 
 
 def changed_sources(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -96,6 +96,11 @@ def curriculum(config: Config, sources: Mapping[str, str] | None = None) -> list
                 f"{key} changes nothing; give its sequence_length or a mixture, or leave it out"
                 f"{where(key, sources)}"
             )
+        if place and length == _at(tokens, place) and not entry.mixture:
+            raise UserError(
+                f"{key} changes nothing: sequences have {length:,} tokens before it; give another "
+                f"sequence_length or a mixture, or leave it out{where(key, sources)}"
+            )
         if place == 0:
             fix = (
                 "give its data.mixture" if length is None else f"set data.sequence_length={length}"
@@ -239,14 +244,14 @@ def of_plain(saved: Mapping[str, Any]) -> list[TrainingStage]:
         else [BatchStage(from_=entry["from"], size=entry["size"]) for entry in given]
     )
     config.data.sequence_length = data["sequence_length"]
-    config.data.stages = [
-        DataStage(
-            from_=entry["from"],
-            sequence_length=entry["sequence_length"],
-            mixture=[SourceConfig(dir=source["dir"]) for source in entry.get("mixture", [])],
-        )
-        for entry in data.get("stages", [])
-    ]
+    length = config.data.sequence_length
+    for entry in data.get("stages", []):
+        mixture = [SourceConfig(dir=source["dir"]) for source in entry.get("mixture", [])]
+        # an earlier version took one that changes nothing
+        if mixture or entry["sequence_length"] != length:
+            stage = DataStage(entry["from"], entry["sequence_length"], mixture)
+            config.data.stages.append(stage)
+        length = entry["sequence_length"] or length
     return curriculum(config)
 
 

@@ -29,6 +29,30 @@ def mixtures_of(data: DataConfig) -> dict[str, list[SourceConfig]]:
     return begins | later
 
 
+def folders_of(data: Any) -> list[str]:
+    """The data folders that a section `data` of plain dicts names, see `DataConfig.folders`.
+
+    Args:
+        data: as it was saved; of what is no such section there are none.
+    """
+    if not isinstance(data, dict):
+        return []
+    own, stages = data.get("dir"), data.get("stages")
+    begins = [own] if own else _dirs(data)
+    later = (
+        [folder for stage in stages for folder in _dirs(stage)] if isinstance(stages, list) else []
+    )
+    return list(dict.fromkeys([*begins, *later]))
+
+
+def _dirs(section: Any) -> list[str]:
+    """Of the mixture of a section or stage."""
+    mixture = section.get("mixture") if isinstance(section, dict) else None
+    if not isinstance(mixture, list):
+        return []
+    return [source["dir"] for source in mixture if isinstance(source, dict) and "dir" in source]
+
+
 def settle(config: Config, sources: Mapping[str, str]) -> None:
     """Check that there are data, and that the sources of a mixture can be told apart.
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,6 +153,22 @@ def rounded(folders: Sequence[Folder]) -> str | None:
     return f"the weights of data.mixture are rounded to parts of {MOST_PARTS:,}"
 
 
+def without_names(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What data are, whatever their sources are called: a name may be the last part of a folder."""
+    if not is_mixed(data):
+        return dict(data)
+    plan, segments = data["mixture"]["plan"], data["mixture"]["segments"]
+    nameless = [{**each, "sources": _nameless(each["sources"])} for each in segments]
+    return {**data, "mixture": {"plan": list(map(_nameless, plan)), "segments": nameless}}
+
+
+def _nameless(sources: Sources) -> dict[str, Any]:
+    return {
+        print_: {key: value for key, value in source.items() if key != "name"}
+        for print_, source in sources.items()
+    }
+
+
 def is_mixed(data: Mapping[str, Any]) -> bool:
     """Whether data are, or have been, a mixture."""
     return "mixture" in data
@@ -271,11 +288,14 @@ def _segment(segment: Mapping[str, Any], prints: Sequence[str], lengths: Sequenc
 
 
 def _names(latest: Sources, now: Sources) -> list[str]:
-    """Of all sources in the order of their fingerprints; one of before may be called as one now."""
-    taken = {source["name"] for source in now.values()}
+    """Of all sources in the order of their fingerprints; those of before may be called as others.
+
+    Those of now are not alike.
+    """
+    count = Counter(source["name"] for source in latest.values())
     return [
         f"{source['name']}-{print_[:6]}"
-        if print_ not in now and source["name"] in taken
+        if print_ not in now and count[source["name"]] > 1
         else source["name"]
         for print_, source in sorted(latest.items())
     ]

@@ -100,10 +100,15 @@ class Mixture:
         for number, segment in enumerate(segments):
             if not len(segment.parts) == len(segment.limits) == len(lengths):
                 raise ValueError(f"segment {number} is not of {len(lengths)} sources")
+            at_limit = {
+                i
+                for i, limit in enumerate(segment.limits)
+                if segment.parts[i] and limit is not None and base[i] >= limit
+            }
             self.ended = {
-                i: n
-                for i, n in self.ended.items()
-                if not segment.parts[i] or base[i] == segment.limits[i]
+                # of limits that are below what was read, from the first sample of the segment on
+                **{i: self.ended.get(i, firsts[number]) for i in at_limit},
+                **{i: n for i, n in self.ended.items() if not segment.parts[i]},
             }
             last = number + 1 == len(segments)
             end = max(samples, firsts[-1] + 1) if last else firsts[number + 1]

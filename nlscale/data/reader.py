@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 
 import numpy as np
@@ -12,6 +12,9 @@ from nlscale.data.mixture import Mixture
 from nlscale.data.order import SampleOrder
 from nlscale.data.shards import TokenShards
 from nlscale.errors import UserError
+
+_Taken = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Of samples of a mixture, the place of the source and which of its samples: int64 [count] each."""
 
 
 class Samples:
@@ -123,6 +126,8 @@ class MixtureReader:
         self._sources, self.order = sources, order
         some = [source for source in sources if source is not None]
         self._length = some[0].sequence_length
+        self._fetches = any(source.shards.folder.fetches for source in some)
+        self._latest: tuple[tuple[int, int], _Taken] | None = None
         self._masked = any(source.shards.masked for source in some)
         self.separator = some[0].shards.separator
 
@@ -146,8 +151,10 @@ class MixtureReader:
 
     def expect(self, numbers: Iterable[tuple[int, int]]) -> None:
         """Global sample numbers that will be read soon, as `BatchReader.expect` takes them."""
+        if not self._fetches:
+            return
         soon: dict[int, list[tuple[int, int]]] = {}
-        for first, count in numbers:
+        for first, count in _adjoined(numbers):
             for place, sample in zip(*self.order.take(first, count), strict=True):
                 start = int(sample) * self._length
                 soon.setdefault(int(place), []).append((start, self._length + 1))
@@ -158,12 +165,32 @@ class MixtureReader:
 
     def sources(self, first: int, count: int) -> tuple[NDArray[np.int64], int]:
         """Of which source each of the same is, its place: int64 [count]; and how many there are."""
-        return self.order.take(first, count)[0], len(self._sources)
+        return self._in_order(first, count)[0], len(self._sources)
 
     def _taken(self, first: int, count: int) -> list[tuple[Samples, int]]:
         taken = []
-        for place, sample in zip(*self.order.take(first, count), strict=True):
+        for place, sample in zip(*self._in_order(first, count), strict=True):
             source = self._sources[place]
             assert source is not None, f"source {place} is read no more"
             taken.append((source, int(sample)))
         return taken
+
+    def _in_order(self, first: int, count: int) -> _Taken:
+        """Source and sample of each, kept for the others that are asked of the same batch."""
+        latest = self._latest
+        if latest is None or latest[0] != (first, count):
+            latest = self._latest = (first, count), self.order.take(first, count)
+        return latest[1]
+
+
+def _adjoined(numbers: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Ranges, (first, count), of which those that follow on each other are one."""
+    begin = end = 0
+    for first, count in numbers:
+        if first != end:
+            if end > begin:
+                yield begin, end - begin
+            begin = first
+        end = first + count
+    if end > begin:
+        yield begin, end - begin

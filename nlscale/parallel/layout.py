@@ -141,7 +141,9 @@ def _told(config: Config, more: Told) -> Told:
     The folders of the data may be at another place on each node, as copies on local disks are.
     """
     plain = to_plain(config)
-    for source in [plain["data"], *plain["data"]["mixture"]]:
+    data = plain["data"]
+    stages = [source for stage in data["stages"] for source in stage["mixture"]]
+    for source in [data, *data["mixture"], *stages]:
         del source["dir"]
     return {
         "ranks of a node": config.parallel.ranks_per_node or place().local_world,

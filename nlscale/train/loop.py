@@ -29,6 +29,7 @@ from nlscale.cluster.life.watch import begin_step, doing
 from nlscale.config import recipe
 from nlscale.config.curriculum import stage_of, tokens_per_step, tokens_until
 from nlscale.config.vocabulary import Config
+from nlscale.data.history import without_names
 from nlscale.errors import SaidElsewhere, TrainingFailed, UserError
 from nlscale.levels.spectrum import approximate, slow_level_warnings
 from nlscale.parallel.consensus import Requests
@@ -85,7 +86,8 @@ def train(config: Config, prepared: Prepared, signals: StopSignals) -> dict[str,
             newest = store.checkpoints()[-1:]
             attempts.check(newest[0].step if newest else 0, config.run.max_restarts)
         try:
-            with process_groups(config, attempts.end, {"the data": prepared.data}) as layout:
+            told = {"the data": without_names(prepared.data)}
+            with process_groups(config, attempts.end, told) as layout:
                 Ranks(layout.host).first(lambda: probe_mirror(config))
                 verify_data(config, prepared, layout)
                 claim.take(layout)

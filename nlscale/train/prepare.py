@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from nlscale.checkpoint import FOLDER
 from nlscale.cluster.life.place import place
 from nlscale.config.curriculum import TrainingStage, curriculum, lengths
 from nlscale.config.data_sources import mixtures_of
@@ -84,9 +86,8 @@ def prepare(config: Config) -> Prepared:
     in_step = max(stage.global_batch for stage in stages) // data_parallel  # of a rank
     here = min(data_parallel, place().local_world)
     data = identity(folders, config, mixed=bool(mixtures_of(config.data)))
-    # one that changes on resuming is checked with what was read before
-    checked = "data.mixture" not in config.resume.allow
-    sources, readers = _order_and_readers(config, folders, data, checked)
+    # what was read before decides whether a mixture is enough: `go_on` checks it then
+    sources, readers = _order_and_readers(config, folders, data, checked=not _may_go_on(config))
     splits = [split for folder in folders for split in (folder.train, folder.held_out)]
     end = stages[-1].sequence_length
     return Prepared(
@@ -101,6 +102,12 @@ def prepare(config: Config) -> Prepared:
         data=data,
         notes=[*notes, *check_cache(splits, here * in_step)],
     )
+
+
+def _may_go_on(config: Config) -> bool:
+    """Whether there may be a checkpoint to go on from, here or elsewhere; none is read."""
+    elsewhere = config.resume.start is not None or config.checkpoint.mirror is not None
+    return elsewhere or any((Path(config.run.dir) / FOLDER).glob("step-*"))
 
 
 def go_on(config: Config, prepared: Prepared, state: dict[str, Any] | None) -> Prepared:

@@ -6,6 +6,7 @@ behind, their last checkpoints and their metrics, is compared.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -24,6 +25,8 @@ from nlscale.checkpoint.diff import compare
 from nlscale.checkpoint.store.store import Checkpoint, Store
 from nlscale.cluster.life.place import without_place
 from nlscale.config import recipe
+from nlscale.config.units import Start
+from nlscale.config.vocabulary import Config
 from nlscale.errors import TrainingFailed, UserError
 from nlscale.levels.spectrum import levels_of
 from nlscale.plan.checks import check_sizes
@@ -77,10 +80,11 @@ def verify_resume(
     """Train without a stop; train again, kill after the checkpoint at a step, resume; compare.
 
     The runs end one longest period and three steps after the checkpoint, with the schedule of a
-    run of that length. On the run's own layout the comparison is made there, at the end. Another
-    layout sums in another order, and training amplifies that rounding from step to step: there it
-    is made one step after the checkpoint, where every part of the state has been used once, and
-    what has become of the rounding at the end is reported beside it.
+    run of that length; stages begin at the steps at which they do in the recipe. On the run's own
+    layout the comparison is made there, at the end. Another layout sums in another order, and
+    training amplifies that rounding from step to step: there it is made one step after the
+    checkpoint, where every part of the state has been used once, and what has become of the
+    rounding at the end is reported beside it.
 
     Args:
         path: the recipe.
@@ -108,6 +112,7 @@ def verify_resume(
         raise UserError(f"--at {at} is not a step of the run; use 1 to {config.train.steps}")
     common = [
         *overrides,
+        *_stages_in_place(config, steps),
         f"train.steps={steps}",
         "checkpoint.every=null",
         f"checkpoint.steps=[{at},{at + 1}]",
@@ -147,6 +152,23 @@ def verify_resume(
         "bitwise": entries[0]["bitwise"],
         "layouts": entries,
     }
+
+
+def _stages_in_place(config: Config, steps: int) -> list[str]:
+    """Overrides that keep the stages of a run where they are in one of so many steps alone."""
+    data, train = (recipe.to_plain(config)[section] for section in ("data", "train"))
+    lists = {"data.stages": data["stages"], "train.global_batch": train["global_batch"]}
+    overrides = []
+    for key, stages in lists.items():
+        if isinstance(stages, list) and stages:
+            places = [Start.parse(stage["from"]).in_steps(config.train.steps) for stage in stages]
+            placed = [
+                {**stage, "from": f"{place} steps"}
+                for place, stage in zip(places, stages, strict=True)
+                if place < steps
+            ]
+            overrides.append(f"{key}={json.dumps(placed)}")
+    return overrides
 
 
 def _check_layout(path: Path, common: list[str], layout: Arrangement) -> None:

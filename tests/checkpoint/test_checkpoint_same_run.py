@@ -146,12 +146,54 @@ def test_samples_of_another_length_have_the_numbers_that_the_stages_give_them() 
     check_same_run(
         config("train.steps=100", "train.global_batch=4", LENGTHS, allowed), {}, state, ""
     )
-    with pytest.raises(UserError, match=r"taken 200 samples in 50 steps, .* it would be 400"):
+    with pytest.raises(
+        UserError, match=r"taken 200 samples of 1,024 tokens in 50 steps, .* be 400 "
+    ):
         check_same_run(
             config("train.steps=100", "train.global_batch=8", LENGTHS, allowed), {}, state, "it"
         )
     late = "train.global_batch=[{from: 0, size: 4}, {from: 50 steps, size: 8}]"
     check_same_run(config("train.steps=100", late, LENGTHS, allowed), {}, state, "it")
+
+
+def half(steps: int, *overrides: str) -> Config:
+    """The second half at twice the length."""
+    stages = "data.stages=[{from: 50%, sequence_length: 64}]"
+    of = [f"train.steps={steps}", "train.global_batch=4", "data.sequence_length=32", stages]
+    return config(*of, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("other", "would_be"),
+    [
+        (["train.steps=10"], "20 samples of 32 tokens and 4 samples of 64 tokens"),
+        (["data.stages=[]"], "24 samples of 32 tokens"),
+        (
+            ["data.stages.0.sequence_length=128"],
+            "12 samples of 32 tokens and 12 samples of 128 tokens",
+        ),
+        (["data.stages.0.from=4 steps"], "16 samples of 32 tokens and 8 samples of 64 tokens"),
+    ],
+)
+def test_samples_that_were_read_in_another_cut_are_never_allowed(
+    other: list[str], would_be: str
+) -> None:
+    """As many in all: the numbers of a cut would begin where others have been read."""
+    state = saved() | {"config": recipe.to_plain(half(6)), "step": 6, "samples": 24}
+    changed = "train.steps,data.stages,data.stages.0.from,data.stages.0.sequence_length"
+    for allowed in ([], [f"resume.allow=[{changed}]"]):
+        with pytest.raises(UserError) as refused:
+            check_same_run(half(6, *other, *allowed), {}, state, "it")
+        said = str(refused.value)
+        assert (
+            "12 samples of 32 tokens and 12 samples of 64 tokens in 6 steps" in said
+            and would_be in said
+        )
+        assert "resume.allow" not in said, "which would not help"
+    # given in steps it is the same past, and what follows may change
+    later = "{from: 3 steps, sequence_length: 64}, {from: 6 steps, sequence_length: 32}"
+    allowed = ["resume.allow=[train.steps,data.stages]", f"data.stages=[{later}]"]
+    check_same_run(half(10, *allowed), {}, state, "it")
 
 
 def mixture(**parts: int) -> dict[str, Any]:

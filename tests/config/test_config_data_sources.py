@@ -8,7 +8,7 @@ import pytest
 
 from nlscale.config import recipe
 from nlscale.config.curriculum import curriculum, mixture_starts, of_plain
-from nlscale.config.data_sources import mixtures_of, name_of
+from nlscale.config.data_sources import folders_of, mixtures_of, name_of
 from nlscale.errors import UserError
 
 RECIPE = """
@@ -119,3 +119,23 @@ def test_mistakes_in_a_file_name_its_line(tmp_path: Path) -> None:
     path.write_text(RECIPE.replace(", weight: 0.3", ""))
     with pytest.raises(UserError, match=rf"data.mixture.1.weight: .*\({path} line 5\)"):
         recipe.load(path)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["data.dir=a"],
+        ["data.mixture=[{dir: a, weight: 1}, {dir: b, weight: 1}]"],
+        ["data.dir=a", "data.stages=[{from: 50%, mixture: [{dir: b, weight: 1}]}]"],
+        ["data.dir=a", "data.stages=[{from: 50%, mixture: [{dir: a, weight: 1}]}]"],
+        ["data.dir=a", "data.stages=[{from: 50%, sequence_length: 8}]"],
+    ],
+)
+def test_a_saved_section_names_the_folders_of_the_run(given: list[str]) -> None:
+    config = recipe.load(None, given).config
+    assert folders_of(recipe.to_plain(config)["data"]) == config.data.folders()
+
+
+@pytest.mark.parametrize("saved", [None, 7, {}, {"mixture": 7, "stages": [7, {"mixture": [3]}]}])
+def test_what_is_no_section_names_none(saved: object) -> None:
+    assert folders_of(saved) == []

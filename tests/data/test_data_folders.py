@@ -6,6 +6,7 @@ import json
 import shutil
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from nlscale.config.vocabulary import Config
 from nlscale.data import BatchReader, Samples
 from nlscale.data.build import build
 from nlscale.data.folders import open_folders
-from nlscale.data.history import changed, gone_on, identity, ordered
+from nlscale.data.history import changed, gone_on, identity, ordered, without_names
+from nlscale.data.mixture import Mixture
 from nlscale.data.reader import MixtureReader
 from nlscale.errors import UserError
 from nlscale.train.mixed import readers_of
@@ -68,6 +70,34 @@ def test_a_row_is_the_sample_of_its_source_and_so_is_its_mask(root: Path) -> Non
         assert (mask == (own if own is not None else True)).all()
         some += own is not None
     assert 0 < some < 30 and not masks.all()
+
+
+def test_the_order_is_made_once_a_batch_and_ahead_only_for_what_is_fetched(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mix, _ = reader(root, f"dir: {root}/web, weight: 3", f"dir: {root}/sums, weight: 2")
+    asked, take = [], Mixture.take
+
+    def taken(self: Mixture, first: int, count: int) -> Any:
+        asked.append((first, count))
+        return take(self, first, count)
+
+    monkeypatch.setattr(Mixture, "take", taken)
+    for first in (0, 8):
+        mix.read(first, 8), mix.masks(first, 8), mix.sources(first, 8)
+    assert asked == [(0, 8), (8, 8)]
+    ahead = [(16, 4), (20, 4), (32, 4), (36, 4)]
+    mix.expect(iter(ahead))
+    assert len(asked) == 2
+    soon: list[tuple[int, int]] = []
+    splits = [each for each in mix._sources if each is not None]
+    for split in splits:
+        monkeypatch.setattr(split.shards, "expect", soon.extend)
+    monkeypatch.setattr(mix, "_fetches", True)
+    mix.expect(iter(ahead))
+    assert asked[2:] == [(16, 8), (32, 8)]
+    wanted = [sample for first, count in ahead for sample in take(mix.order, first, count)[1]]
+    assert sorted(soon) == sorted((int(sample) * LENGTH, LENGTH + 1) for sample in wanted)
 
 
 def test_a_mixture_of_one_reads_what_the_folder_alone_does(root: Path) -> None:
@@ -159,6 +189,31 @@ def test_what_counts_as_another_mixture(root: Path) -> None:
     assert alone.keys() == {"fingerprint", "train_tokens", "tokenizer"}
     assert changed(alone, told(root, web)) is None
     assert changed(alone, first) == ("1 data", "0.6667 web; 0.3333 code")
+
+
+def test_sources_that_are_read_no_more_are_told_apart(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "code", tmp_path / "web")
+    shutil.copytree(root / "books", tmp_path / "other/web")
+    config = sized(60, f"dir: {root}/web")
+    data = told(root, f"dir: {root}/web")
+    for number, now in enumerate((f"{tmp_path}/web", f"{tmp_path}/other/web", f"{root}/sums"), 1):
+        data = gone_on(data, told(root, f"dir: {now}"), config, 10 * number, 10 * number)
+    names = ordered(data, config).names
+    assert len(set(names)) == 4 and "sums" in names
+    assert sum(name.startswith("web-") for name in names) == 3
+
+
+def test_data_are_the_same_whatever_the_last_parts_of_their_folders_are(
+    root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(root / "code", tmp_path / "here")
+    first, other = (
+        told(root, f"dir: {root}/web", f"dir: {there}")
+        for there in (root / "code", tmp_path / "here")
+    )
+    assert first != other and without_names(first) == without_names(other)
+    heavier = told(root, f"dir: {root}/web, weight: 2", f"dir: {root}/code, weight: 1")
+    assert without_names(heavier) != without_names(first)
 
 
 def test_a_mixture_that_changes_goes_on_where_each_source_stood(root: Path) -> None:

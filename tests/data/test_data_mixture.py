@@ -162,6 +162,16 @@ def test_limits_are_where_sources_end() -> None:
     assert mixture.ended.keys() == {0, 1}
 
 
+def test_a_limit_below_what_was_read_ends_a_source_with_its_segment() -> None:
+    segments = [Segment(0, (1, 1), (None, None)), Segment(30, (1, 1), (10, None))]
+    mixture = Mixture([10, 50], segments, SEED, 60)
+    assert mixture.counts(30).tolist() == [15, 15] and mixture.counts(60).tolist() == [15, 45]
+    assert mixture.ended == {0: 30}
+    # and one that had ended before, when it did
+    lower = [Segment(0, (1, 1), (10, None)), Segment(30, (1, 1), (5, None))]
+    assert Mixture([10, 50], lower, SEED, 60).ended == Mixture([10, 50], lower[:1], SEED, 60).ended
+
+
 def test_what_is_no_history_is_refused() -> None:
     one = (1,), (None,)
     for segments in ([], [Segment(1, *one)], [Segment(0, *one), Segment(0, *one)]):

@@ -25,7 +25,7 @@ from nlscale.errors import UserError
 from nlscale.step.micro_batches import Batch
 from nlscale.train.batches import StepReader
 from nlscale.train.mix_plan import mix_plan
-from nlscale.train.prepare import Prepared, prepare
+from nlscale.train.prepare import Prepared, go_on, prepare
 
 STEPS = ["train.steps=6", "checkpoint.every=3 steps", "train.validate_every=3"]
 
@@ -165,6 +165,25 @@ def test_a_mixture_that_ends_before_the_run_is_refused(root: Path) -> None:
     said = str(refused.value)
     assert f"data.mixture ends after {whole} of the 8,000 samples" in said
     assert f"train.steps={whole // 8}" in said
+
+
+def test_what_was_read_before_is_not_asked_of_the_new_mixture(root: Path, tmp_path: Path) -> None:
+    """Where there is a checkpoint, only what is read from it on has to be enough."""
+    of_run = [f"run.dir={tmp_path}", "train.steps=200"]
+    late = config_of(root, *of_run, web="weight: 1e-4", code="weight: 1, epochs: 1")
+    late.data.mixture[0].epochs = 1
+    with pytest.raises(UserError, match=r"data\.mixture ends after"):
+        prepare(late)
+    (tmp_path / "checkpoints/step-00000198").mkdir(parents=True)
+    prepared, web = prepare(late), config_of(root, *of_run, web="weight: 1")
+    web.data.mixture.pop()
+    begun = prepare(web).data
+    state = {"data": begun, "step": 198, "samples": 198 * 8}
+    late.data.mixture[0].epochs = None
+    assert go_on(late, prepared, state).sources is not None
+    late.data.mixture[0].epochs = 1
+    with pytest.raises(UserError, match=r"data\.mixture ends after"):
+        go_on(late, prepared, {**state, "step": 3, "samples": 24})
 
 
 def test_the_dry_run_says_what_a_run_would_read(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from nlscale.config import recipe
+from nlscale.config.curriculum import curriculum, stage_of
 from nlscale.data.build import build
 from nlscale.errors import UserError
-from nlscale.verify.resume import Arrangement
+from nlscale.verify.resume import Arrangement, _stages_in_place
 
 COMMAND = [sys.executable, "-m", "nlscale", "verify-resume", "recipes/quickstart.yaml"]
 
@@ -34,6 +37,23 @@ def test_a_layout_is_read_and_shown(text: str, shown: str) -> None:
 def test_what_is_no_layout_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="write ranks=N"):
         Arrangement.parse(text)
+
+
+def test_stages_stand_where_they_do_in_the_recipe() -> None:
+    given = [
+        "data.dir=x", "train.steps=100", "data.sequence_length=32",
+        "data.stages=[{from: 5%, sequence_length: 64}, {from: 50 steps, sequence_length: 32}]",
+        "train.global_batch=[{from: 0%, size: 4}, {from: 3%, size: 8}, {from: 90%, size: 16}]",
+    ]  # fmt: skip
+    config = recipe.load(None, given).config
+    for steps in (4, 8, 60):
+        short = [*given, *_stages_in_place(config, steps), f"train.steps={steps}"]
+        stages = curriculum(recipe.load(None, short).config)
+        for step in range(1, steps + 1):
+            here, there = stage_of(stages, step), stage_of(curriculum(config), step)
+            assert replace(here, steps=there.steps) == there
+    plain = recipe.load(None, given[:2]).config
+    assert _stages_in_place(plain, 8) == []
 
 
 def test_a_killed_run_resumes_bit_for_bit_and_elsewhere_within_rounding(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from nlscale.checkpoint.inspection import inspection
 from nlscale.checkpoint.store.store import Checkpoint
 from nlscale.config import trees
 from nlscale.config.curriculum import lengths, of_plain
+from nlscale.config.data_sources import folders_of
 from nlscale.config.units import human_count
 from nlscale.errors import UserError
 from nlscale.telemetry.figures import METRICS_FILE, read_records
@@ -126,7 +127,7 @@ def _digest(data: dict[str, Any]) -> str:
 def _training(checkpoint: Checkpoint, run: Path, tokenizer: str) -> dict[str, str]:
     state = checkpoint.state
     data, optimizer = state["config"]["data"], state["config"]["optimizer"]
-    folders = [data["dir"]] if data["dir"] else [source["dir"] for source in data["mixture"]]
+    folders = folders_of(data)
     tokens = state["data"].get("train_tokens")
     size = [] if tokens is None else [f"{human_count(tokens)} tokens"]
     rows = {

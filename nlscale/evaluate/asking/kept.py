@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from nlscale import __version__
 from nlscale.checkpoint import FOLDER
+from nlscale.config.data_sources import folders_of
 from nlscale.config.urls import Location, is_url, location_of
 from nlscale.data.index import INDEX_NAME, read_index
 from nlscale.data.tasks.table import task_of_index
@@ -172,11 +173,8 @@ def _checkpoint(folder: Path) -> Named:
 
 
 def _data(config: Any) -> Location | None:
-    section = config.get("data") if isinstance(config, dict) else None
-    folder = section.get("dir") if isinstance(section, dict) else None
-    mixture = section.get("mixture") if isinstance(section, dict) else None
-    if isinstance(mixture, list) and len(mixture) == 1 and isinstance(mixture[0], dict):
-        folder = mixture[0].get("dir")  # of several none is read: one has to be named
+    folders = folders_of(config.get("data") if isinstance(config, dict) else None)
+    folder = folders[0] if len(folders) == 1 else None  # of several one has to be named
     return location_of(folder) if isinstance(folder, str) and folder else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -154,3 +155,12 @@ def test_keys_of_wandb_tell_questions_apart_and_are_the_same_in_every_run(
     asked = [{}, {"text": text / "1.txt"}, {"text": text / "2.txt"}, {"lengths": [256]},
              {"contexts": 4}]  # fmt: skip
     assert len({keys("a", **{**defaults, **more})[0] for more in asked}) == len(asked)
+
+
+@pytest.mark.parametrize(("later", "data"), [("a", Path("a")), ("b", None)])
+def test_of_several_folders_none_is_the_data(tmp_path: Path, later: str, data: Any) -> None:
+    """As `data_of` has it, which asks for one to be named."""
+    stages = [{"from": "50%", "sequence_length": None, "mixture": [{"dir": later}]}]
+    described = {"nlscale": {"data": {"dir": "a", "mixture": [], "stages": stages}}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    assert named(tmp_path).data == data
