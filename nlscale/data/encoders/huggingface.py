@@ -58,6 +58,9 @@ class HuggingFaceTokenizer(Tokenizer):
         # A file can ask for it, and texts would lose their ends without a word.
         carrier.no_truncation()
         carrier.no_padding()
+        # Nor would a text have the same tokens twice, whoever reads it.
+        if getattr(carrier.model, "dropout", None) is not None:
+            carrier.model.dropout = None
         added = carrier.get_added_tokens_decoder()
         if separator not in added or not added[separator].special:
             carrier.add_special_tokens([hf.AddedToken(end, special=True, normalized=False)])

@@ -383,3 +383,16 @@ def _targets(out: Path, split: str) -> np.ndarray:
     shards = TokenShards(out, split)
     ids, mask = shards.read(0, shards.tokens), shards.read_mask(0, shards.tokens)
     return ids.astype(np.int64)[slice(None) if mask is None else mask]
+
+
+def test_a_text_has_the_same_tokens_every_time(tmp_path: Path) -> None:
+    """A file can ask for merges that are left out by chance (BPE dropout), for training."""
+    path = written(tmp_path, "bpe")
+    content = json.loads(path.read_text())
+    content["model"]["dropout"] = 0.5
+    path.write_text(json.dumps(content))
+    found, text = read_tokenizer(path), " ".join(CORPUS)
+    first = found.encode(text)
+    assert all(np.array_equal(found.encode(text), first) for _ in range(20))
+    found.save(tmp_path)
+    assert np.array_equal(load_tokenizer(tmp_path).encode(text), first)
