@@ -66,7 +66,8 @@ def check(records: Iterable[dict[str, Any]], fields: Mapping[str, Mapping[str, F
         kind = record.get("kind") or record["event"]
         assert kind in fields, f"records of kind {kind} are not described"
         assert not differences(record, fields[kind]), record
-        seen.setdefault(kind, set()).update(record)
+        inner = {f"{k}.{i}" for k, v in record.items() if isinstance(v, dict) for i in v}
+        seen.setdefault(kind, set()).update(record, inner)
     assert seen.keys() == fields.keys(), "a kind that is described was not written"
     never = {k for kind in fields for k in sometimes(fields[kind])} - set().union(*seen.values())
     assert not never, "no record has these"

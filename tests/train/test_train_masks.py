@@ -48,7 +48,7 @@ def test_a_run_on_completions(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
     here = [f"data.dir={data}", f"run.dir={tmp_path / 'run'}", "train.steps=3", "levels=[1]"]
     (summary,) = world.run(1, run, here)
-    reader, found = prepare(recipe.load(None, [*SMALL, *here]).config).reader, 0
+    reader, found = prepare(recipe.load(None, [*SMALL, *here]).config).readers[0], 0
     for number, record in enumerate(records(tmp_path / "run", "train")):
         masks = reader.masks(8 * number, 8)
         assert masks is not None
