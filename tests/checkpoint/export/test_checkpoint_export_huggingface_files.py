@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers as hf
 import torch
 import world
 from checkpoint.export.huggingface_models import VOCABULARY, tokens
@@ -31,15 +30,11 @@ from nlscale.checkpoint.export import carried, registration
 from nlscale.checkpoint.export.configuration import NlscaleConfig
 from nlscale.checkpoint.export.huggingface import export_huggingface
 from nlscale.checkpoint.export.registered import NlscaleForCausalLM
-from nlscale.checkpoint.export.tokenizer import write_tokenizer
 from nlscale.checkpoint.store.store import Checkpoint
 from nlscale.config import recipe
 from nlscale.data.tokenizer import (
     ByteTokenizer,
     SymbolTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    train_bpe,
 )
 from nlscale.errors import UserError
 from nlscale.model.decoder import Decoder
@@ -290,45 +285,6 @@ def test_several_files_with_an_index_load(checkpoint: Checkpoint, tmp_path: Path
     x = tokens(1, 9)
     ours = nlscale.load(folder, device="cpu").logits(x)
     torch.testing.assert_close(model(x).logits, ours, rtol=0, atol=1e-5)
-
-
-TEXTS = [
-    "", "a", "  two  spaces and\r\n\ttabs ", "Grüße, 世界 🎉 \u200b\ufeff", "\x00\x1f\x7f",
-    "e\u0301 a text that mentions <|endoftext|> <|endoftext|>",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ["bytes", "bpe"])
-def test_the_tokenizer_is_ours_on_any_text(kind: str, tmp_path: Path) -> None:
-    ours: Tokenizer = ByteTokenizer()
-    if kind == "bpe":
-        ours = train_bpe(["levels of levels, and periods of periods; Grüße" for _ in range(9)], 280)
-    assert write_tokenizer(ours, tmp_path) == ["tokenizer.json", "tokenizer_config.json"]
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert load_tokenizer(tmp_path).name == ours.name
-    assert (len(theirs), theirs.eos_token_id) == (ours.vocabulary, ours.separator)
-    for text in TEXTS:
-        ids = theirs(text)["input_ids"]
-        assert ids == ours.encode(text).tolist(), text
-        assert theirs.decode(ids) == text
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(100):  # what a model may write: bytes that are no UTF-8, separators among them
-        ids = torch.randint(ours.vocabulary, (12,), generator=generator).tolist()
-        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
-
-
-def test_a_template_that_begins_texts_is_left_out(tmp_path: Path) -> None:
-    train_bpe(["levels of levels, and periods of periods" for _ in range(9)], 265).save(tmp_path)
-    carrier = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    begin = carrier.token_to_id("a")
-    carrier.post_processor = hf.processors.TemplateProcessing("a $A", None, [("a", begin)])
-    carrier.save(str(tmp_path / "tokenizer.json"))
-    assert carrier.encode("levels").ids[0] == begin
-    ours = load_tokenizer(tmp_path)
-    write_tokenizer(ours, tmp_path)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs("levels")["input_ids"] == ours.encode("levels").tolist()
-    assert theirs.bos_token is None and theirs.eos_token_id == ours.separator
 
 
 def test_symbols_are_words_there_too(exported: Path) -> None:
