@@ -101,6 +101,11 @@ def _sweep(args: argparse.Namespace) -> int:
     if cluster and (args.executor == "local" or cluster.gpu_tflops):
         price = Price(cluster, args.utilisation)
     sweep = read_sweep(args.sweep)
+    if sweep.ranks > 1 and args.executor == "slurm":
+        raise UserError(
+            f"{sweep.path}: ranks is {sweep.ranks}, and a task of --executor slurm is one process; "
+            f"run the sweep on a machine, or launch its recipes one by one"
+        )
     if args.imports:
         known = sweep.common.get("run.imports") or []
         if isinstance(known, list):  # else the recipe refuses it
@@ -266,10 +271,10 @@ def _run_here(
     from nlscale.scaling.sweep.local import only_sweep, run_local, worker_places
 
     with only_sweep(sweep.folder) as owned:
-        places = worker_places(workers)
+        places = worker_places(workers, sweep.ranks)
         console.print()
         with Board(runs, states, len(places), console) as board:
-            failed = run_local(runs, states, places, board, owned)
+            failed = run_local(runs, states, places, sweep.ranks, board, owned)
     if not failed:
         console.print(sweep.when_finished, soft_wrap=True)
     return failed

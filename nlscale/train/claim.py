@@ -24,7 +24,7 @@ from nlscale.config import recipe
 from nlscale.config.vocabulary import Config
 from nlscale.errors import Stopped, UserError
 from nlscale.parallel.layout import Layout
-from nlscale.train.folder import CONFIG_FILE
+from nlscale.train.folder import CONFIG_FILE, WRITER
 from nlscale.train.found import Found, look, make_room
 
 
@@ -97,7 +97,7 @@ class Claim:
             self._owned.check()
 
     def _take(self) -> None:
-        self._owned = self._ends.enter_context(owner.hold(self._run_dir, "nlscale train"))
+        self._owned = self._ends.enter_context(owner.hold(self._run_dir, WRITER))
         self._number = self._owned.number
         self.found = look(self._config, self._data, self._run_dir, self._store)
         self.label = take_mirror(self._config, self._data, self._run_dir, self._store)

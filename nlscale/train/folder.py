@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 CONFIG_FILE = "config.yaml"
+WRITER = "nlscale train"
+"""What the owner of a run's folder calls itself."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from nlscale.train.folder import Run, read
 
 _ERRORS = {e.exit_code: e for e in (UserError, TrainingFailed, GaveUp, LostRank, Stopped)}
 _POLL_SECONDS = 0.05
-_OTHERS_SECONDS = 90.0
+OTHERS_SECONDS = 90.0
 """For which the others may go on when a rank has failed: those that have met it end before."""
 MOST_REASON_BYTES = 1 << 15
 """Of a reason; a pipe holds as much without a reader."""
@@ -112,18 +112,27 @@ def _environments(ranks: int) -> list[dict[str, str]]:
     own = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     if ranks == 1:
         return [own]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    shared = {"OMP_NUM_THREADS": threads} | own | world(ranks)
+    return [as_rank(shared, rank) for rank in range(ranks)]
+
+
+def world(ranks: int) -> dict[str, str]:
+    """What torchrun tells all ranks of so many on this machine, which meet at a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
-    world = {
+    return {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    shared = {"OMP_NUM_THREADS": threads} | own | world
-    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def as_rank(shared: dict[str, str], rank: int) -> dict[str, str]:
+    """That, and what torchrun tells one of them."""
+    return shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], told: list[int]) -> dict[int, int]:
@@ -146,7 +155,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], told: list[int]) -> dict
                 if code is not None and rank not in ended:
                     ended[rank] = code
                     if code not in (0, Stopped.exit_code):
-                        others_until = min(others_until, time.monotonic() + _OTHERS_SECONDS)
+                        others_until = min(others_until, time.monotonic() + OTHERS_SECONDS)
             if time.monotonic() > others_until:
                 for process in processes:
                     process.kill()

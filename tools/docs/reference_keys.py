@@ -58,6 +58,11 @@ _SWEEP = {
         "integer or null",
         "Runs at a time on one machine; null: one for each GPU, or for each core.",
     ),
+    "ranks": (
+        "integer",
+        "Processes of each run, on one machine, with a GPU each where there are any. With "
+        "`parallel.ranks_per_node: 1` among the keys that are set, each counts as a node.",
+    ),
     "build_data": (
         "text or list",
         "The commands that make the data, which are named where there are none; `--build-data` "

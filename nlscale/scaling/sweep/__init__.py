@@ -10,6 +10,7 @@
         large: {model.d_model: 96, model.heads: 6}
       tokens: {per_parameter: [5, 10, 20]}    # or token budgets: [1M, 2M]
     workers: 2                                # runs at a time on this machine
+    ranks: 2                                  # processes of each run, with parallel.ranks_per_node
     build_data: nlscale data build ...        # what builds the data, or a list of that
     search: {key: ..., values: ..., seed: 1}  # see `nlscale.scaling.sweep.search`
     compare: {by: model.mixer}                # as `nlscale compare`, at the end

@@ -1,4 +1,4 @@
-"""Running a sweep on this machine: a few runs at a time, each in a process of its own.
+"""Running a sweep on this machine: a few runs at a time, each in a process of its own, or in some.
 
 The processes are forked from one that has imported torch and nlscale but never computed nor touched
 a GPU, so that a run is under way in a second. Each writes to its own log, in a session of its own:
@@ -29,8 +29,10 @@ from nlscale.cluster.life.signals import handled, with_hangup
 from nlscale.config import recipe
 from nlscale.errors import Stopped, UserError
 from nlscale.scaling.sweep.board import Board
+from nlscale.scaling.sweep.ranks import ranks_of
 from nlscale.scaling.sweep.runs import Run
 from nlscale.scaling.sweep.status import Status, checkpoint_at, status
+from nlscale.train.folder import WRITER
 
 LOG_FILE = "output.log"
 RECIPE_FILE = "recipe.yaml"
@@ -50,25 +52,27 @@ class _Job:
     started: float
 
 
-def worker_places(workers: int | None) -> list[dict[str, str]]:
-    """The environment of each worker: a GPU each, where there are any, and its share of cores.
+def worker_places(workers: int | None, ranks: int) -> list[dict[str, str]]:
+    """The environment of each worker: a GPU a rank, where there are any, and its share of cores.
 
     Args:
-        workers: how many; None: the GPUs, or else the cores.
+        workers: how many; None: as many as there are GPUs, or else cores, for their ranks.
+        ranks: of each run.
     """
     import torch
 
     gpus = torch.cuda.device_count()  # asks the driver; no context is made
     cores = len(os.sched_getaffinity(0))
-    workers = workers or gpus or cores
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // workers)))
+    workers = workers or max(1, (gpus or cores) // ranks)
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // (workers * ranks))))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = visible.split(",") if visible else [str(i) for i in range(gpus)]
     places = []
     for worker in range(workers):
         place = {"OMP_NUM_THREADS": threads}
         if gpus:
-            place["CUDA_VISIBLE_DEVICES"] = names[worker % gpus]
+            own = [names[(worker * ranks + rank) % gpus] for rank in range(ranks)]
+            place["CUDA_VISIBLE_DEVICES"] = ",".join(own)
         places.append(place)
     return places
 
@@ -89,19 +93,20 @@ def run_local(
     runs: list[Run],
     states: Mapping[str, Status],
     places: list[dict[str, str]],
+    ranks: int,
     board: Board,
     owned: Owned,
 ) -> dict[str, str]:
     """Run what has not finished; returns why, of those that failed, by name.
 
-    A run begins when the one that it begins from has the checkpoint for it; what takes longest is
-    begun first.
+    Each run has so many ranks. A run begins when the one that it begins from has the checkpoint
+    for it; what takes longest is begun first.
 
     Raises:
         Stopped: a signal came; what was under way has saved.
         LostOwnership: another sweep has taken the folder over; likewise.
     """
-    return _Executor(runs, states, places, board, owned).run()
+    return _Executor(runs, states, places, ranks, board, owned).run()
 
 
 class _Executor:
@@ -110,11 +115,12 @@ class _Executor:
         runs: list[Run],
         states: Mapping[str, Status],
         places: list[dict[str, str]],
+        ranks: int,
         board: Board,
         owned: Owned,
     ) -> None:
         self._states, self._board, self._free = states, board, places
-        self._owned = owned
+        self._ranks, self._owned = ranks, owned
         chains: dict[str, float] = {}
         for run in runs:
             chains[run.chain] = chains.get(run.chain, 0.0) + run.flops
@@ -186,7 +192,7 @@ class _Executor:
         place = self._free.pop(0)
         log_start = log.stat().st_size if log.exists() else 0
         process = self._context.Process(
-            target=_train, args=(run.folder / RECIPE_FILE, log, place), name=run.name
+            target=_train, args=(run.folder / RECIPE_FILE, log, place, self._ranks), name=run.name
         )
         process.start()
         assert process.sentinel is not None
@@ -227,28 +233,36 @@ def _stop_signals() -> Iterator[list[str]]:
         yield came
 
 
-def _train(recipe_file: Path, log: Path, environment: dict[str, str]) -> None:
-    """The life of a run, in a process of its own."""
+def _train(recipe_file: Path, log: Path, environment: dict[str, str], ranks: int) -> None:
+    """The life of a run, in a process of its own, which forks its ranks where it has several."""
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    threading.Thread(target=_stop_with_the_sweep, daemon=True).start()
-    for name in VARIABLES:  # the sweep is one process, and so is each of its runs
+    for name in VARIABLES:  # the sweep is one process
         os.environ.pop(name, None)
     os.environ.update(environment)
+    exit_with(lambda: _as_ranks(recipe_file, ranks))
+
+
+def _as_ranks(recipe_file: Path, ranks: int) -> int:
+    # The process that had this run in a sweep that was killed may still be saving: wait for it.
+    if ranks == 1:
+        with hold(recipe_file.parent, "nlscale train, in a sweep", waits=True):
+            return _start_rank(recipe_file)
+    with hold(recipe_file.parent, WRITER, waits=True):
+        pass  # the first of the ranks takes it
+    return ranks_of(ranks, lambda: exit_with(lambda: _start_rank(recipe_file)))
+
+
+def _start_rank(recipe_file: Path) -> int:
+    threading.Thread(target=_stop_with_the_sweep, daemon=True).start()
     import torch
 
     from nlscale.train.start import start
 
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-
-    def work() -> int:
-        # The process that had this run in a sweep that was killed may still be saving: wait for it.
-        with hold(recipe_file.parent, "nlscale train, in a sweep", waits=True):
-            return start(recipe_file, [])
-
-    exit_with(work)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    return start(recipe_file, [])
 
 
 def _stop_with_the_sweep() -> None:

@@ -75,7 +75,6 @@ class Run:
 
 def expand(
     sweep: Sweep,
-    ranks: int = 1,
     assumed: int | None = None,
     wanted: Callable[[Mapping[str, str]], bool] = lambda axes: True,
 ) -> list[Run]:
@@ -83,7 +82,6 @@ def expand(
 
     Args:
         sweep: as read.
-        ranks: on which each run will be.
         assumed: the vocabulary of runs of which nobody knows it yet; None: that is an error.
         wanted: whether a run is one, by the names of its values.
 
@@ -96,7 +94,7 @@ def expand(
     for name, axes, values in combinations(sweep, wanted):
         try:
             run = _run(sweep, name, axes, list(values), vocabularies, assumed)
-            check_sizes(run.config, ranks)
+            check_sizes(run.config, sweep.ranks)
             levels_of(run.config)
         except UserError as error:
             said = str(error).replace(" (the command line)", "")

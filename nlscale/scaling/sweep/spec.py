@@ -74,6 +74,8 @@ class Sweep:
     ladder: Ladder | None = None
     """How the sizes of the axis `size` follow from their targets."""
     workers: int | None = None
+    ranks: int = 1
+    """Processes of each run, on this machine."""
     build_data: tuple[str, ...] = ()
     """Commands that build what its runs read, `nlscale data build ...`."""
     compare: Question | None = None
@@ -99,6 +101,7 @@ class _File:
     axes: Any = MISSING
     search: Any = None
     workers: int | None = within(None, above=0, most=4096)
+    ranks: int = within(1, above=0, most=4096)
     build_data: Any = ""
     compare: Any = None
 
@@ -131,6 +134,7 @@ def read_sweep(given: str | Path) -> Sweep:
         axes=axes,
         ladder=ladder,
         workers=file.workers,
+        ranks=file.ranks,
         build_data=_commands(file.build_data, f"{path}: build_data"),
         compare=_question(file.compare, f"{path}: compare") if file.compare is not None else None,
         search=_search(file.search, axes, f"{path}: search") if file.search is not None else None,
