@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from nlscale.cli.arguments import add_cluster, number, path, size, whole
-from nlscale.cli.data_show import console, show
+from nlscale.cli.data_show import console, show, show_by_source
 from nlscale.cluster.life.owner import hold
 from nlscale.cluster.life.signals import handled
 from nlscale.data.index import (
@@ -60,6 +60,13 @@ def add_arguments(verbs: Any) -> None:
         "BPE of N ids, trained on the source text; file:PATH/tokenizer.json: of Hugging Face; a "
         "folder: the tokenizer.json in it, of a model or of other data. Tokens are read with one "
         "of the last two, which has made them",
+    )
+    build.add_argument(
+        "--by-source",
+        action="store_true",
+        help="make a data folder of each source, to be mixed: DIR/NAME, called by the last part "
+        "of its path, a file without its suffixes. They have one tokenizer, and duplicates are "
+        "dropped across them",
     )
     build.add_argument(
         "--separator",
@@ -212,21 +219,32 @@ def _build(args: argparse.Namespace) -> int:
         return _list_tasks()
     if args.out is None:
         raise UserError("no --out; name the data folder to make")
-    with _owned(args.out, args.overwrite):
-        index = _build_task(args) if tasks else _build_text(args)
-    if index is None:
+    folders = _folders(args) if args.by_source and not tasks else [args.out]
+    with _owned(args.out, folders, args.overwrite):
+        built = [_build_task(args)] if tasks else _build_text(args)
+    if built is None:
         return 0
     out = console()
-    show(out, args.out, index)
+    if args.by_source:
+        show_by_source(out, dict(zip(folders, built, strict=True)))
+    else:
+        show(out, args.out, built[0])
     out.print(f"{time.monotonic() - started:.1f} seconds")
     return 0
 
 
-def _build_text(args: argparse.Namespace) -> Index | None:
-    """Build it, or submit what builds it: None."""
+def _folders(args: argparse.Namespace) -> list[Path]:
+    """The data folders of the sources, below that which is named."""
+    from nlscale.data.building.by_source import named_sources
+
+    return [args.out / name for name in named_sources(args.source)]
+
+
+def _build_text(args: argparse.Namespace) -> list[Index] | None:
+    """Build it, or submit what builds it: None. The index of each data folder."""
     # pyarrow and the tokenizers are slow to import
     from nlscale.cluster.launch.data_build import running
-    from nlscale.data.build import begun, build
+    from nlscale.data.build import begun, build, build_by_source
     from nlscale.data.building.options import UNIT_BYTES
     from nlscale.data.building.work import Work
 
@@ -264,13 +282,16 @@ def _build_text(args: argparse.Namespace) -> Index | None:
         "progress": True,
     }
     workers = args.workers or cores
+    what = (args.source, args.tokenizer, args.out)
+    if not slurm and args.by_source:
+        return list(build_by_source(*what, workers=workers, **asked).values())
     if not slurm:
-        return build(args.source, args.tokenizer, args.out, workers=workers, **asked)
+        return [build(*what, workers=workers, **asked)]
     from nlscale.cluster.launch.data_build import submit_build
     from nlscale.cluster.machines import load_cluster
 
     cluster = load_cluster(args.cluster)
-    work = begun(args.source, args.tokenizer, args.out, **asked)
+    work = begun(*what, by_source=args.by_source, **asked)
     if not isinstance(work, Work):
         return work
     submit_build(work, cluster, args.tasks, workers)
@@ -310,6 +331,7 @@ def _build_task(args: argparse.Namespace) -> Index:
         "--max-lost": args.max_lost is not None,
         "--duplicates": args.duplicates != "keep",
         "--pack": args.pack is not None,
+        "--by-source": args.by_source,
         "--executor": args.executor != "local",
         "--workers": args.workers is not None,
         "--unit-mib": args.unit_mib is not None,
@@ -337,9 +359,16 @@ def _list_tasks() -> int:
 
 
 @contextmanager
-def _owned(out: Path, overwrite: bool) -> Iterator[None]:
-    """Hold the folder, unless it is built already and so only looked at, or is no folder."""
-    looked_at = (out / INDEX_NAME).exists() and not overwrite
+def _owned(out: Path, folders: list[Path], overwrite: bool) -> Iterator[None]:
+    """Hold the folder, unless it is no folder, or all is built already and so only looked at.
+
+    Args:
+        out: to be held.
+        folders: the data folders that are built: it, or some in it.
+        overwrite: whether they are built anew.
+    """
+    built = all((folder / INDEX_NAME).exists() for folder in folders)
+    looked_at = built and not overwrite
     if looked_at or (out.exists() and not out.is_dir()):
         yield
         return

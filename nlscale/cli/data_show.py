@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,11 +16,13 @@ from nlscale.cli.arguments import FILE_WIDTH
 from nlscale.config.units import human_bytes, human_count
 from nlscale.config.urls import Location
 from nlscale.data.index import MASKED_FORMAT, SPLITS, Index
-from nlscale.data.look.facts import Facts
+from nlscale.data.look.facts import Facts, facts_of
 from nlscale.data.tally import mib, shown
 
 _NAMED_SKIPPED = 5
 _NAMED_SOURCES = 40
+_PLAIN = re.compile(r"[\w.-]*/[\w./-]*")
+"""A path that YAML takes for a text without quotes, also among others."""
 
 
 def console() -> Console:
@@ -121,11 +126,12 @@ def show_folders(console: Console, folders: Sequence[Facts]) -> None:
     """Print several folders, a row each, and all of them together."""
     table = Table()
     table.add_column("folder", overflow="fold")
-    columns = ("documents", "tokens", "share", "bytes a token", "median", "validation", "on disk")
+    train = [facts["splits"]["train"] for facts in folders]
+    medians = ["median"] if any(split["lengths"] for split in train) else []
+    columns = ("documents", "tokens", "share", "bytes a token", *medians, "validation", "on disk")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("tokenizer", overflow="fold")
-    train = [facts["splits"]["train"] for facts in folders]
     tokens = sum(split["tokens"] for split in train)
     for facts, split in zip(folders, train, strict=True):
         lengths: Any = split["lengths"]
@@ -135,7 +141,7 @@ def show_folders(console: Console, folders: Sequence[Facts]) -> None:
             f"{split['tokens']:,}",
             f"{split['tokens'] / tokens:.1%}",
             f"{split['bytes'] / split['tokens']:.3f}",
-            f"{lengths['quantiles']['0.5']:,}" if lengths else "",
+            *(f"{lengths['quantiles']['0.5']:,}" if lengths else "" for _ in medians),
             human_count(facts["splits"]["validation"]["tokens"]),
             human_bytes(sum(split["size_bytes"] for split in facts["splits"].values())),
             shown(facts["tokenizer"], 40),
@@ -144,6 +150,38 @@ def show_folders(console: Console, folders: Sequence[Facts]) -> None:
     table.add_row("all", *together, end_section=True)
     console.print(table)
     console.print("documents, tokens and lengths are of train; of validation its tokens")
+
+
+def show_by_source(console: Console, folders: Mapping[Path, Index]) -> None:
+    """Print what a build made of each source, and the lines of a recipe that mixes them."""
+    found = facts_of(list(folders), lengths=False)
+    named = [{**facts, "directory": Path(facts["directory"]).name} for facts in found]
+    console.print(f"in {shown(str(next(iter(folders)).parent))}")
+    show_folders(console, named)
+    for folder, index in folders.items():
+        if lost := _lost(index):
+            console.print(f"{shown(folder.name)}: {', '.join(lost)}")
+    console.print("data:\n  mixture:  # by tokens; or give each a weight: {dir: ..., weight: 0.5}")
+    for folder in folders:
+        console.print(f"    - {{dir: {_in_yaml(str(folder))}}}")
+
+
+def _lost(index: Index) -> list[str]:
+    """What of the sources is not in the data, in words."""
+    left, gone = index["left_out"], index.get("duplicates")
+    counts = {
+        "unreadable documents": index["skipped"]["count"],
+        "empty ones": index["empty_documents"],
+        f"of {index['lost_files']['of']:,} files lost": index["lost_files"]["count"],
+        "duplicates dropped": 0 if gone is None else gone["count"],
+        "other files not read": sum(entry["count"] for entry in left),
+    }
+    return [f"{count:,} {what}" for what, count in counts.items() if count]
+
+
+def _in_yaml(text: str) -> str:
+    """A text as YAML reads it among others."""
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
 
 def _show_lost(console: Console, index: Index) -> None:

@@ -253,6 +253,11 @@ def read_index(directory: Location, patience: Patience | None = None) -> Index:
                 f"the data at {directory} was never finished (no {INDEX_NAME}); "
                 "run the same `nlscale data build` again"
             ) from None
+        if inside_it := sorted(path.parent for path in Path(directory).glob(f"*/{INDEX_NAME}")):
+            raise UserError(
+                f"no data at {directory}, but in folders of it: name one of them, such as "
+                f"{inside_it[0]}, or mix them (data.mixture)"
+            ) from None
         raise UserError(
             f"no data at {directory}; build it with: "
             f"nlscale data build --source PATH --tokenizer bytes --out {directory}"

@@ -30,17 +30,21 @@ class Found:
     `names` of the sources by `SourceFile.group`; `judged`, which of them must be readable (the
     standard library holds broken files on purpose); `left_out`, what is not to be read, by kind;
     `left_bytes`, of what could be text among it; `lost`, files that should be read and are not
-    there to be, by group; `walked`, the real paths of folders.
+    there to be, by group; `walked` and `reached`, the real paths of folders and of files.
+
+    Args:
+        after: what other sources hold: what is in it is not found again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, after: Found | None = None) -> None:
         self.files: list[SourceFile] = []
         self.names: list[str] = []
         self.judged: list[bool] = []
         self.left_out = Tally()
         self.left_bytes = 0
         self.lost: dict[int, Tally] = {}
-        self.walked: set[str] = set()
+        self.walked: set[str] = set() if after is None else after.walked
+        self.reached: set[str] = set() if after is None else after.reached
 
     @property
     def bytes(self) -> int:
@@ -63,7 +67,9 @@ class Found:
         self.lost.setdefault(len(self.names) - 1, Tally()).add(kind, str(path), why)
 
 
-def find_files(sources: Iterable[str], out: str | Path | None = None) -> Found:
+def find_files(
+    sources: Iterable[str], out: str | Path | None = None, after: Found | None = None
+) -> Found:
     """What lies in `sources`, to be read or not.
 
     A source is a file, a folder (searched recursively, linked folders too), or `stdlib`: the .py,
@@ -73,12 +79,13 @@ def find_files(sources: Iterable[str], out: str | Path | None = None) -> Found:
 
     Args:
         out: a folder that is left out, because the data are built there
+        after: what other sources hold, of which nothing is found again
 
     Raises:
         UserError: a missing path, a named file with an unknown suffix, and a folder without a
             file that can be read.
     """
-    found, named, group = Found(), 0, -1
+    found, named, group = Found(after), 0, -1
     for source in sources:
         if source == STDLIB:
             found.begin(source, judged=False)
@@ -93,10 +100,11 @@ def find_files(sources: Iterable[str], out: str | Path | None = None) -> Found:
             found.files.append(_named_file(source, group))
     if named > 1:
         found.names[group] = f"the {named:,} files named"
-    once: dict[str, SourceFile] = {}
-    for file in found.files:
-        once.setdefault(os.path.realpath(file.path), file)
-    found.files = list(once.values())
+    files, found.files = found.files, []
+    for file in files:
+        if (real := os.path.realpath(file.path)) not in found.reached:
+            found.reached.add(real)
+            found.files.append(file)
     return found
 
 

@@ -65,6 +65,36 @@ def test_info_names_a_missing_shard(texts: Path) -> None:
         run("info", str(out))
 
 
+def test_a_build_by_source_says_what_came_of_each(
+    texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (other := texts.parent / "notes.v2").mkdir()
+    for i in range(12, 24):
+        (other / f"{i}.txt").write_text(f"text number {i}, " * 10)
+    out = texts.parent / "out"
+    command = ["build", "--source", str(texts), str(other), "--tokenizer", "bytes", "--by-source"]
+    command += ["--duplicates", "drop", "--workers", "1", "--out", str(out)]
+    with pytest.raises(UserError, match=r"in: 1 of 21 documents .*bad\.txt: .*--max-lost 0\.05"):
+        run(*command)
+    command += ["--max-lost", "0.06"]
+    assert run(*command) == 0
+    first, said = capsys.readouterr().out, "notes.v2: 8 duplicates dropped\n"
+    assert "\nin: 1 unreadable documents, 1 other files not read\n" + said in first
+    lines = [f"    - {{dir: {out}/in}}", f"    - {{dir: {out}/notes.v2}}"]
+    assert first.splitlines()[-4:-1] == [first.splitlines()[-4], *lines]
+    assert run(*command) == 0
+    again = capsys.readouterr()
+    assert "up to date" in again.err
+    assert again.out.splitlines()[:-1] == first.splitlines()[:-1]
+    assert run("info", str(out / "in"), str(out / "notes.v2"), "--no-lengths") == 0
+    counts = [f"{split['documents']:,}" for split in read_index(out / "in")["splits"].values()]
+    assert counts[0] in capsys.readouterr().out and f"in {out}\n" in first
+    with pytest.raises(UserError, match=f"in folders of it: name one of them, such as {out}/in,"):
+        run("info", str(out))
+    with pytest.raises(UserError, match="--by-source is for text"):
+        run("build", "--source", "task:mqar", "--by-source", "--out", str(out / "task"))
+
+
 @pytest.mark.parametrize("verb", ["build", "info"])
 def test_help_reads(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -19,11 +19,13 @@ from train.test_train_run import SMALL, records, run
 from nlscale import cli
 from nlscale.checkpoint.diff import compare
 from nlscale.checkpoint.store.store import Checkpoint, Store
+from nlscale.cluster.life.signals import StopSignals
 from nlscale.config import recipe
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
 from nlscale.step.micro_batches import Batch
 from nlscale.train.batches import StepReader
+from nlscale.train.loop import train
 from nlscale.train.mix_plan import mix_plan
 from nlscale.train.prepare import Prepared, go_on, prepare
 
@@ -144,6 +146,32 @@ def test_a_run_reports_its_sources_and_goes_on_bit_by_bit(root: Path, tmp_path: 
     assert [segment["first_sample"] for segment in state["data"]["mixture"]["segments"]] == [0, 24]
     (finished,) = world.run(1, run, changed)  # which is this run now
     assert finished["final_val_loss"] == mixed["final_val_loss"]
+
+
+def run_recipe(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """As `run`, of a recipe."""
+    config = recipe.load(str(path), [*SMALL, *overrides]).config
+    with StopSignals() as signals:
+        return train(config, prepare(config), signals)
+
+
+def test_the_lines_that_a_build_by_source_prints_are_the_mixture_of_a_run(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = [str(root / "text" / name) for name in ("web", "code")]
+    command = ["data", "build", "--source", *sources, "--tokenizer", "bpe:270", "--by-source"]
+    command += ["--held-out", "0.3", "--workers", "1", "--out", f"{tmp_path}/a b"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(command)
+    assert not ended.value.code
+    printed = capsys.readouterr().out
+    path = tmp_path / "mixture.yaml"
+    path.write_text(printed[printed.index("data:\n") :].rpartition("\n")[0].rpartition("\n")[0])
+    world.run(1, run_recipe, path, [f"run.dir={tmp_path / 'run'}", "train.steps=2"])
+    last = records(tmp_path / "run", "train")[-1]
+    tokens = {name: source["tokens"] for name, source in last["sources"].items()}
+    assert list(tokens) == ["web", "code"] and sum(tokens.values()) == last["tokens"] == 2 * 8 * 32
+    assert tokens["web"] > tokens["code"] > 0
 
 
 def test_a_validation_reads_of_each_source_what_its_weight_makes(root: Path) -> None:

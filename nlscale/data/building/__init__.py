@@ -7,11 +7,14 @@ machine does it or how often it was begun. The passes are
 
     survey       by unit: what is in it, hashes of its documents, text to train a BPE on
     duplicates   by range of hashes, where they are dropped: which documents came before
-    (settle)     once: how much was lost, the split, the tokenizer; then `out` is cleared
+    (settle)     once: how much was lost, the splits, the tokenizer; then data folders are cleared
     tokens       by unit: shards of its own
-    (finish)     once: the shards get their names in the folder, the index is written
+    (finish)     once: the shards get their names in the data folders, indexes are written
 
 and what each has made of a unit is a folder below `out`/.units (`nlscale.data.building.work`),
 which has its name only once it is whole and on the disk. So the same command, killed anywhere,
 goes on from there.
+
+The data folder is `out`; or, for each source, one in it (`nlscale.data.building.by_source`). Units
+do not cross data folders, and what is lost and held out is settled for each of them.
 """

@@ -29,7 +29,7 @@ _RECORD = np.dtype(
 )
 _RUN = 1 << 20  # records
 _RANGE = 1 << 22  # documents, about, of a range of hashes: some 200 MB while it is looked at
-_HASHES, _AGAIN, _NUMBERS = "hashes", "again", "numbers"
+_HASHES, _AGAIN, _SPLITS, _NUMBERS = "hashes", "again", "splits", "numbers"
 SAME, EARLIER = "came before in the same source", "came before in an earlier source"
 """Where the first one lies; see `nlscale.data.sources.find_files` for what a source is."""
 
@@ -39,22 +39,26 @@ class Hashes:
 
     Args:
         making: the folder of the unit.
+        splits: whether to write what decides their split, too (`kept_splits`): 8 bytes a document
     """
 
-    def __init__(self, making: Making) -> None:
+    def __init__(self, making: Making, splits: bool) -> None:
         self._files, self._making = ExitStack(), making
         self._runs: list[int] = []
         self._out = self._files.enter_context(making.file(_HASHES))
         self._again = self._files.enter_context(making.file(_AGAIN))
+        self._out_splits = self._files.enter_context(making.file(_SPLITS)) if splits else None
         self._digests = bytearray()
         self._numbers: list[int] = []
         self._groups: list[int] = []
+        self._splits: list[int] = []
 
-    def add(self, document: Document, number: int, group: int) -> None:
-        """The next document: its number in the unit, and its source."""
+    def add(self, document: Document, number: int, group: int, split: int) -> None:
+        """The next document: its number in the unit, its source, and what decides its split."""
         self._digests += _digest(document)
         self._numbers.append(number)
         self._groups.append(group)
+        self._splits.append(split)
         if len(self._numbers) == _RUN:
             self._write()
 
@@ -76,6 +80,9 @@ class Hashes:
         self._out.write(run[first].tobytes())
         self._runs.append(len(at))
         self._again.write(run["number"][~first].tobytes())
+        if self._out_splits is not None:
+            self._out_splits.write(np.array(self._splits, dtype="<u8").tobytes())
+        self._splits.clear()
         self._digests.clear()
         self._numbers.clear()
         self._groups.clear()
@@ -141,7 +148,10 @@ def find_duplicates(work: Work, number: int, advance: Advance) -> tuple[int, int
         group, again = records["group"], records["again"].astype(np.int64)
         begins = group[np.flatnonzero(new)[np.cumsum(new) - 1]]
         gone = again + ~new
-        same = int(gone[begins == group].sum())
+        here = begins == group
+        folders = np.array([unit.folder for unit in units])[owner]
+        count = units[-1].folder + 1
+        same, earlier = (_sums(folders[at], gone[at], count) for at in (here, ~here))
         numbers, owner = records["number"][~new], owner[~new]
         order = np.argsort(owner, kind="stable")
         with making.file(_NUMBERS) as out:
@@ -152,9 +162,16 @@ def find_duplicates(work: Work, number: int, advance: Advance) -> tuple[int, int
             "surveyed": surveyed,
             "starts": starts.tolist(),
             "same": same,
-            "earlier": int(gone.sum()) - same,
+            "earlier": earlier,
         }
     return 0, 0
+
+
+def _sums(folders: NDArray, counts: NDArray[np.int64], many: int) -> list[int]:
+    """For each of so many folders the sum of `counts` [records] at `folders` [records]."""
+    sums = np.zeros(many, dtype=np.int64)
+    np.add.at(sums, folders, counts)
+    return sums.tolist()
 
 
 def surveyed_hashes(work: Work) -> str:
@@ -193,29 +210,48 @@ def _below(run: NDArray, bound: int) -> int:
     return low
 
 
-def dropped(work: Work, unit: int, documents: int, of: int) -> NDArray[np.bool_]:
+def starts_of(work: Work, of: int) -> NDArray[np.int64]:
+    """Where in each of so many ranges the duplicates of each unit begin: int64 [of, units + 1].
+
+    Raises OSError.
+    """
+    return np.array([work.made(DUPLICATES, number)["starts"] for number in range(of)])
+
+
+def dropped(work: Work, unit: int, documents: int, starts: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which documents of a unit are not written: bool [documents]. Raises OSError.
 
     Args:
         work: what is being built.
         unit: its number.
         documents: that it has.
-        of: the ranges of hashes in which duplicates were looked for.
+        starts: see `starts_of`.
     """
     gone = np.zeros(documents, dtype=np.bool_)
     gone[np.fromfile(work.path(SURVEY, unit) / _AGAIN, dtype="<u4")] = True
-    for number in range(of):
-        first, end = work.made(DUPLICATES, number)["starts"][unit : unit + 2]
+    for number, (first, end) in enumerate(starts[:, unit : unit + 2].tolist()):
         path = work.path(DUPLICATES, number) / _NUMBERS
         gone[np.fromfile(path, dtype="<u4", count=end - first, offset=4 * first)] = True
     return gone
 
 
-def reasons(work: Work, of: int) -> dict[str, int]:
-    """How many are dropped, by where the first ones lie; of so many ranges. Raises OSError."""
+def kept_splits(work: Work, unit: int, starts: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """What decides the splits of the documents of a unit that are written, uint64 [kept].
+
+    Arguments are those of `dropped`. Raises OSError.
+    """
+    splits = np.fromfile(work.path(SURVEY, unit) / _SPLITS, dtype="<u8")
+    return splits[~dropped(work, unit, len(splits), starts)]
+
+
+def reasons(work: Work, folder: int, of: int) -> dict[str, int]:
+    """How many a data folder lacks, by where the first ones lie; of so many ranges.
+
+    Raises OSError.
+    """
     counts = {SAME: 0, EARLIER: 0}
     for number in range(of):
         result = work.made(DUPLICATES, number)
-        counts[SAME] += result["same"]
-        counts[EARLIER] += result["earlier"]
+        counts[SAME] += result["same"][folder]
+        counts[EARLIER] += result["earlier"][folder]
     return {reason: count for reason, count in counts.items() if count}

@@ -1,9 +1,10 @@
-"""The end of a build: the shards of all units get their names, and the index is written."""
+"""The end of a build: the shards of all units get their names, and the indexes are written."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,24 @@ from nlscale.data.building.tokens import counts_of
 from nlscale.data.building.work import INDEX, TOKENS, Changed, Work
 from nlscale.data.folder import finish as finish_folder
 from nlscale.data.hashed import sync_folder
-from nlscale.data.index import SPLITS, Duplicates, Index, PackedIndex, SourceCounts, Split
+from nlscale.data.index import (
+    BUILDING_NAME,
+    INDEX_NAME,
+    SPLITS,
+    Duplicates,
+    Index,
+    PackedIndex,
+    SourceCounts,
+    Split,
+)
 from nlscale.data.packing import window_of
-from nlscale.data.tokenizer import load_tokenizer
+from nlscale.data.tokenizer import Tokenizer, load_tokenizer
 from nlscale.data.verified import Hashing
 from nlscale.errors import UserError
 
 
-def finish(work: Work) -> Index:
-    """Bring the shards of all units into the folder, write its index, and return it.
+def finish(work: Work) -> list[Index]:
+    """Bring the shards of all units into the data folders, write their indexes, and return them.
 
     Killed on the way, it goes on from there.
 
@@ -35,24 +45,33 @@ def finish(work: Work) -> Index:
     if noted is None:
         noted = _assembled(work)
         work.note(INDEX, noted)
-        altered = None
+        left = list(zip(work.folders, noted, strict=True))
     else:
-        altered = _moved(work, noted)
-    index: Index = noted["index"]
-    if altered is not None:
-        work.discard()
-        raise altered
-    for unit, name, final in noted["moves"]:
-        source = work.path(TOKENS, unit) / name
-        if source.exists():
-            os.replace(source, work.out / final)
-    sync_folder(work.out)
-    finish_folder(work.out, index)
+        if settled_of(work) is None:
+            raise Changed(f"a tokenizer below {work.out} has gone; give the same command again")
+        # When it was settled none had an index: those that have one are finished.
+        left = [
+            (folder, of_folder)
+            for folder, of_folder in zip(work.folders, noted, strict=True)
+            if not (folder / INDEX_NAME).exists()
+        ]
+        if altered := next(filter(None, (_moved(work, *one) for one in left)), None):
+            work.discard()
+            raise altered
+    for folder, of_folder in left:
+        for unit, name, final in of_folder["moves"]:
+            source = work.path(TOKENS, unit) / name
+            if source.exists():
+                os.replace(source, folder / final)
+        sync_folder(folder)
+        finish_folder(folder, of_folder["index"])
+    for folder in work.folders:  # of one that was killed when its index was written
+        (folder / BUILDING_NAME).unlink(missing_ok=True)
     work.discard()
-    return index
+    return [of_folder["index"] for of_folder in noted]
 
 
-def _moved(work: Work, noted: dict[str, Any]) -> UserError | None:
+def _moved(work: Work, folder: Path, noted: dict[str, Any]) -> UserError | None:
     """What is wrong with the shards that an earlier attempt brought there, if anything is."""
     index: Index = noted["index"]
     waiting = {
@@ -64,7 +83,7 @@ def _moved(work: Work, noted: dict[str, Any]) -> UserError | None:
         for shard in split["shards"]
         if shard["name"] not in waiting
     ]
-    with Hashing(work.out, shards, min(8, os.cpu_count() or 1)) as hashing:
+    with Hashing(folder, shards, min(8, os.cpu_count() or 1)) as hashing:
         hashing.wait()
         error = hashing.so_far().error
     if error is not None and not isinstance(error, UserError):
@@ -72,19 +91,31 @@ def _moved(work: Work, noted: dict[str, Any]) -> UserError | None:
     return error and Changed(f"{error}".partition(";")[0] + "; give the same command again")
 
 
-def _assembled(work: Work) -> dict[str, Any]:
-    """The index to be, and which shard of which unit gets which name."""
-    plan, settled = work.plan, settled_of(work)
+def _assembled(work: Work) -> list[dict[str, Any]]:
+    """Of each data folder the index to be, and which shard of which unit gets which name."""
+    settled = settled_of(work)
     if settled is None:
         raise UserError(f"{work.out} is not settled; give the same command again")
-    encoder = load_tokenizer(work.out)
+    encoder = load_tokenizer(work.folders[0])
+    return [
+        _of_folder(work, folder, of_folder, settled["ranges"], encoder)
+        for folder, of_folder in enumerate(settled["folders"])
+    ]
+
+
+def _of_folder(
+    work: Work, folder: int, settled: dict[str, Any], ranges: int, encoder: Tokenizer
+) -> dict[str, Any]:
+    """Of a data folder the index to be, and which shard of which unit gets which name."""
+    plan = work.plan
+    names, units = plan.folders[folder]["names"], plan.units_of(folder)
     counts = {split: np.zeros(encoder.vocabulary, dtype=np.int64) for split in SPLITS}
     splits: dict[str, Split] = {}
     moves: list[tuple[int, str, str]] = []
     packed: dict[str, Counter[str]] = {name: Counter() for name in ("cut", "unended", "padding")}
     by_source: list[dict[str, list[list[int]]]] = []
     dropped_bytes, form = 0, 0
-    for unit in plan.units:
+    for unit in units:
         written = work.made(TOKENS, unit.number)
         dropped_bytes += written["dropped_bytes"]
         form = written["format"]
@@ -95,14 +126,14 @@ def _assembled(work: Work) -> dict[str, Any]:
         for split, entry in written["splits"].items():
             _add(splits, split, entry, unit.number, moves)
         by_source.append(written["sources"])
-    _add_sources(splits, plan.found["names"], by_source)
+    _add_sources(splits, names, by_source)
     # Here, not at the top: it imports torch, and finding the data up to date should be quick.
     from nlscale.data.writer import counted_bytes, unigram_bits_per_byte
 
     index = Index(
         format=form,
-        fingerprint=plan.identity,
-        sources=plan.options.sources,
+        fingerprint=plan.fingerprint_of(folder),
+        sources=names if plan.options.by_source else plan.options.sources,
         tokenizer=encoder.name,
         tokenizer_sha256=encoder.identity(),
         vocabulary=encoder.vocabulary,
@@ -126,7 +157,7 @@ def _assembled(work: Work) -> dict[str, Any]:
             padding={split: packed["padding"][split] for split in SPLITS},
         )
     if plan.options.duplicates == DROP:
-        why = reasons(work, settled["ranges"])
+        why = reasons(work, folder, ranges)
         index["duplicates"] = Duplicates(count=sum(why.values()), bytes=dropped_bytes, reasons=why)
     return {"index": index, "moves": moves}
 

@@ -65,6 +65,8 @@ class Options:
             `data.sequence_length` (`nlscale.data.packing`). None: they follow one another, for any
         unit_bytes: about how many bytes of the sources a unit has at most (a file is one part of a
             unit, however large). It decides where shards end: sources of one unit fill them
+        by_source: whether each source has a data folder of its own, below that which is named, as
+            `nlscale.data.build.build_by_source` builds them
     """
 
     sources: list[str]
@@ -81,6 +83,7 @@ class Options:
     max_lost: float | None = None
     pack: int | None = None
     unit_bytes: int = UNIT_BYTES
+    by_source: bool = False
 
     @property
     def shard_blocks(self) -> int:

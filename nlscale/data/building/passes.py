@@ -6,15 +6,17 @@ from nlscale.data.building.duplicates import hashed_bytes, ranges
 from nlscale.data.building.finish import finish
 from nlscale.data.building.options import DROP
 from nlscale.data.building.pool import run_pass
-from nlscale.data.building.settle import settle, settled_of, survey_of
-from nlscale.data.building.survey import Survey
+from nlscale.data.building.settle import documents_of, settle, settled_of, surveys_of
 from nlscale.data.building.work import DUPLICATES, INDEX, SURVEY, TOKENS, Work
 from nlscale.data.index import Index
 from nlscale.data.progress import phase
 
 
-def run_all(work: Work, workers: int, progress: bool) -> Index:
-    """Do what is left of a build. Raises as `nlscale.data.build.build`, and OSError."""
+def run_all(work: Work, workers: int, progress: bool) -> list[Index]:
+    """Do what is left of a build: the index of each data folder.
+
+    Raises as `nlscale.data.build.build`, and OSError.
+    """
     if work.noted(INDEX) is None:
         if settled_of(work) is None:
             survey_units(work, largest_first(work), workers, progress)
@@ -38,10 +40,10 @@ def survey_units(work: Work, numbers: list[int], workers: int, progress: bool) -
 
 def settle_all(work: Work, workers: int, progress: bool) -> None:
     """What is done once between the passes, when all units are surveyed. Raises as `run_pass`."""
-    survey = survey_of(work)
+    surveys = surveys_of(work)
     if settled_of(work) is None and work.plan.options.duplicates == DROP:
-        _find_duplicates(work, survey, workers, progress)
-    settle(work, survey, progress)
+        _find_duplicates(work, documents_of(surveys), workers, progress)
+    settle(work, surveys, progress)
 
 
 def write_units(work: Work, numbers: list[int], workers: int, progress: bool) -> None:
@@ -51,7 +53,7 @@ def write_units(work: Work, numbers: list[int], workers: int, progress: bool) ->
         run_pass(work, TOKENS, numbers, workers, advance)
 
 
-def _find_duplicates(work: Work, survey: Survey, workers: int, progress: bool) -> None:
-    numbers = list(range(ranges(survey.documents)))
+def _find_duplicates(work: Work, documents: int, workers: int, progress: bool) -> None:
+    numbers = list(range(ranges(documents)))
     with phase("finding duplicates", hashed_bytes(work), progress, "ranges") as advance:
         run_pass(work, DUPLICATES, numbers, workers, advance)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from nlscale.data.building.duplicates import Hashes
+from nlscale.data.building.duplicates import Hashes, kept_splits, starts_of
 from nlscale.data.building.options import DROP
 from nlscale.data.building.units import Plan, Unit, found_of, losses_of
 from nlscale.data.building.work import SURVEY, Making, Work
 from nlscale.data.documents import Document, SourceFile, UnreadableError, read_documents
 from nlscale.data.losses import Losses
 from nlscale.data.progress import Advance
+from nlscale.data.tally import shown
 from nlscale.errors import UserError
 
 _BPE_DOCUMENT_CHARACTERS = 1 << 20  # so that no single document is the sample
@@ -128,7 +129,7 @@ class _Seen:
         plan, options = work.plan, work.plan.options
         self._text_field, self._seed, self._unit = options.text_field, options.seed, unit
         self._tokenizer = work.given()
-        self._losses = Losses.of_a_part(found_of(plan), options.text_field)
+        self._losses = Losses.of_a_part(found_of(plan, unit.folder), options.text_field)
         self._making = making
         self._documents = self._bytes = self._empty = 0
         self._masked = False
@@ -137,7 +138,7 @@ class _Seen:
         self._cut_off: list[int] = []
         self._files = 0
         drops = options.duplicates == DROP
-        self._hashes = Hashes(making) if drops else None
+        self._hashes = Hashes(making, _drops_across(plan)) if drops else None
         self._sample = Sample(_share(plan, unit), drops) if options.trains is not None else None
 
     def read(self, file: SourceFile, advance: Advance) -> None:
@@ -165,7 +166,9 @@ class _Seen:
             return
         key = key_of(document, self._seed)
         if self._hashes is not None:
-            self._hashes.add(document, self._documents, file.group)
+            # Of one folder the groups are the sources; of several each is a source, of group 0.
+            group = self._unit.folder + file.group
+            self._hashes.add(document, self._documents, group, key.split)
         self._documents += 1
         self._bytes += len(document.data)
         self._masked |= document.masked
@@ -206,6 +209,11 @@ def _share(plan: Plan, unit: Unit) -> int:
     return min(most, max(_LEAST_SAMPLE, share))
 
 
+def _drops_across(plan: Plan) -> bool:
+    """Whether a document may be left out of a data folder for one in another."""
+    return plan.options.duplicates == DROP and len(plan.folders) > 1
+
+
 def contents_of(work: Work, number: int) -> Iterator[bytes]:
     """What the files of a surveyed unit contained, see `Content.digest`. Raises OSError."""
     contents = (work.path(SURVEY, number) / _CONTENTS).read_bytes()
@@ -214,7 +222,7 @@ def contents_of(work: Work, number: int) -> Iterator[bytes]:
 
 
 class Survey:
-    """What all units have together, when each was surveyed.
+    """What all units of a data folder have together, when each was surveyed.
 
     Fields: `documents`, `bytes` (UTF-8), `empty`, `masked` (whether some document has a mask),
     `losses`, and after `settle`, `threshold`: a document below it is held out.
@@ -224,15 +232,16 @@ class Survey:
         OSError: the disk does.
     """
 
-    def __init__(self, work: Work) -> None:
-        options = work.plan.options
-        self._work = work
-        self.losses = losses_of(work.plan)
+    def __init__(self, work: Work, folder: int) -> None:
+        plan = work.plan
+        self._work, self._units = work, plan.units_of(folder)
+        self._name = plan.folders[folder]["name"]
+        self.losses = losses_of(plan, folder)
         self.documents = self.bytes = self.empty = 0
         self.masked = False
-        self.threshold = int(options.held_out * (1 << 64))
+        self.threshold = 0
         self._lowest, self._highest = 1 << 64, -1
-        for unit in work.plan.units:
+        for unit in self._units:
             of_unit = work.made(SURVEY, unit.number)
             self.documents += of_unit["documents"]
             self.bytes += of_unit["bytes"]
@@ -248,27 +257,66 @@ class Survey:
         Raises:
             UserError: there are no documents, or only copies of one.
         """
+        hold = f"the files of {shown(self._name)} hold" if self._name else "the sources hold"
         if not self.documents:
-            raise UserError(
-                f"the sources hold no documents but {self.empty:,} empty ones; name others"
-            )
+            raise UserError(f"{hold} no documents but {self.empty:,} empty ones; name others")
         if self._lowest == self._highest:
             raise UserError(
-                f"the sources hold only one distinct document ({self.documents} in all), but "
+                f"{hold} only one distinct document ({self.documents} in all), but "
                 "training and validation need one each; add more text or split the file"
             )
+        self._fix()
+
+    def settle_without(self, ranges: int) -> None:
+        """As `settle`, of what is left when duplicates have been found in so many ranges.
+
+        Raises:
+            UserError: there are no documents left for both splits.
+            OSError: the disk does.
+        """
+        if not _drops_across(self._work.plan):
+            return  # of each text one is left, and with it the split is what it was
+        self._lowest, self._highest, left = 1 << 64, -1, 0
+        starts = starts_of(self._work, ranges)
+        for unit in self._units:
+            splits = kept_splits(self._work, unit.number, starts)
+            left += len(splits)
+            if len(splits):
+                self._lowest = min(self._lowest, int(splits.min()))
+                self._highest = max(self._highest, int(splits.max()))
+        if self._lowest >= self._highest:
+            raise UserError(
+                f"of the {self.documents:,} documents of {shown(self._name)} {left:,} are left "
+                "when duplicates are dropped, but training and validation need one each; name it "
+                "before the sources that hold the same text, leave it out, or use "
+                "--duplicates keep"
+            )
+        self._fix()
+
+    def _fix(self) -> None:
+        self.threshold = int(self._work.plan.options.held_out * (1 << 64))
         if self._lowest >= self.threshold:
             self.threshold = self._lowest + 1
         elif self._highest < self.threshold:
             self.threshold = self._highest
 
-    def sample(self) -> list[str]:
-        """The text to train a BPE on, of train documents only. Raises OSError."""
-        options = self._work.plan.options
-        sample = Sample(options.bpe_sample, options.duplicates == DROP)
-        for unit in self._work.plan.units:
-            with open(self._work.path(SURVEY, unit.number) / _SAMPLE, encoding="utf-8") as lines:
-                for line in lines:
-                    number, split, place, text = json.loads(line)
-                    sample.add(Key(split, place), (unit.number, number), text)
-        return [text for _, key, text in sample.texts() if key.split >= self.threshold]
+
+def sample_of(work: Work, surveys: Sequence[Survey]) -> list[str]:
+    """The text to train a BPE on, of train documents only, in their order.
+
+    Args:
+        work: what is being built.
+        surveys: of all data folders by number, settled.
+
+    Raises:
+        OSError: the disk does.
+    """
+    options = work.plan.options
+    sample = Sample(options.bpe_sample, options.duplicates == DROP)
+    for unit in work.plan.units:
+        with open(work.path(SURVEY, unit.number) / _SAMPLE, encoding="utf-8") as lines:
+            for line in lines:
+                number, split, place, text = json.loads(line)
+                sample.add(Key(split, place), (unit.number, number), text)
+    thresholds = [surveys[unit.folder].threshold for unit in work.plan.units]
+    return [text for (n, _), key, text in sample.texts() if key.split >= thresholds[n]]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nlscale.data.building.duplicates import dropped
+from nlscale.data.building.duplicates import dropped, starts_of
 from nlscale.data.building.settle import settled_of
 from nlscale.data.building.survey import Content, contents_of, key_of
 from nlscale.data.building.work import SURVEY, TOKENS, Changed, Making, Result, Work
@@ -66,10 +66,12 @@ class _Unit:
 
         plan = work.plan
         self._work, self._making, self._advance = work, making, advance
-        self._unit, self._options, self._settled = plan.units[number], plan.options, settled
+        self._unit, self._options = plan.units[number], plan.options
+        self._settled, self._ranges = settled["folders"][self._unit.folder], settled["ranges"]
         # Keys are to be unique in the folder; a corpus of one unit has those that it always had.
-        prefix = f"{number:05d}-" if len(plan.units) > 1 else ""
-        tokenizer = _tokenizer(work.out, settled["tokenizer"])
+        beside = plan.units_of(self._unit.folder)
+        prefix = f"{number - beside[0].number:05d}-" if len(beside) > 1 else ""
+        tokenizer = _tokenizer(work.folders[0], settled["tokenizer"])
         # The saved one is the given one; a trained one, and bytes, have made no sources.
         self._given = tokenizer if self._options.given else None
         self._writer = DataWriter(
@@ -77,7 +79,7 @@ class _Unit:
             tokenizer,
             self._options.shard_blocks,
             self._options.block_tokens,
-            settled["masked"],
+            self._settled["masked"],
             prefix,
             self._options.pack,
         )
@@ -87,9 +89,9 @@ class _Unit:
 
     def write(self, surveyed: Result) -> None:
         documents = surveyed["documents"]
-        if self._settled["ranges"]:
-            number = self._unit.number
-            self._dropped = dropped(self._work, number, documents, self._settled["ranges"])
+        if self._ranges:
+            starts = starts_of(self._work, self._ranges)
+            self._dropped = dropped(self._work, self._unit.number, documents, starts)
         contents = contents_of(self._work, self._unit.number)
         cut_off = set(surveyed["cut_off"])
         files = zip(self._work.files(self._unit), contents, strict=True)

@@ -3,8 +3,8 @@
 .units/plan.json, files.jsonl    what is to be built (`nlscale.data.building.units`)
 .units/tokenizer.json            what --tokenizer names, and the tokenizer_config.json beside it
 .units/survey-00007/             what a pass has made of unit 7: `result.json` and other files
-.units/settled.json              `out` was cleared, and the tokenizer lies there
-.units/index.json                all is written, and shards get their names in `out`
+.units/settled.json              the data folders were cleared, and the tokenizer lies there
+.units/index.json                all is written, and shards get their names in the data folders
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Changed(UserError):
 
 
 class Work:
-    """The units of the data folder `out`, while it is built.
+    """The units of the data folder `out`, or of those that lie in it, while they are built.
 
     Args:
-        out: the data folder.
+        out: the data folder, or that which holds one of each source.
         token: of this attempt, the same in all of its processes; None: a new one.
     """
 
@@ -96,6 +96,11 @@ class Work:
             return None
         chosen = (options.separator, options.vocabulary_multiple)
         return _given(self.folder / TOKENIZER_NAME, *chosen, self.plan.identity)
+
+    @property
+    def folders(self) -> list[Path]:
+        """The data folders that are built, by number."""
+        return [self.out / folder["name"] for folder in self.plan.folders]
 
     def files(self, unit: Unit) -> list[SourceFile]:
         """Those of a unit, in their order. Raises OSError."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nlscale.data.build import check_options
+from nlscale.data.building.asked import check_options
 from nlscale.data.building.work import Work
 from nlscale.data.folder import clear, finish, refuse_foreign_shards, unwritable
 from nlscale.data.index import (

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from nlscale.data.build import build
+from nlscale.data.build import build, build_by_source
 from nlscale.data.index import Index
 from nlscale.data.verified import VERIFIED_NAME
 
@@ -45,6 +45,15 @@ def units(sources: list[str], out: Path, tokenizer: str = "bytes", **options: An
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """All that lies in a data folder, but for what is remembered of times."""
+    """All that lies in a folder, but for what is remembered of times."""
     files = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if name != VERIFIED_NAME}
+    return {name: path.read_bytes() for name, path in files.items() if path.name != VERIFIED_NAME}
+
+
+def units_by_source(
+    sources: list[str], out: Path, tokenizer: str = "bytes", **options: Any
+) -> dict[str, Index]:
+    """As `units`, into a data folder for each source."""
+    defaults = {"held_out": 0.2, "shard_tokens": 700, "block_tokens": 100, "max_lost": 0.5}
+    options = {"unit_bytes": UNIT, **defaults, **options}
+    return build_by_source(sources, tokenizer, out, **options)

@@ -157,7 +157,7 @@ def test_finished_units_are_kept_and_damaged_ones_made_again(tmp_path: Path) -> 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nlscale.data.building.work.Making", Watched)
-        patch.setattr("nlscale.data.building.passes.finish", lambda work: None)
+        patch.setattr("nlscale.data.building.passes.finish", lambda work: [None])
         units(sources, out)
     assert {path: path.stat().st_mtime_ns for path in made[0].iterdir()} == kept
     assert made[0].name not in again

@@ -60,7 +60,7 @@ def test_a_folder_of_a_version_that_did_not_compare_it_is_up_to_date(
     """Unless the separator that its index has is another one."""
     sources, out = corpus(tmp_path / "in"), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("nlscale.data.build.decided_beside", lambda *_: False)
+        patch.setattr("nlscale.data.building.asked.decided_beside", lambda *_: False)
         earlier = units(sources, out, str(given))
     assert units(sources, tmp_path / "new", str(given))["fingerprint"] != earlier["fingerprint"]
     assert units(sources, out, str(given)) == earlier
