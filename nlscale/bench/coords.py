@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from nlscale.bench.tokens import random_tokens
+from nlscale.config.parts import parts_of
 from nlscale.config.vocabulary import Config, Dtype, ParallelConfig, head_dim
 from nlscale.errors import UserError
 from nlscale.levels.spectrum import levels_of
@@ -147,7 +148,7 @@ def _train_and_measure(config: Config, layout: Layout) -> Measured:
     trainer = Trainer.build(config, layout, levels_of(config), config.model.vocabulary)
     (model,) = trainer.stages
     batches = random_tokens(config, 1, 0, 1, layout.device)
-    names = [level.name for level in config.levels.spectrum]
+    names = [config.levels.spectrum[level].name for level in parts_of(config).mlps]
     first: dict[str, list[Tensor]] = {}
     measured: Measured = []
     for step in range(config.train.steps + 1):

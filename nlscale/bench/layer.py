@@ -19,7 +19,7 @@ from nlscale.model.block import Block
 from nlscale.model.flops import flops_by_part
 from nlscale.model.init import initialize
 from nlscale.model.layers import megatron_config
-from nlscale.model.sizes import level_hidden
+from nlscale.model.sizes import mlp_hidden
 from nlscale.parallel.layout import process_groups
 
 
@@ -57,7 +57,7 @@ def bench_layer(configs: list[Config], repeats: int) -> dict[str, Any]:
 
 def _measure(config: Config, device: torch.device, repeats: int) -> dict[str, Any]:
     megatron = megatron_config(config)
-    block = Block(config.model, megatron, level_hidden(config), config.train)
+    block = Block(config.model, megatron, mlp_hidden(config), config.train)
     initialize(block, config.run.seed, 0, 1)
     block.to(device)
     shape = (config.data.sequence_length, config.train.micro_batch, config.model.d_model)

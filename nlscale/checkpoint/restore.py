@@ -19,6 +19,7 @@ from nlscale.checkpoint.export.weights import read_weights
 from nlscale.checkpoint.flat import Flat, cut
 from nlscale.checkpoint.state import Held, flat, held_of, is_canonical, layout_of
 from nlscale.checkpoint.store.store import Checkpoint
+from nlscale.config.parts import parts_of, parts_of_saved
 from nlscale.config.vocabulary import Pending
 from nlscale.errors import UserError
 from nlscale.levels.engine import Progress
@@ -33,7 +34,8 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Put a freshly built trainer where the checkpoint's was, on whatever layout.
 
     Raises:
-        UserError: the sync groups are others, or the windows are another layout's own.
+        UserError: the sync groups or their parts are others, or the windows are another layout's
+            own.
         CheckpointError: the checkpoint does not hold what is asked of it.
     """
     state, layout, canonical = checkpoint.state, trainer.layout, is_canonical(trainer)
@@ -118,6 +120,11 @@ def _restore_progress(trainer: Trainer, state: dict[str, Any]) -> None:
         raise UserError(
             "the checkpoint's levels, periods or phases are others than this configuration's, and "
             "its windows belong to them: keep levels, model.layers and the tokens of a step"
+        )
+    if parts_of_saved(state["config"]) != parts_of(trainer.config):
+        raise UserError(
+            "parts of the model are at other levels than in the checkpoint, whose windows and "
+            "counts of updates belong to them: keep the parts of levels"
         )
     for group, entry in saved.items():
         names = Progress.__dataclass_fields__

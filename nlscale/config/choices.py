@@ -57,6 +57,21 @@ class WireFormat(str, Enum):
     """Each node's part, and then the sum, rounded to half the bytes."""
 
 
+class Part(str, Enum):
+    """A part of the model, which belongs to a level (docs/concepts/levels.md)."""
+
+    cms = "cms"
+    """The level's own MLP in each block."""
+    mixer = "mixer"
+    """The mixer of each block."""
+    embedding = "embedding"
+    """The matrix that makes tokens vectors; where it is tied, the head too."""
+    head = "head"
+    """The matrix that makes vectors logits."""
+    norms = "norms"
+    """The norms of the residual stream: before each mixer and MLP, and the last."""
+
+
 class Purpose(str, Enum):
     """What a run is for."""
 

@@ -47,6 +47,7 @@ PAGES = {
     "levels": "concepts/levels.md",
     "levels.spectrum": "concepts/levels.md#what-a-level-is",
     "levels.spectrum.N.period": "concepts/levels.md#periods-in-steps-or-tokens",
+    "levels.spectrum.N.parts": "concepts/levels.md#what-belongs-to-a-level",
     "levels.spectrum.N.hidden": "concepts/cms.md#widths-and-the-budget",
     "levels.spectrum.N.wire": "concepts/windows.md#what-crosses",
     "levels.spectrum.N.learning_rate": "concepts/levels.md#the-learning-rate-of-a-level",

@@ -21,6 +21,7 @@ from nlscale.config import curriculum, data_sources, keys, level_optimizer, sche
 from nlscale.config.extensions import import_all
 from nlscale.config.keys import class_doc, field_docs, key_of, to_plain
 from nlscale.config.pages import page_of
+from nlscale.config.parts import parts_of
 from nlscale.config.presets import MIXER_PRESETS
 from nlscale.config.scalars import NULLS
 from nlscale.config.units import declared_period
@@ -81,6 +82,7 @@ def load(
     for index, level in enumerate(config.levels.spectrum):
         declared_period(index, level)
     level_optimizer.settle(config, sources)
+    parts_of(config, sources)
     curriculum.curriculum(config, sources)
     data_sources.settle(config, sources)
     _fill_presets(config, sources)

@@ -14,6 +14,7 @@ from omegaconf import MISSING
 from nlscale.config.choices import ClipScope as ClipScope
 from nlscale.config.choices import CmsForm as CmsForm
 from nlscale.config.choices import Dtype as Dtype
+from nlscale.config.choices import Part as Part
 from nlscale.config.choices import Pending as Pending
 from nlscale.config.choices import PeriodRule as PeriodRule
 from nlscale.config.choices import Purpose as Purpose
@@ -233,6 +234,10 @@ class LevelConfig:
     """Used in metrics and figures."""
     period: str = "1 step"
     """How often the level updates: '16 steps' or '8M tokens'."""
+    parts: list[Part] | None = None
+    """What of the model belongs to it: any of cms, mixer, embedding, head, norms. cms is an MLP of
+    its own in each block; the others belong to one level each. Null: cms alone. What no level names
+    belongs to the first, and a norm to the level of what it feeds."""
     hidden: int | None = within(None, above=0, most=MOST)
     """Hidden units of this level's MLP in each block; null: an equal share of model.hidden."""
     learning_rate: float = within(1.0, least=0)
@@ -254,7 +259,7 @@ class LevelsConfig:
     """
 
     spectrum: list[LevelConfig] = field(default_factory=lambda: [LevelConfig(name="base")])
-    """The levels. Everything outside the CMS MLPs belongs to the first."""
+    """The levels. What is in no level's `parts` belongs to the first."""
     stagger: bool = True
     """Blocks at different depths update a slow level at different steps of its period, so that
     its traffic is spread evenly; the phase depends on depth only."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nlscale.config.vocabulary import Config
 from nlscale.levels.spectrum import Level, SyncGroup, sync_group
-from nlscale.model.sizes import level_parameters, tables
+from nlscale.model.sizes import places
 
 
 def group_parameters(
@@ -13,25 +13,21 @@ def group_parameters(
     """Parameters of each sync group, in the order of levels and phases."""
     layers = config.model.layers
     counts: dict[SyncGroup, int] = {}
-    for level, depths in zip(levels, parameters_by_depth(config, vocabulary), strict=True):
-        for depth, parameters in enumerate(depths):
-            group = sync_group(level, depth, layers, stagger)
-            counts[group] = counts.get(group, 0) + parameters
+    for place in places(config, vocabulary):
+        for depth in place.depths:
+            group = sync_group(levels[place.level], depth, layers, stagger)
+            counts[group] = counts.get(group, 0) + place.parameters
     return dict(sorted(counts.items()))
 
 
 def parameters_by_depth(config: Config, vocabulary: int) -> list[list[int]]:
     """[level][depth]; the embedding counts with the first block, last norm and head with the last.
 
-    A head that is the embedding counts as that.
-
-    All blocks are alike, so what a block holds is what `level_parameters` counts for a model
-    without vocabulary, less its last norm, divided by the layers.
+    A head that is the embedding counts as that. A level has nothing at some depths where its parts
+    are in no block.
     """
-    layers, width = config.model.layers, config.model.d_model
-    blocks = level_parameters(config, vocabulary=0)
-    blocks[0] -= width
-    table = [[total // layers] * layers for total in blocks]
-    table[0][0] += vocabulary * width
-    table[0][-1] += (tables(config) - 1) * vocabulary * width + width
+    table = [[0] * config.model.layers for _ in config.levels.spectrum]
+    for place in places(config, vocabulary):
+        for depth in place.depths:
+            table[place.level][depth] += place.parameters
     return table

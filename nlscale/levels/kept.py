@@ -41,6 +41,8 @@ def kept_by_group(config: Config, levels: list[Level], vocabulary: int) -> dict[
     found: dict[SyncGroup, int] = {}
     for level, depths in zip(levels, kept_by_depth(config, vocabulary), strict=True):
         for depth, size in enumerate(depths):
+            if not size:
+                continue
             group = sync_group(level, depth, layers, stagger)
             found[group] = found.get(group, 0) + size
     return found

@@ -17,11 +17,9 @@ from nlscale.config.level_optimizer import of_level
 from nlscale.config.vocabulary import Config, Dtype, Sharding
 from nlscale.levels.kept import rules_by_level
 from nlscale.levels.spectrum import Level, SyncGroup, sync_group
-from nlscale.model.sizes import level_matrices
+from nlscale.model.sizes import Shape, level_matrices
 from nlscale.optim.table import OnWhole
 
-Shape = tuple[int, int]
-"""[out, in]."""
 Shapes = dict[Shape, int]
 """How many of each."""
 

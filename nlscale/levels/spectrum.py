@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nlscale.config.curriculum import tokens_per_step
+from nlscale.config.parts import parts_of
 from nlscale.config.units import declared_period
 from nlscale.config.vocabulary import (
     Config,
@@ -38,7 +39,7 @@ class Level:
     """A set of parameters that share an update period."""
 
     index: int
-    """Position in the spectrum; 0 is the fastest and holds everything outside the CMS."""
+    """Position in the spectrum; 0 is the fastest, and has what no level names as its part."""
     name: str
     period: int
     """Steps between two updates of a parameter of this level."""
@@ -169,17 +170,19 @@ def sync_group(level: Level, depth: int, layers: int, stagger: bool) -> SyncGrou
     return SyncGroup(level.index, phase(level, depth, layers, stagger), level.period)
 
 
-def planned_updates(level: Level, layers: int, stagger: bool, steps: int) -> int:
+def planned_updates(config: Config, level: Level) -> int:
     """Updates of a level in a run: of that of its sync groups that makes most."""
-    groups = {sync_group(level, depth, layers, stagger) for depth in range(layers)}
-    return max(group.updates(steps) for group in groups)
+    layers, stagger = config.model.layers, config.levels.stagger
+    depths = parts_of(config).depths(level.index, layers)
+    groups = {sync_group(level, depth, layers, stagger) for depth in depths}
+    return max(group.updates(config.train.steps) for group in groups)
 
 
-def slow_level_warnings(levels: list[Level], layers: int, stagger: bool, steps: int) -> list[str]:
+def slow_level_warnings(config: Config, levels: list[Level]) -> list[str]:
     """A line for each level that will hardly learn, because it updates too rarely in the run."""
-    lines = []
+    lines, steps = [], config.train.steps
     for level in levels:
-        updates = planned_updates(level, layers, stagger, steps)
+        updates = planned_updates(config, level)
         if level.period > 1 and updates < FEW_UPDATES:
             lines.append(
                 f"level {level.name!r} makes {updates} updates in {steps} steps, fewer than "

@@ -67,7 +67,7 @@ class LevelMLP(nn.Module):
 
 
 class CMS(nn.Module):
-    """k MLPs, one a level, fastest first; k = 1 is the ordinary feed-forward layer.
+    """k MLPs, of a level each, fastest first; k = 1 is the ordinary feed-forward layer.
 
     sequential (Eq. 70): x <- x + MLP_l(norm_l(x)) for each level in turn.
     independent: x + sum_l w_l MLP_l(norm(x)), w = softmax of learned logits, one reduction in all.
@@ -101,12 +101,6 @@ class CMS(nn.Module):
             )
         else:
             self.register_parameter("mixture", None)
-
-    def level_of(self, name: str) -> int:
-        """The level of a parameter of this module, by its name inside it."""
-        part, _, rest = name.partition(".")
-        belongs = part == "mlps" or (part == "norms" and not self.independent)
-        return int(rest.split(".")[0]) if belongs else 0
 
     def forward(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
         """Residual stream and what is to be added to it, before and after."""

@@ -12,7 +12,7 @@ from nlscale.config.vocabulary import Config
 from nlscale.model.block import Block
 from nlscale.model.layers import RMSNorm, embedding, head, vocabulary_group
 from nlscale.model.loss import cross_entropy
-from nlscale.model.sizes import level_hidden
+from nlscale.model.sizes import mlp_hidden, places
 from nlscale.model.width import width_multiplier
 from nlscale.ops.documents import Documents
 
@@ -36,7 +36,8 @@ class Decoder(nn.Module):
         super().__init__()
         model = config.model
         blocks = range(model.layers) if blocks is None else blocks
-        hidden = level_hidden(config)
+        hidden = mlp_hidden(config)
+        self._places = places(config, vocabulary)
         self.config = megatron  # megatron-core's schedules look here
         self.layers = model.layers
         self.is_first, self.is_last = blocks.start == 0, blocks.stop == model.layers
@@ -58,11 +59,8 @@ class Decoder(nn.Module):
 
     def level_and_depth(self, name: str) -> tuple[int, int]:
         """Level and depth of a parameter, by its name."""
-        parts, depth = name.split("."), depth_of(name, self.layers)
-        if parts[0] != "blocks" or parts[2] != "cms":
-            return 0, depth
-        cms = self.blocks[parts[1]].cms
-        return cms.level_of(".".join(parts[3:])), depth  # type: ignore[operator, union-attr]
+        (place,) = (place for place in self._places if place.holds(name))
+        return place.level, depth_of(name, self.layers)
 
     def hidden(
         self,

@@ -1,4 +1,4 @@
-"""How large each part of the model is, from the configuration alone (no tensors).
+"""How large each part of the model is, and of which level, from the configuration alone.
 
 The widths are chosen here, so that mixers compare at equal parameters: mixer and CMS of a block
 together are as large as a Transformer block of the same width, 12 d_model^2 **[choice]**.
@@ -6,79 +6,142 @@ together are as large as a Transformer block of the same width, 12 d_model^2 **[
 
 from __future__ import annotations
 
-from nlscale.config.vocabulary import Config
+import re
+from dataclasses import dataclass, field
+
+from nlscale.config.parts import depths_of, parts_of
+from nlscale.config.vocabulary import CmsForm, Config, Part
 from nlscale.errors import UserError
 from nlscale.model.mixers.table import mixer
 
+Shape = tuple[int, int]
+"""[out, in]."""
+
 _BLOCK_BUDGET = 12  # a Transformer block: 4 d^2 of attention and 8 d^2 of feed-forward
 _HIDDEN_MULTIPLE = 8  # hidden widths are rounded to this
+_NUMBER = re.compile(r"^(blocks)\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Parameters of the model that are of one level, in each block or once."""
+
+    name: str
+    """Of the parameters in the whole model: `*` at the place of a block's number is any, and at the
+    end anything."""
+    level: int
+    depths: range
+    """At which they are: of the blocks, or of the one that they count with."""
+    parameters: int
+    """At each depth, over all tensor-parallel ranks."""
+    whole: int = 0
+    """Those of them that every tensor-parallel rank holds all of."""
+    matrices: dict[Shape, int] = field(default_factory=dict)
+    """Of those in a block how many of each shape [out, in], for rules over whole matrices."""
+
+    def holds(self, name: str) -> bool:
+        """Whether a parameter is one of them, by its name in the whole model."""
+        name = _NUMBER.sub(r"\1.*.", name)
+        return name.startswith(self.name[:-1]) if self.name.endswith("*") else name == self.name
+
+
+def places(config: Config, vocabulary: int) -> list[Place]:
+    """All parameters of the model, place by place; each is in exactly one.
+
+    Args:
+        config: the run.
+        vocabulary: token ids of the model.
+    """
+    model, parts = config.model, parts_of(config)
+    d, layers, facts = model.d_model, model.layers, mixer(model.mixer)
+    blocks, independent = range(layers), model.cms == CmsForm.independent
+    first, last = depths_of(Part.embedding, layers), depths_of(Part.head, layers)
+
+    def norm(name: str, feeds: int, depths: range) -> Place:
+        return Place(name, parts.norm_of(feeds), depths, d, whole=d)
+
+    found = [Place("embedding.*", parts.embedding, first, vocabulary * d)]
+    for i, (level, hidden) in enumerate(zip(parts.mlps, mlp_hidden(config), strict=True)):
+        shapes = {(hidden, d): 2}
+        shapes[d, hidden] = shapes.get((d, hidden), 0) + 1
+        mlp, size = f"blocks.*.cms.mlps.{i}.*", 3 * d * hidden
+        found.append(Place(mlp, level, blocks, size, matrices=shapes))
+        if i == 0 or not independent:
+            found.append(norm(f"blocks.*.cms.norms.{i}.*", level, blocks))
+    if independent and (mlps := len(parts.mlps)) > 1:
+        found.append(Place("blocks.*.cms.mixture", parts.mlps[0], blocks, mlps, whole=mlps))
+    # the facts of a mixer count the norm before it
+    of_mixer, whole = facts.parameters(model) - d, facts.whole(model) - d
+    found += [
+        norm("blocks.*.norm.*", parts.mixer, blocks),
+        Place("blocks.*.mixer.*", parts.mixer, blocks, of_mixer, whole, facts.matrices(model)),
+        norm("norm.*", parts.head, last),
+    ]
+    if not model.tie_embeddings:
+        found.append(Place("head.*", parts.head, last, vocabulary * d))
+    return found
+
+
+def mlp_hidden(config: Config) -> list[int]:
+    """Hidden units of each MLP in a block, in their order: of the levels that have one.
+
+    Raises:
+        UserError: see `level_hidden`.
+    """
+    return [hidden for hidden in level_hidden(config) if hidden]
 
 
 def level_hidden(config: Config) -> list[int]:
-    """Hidden units of each level's MLP in a block, fastest level first.
+    """Hidden units of each level's MLP in a block, fastest level first; 0 where it has none.
 
     Raises:
         UserError: the mixer leaves no room, or given widths exceed the total.
     """
-    model, spectrum = config.model, config.levels.spectrum
-    given = [level.hidden for level in spectrum]
+    model, mlps = config.model, parts_of(config).mlps
+    given = [config.levels.spectrum[level].hidden for level in mlps]
     chosen = sum(h for h in given if h is not None)
     open_levels = given.count(None)
-    if open_levels == 0:
-        if model.hidden not in (None, chosen):
-            raise UserError(
-                f"model.hidden {model.hidden} is not the sum of the levels' own, {chosen}; "
-                f"leave it null"
-            )
-        return [h for h in given if h is not None]
     total = model.hidden
+    if open_levels == 0 and total not in (None, chosen):
+        raise UserError(
+            f"model.hidden {total} is not the sum of the levels' own, {chosen}; leave it null"
+        )
     if total is None:
         left = _BLOCK_BUDGET * model.d_model**2 - mixer(model.mixer).parameters(model)
         total = round(left / (3 * model.d_model))
     # in units of the multiple, the first levels take one more where it does not come out even
-    units, more = divmod(round((total - chosen) / _HIDDEN_MULTIPLE), open_levels)
-    if units < 1:
+    units, more = divmod(round((total - chosen) / _HIDDEN_MULTIPLE), max(1, open_levels))
+    if open_levels and units < 1:
         raise UserError(
             f"model.hidden: {total} units leave {max(0, total - chosen)} for the levels without a "
             f"width of their own, {open_levels} in number; use fewer levels, a larger d_model or "
             f"set model.hidden"
         )
     widths = iter([(units + (i < more)) * _HIDDEN_MULTIPLE for i in range(open_levels)])
-    return [next(widths) if h is None else h for h in given]
+    of_level = {
+        level: next(widths) if h is None else h for level, h in zip(mlps, given, strict=True)
+    }
+    return [of_level.get(level, 0) for level in range(len(config.levels.spectrum))]
 
 
 def level_parameters(config: Config, vocabulary: int) -> list[int]:
-    """Parameters of each level over the whole model, fastest first.
-
-    Everything outside the CMS MLPs (mixers, norms, embedding, head) belongs to the first.
-    """
-    model = config.model
-    d, k = model.d_model, len(config.levels.spectrum)
-    independent = model.cms.value == "independent"
-    counts = [
-        model.layers * (3 * d * hidden + (d if not independent else 0))
-        for hidden in level_hidden(config)
-    ]
-    mixture = k if k > 1 else 0
-    counts[0] += model.layers * (
-        mixer(model.mixer).parameters(model) + (d + mixture if independent else 0)
-    )
-    counts[0] += tables(config) * vocabulary * d + d
+    """Parameters of each level over the whole model, fastest first."""
+    counts = [0] * len(config.levels.spectrum)
+    for place in places(config, vocabulary):
+        counts[place.level] += place.parameters * len(place.depths)
     return counts
 
 
-def level_matrices(config: Config) -> list[dict[tuple[int, int], int]]:
+def level_matrices(config: Config) -> list[dict[Shape, int]]:
     """How many matrices of each shape [out, in] a block has, by level, fastest first.
 
     What rules over whole matrices take (`nlscale.optim.table`); neither embedding nor head.
     """
-    d, found = config.model.d_model, []
-    for hidden in level_hidden(config):
-        shapes = {(hidden, d): 2}
-        shapes[d, hidden] = shapes.get((d, hidden), 0) + 1
-        found.append(shapes)
-    for shape, number in mixer(config.model.mixer).matrices(config.model).items():
-        found[0][shape] = found[0].get(shape, 0) + number
+    found: list[dict[Shape, int]] = [{} for _ in config.levels.spectrum]
+    for place in places(config, vocabulary=0):
+        shapes = found[place.level]
+        for shape, number in place.matrices.items():
+            shapes[shape] = shapes.get(shape, 0) + number
     return found
 
 

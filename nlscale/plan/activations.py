@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from nlscale.config.vocabulary import CmsForm, Recompute
 from nlscale.model.mixers.facts import FP32, MicroBatch
 from nlscale.model.mixers.table import mixer
-from nlscale.model.sizes import level_hidden
+from nlscale.model.sizes import mlp_hidden
 
 _INT64 = 8
 
@@ -69,11 +69,10 @@ class Activations(MicroBatch):
         recompute, model = self.config.train.recompute, self.config.model
         parts = [mixer(model.mixer).transient(self, Recompute.mixer in recompute)]
         if Recompute.cms in recompute:
-            parts.append(max(self._hidden(h) for h in self._level_hidden()))
+            parts.append(max(self._hidden(h) for h in self._mlp_hidden()))
         if self._mixes_levels:
             # what each level adds to the residual stream, once by itself and once stacked
-            levels = len(self.config.levels.spectrum)
-            parts.append(2 * levels * self.tokens * model.d_model * self.element)
+            parts.append(2 * len(self._mlp_hidden()) * self.tokens * model.d_model * self.element)
         return max(parts)
 
     def _norm(self) -> float:
@@ -82,7 +81,7 @@ class Activations(MicroBatch):
 
     def _cms(self, recompute: bool) -> float:
         """The MLPs of a block, from the residual stream on, with their norms."""
-        widths, model = self._level_hidden(), self.config.model
+        widths, model = self._mlp_hidden(), self.config.model
         channels = self.tokens * self.element
         if self._mixes_levels:
             # one norm; its output is gathered once for all levels
@@ -98,11 +97,11 @@ class Activations(MicroBatch):
     @property
     def _mixes_levels(self) -> bool:
         model = self.config.model
-        return model.cms == CmsForm.independent and len(self.config.levels.spectrum) > 1
+        return model.cms == CmsForm.independent and len(self._mlp_hidden()) > 1
 
     def _hidden(self, hidden: int) -> float:
         """SwiGLU of that many hidden units: the up projection, and the SiLU of its gate."""
         return (2.0 if self.compiled else 3.0) * self.tokens * self.element * hidden
 
-    def _level_hidden(self) -> list[int]:
-        return [h // self.config.parallel.tensor for h in level_hidden(self.config)]
+    def _mlp_hidden(self) -> list[int]:
+        return [h // self.config.parallel.tensor for h in mlp_hidden(self.config)]

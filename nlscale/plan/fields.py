@@ -128,6 +128,9 @@ PLAN: Mapping[str, Field] = {
         "the levels, fastest first",
         fields={
             "name": Field("text", "", "of the level"),
+            "parts": Field(
+                "list of texts", "", "of the model that belong to it, see `levels.spectrum.N.parts`"
+            ),
             "parameters": Field("integer", "", "of the level"),
             "period_steps": Field("integer", "steps", "between two updates of a parameter"),
             "updates": Field("integer", "", "in the run, of that sync group that makes most"),

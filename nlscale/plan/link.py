@@ -162,6 +162,8 @@ class Links:
 
         for done, depth in enumerate(depths, 1):
             for level, counts in zip(self.levels, self._by_depth, strict=True):
+                if not counts[depth]:
+                    continue
                 group = sync_group(level, depth, self.config.model.layers, stagger)
                 waiting[group] = waiting.get(group, 0) + counts[depth]
                 whole[group] = whole.get(group, 0.0) + self._matrices[level.index]
@@ -176,7 +178,8 @@ class Links:
         return max(
             done
             for done, depth in enumerate(depths, 1)
-            if sync_group(level, depth, layers, stagger) == group
+            if self._by_depth[group.level][depth]
+            and sync_group(level, depth, layers, stagger) == group
         )
 
 

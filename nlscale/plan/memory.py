@@ -26,11 +26,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from nlscale.cluster.spread import COMPARED_AT_ONCE
-from nlscale.config.vocabulary import CmsForm, Config, Dtype, Sharding, WireFormat
+from nlscale.config.vocabulary import Config, Dtype, Sharding, WireFormat
 from nlscale.levels.groups import parameters_by_depth
 from nlscale.levels.kept import kept_by_depth, rules_by_level
 from nlscale.levels.spectrum import BF16_AT_ONCE, Level
-from nlscale.model.mixers.table import mixer
+from nlscale.model.sizes import places
 from nlscale.model.stages import stage_blocks
 from nlscale.plan.activations import Activations
 from nlscale.plan.pipeline import most_kept
@@ -185,21 +185,13 @@ def held_by_stage(
     Of each its part of those that are split over the tensor-parallel ranks, and those that each of
     these holds whole: norms, and the weights of a mixture.
     """
-    model, tensor, count = config.model, config.parallel.tensor, len(config.levels.spectrum)
-    independent = model.cms == CmsForm.independent
-    whole = [0 if independent else model.d_model] * count
-    whole[0] += mixer(model.mixer).whole(model)
-    if independent:
-        whole[0] += model.d_model + (count if count > 1 else 0)
-    depths = [depth for blocks in stages for depth in blocks]
-    held = []
-    for level, by_depth in enumerate(parameters_by_depth(config, vocabulary)):
-        on_every = whole[level] * len(depths)
-        if level == 0 and model.layers - 1 in depths:
-            on_every += model.d_model  # the last norm
-        split = (sum(by_depth[depth] for depth in depths) - on_every) / tensor
-        held.append((split, float(on_every)))
-    return held
+    depths = {depth for blocks in stages for depth in blocks}
+    split, whole = ([0] * len(config.levels.spectrum) for _ in range(2))
+    for place in places(config, vocabulary):
+        count = len(depths.intersection(place.depths))
+        split[place.level] += count * (place.parameters - place.whole)
+        whole[place.level] += count * place.whole
+    return [(s / config.parallel.tensor, float(w)) for s, w in zip(split, whole, strict=True)]
 
 
 def kept_by_stage(

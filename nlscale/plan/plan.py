@@ -7,6 +7,7 @@ from typing import Any
 
 from nlscale.cluster.machines import UTILISATION, Cluster
 from nlscale.config.curriculum import curriculum
+from nlscale.config.parts import parts_of
 from nlscale.config.vocabulary import Config, Reduction, Sharding
 from nlscale.levels.spectrum import (
     approximate,
@@ -31,6 +32,8 @@ class LevelPlan:
     """One level over the planned run."""
 
     name: str
+    parts: list[str]
+    """Of the model, see `nlscale.config.choices.Part`."""
     parameters: int
     period: int
     """Steps."""
@@ -71,6 +74,8 @@ class Plan:
     """Deferred, phases by depth."""
     plain: float
     """A step of plain data parallel, which reduces every level at every step."""
+    names_parts: bool
+    """Whether a level of the configuration names its parts."""
     staggers: bool
     """Whether the configuration asks for staggered phases."""
     defers: bool
@@ -159,8 +164,8 @@ class Plan:
         - `flops_per_token`: model FLOPs of a training token, forward and backward; `flops_by_part`
           the same by part of the model
         - `staggered`, `reduction`: what the configuration asks for
-        - `levels`: list, fastest first, of `name`, `parameters`, `period_steps`, `updates` and a
-          level's share of the traffic, as in `total`
+        - `levels`: list, fastest first, of `name`, `parts`, `parameters`, `period_steps`,
+          `updates` and a level's share of the traffic, as in `total`
         - `total`: `parameters`, `mean_bytes_per_step`, `peak_bytes_aligned` and
           `peak_bytes_staggered` (the largest step), `link_seconds_per_step` (mean)
         - `plain`: `bytes_per_step`, `link_seconds_per_step` of plain data parallel
@@ -196,6 +201,7 @@ class Plan:
         levels = [
             {
                 "name": level.name,
+                "parts": level.parts,
                 "parameters": level.parameters,
                 "period_steps": level.period,
                 "updates": level.updates,
@@ -305,14 +311,14 @@ def make_plan(
     """
     on, nodes, levels = OnCluster.of(config, cluster), cluster.nodes, levels_of(config)
     vocabulary, data_parallel, group_nodes = on.vocabulary, on.data_parallel, on.group_nodes
-    parameters = level_parameters(config, vocabulary)
-    steps = config.train.steps
+    parameters, parts = level_parameters(config, vocabulary), parts_of(config)
     level_plans = [
         LevelPlan(
             name=level.name,
+            parts=[part.value for part in parts.of_level(level.index)],
             parameters=parameters[level.index],
             period=level.period,
-            updates=planned_updates(level, config.model.layers, config.levels.stagger, steps),
+            updates=planned_updates(config, level),
         )
         for level in levels
     ]
@@ -327,12 +333,13 @@ def make_plan(
     return Plan(
         cluster=cluster,
         levels=level_plans,
-        steps=steps,
+        steps=config.train.steps,
         stages=own,
         cycle=len(aligned.per_step),
         aligned=aligned,
         staggered=staggered,
         plain=node_bytes(sum(parameters), nodes, group_nodes),
+        names_parts=any(entry.parts is not None for entry in config.levels.spectrum),
         staggers=config.levels.stagger,
         defers=config.levels.reduction == Reduction.deferred,
         group_nodes=group_nodes,
@@ -355,7 +362,7 @@ def make_plan(
             config, vocabulary, data_parallel, lambda other: memory_on(other, cluster).fits
         ),
         warnings=[
-            *slow_level_warnings(levels, config.model.layers, config.levels.stagger, steps),
+            *slow_level_warnings(config, levels),
             *approximate(levels, crosses=group_nodes > 1),
         ],
     )

@@ -35,6 +35,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print()
     console.print(_levels(plan, crosses))
     console.print()
+    if plan.names_parts:
+        console.print(_parts(plan))
     if crosses:
         _summarise(plan, console)
     elif cluster.nodes > 1:
@@ -235,6 +237,11 @@ def _levels(plan: Plan, crosses: bool) -> Table:
             human_seconds(seconds(plan.plain)),
         )  # fmt: skip
     return table
+
+
+def _parts(plan: Plan) -> str:
+    of = [f"{level.name} has {', '.join(level.parts)}" for level in plan.levels]
+    return f"Parts of the model: {'; '.join(of)}."
 
 
 def _summarise(plan: Plan, console: Console) -> None:

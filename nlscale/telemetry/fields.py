@@ -320,6 +320,9 @@ SUMMARY: Mapping[str, Field] = {
         "the levels, fastest first",
         fields={
             "name": Field("text", "", "of the level"),
+            "parts": Field(
+                "list of texts", "", "of the model that belong to it, see `levels.spectrum.N.parts`"
+            ),
             "period_steps": Field("integer", "steps", "between two updates of a parameter"),
             "parameters": Field("integer", "", "of the level"),
             "updates": Field("integer", "", "made, by that of its sync groups that made most"),

@@ -126,9 +126,8 @@ def _run(
     telemetry.note(describe(config, prepared, layout))
     for line in mixture_lines(prepared.sources, prepared.folders, config):
         telemetry.note(line)
-    layers, stagger = config.model.layers, config.levels.stagger
     for warning in [
-        *slow_level_warnings(prepared.levels, layers, stagger, config.train.steps),
+        *slow_level_warnings(config, prepared.levels),
         *approximate(prepared.levels, crosses=layout.nodes > 1),
         *queue_warnings(config.parallel, layout),
     ]:

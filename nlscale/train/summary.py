@@ -9,6 +9,7 @@ from typing import Any
 
 from nlscale.checkpoint.saver import saves
 from nlscale.config.curriculum import samples_of_cuts, tokens_until
+from nlscale.config.parts import parts_of
 from nlscale.config.vocabulary import Config
 from nlscale.errors import Stopped
 from nlscale.levels.engine import LevelOptimizer
@@ -130,7 +131,7 @@ def summarise(
         costs: of the steps of this start.
     """
     config, counters, optimizer = trainer.config, trainer.counters, trainer.optimizer
-    parameters = level_parameters(config, prepared.vocabulary)
+    parameters, parts = level_parameters(config, prepared.vocabulary), parts_of(config)
     mean = statistics.fmean(counters.last_losses) if counters.last_losses else math.nan
     return {
         "initial_loss": counters.first_loss,
@@ -149,6 +150,7 @@ def summarise(
         "levels": [
             {
                 "name": level.name,
+                "parts": [part.value for part in parts.of_level(level.index)],
                 "period_steps": level.period,
                 "parameters": parameters[level.index],
                 "updates": optimizer.counts(level.index)[0],

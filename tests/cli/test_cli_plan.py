@@ -70,7 +70,7 @@ def test_json_keys_and_how_they_hang_together(room: Room) -> None:
         "ranks", "virtual_stages", "micro_batches", "bubble", "imbalance"
     }  # fmt: skip
     assert set(plan["levels"][0]) == {
-        "name", "parameters", "period_steps", "updates", "mean_bytes_per_step",
+        "name", "parts", "parameters", "period_steps", "updates", "mean_bytes_per_step",
         "peak_bytes_aligned", "peak_bytes_staggered", "link_seconds_per_step",
     }  # fmt: skip
     assert set(plan["ratio"]) == {

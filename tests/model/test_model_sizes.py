@@ -12,7 +12,12 @@ from nlscale.errors import UserError
 from nlscale.model.mixers.table import mixer as mixer_of
 from nlscale.model.sizes import level_hidden, level_parameters, non_embedding_parameters
 
+PARTS = (
+    "[{parts: [head]},{period: 4, parts: [cms, mixer]},"
+    "{period: 8, parts: [cms, norms]},{period: 9, parts: [embedding]}]"
+)
 SPECTRA = ["[1]", "[1,4,16]", "[1,{period: 4, hidden: 40},8,64]", "[{hidden: 24},{hidden: 8}]"]
+SPECTRA.append(PARTS)
 
 
 def config_of(*overrides: str) -> Config:
@@ -81,6 +86,7 @@ def test_levels_share_the_hidden_units() -> None:
     # a Transformer's: 8 d^2 of feed-forward with three matrices
     transformer = config_of("model.mixer=attention", "model.d_model=768", "model.heads=12")
     assert level_hidden(transformer) == [2048]
+    assert level_hidden(config_of("model.hidden=96", f"levels={PARTS}")) == [0, 48, 48, 0]
 
 
 def test_no_room_for_a_level_is_an_error_with_the_numbers() -> None:
@@ -107,3 +113,23 @@ def test_each_parameter_has_the_level_and_depth_of_its_place(build, cms) -> None
             assert of(f"{block}.cms.norms.{level}.weight") == (level, depth)
         else:
             assert of(f"{block}.cms.norms.0.weight") == of(f"{block}.cms.mixture") == (0, depth)
+
+
+def test_or_of_the_level_whose_part_it_is(build, cms) -> None:
+    model = build(cms, f"levels={PARTS}", "model.layers=3")
+    of = {name: model.level_and_depth(name) for name, _ in model.named_parameters()}
+    assert of.pop("embedding.weight") == (3, 0)
+    assert of.pop("head.weight") == (0, 2)
+    assert of.pop("norm.weight") == (2, 2)
+    for depth in range(3):
+        block = f"blocks.{depth}"
+        for name in ["norm.weight", "cms.norms.0.weight"]:
+            assert of.pop(f"{block}.{name}") == (2, depth)
+        for mlp, level in enumerate([1, 2]):
+            assert of.pop(f"{block}.cms.mlps.{mlp}.up.weight") == (level, depth)
+            assert of.pop(f"{block}.cms.mlps.{mlp}.down.weight") == (level, depth)
+        if "sequential" in cms:
+            assert of.pop(f"{block}.cms.norms.1.weight") == (2, depth)
+        else:  # of the first level that has an MLP
+            assert of.pop(f"{block}.cms.mixture") == (1, depth)
+    assert all(".mixer." in name and place[0] == 1 for name, place in of.items())

@@ -46,6 +46,12 @@ SPREAD = [
     ("parallel.tensor=2", "parallel.pipeline=2", "model.cms=independent", "model.mixer=attention"),
     ("parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_stages=2"),
     ("parallel.tensor=2", "parallel.pipeline=2", "parallel.stages=[1,4]", "model.mixer=hope-pure"),
+    (
+        "parallel.tensor=2",
+        "parallel.pipeline=2",
+        "levels=[{parts: [norms]},{period: 4, parts: [embedding, head]},"
+        "{period: 8, parts: [cms, mixer]}]",
+    ),
 ]
 
 

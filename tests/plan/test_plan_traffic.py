@@ -150,6 +150,11 @@ MODELS = [
         ("attention", "sequential", True),
     ]
 ]
+MODELS += [
+    [f"model.cms={cms}", "levels=[{parts: [cms, head]},{period: 3, parts: [embedding, norms]},"
+     "{period: 5, parts: [mixer]}]"]
+    for cms in ("sequential", "independent")
+]  # fmt: skip
 
 
 def real_groups() -> list[dict[tuple[int, int], int]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nlscale.config import recipe
+from nlscale.config.parts import parts_of
 from nlscale.levels.spectrum import spectrum
 from nlscale.model.flops import flops_per_token
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
@@ -43,7 +44,12 @@ def finished_run(
         "parameters_non_embedding": non_embedding_parameters(config, VOCABULARY),
         "flops": flops_per_token(config, VOCABULARY) * tokens,
         "levels": [
-            {"name": level.name, "period_steps": level.period, "parameters": count}
+            {
+                "name": level.name,
+                "parts": [part.value for part in parts_of(config).of_level(level.index)],
+                "period_steps": level.period,
+                "parameters": count,
+            }
             for level, count in zip(
                 spectrum(config.levels, SEQUENCE * BATCH), parameters, strict=True
             )

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from nlscale.config.units import declared_period
-from nlscale.config.vocabulary import CmsForm, Config
+from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
 from nlscale.model.mixers.table import mixer
-from nlscale.model.sizes import level_hidden
+from nlscale.model.sizes import level_hidden, places
 from nlscale.model.width import width_multiplier
 
 _OF_A_LEVEL = ("name", "period", "hidden")
@@ -67,11 +67,10 @@ def _compared(levels: Any) -> Any:
 
 def _levels(config: Config) -> list[dict[str, Any]]:
     """Each level with its parameters by name, `*` standing for any number; fastest first."""
-    independent = config.model.cms == CmsForm.independent
+    found = places(config, vocabulary=0)  # of which names know nothing
     levels = []
     for number, level in enumerate(config.levels.spectrum):
-        names = [f"blocks.*.cms.mlps.{number}.*"]
-        names += [] if independent else [f"blocks.*.cms.norms.{number}.*"]
+        names = [place.name for place in found if place.level == number]
         of = {
             "name": level.name,
             "period": str(declared_period(number, level)),

@@ -19,7 +19,7 @@ class NlscaleConfig(PretrainedConfig):
         mixer: its name.
         mixer_options: what its class is made with.
         levels: of the MLPs of a block, fastest first; each has at least its `name`, its `period`
-            and the `hidden` units of its MLP.
+            and the `hidden` units of its MLP, 0 where it has none.
         cms: how these are composed, `sequential` or `independent`.
         norm_eps: added to the mean square in every RMSNorm.
         init_std: of the initial weights of a model that is made anew.

@@ -95,7 +95,7 @@ class NlscaleForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         d, eps = config.hidden_size, config.norm_eps
         make, independent = plain_mixer(config.mixer), config.cms == "independent"
-        hidden = [level["hidden"] for level in config.levels]
+        hidden = [level["hidden"] for level in config.levels if level["hidden"]]
         self.embedding = nn.Embedding(config.vocab_size, d)
         self.blocks = nn.ModuleList(
             PlainBlock(make(d, eps, **config.mixer_options), d, hidden, independent, eps)

@@ -254,9 +254,21 @@ def _measured(run: Path, summary: Any) -> Row:
     measured[RUN] = run
     periods = [level["period_steps"] for level in levels]
     if periods:
-        measured[PERIODS] = ", ".join(map(str, periods))
+        measured[PERIODS] = _said_of(levels)
         measured["C"] = math.exp(math.fsum(map(math.log, periods)) / len(periods))
     return {name: str(value) for name, value in measured.items() if value is not None}
+
+
+def _said_of(levels: list[dict[str, Any]]) -> str:
+    """The periods of the levels, and where that is not as always, which parts are at each."""
+    periods = [str(level["period_steps"]) for level in levels]
+    parts = [level.get("parts", []) for level in levels]
+    always = [["cms", "mixer", "embedding", "head"], *(["cms"] for _ in levels[1:])]
+    if not any(parts) or parts == always:
+        return ", ".join(periods)
+    return ", ".join(
+        f"{period} {'+'.join(own)}" for period, own in zip(periods, parts, strict=True)
+    )
 
 
 def _is_period(value: Any) -> bool:

@@ -64,6 +64,7 @@ def test_logits_are_ours(mixer: str, cms: str, width: str) -> None:
         ["model.memory.static_gates=false", "model.memory.normalize_value=false"],
         ["model.memory.anchored=false", "model.memory.convolution=1"],
         ["levels=[1]", "model.cms=independent", "model.layers=1", "model.memory.chunk=64"],
+        ["levels=[{parts: [head]},{parts: [cms, mixer]},{parts: [cms, norms]}]"],
         GROUPED,
         ["model.mixer=attention", "model.rope_base=100", "model.attention.kv_heads=2"],
         ["model.tie_embeddings=true", "model.mup_base_width=16"],

@@ -111,6 +111,14 @@ def test_the_frontier_holds_what_no_run_betters(network: dict[str, Any]) -> None
     assert 1 < sum(run["efficient"] for run in runs) < len(runs)
 
 
+def test_other_parts_are_another_setting_of_the_same_periods(room: Room) -> None:
+    parts = "levels=[1,4,{period: 16, parts: [cms, mixer]}]"
+    finished_run(room.runs / "parts", 100, 9.0, "model.d_model=64", parts)
+    savings = {saving["periods"]: saving for saving in room.network()["savings"]}
+    assert list(savings) == ["1, 4, 16", "1 cms+embedding+head, 4 cms, 16 cms+mixer"]
+    assert [len(saving["costs"]) for saving in savings.values()] == [9, 1]
+
+
 def test_periods_are_compared_between_runs_that_are_alike_but_for_them(room: Room) -> None:
     # not a pair with any: no other run has its learning rate
     other = finished_run(room.runs / "other", 100, 9.0, "levels=[1]", "optimizer.learning_rate=0.1")
