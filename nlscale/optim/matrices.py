@@ -107,13 +107,13 @@ class MatrixRule(torch.optim.AdamW):
         if self.exchange is None:
             super().step(closure)
             return
-        ranges = self.exchange.ranges
-        gradients = [p.grad for p in ranges]
-        for p in ranges:
-            p.grad = None  # AdamW passes over what has none
-        super().step(closure)
-        for p, gradient in zip(ranges, gradients, strict=True):
-            p.grad = gradient
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["matrices"]]
+        try:
+            super().step(closure)
+        finally:
+            self.param_groups = groups
+        gradients = [p.grad for p in self.exchange.ranges]
         self._step_matrices(self.exchange, [g for g in gradients if g is not None])
 
     def _step_matrices(self, exchange: Exchange, gradients: list[Tensor]) -> None:

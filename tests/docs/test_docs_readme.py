@@ -110,7 +110,7 @@ def forked(clone: Clone) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def quickstart(clone: Clone) -> tuple[Path, str]:
     """The quickstart, whole: it is what a newcomer sees first."""
-    output = clone.run("bash launch/quickstart.sh", patience=900)
+    output = clone.run("bash launch/quickstart.sh 2>&1", patience=900)
     return clone.path / "runs" / "quickstart", output
 
 
@@ -125,6 +125,7 @@ def test_the_quickstart_learns_and_shows_it(quickstart: tuple[Path, str]) -> Non
         assert abs(level["updates"] - summary["steps"] / level["period_steps"]) <= 1
     assert (run_dir / "loss.png").stat().st_size > 10_000
     assert "runs/quickstart/loss.png" in output
+    assert "Warning" not in output and "Traceback" not in output
 
 
 def test_the_clone_leaves_the_environment_as_it_was(quickstart: tuple[Path, str]) -> None:
