@@ -16,7 +16,15 @@ from nlscale.checkpoint.store.store import Checkpoint
 _CLASSES = {"weights": "parameters", "window": "windows"}
 """By the first part of a tensor's name; the others are what the optimizer rule keeps."""
 _LOSSES = ("recent", "first_loss", "last_losses")
-_CIRCUMSTANCES = ("config", "versions", "layout", "data", "wandb_id", "pending")
+_CIRCUMSTANCES = (
+    "config",
+    "versions",
+    "layout",
+    "data",
+    "wandb_id",
+    "pending",
+    "gradient_noise",
+)
 """What may differ between checkpoints of one state."""
 _BOX = 1 << 26  # elements read of each side at once: 256 MB in fp32
 

@@ -17,6 +17,7 @@ from nlscale.checkpoint.diff import class_of, compare, differing
 from nlscale.checkpoint.store.store import LATEST, Checkpoint, CheckpointError, Store
 from nlscale.config import recipe
 from nlscale.config.curriculum import of_plain, tokens_until
+from nlscale.config.periods import caps_of_plain, changes_of
 from nlscale.config.presets import MIXER_PRESETS
 from nlscale.config.units import human_bytes, human_count
 from nlscale.config.vocabulary import Config, LevelConfig
@@ -273,7 +274,10 @@ def _sizes(folder: Path) -> list[int]:
 
 def _levels(state: dict[str, Any]) -> list[dict[str, Any]]:
     config = state["config"]
-    until = partial(tokens_until, of_plain(config))
+    stages = of_plain(config)
+    until = partial(tokens_until, stages)
+    longest = max(group["period"] for group in state["levels"])
+    caps = caps_of_plain(config["levels"], stages, longest)
     levels = []
     for index, declared in enumerate(config["levels"]["spectrum"]):
         groups = [group for group in state["levels"] if group["level"] == index]
@@ -281,7 +285,12 @@ def _levels(state: dict[str, Any]) -> list[dict[str, Any]]:
         tokens = max(group["tokens"] for group in groups)
         fills = [
             group["tokens"]
-            / SyncGroup(index, group["phase"], group["period"]).window_tokens(state["step"], until)
+            / SyncGroup(
+                index,
+                group["phase"],
+                group["period"],
+                changes_of(caps, config["train"]["steps"], group["period"]),
+            ).window_tokens(state["step"], until)
             for group in groups
         ]
         levels.append(

@@ -22,7 +22,7 @@ from nlscale.checkpoint.store.store import Checkpoint
 from nlscale.config.parts import parts_of, parts_of_saved
 from nlscale.config.vocabulary import Pending
 from nlscale.errors import UserError
-from nlscale.levels.engine import Progress
+from nlscale.levels.progress import Progress
 from nlscale.levels.spectrum import SyncGroup
 from nlscale.levels.state import Shard
 from nlscale.model.init import full_shape
@@ -126,9 +126,9 @@ def _restore_progress(trainer: Trainer, state: dict[str, Any]) -> None:
             "parts of the model are at other levels than in the checkpoint, whose windows and "
             "counts of updates belong to them: keep the parts of levels"
         )
-    for group, entry in saved.items():
-        names = Progress.__dataclass_fields__
-        progress[group] = Progress(**{name: _all_counted(entry)[name] for name in names})
+    noise = state.get("gradient_noise", [None] * len(saved))
+    for (group, entry), own in zip(saved.items(), noise, strict=True):
+        progress[group] = Progress.of_plain(entry, own)
 
 
 def _all_counted(entry: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from nlscale.config.curriculum import (
     samples_of_cuts,
     samples_until,
 )
+from nlscale.config.periods import periods_alike_until
 from nlscale.config.vocabulary import Config
 from nlscale.data.history import changed as changed_mixture
 from nlscale.data.history import is_mixed
@@ -53,8 +54,8 @@ compared by what they are, and a mixture by the order that it makes of them."""
 TOKENIZER = "data.tokenizer"
 """What `resume.allow` calls a tokenizer that is another one than that of the run that was begun."""
 
-_PLANS = ("optimizer.", "train.global_batch", "data.stages")
-"""What gives a step its learning rate and its samples."""
+_PLANS = ("optimizer.", "train.global_batch", "data.stages", "levels.period_warmup")
+"""What gives a step its learning rate, its samples and its windows."""
 
 
 class OtherSettings(UserError):
@@ -65,7 +66,8 @@ def check_same_run(config: Config, data: dict[str, Any], state: dict[str, Any], 
     """Refuse to go on as another run than the one that was saved.
 
     Another length is the same run as long as no step so far has depended on it: in the warm-up and
-    stable phase of wsd, before the first stage that begins at a share of the run.
+    stable phase of wsd, before the first stage that begins at a share of the run, and before a
+    period that follows from it.
 
     Args:
         config: of the run that wants to go on.
@@ -250,8 +252,13 @@ def _length_has_not_mattered(
     return bool(state["step"] <= stable_end(config, changed["train.steps"]))
 
 
-def stable_end(config: Config, lengths: tuple[Any, Any]) -> int:
-    """The last step that is the same whichever of two lengths, in steps, the run has."""
+def stable_end(config: Config, lengths: Sequence[int]) -> int:
+    """The last step that is the same in a run of any of these lengths, in steps, and a longer."""
     return min(
-        min(stable_steps(config.optimizer, steps), alike_until(config, steps)) for steps in lengths
+        min(
+            stable_steps(config.optimizer, steps),
+            alike_until(config, steps),
+            periods_alike_until(config, steps),
+        )
+        for steps in lengths
     )

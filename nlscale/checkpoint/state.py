@@ -116,9 +116,10 @@ def trainer_state(trainer: Trainer, data: dict[str, Any], wandb_id: str | None) 
     return {
         **asdict(trainer.counters),
         "levels": [
-            {"level": g.level, "phase": g.phase, "period": g.period, **asdict(progress)}
+            {"level": g.level, "phase": g.phase, "period": g.period, **progress.to_plain()}
             for g, progress in trainer.optimizer.progress.items()
         ],
+        "gradient_noise": [asdict(own.noise) for own in trainer.optimizer.progress.values()],
         "config": recipe.to_plain(trainer.config),
         "data": data,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nlscale.config.period_warmup import CriticalBatch, PeriodWarmupConfig
 from nlscale.config.schema import where
 from nlscale.config.units import Start
 from nlscale.config.vocabulary import BatchStage, Config, DataStage, SourceConfig
@@ -81,14 +82,14 @@ def curriculum(config: Config, sources: Mapping[str, str] | None = None) -> list
     sources = sources or {}
     sizes, tokens = {0: given if isinstance(given, int) else 0}, {0: data.sequence_length}
     if not isinstance(given, int):
-        places = _checked("train.global_batch", given, steps, sources)
-        if not places or places[0]:
+        begins = places("train.global_batch", given, steps, sources)
+        if not begins or begins[0]:
             raise UserError(
                 f"train.global_batch: no stage begins with the run; the first is such as "
                 f"{{from: 0%, size: 32}}{where('train.global_batch', sources)}"
             )
-        sizes = {place: entry.size for place, entry in zip(places, given, strict=True)}
-    for index, place in enumerate(_checked("data.stages", data.stages, steps, sources)):
+        sizes = {place: entry.size for place, entry in zip(begins, given, strict=True)}
+    for index, place in enumerate(places("data.stages", data.stages, steps, sources)):
         entry, key = data.stages[index], f"data.stages.{index}"
         length = entry.sequence_length
         if length is None and not entry.mixture:
@@ -187,9 +188,10 @@ def tokens_per_step(config: Config) -> int | None:
 
 
 def at_stage(config: Config, stage: TrainingStage) -> Config:
-    """The same run with steps that are all those of one stage."""
+    """The same run with steps that are all those of one stage, at the periods of the spectrum."""
     return replace(
         config,
+        levels=replace(config.levels, period_warmup=PeriodWarmupConfig()),
         train=replace(config.train, global_batch=stage.global_batch),
         data=replace(config.data, sequence_length=stage.sequence_length, stages=[]),
     )
@@ -255,14 +257,18 @@ def of_plain(saved: Mapping[str, Any]) -> list[TrainingStage]:
     return curriculum(config)
 
 
-def _checked(
+def places(
     key: str,
-    entries: Sequence[BatchStage | DataStage],
+    entries: Sequence[BatchStage | DataStage | CriticalBatch],
     steps: int,
     sources: Mapping[str, str],
 ) -> list[int]:
-    """The steps of a run that come before each entry of a list, in which they must rise."""
-    places: list[int] = []
+    """The steps of a run that come before each entry of a list, in which they must rise.
+
+    Raises:
+        UserError: a place that is none, out of order, or at the end of the run; which key.
+    """
+    found: list[int] = []
     for index, entry in enumerate(entries):
         at = f"{key}.{index}.from"
         try:
@@ -274,14 +280,14 @@ def _checked(
                 f"{at}: {entry.from_!r} is not before the end of a run of {steps:,} steps; begin "
                 f"earlier, or give more train.steps{where(at, sources)}"
             )
-        if places and place <= places[-1]:
+        if found and place <= found[-1]:
             raise UserError(
-                f"{at}: {entry.from_!r} is after {place:,} of {steps:,} steps, and the stage "
-                f"before it begins after {places[-1]:,}; let each begin later than the one before"
+                f"{at}: {entry.from_!r} is after {place:,} of {steps:,} steps, and the one "
+                f"before it begins after {found[-1]:,}; let each begin later than the one before"
                 f"{where(at, sources)}"
             )
-        places.append(place)
-    return places
+        found.append(place)
+    return found
 
 
 def _at(values: Mapping[int, int], step: int) -> int:

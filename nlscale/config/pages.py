@@ -55,6 +55,7 @@ PAGES = {
     "levels.stagger": "concepts/levels.md#phases-and-staggering",
     "levels.learning_rate_rule": "concepts/levels.md#the-learning-rate-of-a-level",
     "levels.reduction": "concepts/levels.md#why-deferral-is-exact",
+    "levels.period_warmup": "concepts/levels.md#periods-that-grow",
     "optimizer": "concepts/optimizers.md",
     "optimizer.rule": "how-to/choose-an-optimizer.md",
     "optimizer.learning_rate": "concepts/levels.md#the-learning-rate-of-a-level",

@@ -17,7 +17,16 @@ from typing import Any
 
 import yaml
 
-from nlscale.config import curriculum, data_sources, keys, level_optimizer, schema, shipped, trees
+from nlscale.config import (
+    curriculum,
+    data_sources,
+    keys,
+    level_optimizer,
+    periods,
+    schema,
+    shipped,
+    trees,
+)
 from nlscale.config.extensions import import_all
 from nlscale.config.keys import class_doc, field_docs, key_of, to_plain
 from nlscale.config.pages import page_of
@@ -84,6 +93,7 @@ def load(
     level_optimizer.settle(config, sources)
     parts_of(config, sources)
     curriculum.curriculum(config, sources)
+    periods.check(config, sources)
     data_sources.settle(config, sources)
     _fill_presets(config, sources)
     return Recipe(config, sources)

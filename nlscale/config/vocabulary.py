@@ -26,6 +26,7 @@ from nlscale.config.choices import WireFormat as WireFormat
 from nlscale.config.fields import one_of, or_list, path, within
 from nlscale.config.optimizer import RULES as RULES
 from nlscale.config.optimizer import OptimizerConfig as OptimizerConfig
+from nlscale.config.period_warmup import PeriodWarmupConfig as PeriodWarmupConfig
 
 MIXERS = ["hope", "hope-pure", "hope-paper", "gated-delta", "attention"]
 """Names of the sequence mixers; what each is stands in `nlscale.model.mixers.table`."""
@@ -269,6 +270,8 @@ class LevelsConfig:
     reduction: Reduction = Reduction.deferred
     """deferred: a window crosses the inter-node network once, when due. every-step: at each step,
     with the same updates; only for measuring what deferral saves."""
+    period_warmup: PeriodWarmupConfig = field(default_factory=PeriodWarmupConfig)
+    """Periods that grow to those of the spectrum."""
 
 
 @dataclass

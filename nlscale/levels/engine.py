@@ -20,6 +20,8 @@ from nlscale.config.level_optimizer import of_level
 from nlscale.config.vocabulary import ClipScope, Config, Reduction, Sharding
 from nlscale.levels.groups import group_parameters
 from nlscale.levels.homes import homes
+from nlscale.levels.noise import GradientNoise, StepSquares, noise_record, see_windows
+from nlscale.levels.norms import moved_norms, window_norms
 from nlscale.levels.optimizers import (
     GroupOptimizer,
     main_parameters,
@@ -27,12 +29,13 @@ from nlscale.levels.optimizers import (
     split_by_group,
 )
 from nlscale.levels.passes import group_matrices, matrix_crossing_bytes
+from nlscale.levels.progress import Progress
 from nlscale.levels.spectrum import Level, SyncGroup, gathered_bytes, reduction_bytes
-from nlscale.levels.window import Window, all_finite, sum_of_squares, take_step
+from nlscale.levels.window import Window, shard_norms, take_step
 from nlscale.levels.wire import Waited, Wire
 from nlscale.model.decoder import Decoder, named_parameters
 from nlscale.ops.transfer import HostCopy
-from nlscale.optim.period import at_period, decay_at
+from nlscale.optim.period import at_period, decay_at, set_memories
 from nlscale.optim.schedule import learning_rate, update_warmup
 from nlscale.parallel import cpu
 from nlscale.parallel.consensus import Consensus, Verdict
@@ -41,19 +44,6 @@ from nlscale.parallel.replicas import data_parallel_group, first_difference
 
 _RATIO_EVERY = 10
 """Updates of a sync group between two measurements of its update-to-weight ratio."""
-
-
-@dataclass
-class Progress:
-    """Where a sync group stands; the same on every rank, also on those that hold none of it."""
-
-    tokens: int = 0
-    """Tokens in the window, of the steps admitted since the last update, over all ranks."""
-    counted_tokens: int = 0
-    """Targets among them that count: its gradient is a mean over these."""
-    updates: int = 0
-    reductions: int = 0
-    """Across nodes; fewer than steps only where they are deferred."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +101,10 @@ class LevelOptimizer:
         self._whole = {m.group: m for m in group_matrices(config, levels, stagger, depths)}
         self._of_matrices = 0.0
         """Bytes of matrices that crossed in the updates of the last step."""
+        self._squares: StepSquares | None = None
+        if layout.nodes > 1 or levels[-1].period > 1:  # windows of more than one part
+            repeats = layout.tensor_rank > 0
+            self._squares = StepSquares(self.groups, [*self.progress], repeats, layout.device)
 
     @property
     def windows(self) -> list[Window]:
@@ -125,6 +119,8 @@ class LevelOptimizer:
         """Before the first backward pass of a step, counted from 1."""
         closing = self._closing(step)
         self._of_matrices = 0.0
+        if self._squares is not None:
+            self._squares.start_step()
         for window in self.windows:
             window.start_step(closes=window.group in closing)
 
@@ -142,7 +138,16 @@ class LevelOptimizer:
         for window in self.windows:
             window.send_rest()
         self._waited = [self.wire.finish()]
-        return all_finite(self.windows)
+        norms = shard_norms(self.windows)
+        if self._squares is not None:
+            self._squares.finish(norms)
+        return torch.isfinite(torch.stack(norms)).all()
+
+    @property
+    def squares(self) -> Tensor | None:
+        """Of the step, as far as this rank has it, |gradient on this node|^2 of each sync group of
+        the model, float64, for the consensus; None where no window has more than one part."""
+        return self._squares.of_step if self._squares is not None else None
 
     def link_seconds(self) -> float:
         """That this rank waited for the link in the last step, once `conclude` has returned."""
@@ -181,11 +186,13 @@ class LevelOptimizer:
         """
         every_step = self.config.levels.reduction == Reduction.every_step
         self._sent_again = 0.0
-        for group, progress in self.progress.items():
+        squares = verdict.squares or [0.0] * len(self.progress)
+        for (group, progress), square in zip(self.progress.items(), squares, strict=True):
             progress.reductions += every_step or group in update.rates
             if verdict.admitted:
                 progress.tokens += verdict.tokens
                 progress.counted_tokens += verdict.counted_tokens
+                progress.noise.add(square, verdict.counted_tokens, self.layout.nodes)
         if not verdict.admitted:
             return self._close_without(update)
         return self._count(update)
@@ -220,7 +227,7 @@ class LevelOptimizer:
         for g in due:
             with cpu.cuda_by_name():
                 g.optimizer.prepare_grads()
-        norms = self._norms(due, tokens)
+        norms = window_norms(due, tokens, len(self.levels), self.layout)
         norms_for_host = HostCopy(norms)
         compared = {g for g in tokens if self.progress[g].updates % _RATIO_EVERY == 0}
         measured = [g for g in due if g.group in compared]
@@ -233,23 +240,34 @@ class LevelOptimizer:
             # What torch's gradient scaler sets where the optimizer is to change nothing at all.
             inner.found_inf = (count == 0).to(torch.float32)
             inner.updates = self.progress[g.group].updates
+            period = g.group.period_at(step)
+            self._set_memories(g, period)
             for param_group in inner.param_groups:
                 rate = param_group["lr"] = rates[g.group] * param_group["lr_mult"]
-                decay, period = param_group["decay"], self.levels[g.group.level].period
+                decay = param_group["decay"]
                 param_group["weight_decay"] = decay_at(
                     self.rules[g.group.level], decay, rate, period
                 )
             with cpu.cuda_by_name():
                 g.optimizer.step_with_ready_grads()
         self._of_matrices += sum(self._crossing(group) for group in tokens)
-        moved = HostCopy(self._moved(measured, before)) if compared else None
+        moved = None
+        if compared:
+            moved = HostCopy(moved_norms(measured, before, len(self.levels), self.layout))
         return Update(step, rates, norms_for_host, moved)
 
     def _rate(self, group: SyncGroup, step: int) -> float:
         rule = self.rules[group.level]
         rate = learning_rate(rule, step, self.config.train.steps)
         warmup = update_warmup(rule, self.progress[group].updates)
-        return rate * self.levels[group.level].learning_rate_scale * warmup
+        return rate * self.levels[group.level].scale_at(group.period_at(step)) * warmup
+
+    def _set_memories(self, g: GroupOptimizer, period: int) -> None:
+        """Give a group's optimizer the betas of an update of a period, where that changes."""
+        if g.group.changes is not None and self.rules[g.group.level].betas_by_period:
+            own = at_period(of_level(self.config, g.group.level), period)
+            made = self.progress[g.group].memory_updates(g.group.period, period)
+            set_memories(g.optimizer.optimizer, own, made)
 
     def _count(self, update: Update) -> dict[int, dict[str, float | None]]:
         """Note that the groups of an update have made it, and read what is told of it.
@@ -257,13 +275,20 @@ class LevelOptimizer:
         A group in whose window no target counts has made none, and begins another window.
         """
         done: dict[int, float] = {}
+        closed: dict[int, list[GradientNoise]] = {}
         for group, rate in update.rates.items():
             progress = self.progress[group]
             if progress.counted_tokens:
                 progress.updates += 1
+                progress.short += group.period - group.period_at(update.step)
                 done[group.level] = rate
+                closed.setdefault(group.level, []).append(progress.noise)
             progress.tokens = progress.counted_tokens = 0
         norms = update.norms.read()
+        for level, windows in closed.items():
+            see_windows(windows, norms[level] ** 2)
+        for group in update.rates:
+            self.progress[group].noise.clear()
         none = [0.0] * len(self.levels)
         moved, weights = update.moved.read() if update.moved is not None else (none, none)
         return {
@@ -316,6 +341,13 @@ class LevelOptimizer:
         """Updates and reductions of a level: of that of its sync groups that made most."""
         mine = [p for group, p in self.progress.items() if group.level == level]
         return max(p.updates for p in mine), max(p.reductions for p in mine)
+
+    def noise(self, level: int) -> dict[str, float | None]:
+        """What a train record says of the noise of a level's gradient; nothing where its windows
+        have one part each: no batch of another size is there to compare with."""
+        if self.layout.nodes == 1 and self.levels[level].period == 1:
+            return {}
+        return noise_record([p.noise for group, p in self.progress.items() if group.level == level])
 
     def traffic(self, step: int) -> tuple[float, float]:
         """Inter-node bytes that a node sent at the last step, and that it did not have to send.
@@ -398,47 +430,6 @@ class LevelOptimizer:
         sums = flat.split([g.numel() for g in gradients])
         for gradient, summed in zip(gradients, sums, strict=True):
             gradient.copy_(summed.view_as(gradient))
-
-    def _norms(self, due: list[GroupOptimizer], tokens: dict[SyncGroup, Tensor]) -> Tensor:
-        """Norm of the mean window gradient of what updates now, per level, float64.
-
-        The buffers hold sums, over that many tokens; what holds none does not count.
-        """
-        squares = torch.zeros(len(self.levels), dtype=torch.float64, device=self.layout.device)
-        for g in due:
-            square = g.window.square()
-            if self.layout.tensor_rank > 0:
-                # what every tensor-parallel rank holds counts once, on the first of them
-                shared = [p.grad for p in main_parameters(g) if not p.tensor_model_parallel]
-                square -= sum(sum_of_squares(grad) for grad in shared)
-            count = tokens[g.group]
-            squares[g.group.level] += torch.where(count > 0, square / count.square(), 0.0)
-        dist.all_reduce(squares, group=self.layout.replica)
-        return squares.sqrt()
-
-    def _moved(self, due: list[GroupOptimizer], before: list[list[Tensor]]) -> Tensor:
-        """|update| and |weights| of what has just updated, per level, float64 [2, levels].
-
-        A reduction over the replica: every rank of it takes part, whether or not it holds a part
-        of what has updated.
-        """
-        squares = torch.zeros(2, len(self.levels), dtype=torch.float64, device=self.layout.device)
-        for g, old in zip(due, before, strict=True):
-            squares[1, g.group.level] += self._square(old, g)
-            if old:
-                torch._foreach_sub_(old, main_parameters(g))
-            squares[0, g.group.level] += self._square(old, g)
-        dist.all_reduce(squares, group=self.layout.replica)
-        return squares.sqrt()
-
-    def _square(self, tensors: list[Tensor], g: GroupOptimizer) -> Tensor | float:
-        """Sum of squares of one tensor a parameter shard, those on every tensor rank once."""
-        counted = [
-            tensor
-            for tensor, p in zip(tensors, main_parameters(g), strict=True)
-            if p.tensor_model_parallel or self.layout.tensor_rank == 0
-        ]
-        return torch.stack(torch._foreach_norm(counted)).square().sum() if counted else 0.0
 
     def _clip_factor(self, norms: Tensor, level: int) -> Tensor:
         clip = self.rules[level].clip

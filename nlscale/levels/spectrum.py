@@ -11,10 +11,19 @@ A sync group is (level, phase): the parameters that are reduced and stepped toge
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from nlscale.config.curriculum import tokens_per_step
+from nlscale.config.curriculum import curriculum, tokens_per_step
 from nlscale.config.parts import parts_of
+from nlscale.config.periods import (
+    PeriodChanges,
+    Stretch,
+    changes_of,
+    period_caps,
+    stretch_of,
+    stretches,
+)
 from nlscale.config.units import declared_period
 from nlscale.config.vocabulary import (
     Config,
@@ -42,11 +51,28 @@ class Level:
     """Position in the spectrum; 0 is the fastest, and has what no level names as its part."""
     name: str
     period: int
-    """Steps between two updates of a parameter of this level."""
-    learning_rate_scale: float
-    """Factor on the run's learning rate: the level's own times the rule of its period."""
+    """Steps between two updates of a parameter of this level; where it changes, the longest."""
+    learning_rate: float
+    """Factor on the run's learning rate, beside the rule of its period."""
+    rule: PeriodRule = PeriodRule.none
+    """How that grows with its period."""
     wire: WireFormat = WireFormat.fp32
     """How its gradients cross between nodes."""
+    changes: PeriodChanges | None = None
+    """Of its period in the run; None: it does not change."""
+
+    @property
+    def learning_rate_scale(self) -> float:
+        """Factor on the run's learning rate: the level's own times the rule of its period."""
+        return self.scale_at(self.period)
+
+    def scale_at(self, period: int) -> float:
+        """The same of an update whose window has that period."""
+        return self.learning_rate * _rule(self.rule, period)
+
+    def period_at(self, step: int) -> int:
+        """The period of a window that begins with a step, counted from 1."""
+        return self.period if self.changes is None else self.changes.period_after(step - 1)
 
 
 @dataclass(frozen=True, order=True)
@@ -57,10 +83,23 @@ class SyncGroup:
     phase: int
     """The group updates at the steps i = 1, 2, ... with i = phase (mod period)."""
     period: int
+    """Where that of the level changes, the longest; `due` follows the changes."""
+    changes: PeriodChanges | None = field(default=None, compare=False, repr=False)
+    """Of the level."""
+
+    @cached_property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """Its windows, from the first step of a run on; one stretch where nothing changes."""
+        return stretches(self.changes, self.phase, self.period)
+
+    def period_at(self, step: int) -> int:
+        """The period of the window that holds a step, counted from 1."""
+        return stretch_of(self.stretches, step).period
 
     def due(self, step: int) -> bool:
         """Whether the group updates at the end of this step, counted from 1."""
-        return (step - self.phase) % self.period == 0
+        own = stretch_of(self.stretches, step)
+        return (step - own.phase) % own.period == 0
 
     def window_tokens(self, step: int, tokens_until: Callable[[int], int]) -> int:
         """Tokens of a period of steps that ends with the next update after a step.
@@ -72,23 +111,42 @@ class SyncGroup:
             step: counted from 1; after an update at it the window that begins counts.
             tokens_until: of the first steps of the run.
         """
-        closes = step + self.period - (step - self.phase) % self.period
-        return tokens_until(closes) - tokens_until(closes - self.period)
+        own = stretch_of(self.stretches, step + 1)
+        closes = own.end_after(step)
+        return tokens_until(closes) - tokens_until(closes - own.period)
+
+    def due_until(self, step: int) -> int:
+        """How often it is due in the first steps of a run."""
+        ends = [*(own.begins for own in self.stretches[1:]), step]
+        return sum(
+            own.ends(own.begins, min(end, step))
+            for own, end in zip(self.stretches, ends, strict=True)
+            if own.begins < step
+        )
+
+    @property
+    def mean_period(self) -> float:
+        """Steps of the run over those at which it is due."""
+        if self.changes is None:
+            return self.period
+        return self.changes.steps / max(1, self.due_until(self.changes.steps))
 
     def updates(self, steps: int) -> int:
         """How often it updates in a run of that many steps, the last partial window included."""
-        first = self.phase or self.period
-        full = 0 if steps < first else (steps - first) // self.period + 1
-        return full + (0 if self.due(steps) else 1)
+        return self.due_until(steps) + (0 if self.due(steps) else 1)
 
 
 def levels_of(config: Config) -> list[Level]:
-    """The levels of a run; see `spectrum`."""
-    return spectrum(config.levels, tokens_per_step(config))
+    """The levels of a run, with the changes of their periods; see `spectrum`."""
+    levels = spectrum(config.levels, tokens_per_step(config))
+    longest = max(level.period for level in levels)
+    caps = period_caps(config.levels.period_warmup, curriculum(config), longest)
+    steps = config.train.steps
+    return [replace(level, changes=changes_of(caps, steps, level.period)) for level in levels]
 
 
 def spectrum(config: LevelsConfig, tokens_per_step: int | None) -> list[Level]:
-    """The levels of a configuration, fastest first, periods in steps.
+    """The levels of a configuration, fastest first, periods in steps, as if they never changed.
 
     Args:
         config: the section.
@@ -117,8 +175,8 @@ def spectrum(config: LevelsConfig, tokens_per_step: int | None) -> list[Level]:
                 f"levels.spectrum.{index}: period {period} steps is shorter than "
                 f"{levels[-1].name!r}'s {levels[-1].period}; list the fastest level first"
             )
-        scale = entry.learning_rate * _rule(config.learning_rate_rule, period)
-        levels.append(Level(index, entry.name, period, scale, entry.wire))
+        rate, rule = entry.learning_rate, config.learning_rate_rule
+        levels.append(Level(index, entry.name, period, rate, rule, entry.wire))
     return levels
 
 
@@ -167,7 +225,16 @@ def phase(level: Level, depth: int, layers: int, stagger: bool) -> int:
 
 def sync_group(level: Level, depth: int, layers: int, stagger: bool) -> SyncGroup:
     """The sync group of a level's parameters in the block at that depth."""
-    return SyncGroup(level.index, phase(level, depth, layers, stagger), level.period)
+    own = phase(level, depth, layers, stagger)
+    return SyncGroup(level.index, own, level.period, level.changes)
+
+
+def mean_period(level: Level, layers: int, stagger: bool) -> float:
+    """Steps over updates, the mean over the blocks."""
+    if level.changes is None:
+        return level.period
+    groups = [sync_group(level, depth, layers, stagger) for depth in range(layers)]
+    return layers / sum(1 / group.mean_period for group in groups)
 
 
 def planned_updates(config: Config, level: Level) -> int:
@@ -188,6 +255,17 @@ def slow_level_warnings(config: Config, levels: list[Level]) -> list[str]:
                 f"level {level.name!r} makes {updates} updates in {steps} steps, fewer than "
                 f"{FEW_UPDATES}: it will learn little; train longer or shorten its period"
             )
+    return lines
+
+
+def period_notes(levels: list[Level]) -> list[str]:
+    """A line for each level whose period changes in the run."""
+    lines = []
+    for level in levels:
+        if level.changes is not None:
+            first, *later = level.changes.pieces
+            then = "".join(f", {own.period:,} from step {own.begins + 1:,}" for own in later)
+            lines.append(f"the period of level {level.name!r} is {first.period:,}{then}")
     return lines
 
 

@@ -97,6 +97,8 @@ class Window:
         """What of these this rank updates parameters by."""
         # With a period of one step the gradient of the step is the window.
         self.sums = self.shards if group.period == 1 else [torch.zeros_like(s) for s in self.shards]
+        self.before_crossing: Callable[[int], None] | None = None
+        """Called with the place of a shard that this node has summed, before others join it."""
         self._closes = self._crosses = False
         self._sent: set[int] = set()
         if config.parallel.overlap:
@@ -190,6 +192,8 @@ class Window:
         def before() -> None:
             if reduced is not None:
                 reduced()
+            if self.before_crossing is not None:
+                self.before_crossing(i)
             if held is not None:
                 shard.add_(held)
 
@@ -303,9 +307,9 @@ def take_step(windows: list[Window], admitted: Tensor) -> None:
         held.masked_fill_(admitted, 0.0)
 
 
-def all_finite(windows: list[Window]) -> Tensor:
-    """Whether every gradient shard is finite, bool []; not, too, where its norm is beyond fp32."""
-    return torch.isfinite(torch.stack(torch._foreach_norm(_all(w.shards for w in windows)))).all()
+def shard_norms(windows: list[Window]) -> list[Tensor]:
+    """Of every gradient shard, fp32 []; not finite, too, where the norm is beyond fp32."""
+    return list(torch._foreach_norm(_all(w.shards for w in windows)))
 
 
 def _all(lists: Iterable[list[Tensor]]) -> list[Tensor]:

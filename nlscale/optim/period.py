@@ -7,6 +7,7 @@ alone: the default leaves the numbers per update as they are. No torch is import
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from nlscale.config.optimizer import OptimizerConfig
 
@@ -42,3 +43,21 @@ def decay_at(config: OptimizerConfig, decay: float, rate: float, period: int) ->
     if not config.betas_by_period or rate == 0:
         return decay
     return (1 - (1 - rate * decay) ** period) / rate
+
+
+def set_memories(optimizer: Any, config: OptimizerConfig, made: float) -> None:
+    """Give an optimizer the numbers of an update at another period than the one before.
+
+    Bias correction is 1 - the product of the betas so far, whatever they were: a rule's step count
+    is set to the updates of this period that have the same product.
+
+    Args:
+        optimizer: that a rule has made (`nlscale.optim.table.Rule`).
+        config: its section, `at_period`.
+        made: updates of that period for which the memories have decayed.
+    """
+    optimizer.config = config
+    for group in optimizer.param_groups:
+        group["betas"] = (config.beta1, config.beta2)
+    for state in optimizer.state.values():
+        state["step"].fill_(made)

@@ -13,7 +13,8 @@ from nlscale.optim.adamw import parameter_groups
 class Sgd(torch.optim.AdamW):
     """megatron-core's DistributedOptimizer takes Adam and what derives from it."""
 
-    momentum: float
+    config: OptimizerConfig
+    """Its numbers."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -31,7 +32,8 @@ class Sgd(torch.optim.AdamW):
                     found_inf = torch.zeros((), device=p.device)
                 taken = 1.0 - found_inf
                 gradient = p.grad.masked_fill(found_inf > 0, 0.0)  # 0 * NaN is NaN
-                momentum = state["momentum"].mul_(1 - taken * (1 - self.momentum)).add_(gradient)
+                forgets = taken * (1 - self.config.sgd.momentum)
+                momentum = state["momentum"].mul_(1 - forgets).add_(gradient)
                 p.sub_((momentum + group["weight_decay"] * p) * (taken * group["lr"]))
                 state["step"] += taken
 
@@ -45,5 +47,5 @@ def sgd(config: OptimizerConfig, width_multiplier: float, parameters: list[Any])
         parameters: tagged (`nlscale.model.init.tag`).
     """
     found = Sgd(parameter_groups(config, parameters), lr=config.learning_rate)
-    found.momentum = config.sgd.momentum
+    found.config = config
     return found

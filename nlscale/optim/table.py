@@ -46,7 +46,9 @@ class Rule:
     width multiplier of the model (`nlscale.model.width`) and a list of tagged parameters, it
     returns what megatron-core's DistributedOptimizer takes: a `torch.optim.AdamW` or a subclass
     with a `step` of its own. Each of its parameter groups has `lr_mult`, its factor on the learning
-    rate; `step` changes nothing where `found_inf` is set; `state["step"]` counts updates."""
+    rate; `step` changes nothing where `found_inf` is set; `state["step"]` counts updates. Under
+    `betas_by_period` a rule whose level changes its period finds its numbers in `config` and in the
+    `betas` of its groups, which are set before each update."""
     state: tuple[str, ...]
     """Names of what it keeps of each parameter: fp32, of the parameter's shape, sharded like it."""
     whole_matrices: bool = False

@@ -63,6 +63,8 @@ class Verdict:
     """Of each source of a mixture, as `loss`; NaN where none of its targets is in the step."""
     source_counted: tuple[int, ...] = ()
     """Targets of each that count, over all ranks."""
+    squares: tuple[float, ...] = ()
+    """Sums over all ranks of what each gave of its own, see `agree`."""
 
     @property
     def dropped_because(self) -> str | None:
@@ -88,7 +90,7 @@ class Consensus:
 
     Args:
         report: what the ranks saw together: `_HEAD` numbers, then of each source the sum of its
-            losses, and then of each how many targets these are of.
+            losses, and then of each how many targets these are of; then squares.
         limit: loss above which the step is dropped.
         sources: of a mixture; 0: there is none.
     """
@@ -103,9 +105,11 @@ class Consensus:
         """Targets that count and enter the windows: none where the step is dropped. float64 []."""
         seen = torch.stack([loss, tokens, counted, self.admitted.double(), bad_losses, *wishes])
         if sources:
-            sums, of = report[_HEAD:].view(2, sources)
+            sums, of = report[_HEAD : _HEAD + 2 * sources].view(2, sources)
             losses = torch.where(bad_losses > 0, torch.nan, sums / of)
             seen = torch.cat([seen, losses, of])
+        if len(report) > _HEAD + 2 * sources:
+            seen = torch.cat([seen, report[_HEAD + 2 * sources :]])
         self._sources = sources
         self._copy = HostCopy(seen)
 
@@ -113,7 +117,7 @@ class Consensus:
         """The verdict; the host waits until the GPU has come to it."""
         seen = self._copy.read()
         loss, tokens, counted, admitted, bad_losses, *wishes = seen[:_HEAD]
-        last = _HEAD + self._sources
+        last, end = _HEAD + self._sources, _HEAD + 2 * self._sources
         return Verdict(
             loss=loss,
             tokens=round(tokens),
@@ -123,7 +127,8 @@ class Consensus:
             losses_not_finite=round(bad_losses),
             limit=self._limit,
             source_losses=tuple(seen[_HEAD:last]),
-            source_counted=tuple(map(round, seen[last:])),
+            source_counted=tuple(map(round, seen[last:end])),
+            squares=tuple(seen[end:]),
         )
 
 
@@ -136,6 +141,7 @@ def agree(
     requests: Requests | None = None,
     limit: float = float("inf"),
     by_source: BySource | None = None,
+    squares: Tensor | None = None,
 ) -> Consensus:
     """Combine what the ranks saw of a step.
 
@@ -149,6 +155,7 @@ def agree(
         limit: loss above which the step is dropped; the same on every rank.
         by_source: the same sums and counts for each source of a mixture; None on every rank: there
             is none.
+        squares: numbers to be added up over all ranks, float64; as many on every rank.
     """
     # Every rank of a copy of the model sees the same batch; one of them speaks for it.
     speaks, good_loss = layout.speaks, torch.isfinite(loss_sum)
@@ -167,5 +174,7 @@ def agree(
             report[_HEAD : _HEAD + sources] = by_source.loss_sums.nan_to_num(0.0, 0.0, 0.0)
     report[3] = ~(finite & good_loss)
     report[4] = ~good_loss
+    if squares is not None:
+        report = torch.cat([report, squares])
     dist.all_reduce(report)
     return Consensus(report, limit, sources)

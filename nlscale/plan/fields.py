@@ -10,6 +10,7 @@ _ONE_NODE = "no gradient crosses the network"
 
 _TRAFFIC = {
     "mean_bytes_per_step": Field("number", "bytes", "that a node sends a step, deferred"),
+    "run_bytes": Field("number", "bytes", "the same in all steps of the run"),
     "peak_bytes_aligned": Field(
         "number", "bytes", "the same at the largest step, where all blocks update at the same step"
     ),
@@ -119,7 +120,11 @@ PLAN: Mapping[str, Field] = {
             )
         },
     ),
-    "cycle_steps": Field("integer", "steps", "after which the traffic repeats"),
+    "cycle_steps": Field(
+        "integer",
+        "steps",
+        "after which the traffic repeats; with `levels.period_warmup` those of the run",
+    ),
     "staggered": Field("true or false", "", "`levels.stagger`"),
     "reduction": Field("text", "", "`levels.reduction`"),
     "levels": Field(
@@ -132,8 +137,20 @@ PLAN: Mapping[str, Field] = {
                 "list of texts", "", "of the model that belong to it, see `levels.spectrum.N.parts`"
             ),
             "parameters": Field("integer", "", "of the level"),
-            "period_steps": Field("integer", "steps", "between two updates of a parameter"),
+            "period_steps": Field(
+                "integer", "steps", "between two updates of a parameter; where it changes, at most"
+            ),
+            "periods": Field(
+                "list of objects",
+                "",
+                "the periods in the run, one where it does not change",
+                fields={
+                    "from_step": Field("integer", "steps", "the first of the windows that have it"),
+                    "period_steps": Field("integer", "steps", "between two updates"),
+                },
+            ),
             "updates": Field("integer", "", "in the run, of that sync group that makes most"),
+            "reductions": Field("integer", "", "across nodes in the run, of the same"),
             **_TRAFFIC,
         },
     ),

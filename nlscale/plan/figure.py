@@ -12,6 +12,8 @@ from nlscale.plan.plan import Plan
 from nlscale.plan.traffic import Traffic
 from nlscale.telemetry.figures import save_figure
 
+_BARS = 400
+"""Of a figure of a run, at most."""
 _BLUE, _PALE, _GREY = "#0072B2", "#EFB48A", "#8C8C8C"
 
 
@@ -32,7 +34,8 @@ def draw_plan(plan: Plan, out: Path) -> Path:
     assert plan.fewer is not None
     unit, scale = _unit(max(plan.plain, plan.aligned.peak))
     aligned, staggered = _window(plan, plan.aligned), _window(plan, plan.staggered)
-    steps = np.arange(1, len(aligned) + 1)
+    each = max(1, -(-plan.cycle // _BARS)) if _changes(plan) else 1
+    steps = 1 + each * np.arange(len(aligned))
     style = {"font.size": 10, "axes.spines.right": False, "axes.spines.top": False}
     with rc_context(style):
         figure = Figure(figsize=(8.0, 4.4), dpi=160, layout="constrained")
@@ -47,7 +50,7 @@ def draw_plan(plan: Plan, out: Path) -> Path:
         )  # fmt: skip
         axes.plot([], [], color=_PALE, linewidth=5, label=_peak("aligned", plan.aligned, scale))
         axes.stairs(
-            staggered / scale, np.arange(len(steps) + 1) + 0.5, baseline=None, color=_BLUE,
+            staggered / scale, each * np.arange(len(steps) + 1) + 0.5, baseline=None, color=_BLUE,
             linewidth=0.9 if len(steps) > 200 else 1.6,
             label=_peak("staggered", plan.staggered, scale),
         )  # fmt: skip
@@ -55,7 +58,7 @@ def draw_plan(plan: Plan, out: Path) -> Path:
             plan.aligned.mean / scale, color="black", linewidth=1.0, linestyle=":",
             label=f"mean of both: {plan.aligned.mean / scale:.3g}",
         )  # fmt: skip
-        axes.set_xlim(0.5, len(steps) + 0.5)
+        axes.set_xlim(0.5, each * len(steps) + 0.5)
         axes.set_ylim(0, 1.05 * max(plan.plain, plan.aligned.peak) / scale)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_xlabel("step")
@@ -70,9 +73,19 @@ def draw_plan(plan: Plan, out: Path) -> Path:
 
 
 def _window(plan: Plan, traffic: Traffic) -> NDArray[np.float64]:
-    """The last longest period of a cycle, where the aligned levels all meet; 32 steps at least."""
+    """The last longest period of a cycle, where the aligned levels all meet; 32 steps at least.
+
+    Where a period changes, all of the run, the largest of the steps that share a bar.
+    """
+    if _changes(plan):
+        first = np.arange(0, plan.cycle, max(1, -(-plan.cycle // _BARS)))
+        return np.maximum.reduceat(traffic.per_step, first)
     shown = max(32, *(level.period for level in plan.levels))
     return np.tile(traffic.per_step, -(-shown // plan.cycle))[-shown:]
+
+
+def _changes(plan: Plan) -> bool:
+    return any(level.periods for level in plan.levels)
 
 
 def _peak(name: str, traffic: Traffic, scale: float) -> str:

@@ -36,6 +36,7 @@ from nlscale.levels.spectrum import (
 )
 from nlscale.model.stages import stage_blocks
 from nlscale.plan.pipeline import Pipeline
+from nlscale.plan.traffic import due_steps
 
 _BACKWARD = 2 / 3
 """Of a forward and a backward pass."""
@@ -105,19 +106,19 @@ class Links:
         passes = (1 - self.pipeline.bubble) * self.step_seconds / self.pipeline.micro_batches
         return _BACKWARD * passes
 
-    def time(self, reduction: Reduction, stagger: bool, cycle: int) -> LinkTime:
+    def time(self, reduction: Reduction, stagger: bool, steps: range) -> LinkTime:
         """Hidden and exposed, where a group crosses when due, or with every step.
 
         Args:
             reduction: when groups cross.
             stagger: whether blocks have phases of their own.
-            cycle: steps after which it repeats.
+            steps: counted from 1, of which the mean is taken: a cycle, or those of a stage.
         """
         ranks = range(self.config.parallel.pipeline)
         stages = [list(self._pieces(rank, stagger)) for rank in ranks]
         groups = sorted({piece.group for pieces in stages for piece in pieces})
         hidden, exposed = ([0.0] * len(self.levels) for _ in range(2))
-        for due, share in _together(groups, reduction, cycle):
+        for due, share in _together(groups, reduction, steps):
             seen = [
                 self._crossing([piece for piece in pieces if piece.group in due], rank)
                 for rank, pieces in enumerate(stages)
@@ -184,20 +185,19 @@ class Links:
 
 
 def _together(
-    groups: list[SyncGroup], reduction: Reduction, cycle: int
+    groups: list[SyncGroup], reduction: Reduction, steps: range
 ) -> Iterator[tuple[set[SyncGroup], float]]:
     """The sets of groups that cross at one step, and the share of steps at which each does."""
     if reduction == Reduction.every_step:
         yield set(groups), 1.0
         return
-    steps = np.arange(1, cycle + 1)
-    words = np.zeros((cycle, len(groups) // _BITS + 1), dtype=np.int64)
+    words = np.zeros((len(steps), len(groups) // _BITS + 1), dtype=np.int64)
     for i, group in enumerate(groups):
-        due = (steps - group.phase) % group.period == 0
-        words[:, i // _BITS] |= due.astype(np.int64) << (i % _BITS)
+        due = due_steps(group, steps.stop - 1)
+        words[due[due >= steps.start] - steps.start, i // _BITS] |= 1 << (i % _BITS)
     for found, count in zip(*np.unique(words, axis=0, return_counts=True), strict=True):
         bits = [int(found[i // _BITS]) >> (i % _BITS) & 1 for i in range(len(groups))]
-        yield {group for group, bit in zip(groups, bits, strict=True) if bit}, count / cycle
+        yield {group for group, bit in zip(groups, bits, strict=True) if bit}, count / len(steps)
 
 
 def compute_seconds(

@@ -8,6 +8,7 @@ from typing import Any
 from nlscale.cluster.machines import UTILISATION, Cluster
 from nlscale.config.curriculum import curriculum
 from nlscale.config.parts import parts_of
+from nlscale.config.periods import Piece
 from nlscale.config.vocabulary import Config, Reduction, Sharding
 from nlscale.levels.spectrum import (
     approximate,
@@ -39,6 +40,13 @@ class LevelPlan:
     """Steps."""
     updates: int
     """Over the run, the last partial window included: of the sync group that makes most."""
+    periods: tuple[Piece, ...] = ()
+    """Where it changes in the run; none: it does not."""
+
+    def periods_to_plain(self) -> list[dict[str, int]]:
+        """For JSON; one entry where it does not change."""
+        pieces = self.periods or (Piece(0, self.period),)
+        return [{"from_step": own.begins + 1, "period_steps": own.period} for own in pieces]
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class Plan:
     """Of these the one in which a GPU needs most memory. What depends on the batch is given for
     this one where there are several."""
     cycle: int
-    """Steps after which the traffic repeats."""
+    """Steps after which the traffic repeats; where a period changes, all of the run."""
     aligned: Traffic
     """Deferred, every block at the same step."""
     staggered: Traffic
@@ -147,6 +155,10 @@ class Plan:
         """How many times fewer bytes than plain data parallel on average; None on one node."""
         return self.plain / self.aligned.mean if self.plain else None
 
+    def reductions(self, level: LevelPlan) -> int:
+        """Of a level across nodes in the run: of the sync group that makes most."""
+        return level.updates if self.defers else self.steps
+
     @property
     def fits(self) -> bool:
         """Whether every GPU has the memory for it."""
@@ -164,10 +176,12 @@ class Plan:
         - `flops_per_token`: model FLOPs of a training token, forward and backward; `flops_by_part`
           the same by part of the model
         - `staggered`, `reduction`: what the configuration asks for
-        - `levels`: list, fastest first, of `name`, `parts`, `parameters`, `period_steps`,
-          `updates` and a level's share of the traffic, as in `total`
-        - `total`: `parameters`, `mean_bytes_per_step`, `peak_bytes_aligned` and
-          `peak_bytes_staggered` (the largest step), `link_seconds_per_step` (mean)
+        - `levels`: list, fastest first, of `name`, `parts`, `parameters`, `period_steps`, `periods`
+          (where that changes), `updates`, `reductions` and a level's share of the traffic, as in
+          `total`
+        - `total`: `parameters`, `mean_bytes_per_step`, `run_bytes` (of all steps),
+          `peak_bytes_aligned` and `peak_bytes_staggered` (the largest step),
+          `link_seconds_per_step` (mean)
         - `plain`: `bytes_per_step`, `link_seconds_per_step` of plain data parallel
         - `ratio`: `plain_to_mean` (times fewer bytes), `peak_aligned_to_plain`,
           `peak_staggered_to_plain`; null on one node
@@ -204,8 +218,11 @@ class Plan:
                 "parts": level.parts,
                 "parameters": level.parameters,
                 "period_steps": level.period,
+                "periods": level.periods_to_plain(),
                 "updates": level.updates,
+                "reductions": self.reductions(level),
                 "mean_bytes_per_step": float(self.aligned.mean_per_level[i]),
+                "run_bytes": float(self.aligned.mean_per_level[i]) * self.steps,
                 "peak_bytes_aligned": float(self.aligned.peak_per_level[i]),
                 "peak_bytes_staggered": float(self.staggered.peak_per_level[i]),
                 "link_seconds_per_step": seconds(float(self.aligned.mean_per_level[i])),
@@ -235,6 +252,7 @@ class Plan:
             "total": {
                 "parameters": self.parameters,
                 "mean_bytes_per_step": self.aligned.mean,
+                "run_bytes": self.aligned.mean * self.steps,
                 "peak_bytes_aligned": self.aligned.peak,
                 "peak_bytes_staggered": self.staggered.peak,
                 "link_seconds_per_step": seconds(self.aligned.mean),
@@ -319,6 +337,7 @@ def make_plan(
             parameters=parameters[level.index],
             period=level.period,
             updates=planned_updates(config, level),
+            periods=() if level.changes is None else level.changes.pieces,
         )
         for level in levels
     ]

@@ -18,7 +18,8 @@ from nlscale.plan.traffic import activation_bytes, cycle_steps
 
 @dataclass(frozen=True)
 class Exposure:
-    """What of the link's time a step hides, and what it waits for; means of a cycle."""
+    """What of the link's time a step hides, and what it waits for; means of a cycle, or of the
+    stage where a period changes in the run."""
 
     step_seconds: float
     """That a step computes."""
@@ -152,15 +153,24 @@ def _timed(
         Links(what, spectrum, on.vocabulary, cluster, on.group_nodes, own.pipeline, computes)
         for what, spectrum in ((config, levels), (sums, plain))
     )
-    stagger, cycle = config.levels.stagger, cycle_steps(levels)
+    stagger, steps = config.levels.stagger, _alike(own.stage, levels)
     exposure = Exposure(
         step_seconds=computes,
         utilisation=None if step_seconds else utilisation,
         backward_seconds=links.backward_seconds,
-        run=links.time(config.levels.reduction, stagger, cycle),
-        plain=plain_links.time(Reduction.every_step, stagger, cycle),
+        run=links.time(config.levels.reduction, stagger, steps),
+        plain=plain_links.time(Reduction.every_step, stagger, steps),
     )
     return replace(own, computes=computes, exposure=exposure)
+
+
+def _alike(stage: TrainingStage, levels: list[Level]) -> range:
+    """The steps of which a mean is that of the stage; of a long one the last, as many as of the
+    longest cycle."""
+    cycle = cycle_steps(levels)
+    if all(level.changes is None for level in levels):
+        return range(1, cycle + 1)
+    return range(stage.first_step + 1, stage.first_step + stage.steps + 1)[-cycle:]
 
 
 def micro_batches_of(config: Config, stage: TrainingStage, data_parallel: int) -> int:

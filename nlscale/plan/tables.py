@@ -210,7 +210,9 @@ def _levels(plan: Plan, crosses: bool) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     seconds = plan.cluster.link_seconds
     for i, level in enumerate(plan.levels):
-        cells = [human_count(level.parameters), f"{level.period:,}", f"{level.updates:,}"]
+        shortest = min((own.period for own in level.periods), default=level.period)
+        period = f"{level.period:,}" if not level.periods else f"{shortest:,} to {level.period:,}"
+        cells = [human_count(level.parameters), period, f"{level.updates:,}"]
         if crosses:
             mean = float(plan.aligned.mean_per_level[i])
             cells += [
@@ -252,6 +254,11 @@ def _summarise(plan: Plan, console: Console) -> None:
         f"{plan.aligned.peak / plan.plain:.2f} of plain when aligned, "
         f"{plan.staggered.peak / plan.plain:.2f} when staggered."
     )
+    if any(level.periods for level in plan.levels):
+        console.print(
+            f"Periods change, and means are those of the run: in {plan.steps:,} steps a node sends "
+            f"{human_bytes(plan.aligned.mean * plan.steps)}."
+        )
     if not plan.defers:
         console.print("levels.reduction=every-step: this run sends what plain data parallel sends.")
     else:

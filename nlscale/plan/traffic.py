@@ -38,7 +38,7 @@ _LONGEST_SERIES = 1_000_000
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes leaving one node in the steady state."""
+    """Bytes leaving one node: in the steady state, or, where a period changes, in the run."""
 
     bytes_per_level: NDArray[np.float64]
     """[levels, cycle]: at each step of a cycle, steps counted from 1 (mod cycle)."""
@@ -94,14 +94,14 @@ def traffic(
     for group, parameters in group_parameters(config, levels, vocabulary, stagger).items():
         sent = node_bytes(parameters, nodes, group_nodes, levels[group.level].wire, gathered)
         if reduction == Reduction.every_step:
-            first, every = 1, 1
+            series[group.level] += sent
+            means[group.level] += sent
         else:
-            first, every = first_due(group), group.period
-        series[group.level, first - 1 :: every] += sent
-        means[group.level] += sent / every
+            series[group.level, due_steps(group, steps) - 1] += sent
+            means[group.level] += sent / group.mean_period
     for g, of_updates in crossing:
         add_updates(series[g.group.level], g.group, of_updates)
-        means[g.group.level] += sum(of_updates) / len(of_updates) / g.group.period
+        means[g.group.level] += sum(of_updates) / len(of_updates) / g.group.mean_period
     return Traffic(series, means)
 
 
@@ -117,9 +117,15 @@ def _crossing(
     return found
 
 
-def first_due(group: SyncGroup) -> int:
-    """The first step, from 1, at which a group is due."""
-    return group.phase or group.period
+def due_steps(group: SyncGroup, last: int) -> NDArray[np.int64]:
+    """The first steps, from 1, at which a group is due, until one that may be the last of them."""
+    ends = [*(own.begins for own in group.stretches[1:]), last]
+    return np.concatenate(
+        [
+            np.arange(own.end_after(own.begins), min(end, last) + 1, own.period)
+            for own, end in zip(group.stretches, ends, strict=True)
+        ]
+    )
 
 
 def add_updates(series: NDArray[np.float64], group: SyncGroup, of_updates: list[float]) -> None:
@@ -130,8 +136,8 @@ def add_updates(series: NDArray[np.float64], group: SyncGroup, of_updates: list[
         group: that updates.
         of_updates: of its updates one after the other, from the first; they repeat.
     """
-    due = series[first_due(group) - 1 :: group.period]
-    due += np.resize(of_updates, len(due))
+    due = due_steps(group, len(series)) - 1
+    series[due] += np.resize(of_updates, len(due))
 
 
 def node_bytes(
@@ -179,8 +185,12 @@ def activation_bytes(config: Config, nodes: int, ranks_per_node: int) -> float:
 def cycle_steps(levels: list[Level]) -> int:
     """Steps after which the pattern of updates repeats: the longest period where each divides it.
 
-    Periods that hardly divide each other are cut off after about a million steps.
+    Periods that hardly divide each other are cut off after about a million steps. Where a period
+    changes, the run's: nothing repeats.
     """
+    changes = [level.changes for level in levels if level.changes is not None]
+    if changes:
+        return min(changes[0].steps, _LONGEST_SERIES)
     cycle = math.lcm(*(level.period for level in levels))
     longest = max(level.period for level in levels)
     return cycle if cycle <= _LONGEST_SERIES else -(-_LONGEST_SERIES // longest) * longest
@@ -190,5 +200,7 @@ def series_steps(levels: list[Level], matrices: list[GroupMatrices]) -> int:
     """The same where updates of whole matrices are not all alike; not cut off: that of the periods
     where it would be longer than about a million steps."""
     cycle = cycle_steps(levels)
+    if any(level.changes is not None for level in levels):
+        return cycle
     turns = math.lcm(*(g.level.turns for g in matrices))
     return cycle * turns if cycle * turns <= _LONGEST_SERIES else cycle

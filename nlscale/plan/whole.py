@@ -26,7 +26,7 @@ from nlscale.levels.passes import (
     matrix_crossing_bytes,
     value_bytes,
 )
-from nlscale.levels.spectrum import Level
+from nlscale.levels.spectrum import Level, mean_period
 from nlscale.model.stages import stage_blocks
 from nlscale.plan.link import compute_seconds
 from nlscale.plan.traffic import add_updates, series_steps
@@ -101,9 +101,10 @@ def whole_plan(
     at_home = config.parallel.shard_optimizer == Sharding.matrices
     of_value = value_bytes(config) / owners * (of_node - 1) / (of_node if at_home else owners)
     blocks = layers * (1 if spread else group_nodes)
-    flops = sum(blocks * by_level[own.index].flops / own.period for own in taking)
+    every = {own.index: mean_period(own, layers, config.levels.stagger) for own in taking}
+    flops = sum(blocks * by_level[own.index].flops / every[own.index] for own in taking)
     values = sum(
-        layers * by_level[own.index].passes * by_level[own.index].elements / own.period
+        layers * by_level[own.index].passes * by_level[own.index].elements / every[own.index]
         for own in taking
     )
     leaving = matrix_crossing_bytes(config, values, group_nodes) * group_nodes / cluster.nodes

@@ -155,7 +155,8 @@ class Trainer:
             finite = self.optimizer.finish_crossing()
         with doing("consensus"):
             limit = self._highest_loss()
-            consensus = agree(self.layout, *seen, finite, requests, limit, by_source)
+            squares = self.optimizer.squares
+            consensus = agree(self.layout, *seen, finite, requests, limit, by_source, squares)
         if before_update is not None:
             before_update()
         with doing("update of the levels due"):

@@ -37,8 +37,12 @@ _NOT_FINITE = Field(
     only="some field is not finite",
 )
 
+_PARTS = "windows of the level have parts to compare: a period above 1, or more than one node"
+
 _LEVEL = {
-    "period": Field("integer", "steps", "between two updates of a parameter of the level"),
+    "period": Field(
+        "integer", "steps", "of windows of the level that begin with this step, until it updates"
+    ),
     "updates": Field("integer", "", "made so far, by that of its sync groups that made most"),
     "reductions": Field("integer", "", "across nodes so far, of the same; the same on one node"),
     "updated": Field("true or false", "", "whether one of its sync groups updated at this step"),
@@ -59,6 +63,29 @@ _LEVEL = {
         "",
         "norm of the update over the norm of the weights that it changed",
         null="no sync group of it updated, or this was not measured: at period 1 every tenth is",
+    ),
+    "gradient_noise_scale": Field(
+        "number",
+        "tokens",
+        "the batch at which the noise of its gradient is as large as the gradient: "
+        "`gradient_noise` over `gradient_signal`",
+        null="no window has closed that shows it, or `gradient_signal` is not above 0",
+        only=_PARTS,
+    ),
+    "gradient_noise": Field(
+        "number",
+        "nats^2 a token",
+        "trace of the covariance of its gradient over tokens, a moving average of about 50 updates",
+        null="no window has closed that shows it",
+        only=_PARTS,
+    ),
+    "gradient_signal": Field(
+        "number",
+        "nats^2 a token^2",
+        "square of the norm of its mean gradient without that noise, an average likewise; it may "
+        "be below 0",
+        null="no window has closed that shows it",
+        only=_PARTS,
     ),
 }
 

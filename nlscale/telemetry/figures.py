@@ -243,12 +243,14 @@ def _draw_curves(
 
 def _draw_levels(axes: Any, levels: dict[str, list[int]], train: list[Record]) -> None:
     """One row a level, the first at the top: a tick at each update, a bar where all steps did."""
-    periods = {n: v.get("period") for r in train for n, v in (r.get("levels") or {}).items()}
+    periods: dict[str, list[Any]] = {}
+    for record in train:
+        for name, level in (record.get("levels") or {}).items():
+            periods.setdefault(name, []).append(level.get("period"))
     labels = []
     for row, (name, steps) in enumerate(levels.items()):
-        period = periods[name]
-        labels.append(name + ("  every step" if period == 1 else f"  every {period} steps"))
-        if period == 1:
+        labels.append(f"{name}  every {_period_text(periods[name])}")
+        if set(periods[name]) == {1}:
             # Broken where an update was dropped, so the gap shows.
             runs = np.split(steps, np.flatnonzero(np.diff(steps) > 1) + 1) if steps else []
             bars = [(run[0] - 0.5, len(run)) for run in runs]
@@ -262,6 +264,14 @@ def _draw_levels(axes: Any, levels: dict[str, list[int]], train: list[Record]) -
     axes.tick_params(axis="y", length=0)
     for side in ("left", "top"):
         axes.spines[side].set_visible(False)
+
+
+def _period_text(periods: list[Any]) -> str:
+    """Of a level, from its records: "step", "16 steps", or "1 to 16 steps" where it changes."""
+    least, most = min(periods), max(periods)
+    if least != most:
+        return f"{least} to {most} steps"
+    return "step" if most == 1 else f"{most} steps"
 
 
 def _add_token_axis(axes: Any, records: list[Record]) -> None:

@@ -31,7 +31,7 @@ from nlscale.config.curriculum import stage_of, tokens_per_step, tokens_until
 from nlscale.config.vocabulary import Config
 from nlscale.data.history import without_names
 from nlscale.errors import SaidElsewhere, TrainingFailed, UserError
-from nlscale.levels.spectrum import approximate, slow_level_warnings
+from nlscale.levels.spectrum import approximate, period_notes, slow_level_warnings
 from nlscale.parallel.consensus import Requests
 from nlscale.parallel.devices import queue_warnings
 from nlscale.parallel.layout import Layout, process_groups
@@ -124,7 +124,8 @@ def _run(
     prepared = go_on(config, prepared, checkpoint.state if checkpoint is not None else None)
     trainer = Trainer.build(config, layout, prepared.levels, prepared.vocabulary, draws)
     telemetry.note(describe(config, prepared, layout))
-    for line in mixture_lines(prepared.sources, prepared.folders, config):
+    mixed = mixture_lines(prepared.sources, prepared.folders, config)
+    for line in [*period_notes(prepared.levels), *mixed]:
         telemetry.note(line)
     for warning in [
         *slow_level_warnings(config, prepared.levels),

@@ -57,7 +57,7 @@ def level_records(
     for level in prepared.levels:
         updates, reductions = optimizer.counts(level.index)
         records[level.name] = {
-            "period": level.period,
+            "period": level.period_at(step),
             "updates": updates,
             "reductions": reductions,
             "updated": level.index in updated,
@@ -66,6 +66,7 @@ def level_records(
             "grad_norm": None,
             "update_ratio": None,
             **updated.get(level.index, {}),
+            **optimizer.noise(level.index),
         }
     return records
 

@@ -18,7 +18,7 @@ from nlscale.checkpoint.restore import restore
 from nlscale.checkpoint.resume import find_checkpoint
 from nlscale.checkpoint.saver import Saver
 from nlscale.checkpoint.store.store import Checkpoint, Store
-from nlscale.levels.spectrum import spectrum
+from nlscale.levels.spectrum import levels_of
 from nlscale.parallel.layout import process_groups
 from nlscale.step.trainer import Trainer
 
@@ -46,7 +46,7 @@ def train(
     """
     config = load([*overrides, "checkpoint.keep=100"])
     with process_groups(config) as layout:
-        levels = spectrum(config.levels, tokens_per_step=100)
+        levels = levels_of(config)
         store = Store(folder)
         trainer = Trainer.build(config, layout, levels, VOCABULARY, draws=not resumes)
         if resumes:
@@ -69,7 +69,7 @@ def load_and_save(overrides: list[str], folder: Path) -> None:
     """On a rank of a world: load the newest checkpoint and write it again, without a step."""
     config = load(overrides)
     with process_groups(config) as layout:
-        levels, store = spectrum(config.levels, 100), Store(folder)
+        levels, store = levels_of(config), Store(folder)
         trainer = Trainer.build(config, layout, levels, VOCABULARY, draws=False)
         put_back(trainer, store)
         saver = Saver(trainer, DATA, None, store, lambda line: None)

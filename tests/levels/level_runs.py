@@ -16,7 +16,7 @@ import world
 from nlscale.config import recipe
 from nlscale.config.curriculum import curriculum, stage_of
 from nlscale.config.vocabulary import Config, DataConfig
-from nlscale.levels.spectrum import spectrum, sync_group
+from nlscale.levels.spectrum import levels_of, sync_group
 from nlscale.model.decoder import Decoder
 from nlscale.model.init import initialize, join
 from nlscale.model.layers import megatron_config
@@ -88,7 +88,7 @@ def run_engine(overrides: list[str], spoil: dict[int, int] | None = None) -> dic
     """
     config = load(overrides)
     with process_groups(config) as layout:
-        levels = spectrum(config.levels, tokens_per_step=100)
+        levels = levels_of(config)
         trainer = Trainer.build(config, layout, levels, VOCABULARY)
         losses, hashes, admitted, started, sent = [], [], [], [], []
         begun = count_starts(trainer)
@@ -180,7 +180,7 @@ def run_oracle(
         model = Decoder(config, megatron_config(config), VOCABULARY)
         initialize(model, config.run.seed, 0, 1)
         named = dict(model.named_parameters())
-        levels = spectrum(config.levels, tokens_per_step=100)
+        levels = levels_of(config)
         group_of = {}
         for name in named:
             level, depth = model.level_and_depth(name)
@@ -234,7 +234,8 @@ def _step(config, levels, due, group_of, named, sums, tokens, adam, step) -> Non
         rate = learning_rate(config.optimizer, step, config.train.steps)
         made = len(adam[name].state) and int(adam[name].state[named[name]]["step"])
         warm = min(1.0, (made + 1) / (config.optimizer.warmup_updates + 1))
-        adam[name].param_groups[0]["lr"] = rate * levels[level].learning_rate_scale * warm
+        scale = levels[level].scale_at(group_of[name].period_at(step))
+        adam[name].param_groups[0]["lr"] = rate * scale * warm
         named[name].grad = mean * factor
         adam[name].step()
         sums[name].zero_()

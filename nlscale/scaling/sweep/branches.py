@@ -18,10 +18,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
+from nlscale.checkpoint.same_run import stable_end
 from nlscale.config import recipe
-from nlscale.config.curriculum import alike_until
 from nlscale.errors import UserError
-from nlscale.optim.schedule import stable_steps
 from nlscale.scaling.sweep.runs import Run
 from nlscale.scaling.sweep.spec import Sweep
 from nlscale.scaling.sweep.status import Status, checkpoint_at
@@ -72,8 +71,7 @@ def share_stable_phases(
 
 def _stable(run: Run) -> int:
     """Steps that it shares with longer runs."""
-    config = run.config
-    return min(stable_steps(config.optimizer, run.steps), alike_until(config, run.steps))
+    return stable_end(run.config, [run.steps])
 
 
 def _can_begin_from(run: Run, state: Status) -> bool:
