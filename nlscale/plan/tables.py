@@ -288,10 +288,11 @@ def _explain_exposure(plan: Plan, exposure: Exposure, console: Console) -> None:
     source = "as given"
     if exposure.utilisation is not None:
         source = f"at {exposure.utilisation:.0%} of {plan.cluster.gpu_tflops:g} TFLOP/s a GPU"
+    over = "the steps" if any(level.periods for level in plan.levels) else "a cycle"
     console.print(
         f"A step computes for {human_seconds(exposure.step_seconds)}, {source}; reductions between "
         f"nodes can hide in the backward pass of its last micro batch, "
-        f"{human_seconds(exposure.backward_seconds)}. Means of a cycle"
+        f"{human_seconds(exposure.backward_seconds)}. Means of {over}"
         + (", of the rank that ends last at each step." if plan.pipeline.ranks > 1 else ".")
     )
 

@@ -70,8 +70,9 @@ def test_json_keys_and_how_they_hang_together(room: Room) -> None:
         "ranks", "virtual_stages", "micro_batches", "bubble", "imbalance"
     }  # fmt: skip
     assert set(plan["levels"][0]) == {
-        "name", "parts", "parameters", "period_steps", "updates", "mean_bytes_per_step",
-        "peak_bytes_aligned", "peak_bytes_staggered", "link_seconds_per_step",
+        "name", "parts", "parameters", "period_steps", "periods", "updates", "reductions",
+        "mean_bytes_per_step", "run_bytes", "peak_bytes_aligned", "peak_bytes_staggered",
+        "link_seconds_per_step",
     }  # fmt: skip
     assert set(plan["ratio"]) == {
         "plain_to_mean", "peak_aligned_to_plain", "peak_staggered_to_plain"
@@ -93,6 +94,28 @@ def test_json_keys_and_how_they_hang_together(room: Room) -> None:
     assert plan["plain"]["link_seconds_per_step"] == pytest.approx(
         plan["plain"]["bytes_per_step"] * 8 / 2e8
     )
+
+
+def test_periods_that_change_are_planned_for_the_run(room: Room) -> None:
+    steady = room.json()["levels"][1]
+    assert steady["periods"] == [{"from_step": 1, "period_steps": 8}]
+    assert (steady["reductions"], steady["run_bytes"]) == (
+        steady["updates"], 1000 * steady["mean_bytes_per_step"],
+    )  # fmt: skip
+    plan = room.json("levels.period_warmup.steps=60%")
+    slow = plan["levels"][1]
+    assert [(p["from_step"], p["period_steps"]) for p in slow["periods"]] == [
+        (1, 1), (201, 2), (401, 4), (601, 8)
+    ]  # fmt: skip
+    assert (slow["period_steps"], plan["cycle_steps"]) == (8, 1000)
+    # a block updates at 200 steps, at 100, at 50 and at 50, give or take where the period changes
+    assert 400 <= slow["updates"] == slow["reductions"] <= 403
+    assert slow["run_bytes"] == pytest.approx(4 * slow["parameters"] * 400, rel=0.01)
+    assert plan["total"]["peak_bytes_staggered"] == plan["plain"]["bytes_per_step"]
+    said = room.plan("levels.period_warmup.steps=60%")
+    assert "1 to 8" in said and "Periods change, and means are those of the run" in said
+    every = room.json("levels.period_warmup.steps=60%", "levels.reduction=every-step")
+    assert every["levels"][1]["reductions"] == 1000
 
 
 def test_a_level_that_updates_rarely_is_warned_about(room: Room) -> None:
