@@ -30,6 +30,17 @@ def sometimes(fields: Mapping[str, Field], at: str = "") -> set[str]:
     return {f"{at}{k}" for k, f in fields.items() if f.only}.union(*inner)
 
 
+def present(record: dict[str, Any], fields: Mapping[str, Field], at: str = "") -> set[str]:
+    """Dotted names of the described fields that a record has; in capitals, any name stands for it."""
+    found = set()
+    for key, described in fields.items():
+        for name in record if key.isupper() else {key} & record.keys():
+            found.add(f"{at}{key}")
+            if isinstance(record[name], dict):
+                found |= present(record[name], described.fields, f"{at}{key}.")
+    return found
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -66,8 +77,7 @@ def check(records: Iterable[dict[str, Any]], fields: Mapping[str, Mapping[str, F
         kind = record.get("kind") or record["event"]
         assert kind in fields, f"records of kind {kind} are not described"
         assert not differences(record, fields[kind]), record
-        inner = {f"{k}.{i}" for k, v in record.items() if isinstance(v, dict) for i in v}
-        seen.setdefault(kind, set()).update(record, inner)
+        seen.setdefault(kind, set()).update(present(record, fields[kind]))
     assert seen.keys() == fields.keys(), "a kind that is described was not written"
     never = {k for kind in fields for k in sometimes(fields[kind])} - set().union(*seen.values())
     assert not never, "no record has these"
