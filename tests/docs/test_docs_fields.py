@@ -31,7 +31,7 @@ def sometimes(fields: Mapping[str, Field], at: str = "") -> set[str]:
 
 
 def present(record: dict[str, Any], fields: Mapping[str, Field], at: str = "") -> set[str]:
-    """Dotted names of the described fields that a record has; in capitals, any name stands for it."""
+    """Dotted names of the described fields that a record has; capitals stand for any name."""
     found = set()
     for key, described in fields.items():
         for name in record if key.isupper() else {key} & record.keys():
