@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nlscale.bench.tokens import random_tokens
 from nlscale.config.parts import parts_of
-from nlscale.config.vocabulary import Config, Dtype, ParallelConfig, head_dim
+from nlscale.config.vocabulary import Config, Dtype, ParallelConfig, PeriodWarmupConfig, head_dim
 from nlscale.errors import UserError
 from nlscale.levels.spectrum import levels_of
 from nlscale.model.cms import CMS
@@ -132,7 +132,7 @@ def _at_width(config: Config, width: int, base: int | None, steps: int) -> Confi
         level.period = "1 step"
     train.steps, train.dtype = steps, Dtype.fp32
     train.global_batch = train.micro_batch = 1
-    made.data.stages = []
+    made.data.stages, made.levels.period_warmup = [], PeriodWarmupConfig()
     made.optimizer.warmup_steps = made.optimizer.warmup_updates = 0
     made.optimizer.min_learning_rate, train.drop_spikes = 1.0, None
     made.parallel = ParallelConfig()

@@ -116,6 +116,11 @@ def period_caps(
     steps = stages[-1].first_step + stages[-1].steps
     grown = _place("steps", warmup.steps, steps, sources) or 0
     falls = _place("cooldown", warmup.cooldown, steps, sources)
+    if falls is not None and falls >= steps:
+        raise UserError(
+            f"{_KEY}.cooldown: {warmup.cooldown!r} is not before the end of a run of {steps:,} "
+            f"steps; begin earlier, or give more train.steps{where(f'{_KEY}.cooldown', sources)}"
+        )
     if falls is not None and falls < grown:
         raise UserError(
             f"{_KEY}.cooldown: {warmup.cooldown!r} is after {falls:,} of {steps:,} steps, and the "
@@ -149,7 +154,7 @@ def caps_of_plain(
 
 def changes_of(caps: Sequence[Piece], steps: int, period: int) -> PeriodChanges | None:
     """The periods of a level of a run of so many steps under caps; None: always its own."""
-    pieces = _merged([caps], period)
+    pieces = [piece for piece in _merged([caps], period) if piece.begins < steps]
     if pieces == [Piece(0, period)]:
         return None
     return PeriodChanges(steps, tuple(pieces))
@@ -186,11 +191,6 @@ def _place(name: str, text: str | None, steps: int, sources: Mapping[str, str]) 
         place = Start.parse(text).in_steps(steps)
     except UserError as error:
         raise UserError(f"{key}: {error}{where(key, sources)}") from None
-    if place > steps or (name == "cooldown" and place == steps):
-        raise UserError(
-            f"{key}: {text!r} is after {place:,} steps, and the run has {steps:,}; give less, or "
-            f"more train.steps{where(key, sources)}"
-        )
     return place
 
 

@@ -155,10 +155,22 @@ def verify_resume(
 
 
 def _stages_in_place(config: Config, steps: int) -> list[str]:
-    """Overrides that keep the stages of a run where they are in one of so many steps alone."""
-    data, train = (recipe.to_plain(config)[section] for section in ("data", "train"))
-    lists = {"data.stages": data["stages"], "train.global_batch": train["global_batch"]}
+    """Overrides that keep the stages of a run where they are in one of so many steps alone, and
+    the places at which periods change."""
+    plain = recipe.to_plain(config)
+    data, train, warmup = plain["data"], plain["train"], plain["levels"]["period_warmup"]
+    key = "levels.period_warmup"
+    lists = {
+        "data.stages": data["stages"],
+        "train.global_batch": train["global_batch"],
+        f"{key}.critical_batch": warmup["critical_batch"],
+    }
     overrides = []
+    for name in ("steps", "cooldown"):
+        if warmup[name] is not None:
+            place = Start.parse(warmup[name]).in_steps(config.train.steps)
+            falls_later = name == "cooldown" and place >= steps
+            overrides.append(f"{key}.{name}={'null' if falls_later else f'{place} steps'}")
     for key, stages in lists.items():
         if isinstance(stages, list) and stages:
             places = [Start.parse(stage["from"]).in_steps(config.train.steps) for stage in stages]

@@ -14,6 +14,7 @@ from nlscale.config import recipe
 from nlscale.config.curriculum import curriculum, stage_of
 from nlscale.data.build import build
 from nlscale.errors import UserError
+from nlscale.levels.spectrum import levels_of
 from nlscale.verify.resume import Arrangement, _stages_in_place
 
 COMMAND = [sys.executable, "-m", "nlscale", "verify-resume", "recipes/quickstart.yaml"]
@@ -54,6 +55,22 @@ def test_stages_stand_where_they_do_in_the_recipe() -> None:
             assert replace(here, steps=there.steps) == there
     plain = recipe.load(None, given[:2]).config
     assert _stages_in_place(plain, 8) == []
+
+
+def test_periods_change_where_they_do_in_the_recipe() -> None:
+    given = [
+        "data.dir=x", "train.steps=100", "levels=[1,8]", "levels.period_warmup.steps=30%",
+        "levels.period_warmup.cooldown=90%",
+        "levels.period_warmup.critical_batch=[{from: 0, tokens: 1M tokens}, "
+        "{from: 40%, tokens: 140k tokens}]",
+    ]  # fmt: skip
+    (_, level) = levels_of(recipe.load(None, given).config)
+    for steps in (4, 35, 60):
+        config = recipe.load(None, given).config
+        short = [*given, *_stages_in_place(config, steps), f"train.steps={steps}"]
+        (_, own) = levels_of(recipe.load(None, short).config)
+        for step in range(1, steps + 1):
+            assert own.period_at(step) == level.period_at(step)
 
 
 def test_a_killed_run_resumes_bit_for_bit_and_elsewhere_within_rounding(tmp_path: Path) -> None:
