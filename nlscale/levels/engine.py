@@ -72,8 +72,10 @@ class LevelOptimizer:
         layout: Layout,
     ) -> None:
         self.config, self.levels, self.layout = config, levels, layout
-        self.rules = [at_period(of_level(config, level.index), level.period) for level in levels]
-        """The `optimizer` section as it is for each level."""
+        self._sections = [of_level(config, level.index) for level in levels]
+        sections = zip(self._sections, levels, strict=True)
+        self.rules = [at_period(own, level.period) for own, level in sections]
+        """The `optimizer` section as it is for each level, at its longest period."""
         groups = split_by_group(config, levels, stages)
         where = homes(config, self.rules, groups, layout.nodes)
         self.wire = Wire(layout, gathered_bytes(config), where)
@@ -265,7 +267,7 @@ class LevelOptimizer:
     def _set_memories(self, g: GroupOptimizer, period: int) -> None:
         """Give a group's optimizer the betas of an update of a period, where that changes."""
         if g.group.changes is not None and self.rules[g.group.level].betas_by_period:
-            own = at_period(of_level(self.config, g.group.level), period)
+            own = at_period(self._sections[g.group.level], period)
             made = self.progress[g.group].memory_updates(g.group.period, period)
             set_memories(g.optimizer.optimizer, own, made)
 

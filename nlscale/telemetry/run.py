@@ -12,7 +12,8 @@ nothing. A train record (units as written):
      "bytes_sent": 654321, "bytes_saved": 123456,     # so far, inter-node, by a node; or not sent
      "levels": {"slow": {"period": 16, "learning_rate": 3e-3, "grad_norm": None, "updates": 1,
                          "reductions": 1, "updated": False, "window_fill": 0.06,
-                         "update_ratio": None}},
+                         "update_ratio": None, "gradient_noise_scale": 4e5,     # tokens; and
+                         "gradient_noise": 120.0, "gradient_signal": 3e-4}},    # of what
      "sources": {"web": {"loss": 2.3, "tokens": 334234, "epochs": 0.2}},  # where they are mixed
      "ranks": {"fastest": 0.30, "median": 0.31, "slowest": 0.38,      # seconds a rank computes of a
                "slowest_rank": 3, "slowest_host": "n1"}}              # step, where compared
