@@ -112,7 +112,7 @@ def test_every_step_is_in_one_window_and_windows_change_at_their_ends(seed: int)
             made = sum(t < steps for t in ends) + 1
             assert group.updates(steps) == made
             most = max(most, made)
-        assert planned_updates(level, layers, config.levels.stagger, steps) == most
+        assert planned_updates(config, level) == most
 
 
 def test_a_phase_is_that_of_the_depth_at_every_power_of_two() -> None:
