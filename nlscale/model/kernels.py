@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 
 from nlscale.config.vocabulary import Config, Dtype
+from nlscale.levels.spectrum import BLOCK, INTEGER_BITS
 from nlscale.model.mixers.table import mixer
-from nlscale.ops.check import BOUNDS, accumulation_errors, loss_errors, refuse_beyond
+from nlscale.ops.check import (
+    BOUNDS,
+    accumulation_errors,
+    loss_errors,
+    packing_errors,
+    refuse_beyond,
+)
 
 
 def check_kernels(config: Config, columns: int, device: torch.device) -> None:
@@ -29,6 +36,9 @@ def check_kernels(config: Config, columns: int, device: torch.device) -> None:
         of_loss = loss_errors(columns, dtype, device, config.train.z_loss) if columns else {}
         of_mixer = facts.module().kernel_errors(facts, config, dtype, device)
         sums = accumulation_errors(dtype, device)
+        of_wires: dict[str, float] = {}
+        for wire in sorted({level.wire for level in config.levels.spectrum} & INTEGER_BITS.keys()):
+            of_wires |= packing_errors(INTEGER_BITS[wire], BLOCK, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # a micro batch of one layer was there
     of_libraries = {"Triton": of_loss}
@@ -37,3 +47,4 @@ def check_kernels(config: Config, columns: int, device: torch.device) -> None:
     for library, errors in of_libraries.items():
         refuse_beyond(BOUNDS[dtype], errors, library, device)
     refuse_beyond(BOUNDS[torch.float32], sums, "torch", device)
+    refuse_beyond(BOUNDS[torch.float32], of_wires, "Triton", device)

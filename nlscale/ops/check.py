@@ -24,6 +24,7 @@ from nlscale.ops.memory.reference import memory_reference
 from nlscale.ops.memory.rules import MemoryRules, MemoryWeights
 from nlscale.ops.memory.scan import memory_scan
 from nlscale.ops.pointwise import normalize
+from nlscale.ops.quantize import blocks
 
 BOUNDS = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
 """Norm of the error by norm of the value; bf16 products leave 0.3e-2 to 3e-2."""
@@ -297,3 +298,26 @@ def accumulation_errors(dtype: torch.dtype, device: torch.device) -> dict[str, f
         exact += d_output.to(dtype).double().t() @ x.to(dtype).double()
     name = "the sum of a weight's gradients"
     return relative_errors({name: total}, {name: exact})
+
+
+def packing_errors(bits: int, block: int, device: torch.device) -> dict[str, float]:
+    """Of the kernels that pack gradients as integers; none where they do not take them.
+
+    Args:
+        bits: of an integer.
+        block: values that share a scale.
+        device: where they run.
+    """
+    values, error = torch.randn(2, 17 * block + 9)  # more than a program holds
+    if not blocks.supports(values.to(device)):
+        return {}
+    results = []
+    for place, kernels in ((device, True), (torch.device("cpu"), False)):
+        rows = blocks.Rows.of([(1, len(values) - 1), (0, 1)], bits, block, place)
+        x, owed = values.to(place), error.to(place)
+        left, sums = torch.empty_like(x), torch.empty_like(x)
+        packed = blocks.pack(x, owed, left, rows, kernels)
+        blocks.unpack(torch.cat([packed, packed]), rows, sums, copies=2, kernels=kernels)
+        names = f"sums of {bits}-bit integers", f"what {bits}-bit integers leave"
+        results.append(dict(zip(names, (sums, left), strict=True)))
+    return relative_errors(*results)

@@ -14,6 +14,7 @@ import torch
 from nlscale.bench.clock import here, name_of
 from nlscale.bench.progress import each
 from nlscale.bench.scan import Size, model_of, triton_version
+from nlscale.levels.spectrum import BLOCK, INTEGER_BITS
 from nlscale.model.mixers.memory.check import inputs_of
 from nlscale.model.mixers.memory.facts import MemoryFacts
 from nlscale.model.mixers.table import mixer
@@ -24,6 +25,7 @@ from nlscale.ops.check import (
     attention_errors,
     errors_at_size,
     loss_errors,
+    packing_errors,
     relative_errors,
     scan_results,
 )
@@ -56,8 +58,8 @@ def check_scan(
     that fill a GPU and for long ones. Half of the heads have keys that are alike. Each runs twice:
     the kernels have no reason to give another result. A micro batch of training, for whose sizes
     Triton compiles other kernels than for short sequences, is a sequence in float64 many times. On
-    a GPU follow the loss with its gradient, attention within documents, and the sum of a weight's
-    gradients.
+    a GPU follow the loss with its gradient, attention within documents, the sum of a weight's
+    gradients, and gradients as integers.
 
     Args:
         chunk: check the scan in chunks of this size alone; None: in each that kernels take. On a
@@ -77,6 +79,7 @@ def check_scan(
         rows += [_check_loss(dtype, device) for dtype in BOUNDS]
         rows += [_check_attention(d, device) for d in (64, 128)]
         rows.append(_check_accumulation(device))
+        rows += [_check_packing(bits, device) for bits in INTEGER_BITS.values()]
     compiler = compiler_for(device)
     return {
         "ok": all(row["ok"] for row in rows),
@@ -175,6 +178,17 @@ def _check_attention(d: int, device: torch.device) -> dict[str, Any]:
         "size": str(Size(2, 200, 2, d)),
         "against": "torch in float64",
         **_worst(attention_errors(d, torch.bfloat16, device), torch.bfloat16),
+    }
+
+
+def _check_packing(bits: int, device: torch.device) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {
+        "kernel": "wire",
+        "case": f"int{bits}",
+        "size": f"blocks of {BLOCK}",
+        "against": "torch on the CPU",
+        **_worst(packing_errors(bits, BLOCK, device), torch.float32),
     }
 
 
