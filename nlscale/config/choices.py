@@ -55,6 +55,10 @@ class WireFormat(str, Enum):
     """As they are."""
     bf16 = "bf16"
     """Each node's part, and then the sum, rounded to half the bytes."""
+    int8 = "int8"
+    """The same as integers of 8 bits; what rounding leaves is kept and sent with the next sums."""
+    int4 = "int4"
+    """The same in 4 bits."""
 
 
 class Part(str, Enum):

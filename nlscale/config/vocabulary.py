@@ -247,8 +247,10 @@ class LevelConfig:
     """Keys of `optimizer` that are otherwise for this level, such as {rule: muon}; its peak
     learning rate is a factor beside this."""
     wire: WireFormat = WireFormat.fp32
-    """How its gradients cross between nodes. fp32: exactly. bf16: half the bytes, but approximate:
-    each node's sum, and then the sum of all, is rounded to bf16, and the error is not kept."""
+    """How its gradients cross between nodes. fp32: exactly. The others are approximate, each node's
+    sum, and then the sum of all, being rounded. bf16: half the bytes; the error is not kept. int8
+    and int4: a quarter and an eighth, and a scale for each block of values; the error is kept, and
+    sent with the next sums."""
 
 
 @dataclass

@@ -165,14 +165,24 @@ class LevelOptimizer:
             step: counted from 1.
             consensus: of all ranks on that step.
         """
-        take_step(self.windows, consensus.admitted)
+        take_step(self.windows, consensus.admitted, consensus.counted_tokens > 0)
         counted = {
             group: torch.where(
                 consensus.admitted, consensus.counted_tokens + progress.counted_tokens, 0.0
             )
             for group, progress in self._closing(step).items()
         }
+        self._settle(counted)
         return self._apply(step, counted)
+
+    def _settle(self, counted: dict[SyncGroup, Tensor]) -> None:
+        """Of windows that close, let go of what they have sent where they hold targets that count.
+
+        One that holds none updates nothing, and what it has sent was in vain.
+        """
+        for window in self.windows:
+            if window.group in counted:
+                window.settle(counted[window.group] > 0)
 
     def conclude(self, update: Update, verdict: Verdict) -> dict[int, dict[str, float | None]]:
         """Note where the groups stand after an update, once the verdict on its step is known.
@@ -218,6 +228,7 @@ class LevelOptimizer:
             group: torch.tensor(float(progress.counted_tokens), device=device)
             for group, progress in held.items()
         }
+        self._settle(counted)
         return self._count(self._apply(update.step, counted))
 
     def _apply(self, step: int, tokens: dict[SyncGroup, Tensor]) -> Update:
@@ -306,32 +317,6 @@ class LevelOptimizer:
         """The groups whose windows close with a step: those due; with the last, all."""
         last = step == self.config.train.steps
         return {g: progress for g, progress in self.progress.items() if last or g.due(step)}
-
-    def sum_windows(self) -> None:
-        """Let every node hold the sum over all nodes of each pending window, to be saved.
-
-        It costs one reduction across nodes of the pending groups. `keep_sums_once` is to follow.
-        """
-        if self._windows_differ:
-            self.wire.sum([s for window in self._pending() for s in window.sums])
-
-    def keep_sums_once(self) -> None:
-        """Of sums that every node holds, leave those of the first: the canonical form of windows.
-
-        What the windows of all nodes add up to stays the same, up to rounding.
-        """
-        if self._windows_differ and self.layout.node_rank > 0:
-            for window in self._pending():
-                for tensor in window.sums:
-                    tensor.zero_()
-
-    @property
-    def _windows_differ(self) -> bool:
-        """Whether each node has windows of its own."""
-        return self.layout.nodes > 1 and self.config.levels.reduction == Reduction.deferred
-
-    def _pending(self) -> list[Window]:
-        return [w for w in self.windows if self.progress[w.group].tokens]
 
     def gather_parameters(self) -> None:
         """Set the model's parameters to what updates them, whose shards were set from outside."""

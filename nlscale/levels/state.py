@@ -8,6 +8,7 @@ updated is a part of that.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from nlscale.errors import TrainingFailed
 from nlscale.levels.engine import LevelOptimizer
+from nlscale.levels.optimizers import GroupOptimizer
 from nlscale.levels.spectrum import SyncGroup
 from nlscale.optim.table import rule
 
@@ -71,6 +73,21 @@ class WindowShard:
     """fp32 [length]: sum of the gradients of the window, on this node."""
 
 
+@dataclass(frozen=True)
+class OwedShard:
+    """A range of a parameter's flattened local part, with what crossings have left to be sent."""
+
+    name: str
+    parameter: Any
+    group: SyncGroup
+    start: int
+    """Where the range begins in the local part."""
+    owed: Tensor
+    """fp32 [length]."""
+    of_owner: bool
+    """What this node owes of sums that it adds up (E, of its part alone), not of its own (e)."""
+
+
 def shards(optimizer: LevelOptimizer, parameters: dict[str, Any]) -> list[Shard]:
     """What this rank holds of its parameters' optimizer state.
 
@@ -106,18 +123,49 @@ def window_shards(optimizer: LevelOptimizer, parameters: dict[str, Any]) -> list
         parameters: that part, by name.
     """
     names = {parameter: name for name, parameter in parameters.items()}
-    found = []
+    return [
+        WindowShard(
+            name=names[parameter],
+            parameter=parameter,
+            group=g.group,
+            start=start,
+            window=g.window.sums[i][low:high],
+        )
+        for g in optimizer.groups
+        for i, parameter, start, low, high in _in_node(g)
+    ]
+
+
+def owed_shards(optimizer: LevelOptimizer, parameters: dict[str, Any]) -> list[OwedShard]:
+    """What this rank's windows still owe: of its own sums, and then of those that it adds up.
+
+    Args:
+        optimizer: of this rank's part of the model.
+        parameters: that part, by name.
+    """
+    names = {parameter: name for name, parameter in parameters.items()}
+    own, totals = [], []
     for g in optimizer.groups:
-        for place, window in zip(g.window.places, g.window.sums, strict=True):
-            for parameter, ranges in g.optimizer.held_in_node(*place).items():
-                local = ranges["gbuf_local"]
-                found.append(
-                    WindowShard(
-                        name=names[parameter],
-                        parameter=parameter,
-                        group=g.group,
-                        start=ranges["param"].start,
-                        window=window[local.start : local.end],
-                    )
-                )
-    return found
+        owed = g.window.owed
+        if owed is None:
+            continue
+        for i, parameter, start, low, high in _in_node(g):
+            named = names[parameter], parameter, g.group
+            own.append(OwedShard(*named, start, owed.errors[i][low:high], of_owner=False))
+            if owed.owned is not None:
+                begin, end = owed.owned[i]
+                first, last = max(low, begin), min(high, end)
+                if first < last:
+                    values = owed.totals[i][first - begin : last - begin]
+                    at = start + first - low
+                    totals.append(OwedShard(*named, at, values, of_owner=True))
+    return own + totals
+
+
+def _in_node(g: GroupOptimizer) -> Iterator[tuple[int, Any, int, int, int]]:
+    """The ranges of parameters that lie in a group's shards: which shard, the parameter, where the
+    range begins in its local part, and where it begins and ends in the shard."""
+    for i, place in enumerate(g.window.places):
+        for parameter, ranges in g.optimizer.held_in_node(*place).items():
+            local = ranges["gbuf_local"]
+            yield i, parameter, ranges["param"].start, local.start, local.end

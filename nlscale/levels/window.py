@@ -24,7 +24,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nlscale.config.vocabulary import Config, Reduction, WireFormat
-from nlscale.levels.spectrum import SyncGroup
+from nlscale.levels.feedback import Owed, Packed
+from nlscale.levels.spectrum import INTEGER_BITS, SyncGroup
 from nlscale.levels.wire import Wire
 from nlscale.parallel import cpu
 from nlscale.parallel.layout import Layout
@@ -68,8 +69,11 @@ class Window:
         config: Config,
     ) -> None:
         self.group, self._wire, self._format = group, wire, wire_format
+        self.parameters = list(parameters.values())
         self._every_step = config.levels.reduction == Reduction.every_step
-        self.ddps = [_ddp(part, megatron, layout, config) for part in _parts(parameters)]
+        rounds = wire.joins_nodes and wire_format in INTEGER_BITS
+        parts = _parts(parameters, apart=rounds and layout.tensor_size > 1)
+        self.ddps = [_ddp(part, megatron, layout, config) for part in parts]
         inside = layout.within_node.dp
         buffers = [buffer for ddp in self.ddps for buffer in ddp.buffers]
         buckets = {
@@ -99,7 +103,16 @@ class Window:
         self.sums = self.shards if group.period == 1 else [torch.zeros_like(s) for s in self.shards]
         self.before_crossing: Callable[[int], None] | None = None
         """Called with the place of a shard that this node has summed, before others join it."""
-        self._closes = self._crosses = False
+        self.owed: Owed | None = None
+        """What is still to be sent of steps that are over; None: nothing ever is."""
+        self._packed: list[Packed | None] = [None] * len(self.shards)
+        if rounds:
+            owed = self.begin_owed()
+            self._packed = [
+                wire.packed(owed, i, wire_format, cut, config.train.kernels)
+                for i, cut in enumerate(self.cuts)
+            ]
+        self._closes = self._crosses = self._unsettled = False
         self._sent: set[int] = set()
         if config.parallel.overlap:
             groups = {
@@ -113,6 +126,7 @@ class Window:
         """Before the first backward pass of a step, at the end of which the window may close."""
         self._closes = closes
         self._crosses = self._wire.joins_nodes and (closes or self._every_step)
+        self._unsettled = self._crosses
         self._sent.clear()
         self.clear()
 
@@ -133,6 +147,22 @@ class Window:
                 if i not in self._sent:
                     self._send(i)
 
+    def begin_owed(self) -> Owed:
+        """Make room for what the window owes, where there is none yet."""
+        if self.owed is None:
+            self.owed = self._wire.owed(self.shards, self._format)
+        return self.owed
+
+    def settle(self, accepted: Tensor) -> None:
+        """Once what has crossed is known to be of use, or not, keep what that leaves to be sent.
+
+        Args:
+            accepted: whether an update or the window's sum takes it in; bool [].
+        """
+        if self.owed is not None and self._unsettled:
+            self.owed.settle(accepted)
+        self._unsettled = False
+
     def square(self) -> Tensor:
         """Sum of squares of the closed window's gradient, as far as this rank has it, float64."""
         if not self._owned:  # all of its shards are of matrices that lie on other nodes
@@ -147,9 +177,12 @@ class Window:
         """
         torch._foreach_copy_(self.shards, self.sums)
         torch._foreach_zero_(self.sums)
-        if self._wire.joins_nodes and not self._every_step:
-            for shard, cut in zip(self.shards, self.cuts, strict=True):
-                self._wire.start(shard, self._format, cut=cut)
+        if not self._wire.joins_nodes:
+            self._add_owed()
+        elif not self._every_step:
+            self._unsettled = True
+            for i in range(len(self.shards)):
+                self._start(i, ())
 
     def scale(self, factor: Tensor) -> None:
         """Multiply the closed window's gradient: the mean over its tokens, clipped."""
@@ -187,17 +220,33 @@ class Window:
     def _send(self, i: int, reduced: Callable[[], object] | None = None) -> None:
         """Sum a shard over the nodes once it is reduced inside this one."""
         self._sent.add(i)
-        shard, held = self.shards[i], self.sums[i] if self._joins_before_crossing else None
+        shard, seen = self.shards[i], self.before_crossing
+        first: list[Callable[[], object]] = [] if reduced is None else [reduced]
+        if seen is not None:
+            first.append(lambda: seen(i))
+        if self._joins_before_crossing:
+            first.append(lambda: shard.add_(self.sums[i]))
+        self._start(i, first)
 
-        def before() -> None:
-            if reduced is not None:
-                reduced()
-            if self.before_crossing is not None:
-                self.before_crossing(i)
-            if held is not None:
-                shard.add_(held)
+    def _start(self, i: int, first: Iterable[Callable[[], object]]) -> None:
+        """Sum a shard over the nodes, when something has been done first."""
+        shard, owed, packed = self.shards[i], self.owed, self._packed[i]
+        before = [*first]
+        if owed is not None and packed is None:
+            before.append(lambda: owed.add_to(shard, i))
 
-        self._wire.start(shard, self._format, before, self.cuts[i])
+        def all_before() -> None:
+            for do in before:
+                do()
+
+        self._wire.start(shard, self._format, all_before, self.cuts[i], packed)
+
+    def _add_owed(self) -> None:
+        """On one node, where nothing crosses, close the window with what others have left."""
+        if self.owed is not None:
+            self._unsettled = True
+            for i, shard in enumerate(self.shards):
+                self.owed.add_to(shard, i)
 
 
 def _ddp(
@@ -224,14 +273,20 @@ def _ddp(
     return ddp
 
 
-def _parts(parameters: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
+def _parts(parameters: dict[str, nn.Parameter], apart: bool) -> list[dict[str, nn.Parameter]]:
     """Parameters whose gradients cross as they are, and those that tensor ranks add up before.
 
     In a buffer of their own the latter, gains of norms for the most part, hold up no others.
+
+    Args:
+        parameters: by name.
+        apart: whether what all tensor ranks hold alike is to share no scale with what is split over
+            them, by which it would come out of the wire different on each.
     """
     partial = {name: p for name, p in parameters.items() if _is_partial(p)}
-    whole = {name: p for name, p in parameters.items() if name not in partial}
-    return [part for part in (whole, partial) if part]
+    alike = {n: p for n, p in parameters.items() if apart and n not in partial and _is_alike(p)}
+    rest = {n: p for n, p in parameters.items() if n not in partial and n not in alike}
+    return [part for part in (rest, alike, partial) if part]
 
 
 def _reduce_nothing(bucket_group: Any) -> None:
@@ -287,18 +342,34 @@ def _is_partial(parameter: Any) -> bool:
     return parameter.partial_gradient
 
 
-def take_step(windows: list[Window], admitted: Tensor) -> None:
+def _is_alike(parameter: Any) -> bool:
+    return not parameter.tensor_model_parallel
+
+
+def take_step(windows: list[Window], admitted: Tensor, counts: Tensor) -> None:
     """Take a step into the windows where it is admitted (bool []), and close those due with it.
 
     All on the device, when what crosses at this step has crossed. A window that closes leaves its
     gradient in the buffer. Of a step that is not admitted nothing remains but what is in the
-    buffers, and the windows stay as they were.
+    buffers, and the windows stay as they were; what one has sent that closes is yet to be settled.
+
+    Args:
+        windows: of a rank.
+        admitted: bool [].
+        counts: whether it is, and some target of it counts; bool [].
     """
     waiting = [w for w in windows if w._waits]
     growing = [w for w in waiting if not w._closes]
-    dropped = ~admitted
-    for shard in _all(w.shards for w in growing):
-        shard.masked_fill_(dropped, 0.0)  # 0 * NaN is NaN
+    dropped, adds_nothing = ~admitted, ~counts
+    for w in growing:
+        for shard in w.shards:
+            # 0 * NaN is NaN. What is owed crosses at every step, too; in a window in which no
+            # target counts it would be lost.
+            shard.masked_fill_(dropped if w.owed is None else adds_nothing, 0.0)
+        w.settle(counts)
+    for w in windows:
+        if w._closes and not w._crosses:
+            w._add_owed()
     _add(_all(w.sums for w in growing), _all(w.shards for w in growing))
     closing = [w for w in waiting if w._closes]
     alone = [w for w in closing if not w._joins_before_crossing]

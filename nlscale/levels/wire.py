@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nlscale.config.vocabulary import WireFormat
-from nlscale.levels.homes import Cut, Homes, cut_at_homes
-from nlscale.levels.spectrum import BF16_AT_ONCE, reduction_bytes, sent_bytes
+from nlscale.levels.feedback import Owed, Packed
+from nlscale.levels.homes import Cut, Homes, cut_at_homes, even_cut
+from nlscale.levels.spectrum import INTEGER_BITS, ROUNDED_AT_ONCE, reduction_bytes, sent_bytes
 from nlscale.ops.moments import Moment, now, seconds_between
 from nlscale.parallel.layout import Layout
 
@@ -62,6 +63,7 @@ class Wire:
         wire: WireFormat = WireFormat.fp32,
         before: Callable[[], None] | None = None,
         cut: Cut | None = None,
+        packed: Packed | None = None,
     ) -> None:
         """Begin to sum a shard over the nodes, in place; it is the caller's again after `finish`.
 
@@ -73,6 +75,7 @@ class Wire:
             before: what is to be done first, on the same stream or thread: wait for the shard, or
                 add to it.
             cut: of the shard (`cut`).
+            packed: of a shard that crosses as integers (`packed`).
         """
         group = self._group
         assert group is not None and self._beside is not None, "there are no other nodes"
@@ -80,12 +83,17 @@ class Wire:
         crosses = shard.numel() * (self._nodes - 1) / self._nodes
         if cut is not None:
             crosses = shard.numel() - self._mine(cut)
-        self.bytes += crosses * sent_bytes(wire, 0 if scatters else None)
+        if packed is not None:
+            self.bytes += packed.bytes
+        else:
+            self.bytes += crosses * sent_bytes(wire, 0 if scatters else None)
 
         def work() -> None:
             if before is not None:
                 before()
-            if cut is None:
+            if packed is not None:
+                packed.sum(shard, group)
+            elif cut is None:
                 _SUMS[wire, scatters](shard, group)
             else:
                 _SUMS_AT_HOME[wire](shard, cut, group)
@@ -133,6 +141,34 @@ class Wire:
     def owned(self, cut: Cut | None, length: int) -> list[slice]:
         """What this node has of a shard of a length."""
         return [slice(*part_range(length, *self.part))] if cut is None else cut[self._node]
+
+    def owed(self, shards: list[Tensor], wire: WireFormat) -> Owed:
+        """What a window may owe; nothing yet.
+
+        Args:
+            shards: of the window.
+            wire: how it crosses.
+        """
+        owned = None
+        if self._gathered is None and self.joins_nodes:
+            owned = [part_range(s.numel(), self._node, self._nodes) for s in shards]
+        return Owed(shards, owned, rounds=self.joins_nodes and wire in INTEGER_BITS)
+
+    def packed(
+        self, owed: Owed, i: int, wire: WireFormat, cut: Cut | None, kernels: bool = True
+    ) -> Packed:
+        """How a shard crosses as integers.
+
+        Args:
+            owed: of its window.
+            i: which of its shards it is.
+            wire: how it crosses.
+            cut: of the shard (`cut`).
+            kernels: whether those for GPUs may be used.
+        """
+        even = even_cut(owed.errors[i].numel(), self._nodes)
+        parts, bits = even if cut is None else cut, INTEGER_BITS[wire]
+        return Packed(parts, self._node, bits, owed, i, kernels)
 
     def at_home(self, parameter: Any) -> bool:
         """Whether this node has of a parameter what its ranks update: but for cut ones, all."""
@@ -261,7 +297,7 @@ _SUMS = {
 _SUMS_AT_HOME = {WireFormat.fp32: _reduce_as_it_is, WireFormat.bf16: _reduce_in_bf16}
 """By format, of a shard that is cut."""
 
-_PIECE = BF16_AT_ONCE // 8
+_PIECE = ROUNDED_AT_ONCE // 8
 """Elements, of which each takes 2 bytes to send, 2 that arrive and 4 to add up."""
 
 

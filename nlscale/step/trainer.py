@@ -16,7 +16,14 @@ from nlscale.config.curriculum import TrainingStage, at_stage, curriculum, stage
 from nlscale.config.vocabulary import Config, Dtype
 from nlscale.levels.engine import LevelOptimizer
 from nlscale.levels.spectrum import Level
-from nlscale.levels.state import Shard, WindowShard, shards, window_shards
+from nlscale.levels.state import (
+    OwedShard,
+    Shard,
+    WindowShard,
+    owed_shards,
+    shards,
+    window_shards,
+)
 from nlscale.model.decoder import Decoder, named_parameters
 from nlscale.model.kernels import check_kernels
 from nlscale.model.layers import megatron_config
@@ -210,6 +217,10 @@ class Trainer:
     def windows(self) -> list[WindowShard]:
         """What this rank holds of its parameters' windows."""
         return window_shards(self.optimizer, self.named_parameters())
+
+    def owed(self) -> list[OwedShard]:
+        """What this rank's windows still owe."""
+        return owed_shards(self.optimizer, self.named_parameters())
 
     def _count(self, verdict: Verdict) -> None:
         counters = self.counters

@@ -104,6 +104,18 @@ def test_a_step_stays_on_the_gpu_and_runs_through_the_kernels(case: Case) -> Non
     assert steps == [want] * 3
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+def test_what_crosses_as_integers_is_packed_by_kernels(kernels: bool) -> None:
+    keys = ["levels=[{period: 1, wire: int8}, {period: 3, wire: int4}]", "train.global_batch=2"]
+    keys += ["levels.stagger=false", f"train.kernels={kernels}", "model.mixer=attention"]
+    (steps,) = world.run(1, launched_in_each_step, keys, 1, 2)
+    packing = [{k: n for k, n in step.items() if "pack" in k} for step in steps]
+    # A shard a level: each packed for the owners, and its sum for all; unpacked as often.
+    once = {"pack_kernel": 2, "unpack_kernel": 2}
+    both = {kernel: 2 * number for kernel, number in once.items()}
+    assert packing == ([once, once, both] if kernels else [{}] * 3)
+
+
 def bench(*arguments: str) -> tuple[Counter[str], int]:
     """The kernels that it launches, and how often it waits for the GPU to have done everything."""
     from nlscale.step import trainer as module
