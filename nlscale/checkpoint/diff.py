@@ -13,7 +13,12 @@ from torch import Tensor
 from nlscale.checkpoint.store.pieces import Piece, TensorInfo
 from nlscale.checkpoint.store.store import Checkpoint
 
-_CLASSES = {"weights": "parameters", "window": "windows"}
+_CLASSES = {
+    "weights": "parameters",
+    "window": "windows",
+    "error": "windows",
+    "owner_error": "windows",
+}
 """By the first part of a tensor's name; the others are what the optimizer rule keeps."""
 _LOSSES = ("recent", "first_loss", "last_losses")
 _CIRCUMSTANCES = (

@@ -17,11 +17,20 @@ from torch import Tensor
 
 from nlscale.checkpoint.export.weights import read_weights
 from nlscale.checkpoint.flat import Flat, cut
-from nlscale.checkpoint.state import Held, flat, held_of, is_canonical, layout_of
+from nlscale.checkpoint.state import (
+    ERROR,
+    OWNER_ERROR,
+    Held,
+    flat,
+    held_of,
+    is_canonical,
+    layout_of,
+)
 from nlscale.checkpoint.store.store import Checkpoint
 from nlscale.config.parts import parts_of, parts_of_saved
 from nlscale.config.vocabulary import Pending
 from nlscale.errors import UserError
+from nlscale.levels.canonical import keep_sums_once
 from nlscale.levels.progress import Progress
 from nlscale.levels.spectrum import SyncGroup
 from nlscale.levels.state import Shard
@@ -48,14 +57,49 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         )
     if state["pending"] != trainer.config.checkpoint.pending.value:
         canonical = state["pending"] == Pending.canonical.value
-    held = held_of(trainer, canonical, _kept(trainer, checkpoint))
+    _make_room_for_errors(trainer, checkpoint)
+    held = _without_new_errors(held_of(trainer, canonical, _kept(trainer, checkpoint)), checkpoint)
     checkpoint.read(held.pieces(layout))
     _spread(held.everywhere, layout)
     if canonical:
-        trainer.optimizer.keep_sums_once()
+        keep_sums_once(trainer.optimizer)
     trainer.optimizer.gather_parameters()
     names = Counters.__dataclass_fields__
     trainer.counters = Counters(**{name: _all_counted(state)[name] for name in names})
+
+
+def _make_room_for_errors(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Where the checkpoint holds errors of rounding, let windows have them that make none now.
+
+    Those of a level that crosses otherwise than it did, or of a run that goes on on one node; they
+    go as they are with the next sums.
+
+    Raises:
+        UserError: owners have errors of sums that this run does not send back.
+    """
+    kinds = {tuple(name.partition("@")[0].split("/", 1)) for name in checkpoint.tensors()}
+    names = {p: name for name, p in trainer.named_parameters().items()}
+    for window in trainer.optimizer.windows:
+        mine = [names[p] for p in window.parameters]
+        if any((ERROR, name) in kinds for name in mine):
+            owed = window.begin_owed()
+            if owed.owned is None and any((OWNER_ERROR, name) in kinds for name in mine):
+                raise UserError(
+                    f"{checkpoint.path} holds errors of rounding as parallel.shard_optimizer=node "
+                    f"and checkpoint.pending=exact make them: go on with that sharding, or from a "
+                    f"checkpoint with checkpoint.pending=canonical"
+                )
+
+
+def _without_new_errors(held: Held, checkpoint: Checkpoint) -> Held:
+    """Without the errors that the checkpoint does not hold, which begin as zeros."""
+    there = checkpoint.tensors()
+
+    def known(flat: Flat) -> bool:
+        kind = flat.name.partition("/")[0]
+        return kind not in (ERROR, OWNER_ERROR) or flat.name in there
+
+    return Held([f for f in held.everywhere if known(f)], [f for f in held.here if known(f)])
 
 
 def _kept(trainer: Trainer, checkpoint: Checkpoint) -> Callable[[Shard, int], dict[str, Tensor]]:

@@ -7,6 +7,10 @@ Tensors, each whole and under its parameter's own name, whatever rank holds whic
                                    rule what that keeps (`nlscale.optim.table`)
     window/NAME                    fp32, sum of gradients of an unfinished window, over all nodes
     window/NAME@3                  the same of node 3 alone (checkpoint.pending=exact)
+    error/NAME                     fp32, errors of rounding of a level that crosses as integers, yet
+                                   to be sent: the sum over nodes and owners
+    error/NAME@3                   those of node 3 alone (checkpoint.pending=exact)
+    owner_error/NAME               those of the owners (checkpoint.pending=exact)
 
 and `state.json`: counters, progress of every sync group, configuration, data and versions. A rule's
 step count is the updates of its group. No random numbers are drawn in training (weights come from
@@ -28,10 +32,13 @@ from nlscale.checkpoint.slabs import HostSlabs
 from nlscale.checkpoint.store.pieces import Piece
 from nlscale.config import recipe
 from nlscale.config.vocabulary import Pending
-from nlscale.levels.state import Shard, WindowShard
+from nlscale.levels.canonical import keep_sums_once, sum_windows
+from nlscale.levels.state import OwedShard, Shard, WindowShard
 from nlscale.parallel.layout import Layout
 from nlscale.step.trainer import Trainer
 
+ERROR, OWNER_ERROR = "error", "owner_error"
+"""First parts of names."""
 _PACKAGES = ("nlscale", "torch", "megatron-core")
 
 
@@ -65,13 +72,13 @@ def copy_of_state(trainer: Trainer, slabs: HostSlabs) -> list[Piece]:
     """
     layout, canonical = trainer.layout, is_canonical(trainer)
     if canonical:
-        trainer.optimizer.sum_windows()
+        sum_windows(trainer.optimizer)
     held = held_of(trainer, canonical, lambda shard, updates: shard.state() if updates else {})
     if layout.tensor_rank > 0:  # what all tensor ranks hold whole is written by the first
         held = Held(_split(held.everywhere), _split(held.here))
     copied = slabs.copy(held.dealt(layout))
     if canonical:
-        trainer.optimizer.keep_sums_once()
+        keep_sums_once(trainer.optimizer)
     return [piece for part in copied for piece in boxes(part, layout)]
 
 
@@ -97,6 +104,11 @@ def held_of(
     for own in trainer.windows():
         if progress[own.group].tokens:
             windows.append(flat(f"window/{own.name}{node}", own, own.window))
+    for owed in trainer.owed():
+        if not owed.of_owner:
+            windows.append(flat(f"{ERROR}/{owed.name}{node}", owed, owed.owed))
+        elif not canonical:  # else the nodes' errors hold them
+            held.here.append(flat(f"{OWNER_ERROR}/{owed.name}", owed, owed.owed))
     return held
 
 
@@ -129,7 +141,7 @@ def trainer_state(trainer: Trainer, data: dict[str, Any], wandb_id: str | None) 
     }
 
 
-def flat(name: str, shard: Shard | WindowShard, tensor: Tensor) -> Flat:
+def flat(name: str, shard: Shard | WindowShard | OwedShard, tensor: Tensor) -> Flat:
     """A tensor of a shard's range."""
     return Flat(name, shard.parameter, shard.start, tensor.detach())
 

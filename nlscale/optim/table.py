@@ -67,7 +67,7 @@ class Rule:
         if isinstance(self.state, str):
             raise UserError(f"an optimizer rule's state is a tuple of names, not {self.state!r}")
         for name in self.state:
-            if name in ("weights", "window") or not name.isidentifier():
+            if name in ("weights", "window", "error", "owner_error") or not name.isidentifier():
                 raise UserError(f"an optimizer rule cannot call what it keeps {name!r}")
 
     @property
