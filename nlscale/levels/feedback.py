@@ -60,10 +60,6 @@ class Owed:
         self.errors_made, self.totals_made = made[:number], made[number:]
         """What becomes of them with the crossing under way."""
 
-    @property
-    def rounds(self) -> bool:
-        return self._made is not None
-
     def add_to(self, shard: Tensor, i: int) -> None:
         """Send it all, as it is, with what shard i holds."""
         shard.add_(self.errors[i])

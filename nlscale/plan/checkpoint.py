@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nlscale.cluster.machines import Cluster
-from nlscale.config.vocabulary import Config, Pending, Reduction
-from nlscale.levels.spectrum import Level, reduction_bytes
+from nlscale.config.vocabulary import Config, Pending, Reduction, Sharding
+from nlscale.levels.spectrum import INTEGER_BITS, Level, reduction_bytes
 from nlscale.model.stages import stage_blocks
 from nlscale.plan.memory import held_by_stage, kept_by_stage
 
@@ -24,9 +24,9 @@ class CheckpointPlan:
     """Of one checkpoint, at most: where the windows of all slow levels are unfinished."""
 
     bytes: int
-    """On disk: weights, what updates them, and windows."""
+    """On disk: weights, what updates them, windows, and errors of rounding still to be sent."""
     inter_node_bytes: float
-    """That a node sends, for one reduction of unfinished windows."""
+    """That a node sends, for one reduction of unfinished windows and of such errors."""
     host_bytes: float
     """Of a node's memory, the mean, for the copy that is written."""
     largest_file_bytes: float
@@ -63,9 +63,12 @@ def checkpoint_plan(
     exact = config.checkpoint.pending == Pending.exact
     # with pending=exact each node stores windows of its own
     of_a_window = 4 * (group_nodes if exact else 1)
+    owners = exact and config.parallel.shard_optimizer == Sharding.node
+    of_an_error = of_a_window + 4 * owners
+    defers = config.levels.reduction == Reduction.deferred
     writers = cluster.ranks // ranks  # of a pipeline rank
     cut = stage_blocks(config, vocabulary)
-    total = largest = read = slow = 0.0
+    total = largest = read = settled = 0.0
     for rank in range(ranks):
         once = twice = 0.0
         mine = cut[rank::ranks]
@@ -73,19 +76,20 @@ def checkpoint_plan(
         kept = kept_by_stage(config, vocabulary, mine)
         for level, (split, whole), (split_kept, whole_kept) in zip(levels, held, kept, strict=True):
             waits = level.period > 1
-            of_a_parameter = 4 + of_a_window * waits  # fp32 weights, and windows
+            rounded = group_nodes > 1 and level.wire in INTEGER_BITS
+            # fp32 weights, windows, and errors
+            of_a_parameter = 4 + of_a_window * waits + of_an_error * rounded
             once += (split * tensor + whole) * of_a_parameter + split_kept * tensor + whole_kept
             twice += (tensor - 1) * (whole * of_a_parameter + whole_kept)
-            slow += (split * tensor + whole) * waits
+            settled += (split * tensor + whole) * (waits * defers + rounded)
         total += once
         read += once + twice
         # the first tensor rank writes what all of them hold whole
         largest = max(largest, (once + twice) / writers)
-    settles = not exact and config.levels.reduction == Reduction.deferred
-    crossing = reduction_bytes(slow, group_nodes) * group_nodes / cluster.nodes
+    crossing = reduction_bytes(settled, group_nodes) * group_nodes / cluster.nodes
     return CheckpointPlan(
         bytes=round(total),
-        inter_node_bytes=crossing if settles else 0.0,
+        inter_node_bytes=0.0 if exact else crossing,
         host_bytes=total / cluster.nodes,
         largest_file_bytes=largest,
         files=cluster.ranks,

@@ -30,7 +30,12 @@ _EXPOSED = {
 _RANK = {
     "weights": Field("number", "bytes", "in the dtype of training"),
     "gradients": Field("number", "bytes", "megatron-core's buffer, in fp32"),
-    "windows": Field("number", "bytes", "sums of the levels of a period above 1, in fp32"),
+    "windows": Field(
+        "number",
+        "bytes",
+        "sums of the levels of a period above 1, in fp32; errors of rounding of levels that cross "
+        "as integers; and what crossing rounded takes in passing",
+    ),
     "optimizer": Field("number", "bytes", "what the rule keeps, and fp32 weights beside bf16 ones"),
     "activations": Field("number", "bytes", "of the micro batches in flight"),
     "update": Field("number", "bytes", "that an update takes in passing, in place of activations"),
@@ -225,7 +230,9 @@ PLAN: Mapping[str, Field] = {
         fields={
             "bytes": Field("integer", "bytes", "on disk"),
             "inter_node_bytes": Field(
-                "number", "bytes", "that a node sends to sum up unfinished windows"
+                "number",
+                "bytes",
+                "that a node sends to sum unfinished windows and rounding errors",
             ),
             "host_bytes": Field(
                 "number", "bytes", "of a node's memory, the mean, for the copy that is written from"

@@ -2,8 +2,10 @@
 
     weights       2 bytes (bf16) or 4 (fp32) a parameter that the rank holds
     gradients     4 bytes a parameter: megatron-core's buffer, in fp32
-    windows       4 bytes a parameter of a level of period above 1, sharded over a node; and what
-                  a level that crosses in bf16 takes in passing
+    windows       4 bytes a parameter of a level of period above 1, sharded over a node; of one that
+                  crosses as integers, likewise, 8 for its errors of rounding and what becomes of
+                  them and, with `parallel.shard_optimizer=node`, 8 more divided by the nodes; and
+                  what a level that crosses rounded takes in passing
     optimizer     what the rules keep (8 bytes a parameter, Adam's moments; of each level and of
                   matrices by their own rule), and with bf16 4 more, the fp32 weights; sharded over
                   a node, or with `parallel.shard_optimizer` all or matrices over all nodes
@@ -29,7 +31,7 @@ from nlscale.cluster.spread import COMPARED_AT_ONCE
 from nlscale.config.vocabulary import Config, Dtype, Sharding, WireFormat
 from nlscale.levels.groups import parameters_by_depth
 from nlscale.levels.kept import kept_by_depth, rules_by_level
-from nlscale.levels.spectrum import BF16_AT_ONCE, Level
+from nlscale.levels.spectrum import INTEGER_BITS, ROUNDED_AT_ONCE, Level
 from nlscale.model.sizes import places
 from nlscale.model.stages import stage_blocks
 from nlscale.plan.activations import Activations
@@ -135,7 +137,9 @@ def memory(
             RankMemory(
                 weights=parameters * (2 if bf16 else 4),
                 gradients=parameters * 4,
-                windows=waiting * 4 / in_node + _crossing(levels, held, in_node),
+                windows=waiting * 4 / in_node
+                + _owed(config, levels, held, group_nodes) / in_node
+                + _crossing(levels, held, in_node),
                 optimizer=(kept_by_rules + parameters * (4 if bf16 else 0)) / spread,
                 activations=kept + batch.transient() + batch.gathered(),
                 update=update_bytes(
@@ -152,12 +156,21 @@ def memory(
     return result
 
 
+def _owed(config: Config, levels: list[Level], held: list[float], group_nodes: int) -> float:
+    """Errors of rounding, those kept and those made (`nlscale.levels.feedback.Owed`)."""
+    if group_nodes == 1:
+        return 0.0
+    rounded = sum(n for level, n in zip(levels, held, strict=True) if level.wire in INTEGER_BITS)
+    sent_back = config.parallel.shard_optimizer == Sharding.node
+    return rounded * 8 * (1 + sent_back / group_nodes)
+
+
 def _crossing(levels: list[Level], held: list[float], in_node: int) -> float:
-    """8 bytes an element of what crosses in bf16 at a time."""
+    """8 bytes an element of what crosses rounded at a time."""
     shards = [
-        n / in_node for level, n in zip(levels, held, strict=True) if level.wire == WireFormat.bf16
+        n / in_node for level, n in zip(levels, held, strict=True) if level.wire != WireFormat.fp32
     ]
-    return min(8 * max(shards, default=0.0), BF16_AT_ONCE)
+    return min(8 * max(shards, default=0.0), ROUNDED_AT_ONCE)
 
 
 def _comparison(config: Config, vocabulary: int) -> float:

@@ -192,9 +192,10 @@ class Plan:
           cycle: each level of the run, all of them, and plain data parallel
         - `activation_bytes_per_step`: of activations and their gradients between pipeline ranks,
           not part of the above
-        - `checkpoint`: `bytes` on disk; `inter_node_bytes`, the reduction of unfinished windows;
-          `host_bytes`, the copy in a node's memory to write from; `largest_file_bytes` of `files`;
-          `resume_bytes` that all ranks read; of one checkpoint, at most
+        - `checkpoint`: `bytes` on disk; `inter_node_bytes`, the reduction of unfinished windows
+          and rounding errors; `host_bytes`, the copy in a node's memory to write from;
+          `largest_file_bytes` of `files`; `resume_bytes` that all ranks read; of one checkpoint, at
+          most
         - `shard_optimizer`: as configured; `sharding`: of each way, with
           `optimizer_bytes` and `total_bytes` on the fullest GPU and `mean_bytes_per_step`
         - `whole_matrices`: of rules over such, null without any; see `nlscale.plan.whole.WholePlan`

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from nlscale.config.units import human_bytes, human_count
 from nlscale.config.vocabulary import Sharding
+from nlscale.levels.spectrum import INTEGER_BITS
 from nlscale.plan.memory import GIB, USABLE, RankMemory
 from nlscale.plan.plan import Exposure, Plan, Sharded
 from nlscale.plan.programs import WANTED
@@ -100,7 +101,7 @@ def _checkpoint(plan: Plan) -> str:
     if found.inter_node_bytes:
         line += (
             f"; it sends up to {human_bytes(found.inter_node_bytes)} from a node, to sum "
-            f"unfinished windows"
+            f"unfinished windows{' and errors of rounding' if _rounds(plan) else ''}"
         )
     if found.files == 1:
         return f"{line}."
@@ -108,6 +109,10 @@ def _checkpoint(plan: Plan) -> str:
         f"{line}. The largest of its {found.files:,} files has {found.skew:.2f} times the mean; to "
         f"go on from it the ranks read {found.reread:.2f} times its bytes."
     )
+
+
+def _rounds(plan: Plan) -> bool:
+    return any(e.wire in INTEGER_BITS for e in plan.stages[0].config.levels.spectrum)
 
 
 def _sharding(plan: Plan) -> str:
