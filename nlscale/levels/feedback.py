@@ -25,7 +25,8 @@ from torch import Tensor
 
 from nlscale.levels.homes import Cut
 from nlscale.levels.spectrum import BLOCK, ROUNDED_AT_ONCE
-from nlscale.ops.quantize.blocks import Rows, pack, row_bytes, unpack
+from nlscale.ops.quantize.blocks import pack, unpack
+from nlscale.ops.quantize.rows import Rows, row_bytes
 
 _PIECE = ROUNDED_AT_ONCE // 8
 """Elements that cross at a time: of each no more than 1.04 bytes to send, as many that arrive and

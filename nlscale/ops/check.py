@@ -25,6 +25,7 @@ from nlscale.ops.memory.rules import MemoryRules, MemoryWeights
 from nlscale.ops.memory.scan import memory_scan
 from nlscale.ops.pointwise import normalize
 from nlscale.ops.quantize import blocks
+from nlscale.ops.quantize.rows import Rows
 
 BOUNDS = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
 """Norm of the error by norm of the value; bf16 products leave 0.3e-2 to 3e-2."""
@@ -313,7 +314,7 @@ def packing_errors(bits: int, block: int, device: torch.device) -> dict[str, flo
         return {}
     results = []
     for place, kernels in ((device, True), (torch.device("cpu"), False)):
-        rows = blocks.Rows.of([(1, len(values) - 1), (0, 1)], bits, block, place)
+        rows = Rows.of([(1, len(values) - 1), (0, 1)], bits, block, place)
         x, owed = values.to(place), error.to(place)
         left, sums = torch.empty_like(x), torch.empty_like(x)
         packed = blocks.pack(x, owed, left, rows, kernels)

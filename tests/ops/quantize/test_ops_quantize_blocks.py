@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nlscale.ops.check import BOUNDS
 from nlscale.ops.quantize import blocks
-from nlscale.ops.quantize.blocks import Rows, pack, row_bytes, unpack
+from nlscale.ops.quantize.blocks import pack, unpack
+from nlscale.ops.quantize.rows import Rows, row_bytes
 from nlscale.verify.compiled import compiled, recorded
 
 BLOCK = 128

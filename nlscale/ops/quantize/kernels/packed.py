@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nlscale.ops.device import on_device
-from nlscale.ops.quantize.blocks import Rows, largest
+from nlscale.ops.quantize.rows import Rows, largest
 
 _VALUES = 2048
 """That a program holds at a time."""
