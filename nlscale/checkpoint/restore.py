@@ -49,6 +49,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """
     state, layout, canonical = checkpoint.state, trainer.layout, is_canonical(trainer)
     _restore_progress(trainer, state)
+    _refuse_other_parts(trainer, state)
     if state["pending"] == Pending.exact.value and state["layout"] != layout_of(layout):
         raise UserError(
             f"{checkpoint.path} holds the windows of its own layout ({_say(state['layout'])}) and "
@@ -165,14 +166,17 @@ def _restore_progress(trainer: Trainer, state: dict[str, Any]) -> None:
             "the checkpoint's levels, periods or phases are others than this configuration's, and "
             "its windows belong to them: keep levels, model.layers and the tokens of a step"
         )
+    noise = state.get("gradient_noise", [None] * len(saved))
+    for (group, entry), own in zip(saved.items(), noise, strict=True):
+        progress[group] = Progress.of_plain(entry, own)
+
+
+def _refuse_other_parts(trainer: Trainer, state: dict[str, Any]) -> None:
     if parts_of_saved(state["config"]) != parts_of(trainer.config):
         raise UserError(
             "parts of the model are at other levels than in the checkpoint, whose windows and "
             "counts of updates belong to them: keep the parts of levels"
         )
-    noise = state.get("gradient_noise", [None] * len(saved))
-    for (group, entry), own in zip(saved.items(), noise, strict=True):
-        progress[group] = Progress.of_plain(entry, own)
 
 
 def _all_counted(entry: dict[str, Any]) -> dict[str, Any]:
