@@ -15,6 +15,7 @@ from nlscale.checkpoint.store.store import Checkpoint
 
 _CLASSES = {
     "weights": "parameters",
+    "local_weights": "parameters",
     "window": "windows",
     "error": "windows",
     "owner_error": "windows",
@@ -160,7 +161,8 @@ def _pairs(
     groups: dict[str, tuple[list[str], list[str]]] = {}
     for side, names in enumerate((a, b)):
         for name in names:
-            groups.setdefault(name.partition("@")[0], ([], []))[side].append(name)
+            group = name.partition("@")[0] if class_of(name) == "windows" else name
+            groups.setdefault(group, ([], []))[side].append(name)
     for group in sorted(groups):
         left, right = (sorted(names) for names in groups[group])
         if left == right or not left or not right:

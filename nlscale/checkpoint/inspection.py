@@ -289,7 +289,7 @@ def _levels(state: dict[str, Any]) -> list[dict[str, Any]]:
                 index,
                 group["phase"],
                 group["period"],
-                changes_of(caps, config["train"]["steps"], group["period"]),
+                changes=changes_of(caps, config["train"]["steps"], group["period"]),
             ).window_tokens(state["step"], until)
             for group in groups
         ]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nlscale.checkpoint.export.weights import read_weights
 from nlscale.checkpoint.flat import Flat, cut
+from nlscale.checkpoint.own import group_of, read_own
 from nlscale.checkpoint.state import (
     ERROR,
     OWNER_ERROR,
@@ -32,7 +33,6 @@ from nlscale.config.vocabulary import Pending
 from nlscale.errors import UserError
 from nlscale.levels.canonical import keep_sums_once
 from nlscale.levels.progress import Progress
-from nlscale.levels.spectrum import SyncGroup
 from nlscale.levels.state import Shard
 from nlscale.model.init import full_shape
 from nlscale.parallel.layout import Layout
@@ -60,6 +60,9 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         canonical = state["pending"] == Pending.canonical.value
     _make_room_for_errors(trainer, checkpoint)
     held = _without_new_errors(held_of(trainer, canonical, _kept(trainer, checkpoint)), checkpoint)
+    if held.own and state["layout"]["nodes"] != layout.nodes:
+        read_own(checkpoint, held.own, layout)
+        held = Held(held.everywhere, held.here, [])
     checkpoint.read(held.pieces(layout))
     _spread(held.everywhere, layout)
     if canonical:
@@ -100,7 +103,8 @@ def _without_new_errors(held: Held, checkpoint: Checkpoint) -> Held:
         kind = flat.name.partition("/")[0]
         return kind not in (ERROR, OWNER_ERROR) or flat.name in there
 
-    return Held([f for f in held.everywhere if known(f)], [f for f in held.here if known(f)])
+    everywhere, here = ([f for f in each if known(f)] for each in (held.everywhere, held.here))
+    return Held(everywhere, here, held.own)
 
 
 def _kept(trainer: Trainer, checkpoint: Checkpoint) -> Callable[[Shard, int], dict[str, Tensor]]:
@@ -121,7 +125,8 @@ def _kept(trainer: Trainer, checkpoint: Checkpoint) -> Callable[[Shard, int], di
         state = shard.begin_state(updates) if updates else {}
         if shard.group.level not in changed:
             return state
-        return {kind: x for kind, x in state.items() if f"{kind}/{shard.name}" in there}
+        end = f"{shard.name}@0" if shard.local else shard.name
+        return {kind: x for kind, x in state.items() if f"{kind}/{end}" in there}
 
     return kept
 
@@ -140,7 +145,7 @@ def start_from_weights(trainer: Trainer, folder: Path) -> None:
     everyones: list[Any] = [None] * layout.world
     dist.all_gather_object(everyones, shapes, group=layout.host)
     weights = [flat(f"weights/{shard.name}", shard, shard.weights) for shard in trainer.shards()]
-    held = Held(weights, []) if trainer.optimizer.alike_on_nodes else Held([], weights)
+    held = Held(weights, [], []) if trainer.optimizer.alike_on_nodes else Held([], weights, [])
     read_weights(folder, held.pieces(layout), {k: v for part in everyones for k, v in part.items()})
     _spread(held.everywhere, layout)
     trainer.optimizer.gather_parameters()
@@ -156,11 +161,16 @@ def _spread(flats: list[Flat], layout: Layout) -> None:
 
 
 def _restore_progress(trainer: Trainer, state: dict[str, Any]) -> None:
-    saved = {
-        SyncGroup(entry["level"], entry["phase"], entry["period"]): entry
-        for entry in state["levels"]
-    }
-    progress = trainer.optimizer.progress
+    saved = {group_of(entry): entry for entry in state["levels"]}
+    progress, levels = trainer.optimizer.progress, trainer.levels
+    before = state["config"]["levels"]["spectrum"]
+    for level, was in zip(levels, before, strict=False):
+        if level.local != was.get("local", False):
+            raise UserError(
+                f"levels.spectrum.{level.index}.local is {str(level.local).lower()}, and the "
+                f"checkpoint's was {str(not level.local).lower()}: what nodes have for themselves "
+                f"does not become another's; keep it, or begin with exported weights (run.weights)"
+            )
     if saved.keys() != progress.keys():
         raise UserError(
             "the checkpoint's levels, periods or phases are others than this configuration's, and "
@@ -169,6 +179,10 @@ def _restore_progress(trainer: Trainer, state: dict[str, Any]) -> None:
     noise = state.get("gradient_noise", [None] * len(saved))
     for (group, entry), own in zip(saved.items(), noise, strict=True):
         progress[group] = Progress.of_plain(entry, own)
+        if levels[group.level].outer is None:
+            progress[group].outer_updates = progress[group].outer_steps = 0
+        if levels[group.level].local:
+            progress[group].move_to(trainer.layout.nodes)
 
 
 def _refuse_other_parts(trainer: Trainer, state: dict[str, Any]) -> None:

@@ -11,8 +11,14 @@ Tensors, each whole and under its parameter's own name, whatever rank holds whic
                                    to be sent: the sum over nodes and owners
     error/NAME@3                   those of node 3 alone (checkpoint.pending=exact)
     owner_error/NAME               those of the owners (checkpoint.pending=exact)
+    outer_weights/NAME             fp32, as after the last outer step, where updates were made since
+    outer_momentum/NAME            fp32; absent before the first outer step
 
-and `state.json`: counters, progress of every sync group, configuration, data and versions. A rule's
+Of a local level `weights/NAME` are those of the last outer step, which all nodes share, and each
+node stores its own of the rest: `exp_avg/NAME@3`, `window/NAME@3`, and `local_weights/NAME@3` where
+updates were made since.
+
+And `state.json`: counters, progress of every sync group, configuration, data and versions. A rule's
 step count is the updates of its group. No random numbers are drawn in training (weights come from
 the seed and their names, samples from the seed and their numbers), so no generator has a state.
 """
@@ -21,7 +27,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -33,6 +39,8 @@ from nlscale.checkpoint.store.pieces import Piece
 from nlscale.config import recipe
 from nlscale.config.vocabulary import Pending
 from nlscale.levels.canonical import keep_sums_once, sum_windows
+from nlscale.levels.progress import Progress
+from nlscale.levels.spectrum import SyncGroup
 from nlscale.levels.state import OwedShard, Shard, WindowShard
 from nlscale.parallel.layout import Layout
 from nlscale.step.trainer import Trainer
@@ -43,6 +51,21 @@ _PACKAGES = ("nlscale", "torch", "megatron-core")
 
 
 @dataclass(frozen=True)
+class Own:
+    """A range of what each node has for itself."""
+
+    flat: Flat
+    """Under the name without a node."""
+    group: SyncGroup
+    window: bool = False
+    """Whether it is a sum of gradients."""
+
+    def of_node(self, node: int) -> Flat:
+        """The range under the name that a node's has in a checkpoint."""
+        return replace(self.flat, name=f"{self.flat.name}@{node}")
+
+
+@dataclass(frozen=True)
 class Held:
     """What a rank holds of the state."""
 
@@ -50,10 +73,13 @@ class Held:
     """What the ranks of the same shard hold on every node alike, in the same order."""
     here: list[Flat]
     """What this rank alone holds."""
+    own: list[Own]
+    """Likewise, of local levels: under the same names other nodes hold others."""
 
     def dealt(self, layout: Layout) -> list[Flat]:
         """What this rank writes or reads of it: of what all nodes hold, an equal part of bytes."""
-        return cut(self.everywhere, layout.nodes, layout.node_rank) + self.here
+        everywhere = cut(self.everywhere, layout.nodes, layout.node_rank)
+        return everywhere + self.here + [own.of_node(layout.node_rank) for own in self.own]
 
     def pieces(self, layout: Layout) -> list[Piece]:
         """The same, as boxes of the whole tensors."""
@@ -75,7 +101,8 @@ def copy_of_state(trainer: Trainer, slabs: HostSlabs) -> list[Piece]:
         sum_windows(trainer.optimizer)
     held = held_of(trainer, canonical, lambda shard, updates: shard.state() if updates else {})
     if layout.tensor_rank > 0:  # what all tensor ranks hold whole is written by the first
-        held = Held(_split(held.everywhere), _split(held.here))
+        own = [own for own in held.own if own.flat.parameter.tensor_model_parallel]
+        held = Held(_split(held.everywhere), _split(held.here), own)
     copied = slabs.copy(held.dealt(layout))
     if canonical:
         keep_sums_once(trainer.optimizer)
@@ -94,22 +121,50 @@ def held_of(
             none, as an update that found its window empty has left zeros.
     """
     layout, progress = trainer.layout, trainer.optimizer.progress
-    held = Held([], [])
+    held = Held([], [], [])
     alike = held.everywhere if trainer.optimizer.alike_on_nodes else held.here
     for shard in trainer.shards():
-        found = {"weights": shard.weights, **kept(shard, progress[shard.group].updates)}
-        alike += [flat(f"{kind}/{shard.name}", shard, tensor) for kind, tensor in found.items()]
+        shared, own = _of_shard(shard, progress[shard.group], kept)
+        alike += [flat(f"{kind}/{shard.name}", shard, tensor) for kind, tensor in shared.items()]
+        held.own.extend(
+            Own(flat(f"{kind}/{shard.name}", shard, tensor), shard.group)
+            for kind, tensor in own.items()
+        )
     windows = held.everywhere if canonical else held.here
     node = "" if canonical else f"@{layout.node_rank}"
-    for own in trainer.windows():
-        if progress[own.group].tokens:
-            windows.append(flat(f"window/{own.name}{node}", own, own.window))
+    for mine in trainer.windows():
+        if not progress[mine.group].tokens:
+            continue
+        if mine.local:
+            summed = flat(f"window/{mine.name}", mine, mine.window)
+            held.own.append(Own(summed, mine.group, window=True))
+        else:
+            windows.append(flat(f"window/{mine.name}{node}", mine, mine.window))
     for owed in trainer.owed():
         if not owed.of_owner:
             windows.append(flat(f"{ERROR}/{owed.name}{node}", owed, owed.owed))
         elif not canonical:  # else the nodes' errors hold them
             held.here.append(flat(f"{OWNER_ERROR}/{owed.name}", owed, owed.owed))
     return held
+
+
+def _of_shard(
+    shard: Shard, progress: Progress, kept: Callable[[Shard, int], dict[str, Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What is held of a shard by the class of tensor: what nodes share, and what each has."""
+    rule = kept(shard, progress.updates)
+    shared, outer = {"weights": shard.weights}, shard.outer
+    if outer is None:
+        return {**shared, **rule}, {}
+    before, momentum = outer.before[shard.weights], outer.momentum[shard.weights]
+    if progress.outer_steps:
+        shared["outer_momentum"] = momentum
+    if not shard.local:
+        shared |= {"outer_weights": before} if progress.outer_updates else {}
+        return {**shared, **rule}, {}
+    if not progress.outer_updates:
+        return shared, rule
+    return {**shared, "weights": before}, {"local_weights": shard.weights, **rule}
 
 
 def _split(flats: list[Flat]) -> list[Flat]:
@@ -128,7 +183,13 @@ def trainer_state(trainer: Trainer, data: dict[str, Any], wandb_id: str | None) 
     return {
         **asdict(trainer.counters),
         "levels": [
-            {"level": g.level, "phase": g.phase, "period": g.period, **progress.to_plain()}
+            {
+                "level": g.level,
+                "phase": g.phase,
+                "period": g.period,
+                "outer_phase": g.outer_phase,
+                **progress.to_plain(),
+            }
             for g, progress in trainer.optimizer.progress.items()
         ],
         "gradient_noise": [asdict(own.noise) for own in trainer.optimizer.progress.values()],

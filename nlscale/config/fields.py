@@ -13,6 +13,8 @@ from omegaconf import MISSING
 
 from nlscale.errors import UserError
 
+MOST = 2**31 - 1
+"""Of sizes: what an index of 32 bits reaches."""
 _LARGEST = 2**63 - 1
 _LONGEST_NAME = 255
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.@_-]+:/{1,2}")

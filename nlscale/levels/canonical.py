@@ -36,11 +36,12 @@ def keep_sums_once(optimizer: LevelOptimizer) -> None:
 
 
 def _pending(optimizer: LevelOptimizer) -> list[Window]:
-    """Windows that hold something, where each node has its own."""
+    """Windows that hold something, of which each node has its own part of one sum."""
     deferred = optimizer.config.levels.reduction == Reduction.deferred
     if optimizer.layout.nodes == 1 or not deferred:
         return []
-    return [w for w in optimizer.windows if optimizer.progress[w.group].tokens]
+    summed = (w for w in optimizer.windows if not w.local)
+    return [w for w in summed if optimizer.progress[w.group].tokens]
 
 
 def _owed(optimizer: LevelOptimizer) -> list[Owed]:

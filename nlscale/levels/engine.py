@@ -17,20 +17,22 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nlscale.config.level_optimizer import of_level
-from nlscale.config.vocabulary import ClipScope, Config, Reduction, Sharding
+from nlscale.config.vocabulary import Config, Reduction, Sharding
 from nlscale.levels.groups import group_parameters
 from nlscale.levels.homes import homes
 from nlscale.levels.noise import GradientNoise, StepSquares, noise_record, see_windows
-from nlscale.levels.norms import moved_norms, window_norms
+from nlscale.levels.norms import Norms
 from nlscale.levels.optimizers import (
     GroupOptimizer,
     main_parameters,
     make_group_optimizer,
     split_by_group,
 )
-from nlscale.levels.passes import group_matrices, matrix_crossing_bytes
-from nlscale.levels.progress import Progress
-from nlscale.levels.spectrum import Level, SyncGroup, gathered_bytes, reduction_bytes
+from nlscale.levels.outer import Outer, make_outer_steps
+from nlscale.levels.progress import Counted, Progress
+from nlscale.levels.replicas import parameter_difference, state_difference
+from nlscale.levels.sent import Sent
+from nlscale.levels.spectrum import Level, SyncGroup, gathered_bytes
 from nlscale.levels.window import Window, shard_norms, take_step
 from nlscale.levels.wire import Waited, Wire
 from nlscale.model.decoder import Decoder, named_parameters
@@ -40,7 +42,6 @@ from nlscale.optim.schedule import learning_rate, update_warmup
 from nlscale.parallel import cpu
 from nlscale.parallel.consensus import Consensus, Verdict
 from nlscale.parallel.layout import Layout
-from nlscale.parallel.replicas import data_parallel_group, first_difference
 
 _RATIO_EVERY = 10
 """Updates of a sync group between two measurements of its update-to-weight ratio."""
@@ -77,6 +78,7 @@ class LevelOptimizer:
         self.rules = [at_period(own, level.period) for own, level in sections]
         """The `optimizer` section as it is for each level, at its longest period."""
         groups = split_by_group(config, levels, stages)
+        self._norms = Norms(config, levels, self.rules, layout)
         where = homes(config, self.rules, groups, layout.nodes)
         self.wire = Wire(layout, gathered_bytes(config), where)
         self.groups = [
@@ -92,17 +94,21 @@ class LevelOptimizer:
             )
             for group, parameters in groups.items()
         ]
-        self._sizes = group_parameters(config, levels, vocabulary, config.levels.stagger)
-        self.progress = {group: Progress() for group in self._sizes}
+        sizes = group_parameters(config, levels, vocabulary, config.levels.stagger)
+        self.sent = Sent(config, levels, sizes, layout)
+        self.progress = {group: self._new_progress(group) for group in sizes}
+        self.outers = {
+            g.group: Outer(g, own)
+            for g in self.groups
+            if (own := levels[g.group.level].outer) is not None
+        }
+        """Of the groups that have one, the outer optimizer."""
+        self._named = {group: frozenset(own) for group, own in groups.items()}
         parameters: dict[str, Any] = named_parameters(stages)
         self._partial = [p for p in parameters.values() if p.partial_gradient]
         self._waited: list[Waited] = []
-        self._sent_again = 0.0
-        """Bytes of windows that crossed a second time after the last step."""
-        stagger, depths = config.levels.stagger, range(config.model.layers)
-        self._whole = {m.group: m for m in group_matrices(config, levels, stagger, depths)}
-        self._of_matrices = 0.0
-        """Bytes of matrices that crossed in the updates of the last step."""
+        self._crossed: set[SyncGroup] = set()
+        """The groups whose gradients, or outer steps, crossed at the last step."""
         self._squares: StepSquares | None = None
         if layout.nodes > 1 or levels[-1].period > 1:  # windows of more than one part
             repeats = layout.tensor_rank > 0
@@ -117,10 +123,18 @@ class LevelOptimizer:
         """Whether each node has all that updates the parameters, and not a part of it."""
         return self.config.parallel.shard_optimizer == Sharding.node
 
+    def _new_progress(self, group: SyncGroup) -> Progress:
+        nodes = self.layout.nodes if self.is_local(group) else 0
+        return Progress(node_counted=[0] * nodes, outer_counted=[0] * nodes)
+
+    def is_local(self, group: SyncGroup) -> bool:
+        """Whether each node updates the group by its own gradients."""
+        return self.levels[group.level].local
+
     def start_step(self, step: int) -> None:
         """Before the first backward pass of a step, counted from 1."""
         closing = self._closing(step)
-        self._of_matrices = 0.0
+        self.sent.begin()
         if self._squares is not None:
             self._squares.start_step()
         for window in self.windows:
@@ -166,23 +180,25 @@ class LevelOptimizer:
             consensus: of all ranks on that step.
         """
         take_step(self.windows, consensus.admitted, consensus.counted_tokens > 0)
-        counted = {
-            group: torch.where(
-                consensus.admitted, consensus.counted_tokens + progress.counted_tokens, 0.0
-            )
-            for group, progress in self._closing(step).items()
-        }
+        admitted, node = consensus.admitted, self.layout.node_rank
+        counted = {}
+        for group, progress in self._closing(step).items():
+            of_all = consensus.counted_tokens + progress.counted_tokens
+            here = of_all
+            if self.is_local(group):
+                here = consensus.node_counted[node] + progress.node_counted[node]
+            counted[group] = Counted(*(torch.where(admitted, n, 0.0) for n in (of_all, here)))
         self._settle(counted)
         return self._apply(step, counted)
 
-    def _settle(self, counted: dict[SyncGroup, Tensor]) -> None:
+    def _settle(self, counted: dict[SyncGroup, Counted]) -> None:
         """Of windows that close, let go of what they have sent where they hold targets that count.
 
         One that holds none updates nothing, and what it has sent was in vain.
         """
         for window in self.windows:
             if window.group in counted:
-                window.settle(counted[window.group] > 0)
+                window.settle(counted[window.group].of_all > 0)
 
     def conclude(self, update: Update, verdict: Verdict) -> dict[int, dict[str, float | None]]:
         """Note where the groups stand after an update, once the verdict on its step is known.
@@ -197,17 +213,38 @@ class LevelOptimizer:
             which that is not measured: all but every tenth).
         """
         every_step = self.config.levels.reduction == Reduction.every_step
-        self._sent_again = 0.0
         squares = verdict.squares or [0.0] * len(self.progress)
+        self._crossed = {
+            group
+            for group in self.progress
+            if (every_step or group in update.rates) and not self.is_local(group)
+        }
         for (group, progress), square in zip(self.progress.items(), squares, strict=True):
-            progress.reductions += every_step or group in update.rates
+            progress.reductions += group in self._crossed
             if verdict.admitted:
-                progress.tokens += verdict.tokens
-                progress.counted_tokens += verdict.counted_tokens
+                progress.take(verdict)
                 progress.noise.add(square, verdict.counted_tokens, self.layout.nodes)
-        if not verdict.admitted:
-            return self._close_without(update)
-        return self._count(update)
+        told = self._count(update) if verdict.admitted else self._close_without(update)
+        self._make_outer_steps(update.step)
+        return told
+
+    def _make_outer_steps(self, step: int) -> None:
+        """Make the outer steps that are due, of groups that have been updated since their last."""
+        due = [g for g in self._outer_due(step) if self.progress[g].outer_updates]
+        shares: dict[SyncGroup, float | None] = {}
+        for group in due:
+            counted = self.progress[group].outer_counted
+            local = self.is_local(group)
+            shares[group] = counted[self.layout.node_rank] / sum(counted) if local else None
+        mine = [(self.outers[group], share) for group, share in shares.items()
+                if group in self.outers]  # fmt: skip
+        if mine:
+            self._waited.append(make_outer_steps(mine, self.wire))
+        for group in due:
+            self.progress[group].step_outer()
+            if self.is_local(group):
+                self.progress[group].reductions += 1
+                self._crossed.add(group)
 
     def _close_without(self, update: Update) -> dict[int, dict[str, float | None]]:
         """Close the windows that are due after a step that was not admitted."""
@@ -220,38 +257,42 @@ class LevelOptimizer:
             if window.group in held:
                 window.close_without_step()
         self._waited.append(self.wire.finish())
+        counted, node = {}, self.layout.node_rank
         for group, progress in held.items():
-            progress.reductions += deferred
-            self._sent_again += deferred * self._bytes(group, self._sizes[group])
-        device = self.layout.device
-        counted = {
-            group: torch.tensor(float(progress.counted_tokens), device=device)
-            for group, progress in held.items()
-        }
+            of_all = here = progress.counted_tokens
+            if self.is_local(group):
+                here = progress.node_counted[node]
+            elif deferred:
+                progress.reductions += 1
+                self.sent.again(group)
+            counts = (torch.tensor(float(n), device=self.layout.device) for n in (of_all, here))
+            counted[group] = Counted(*counts)
         self._settle(counted)
         return self._count(self._apply(update.step, counted))
 
-    def _apply(self, step: int, tokens: dict[SyncGroup, Tensor]) -> Update:
-        """Step groups by what is in their gradient buffers, the sum over that many tokens.
+    def _apply(self, step: int, counted: dict[SyncGroup, Counted]) -> Update:
+        """Step groups by what is in their gradient buffers, the sum over that many targets.
 
         A group with none of them is left as it is.
         """
-        due = [g for g in self.groups if g.group in tokens]
+        due = [g for g in self.groups if g.group in counted]
         for g in due:
             with cpu.cuda_by_name():
                 g.optimizer.prepare_grads()
-        norms = window_norms(due, tokens, len(self.levels), self.layout)
+        norms = self._norms.of_windows(due, counted)
         norms_for_host = HostCopy(norms)
-        compared = {g for g in tokens if self.progress[g].updates % _RATIO_EVERY == 0}
+        compared = {g for g in counted if self.progress[g].updates % _RATIO_EVERY == 0}
         measured = [g for g in due if g.group in compared]
         before = [[p.detach().clone() for p in main_parameters(g)] for g in measured]
-        rates = {group: self._rate(group, step) for group in tokens}
+        rates = {group: self._rate(group, step) for group in counted}
+        outer_due = self._outer_due(step)
         for g in due:
-            count = tokens[g.group]
-            g.window.scale(self._clip_factor(norms, g.group.level) / count.clamp(min=1))
+            count = counted[g.group]
+            # A node none of whose targets counts makes its own update by a gradient of zero.
+            g.window.scale(self._norms.clip_factor(norms, g.group.level) / count.here.clamp(min=1))
             inner: Any = g.optimizer.optimizer
             # What torch's gradient scaler sets where the optimizer is to change nothing at all.
-            inner.found_inf = (count == 0).to(torch.float32)
+            inner.found_inf = (count.of_all == 0).to(torch.float32)
             inner.updates = self.progress[g.group].updates
             period = g.group.period_at(step)
             self._set_memories(g, period)
@@ -261,12 +302,15 @@ class LevelOptimizer:
                 param_group["weight_decay"] = decay_at(
                     self.rules[g.group.level], decay, rate, period
                 )
+            if g.group in self.outers and not self.progress[g.group].outer_updates:
+                self.outers[g.group].begin()
             with cpu.cuda_by_name():
-                g.optimizer.step_with_ready_grads()
-        self._of_matrices += sum(self._crossing(group) for group in tokens)
-        moved = None
-        if compared:
-            moved = HostCopy(moved_norms(measured, before, len(self.levels), self.layout))
+                # What an outer step is to follow is brought into the model by that.
+                step_one = inner.step if g.group in outer_due else g.optimizer.step_with_ready_grads
+                step_one()
+        for group in counted:
+            self.sent.matrices(group, self.progress[group].updates)
+        moved = HostCopy(self._norms.moved(measured, before)) if compared else None
         return Update(step, rates, norms_for_host, moved)
 
     def _rate(self, group: SyncGroup, step: int) -> float:
@@ -291,12 +335,11 @@ class LevelOptimizer:
         closed: dict[int, list[GradientNoise]] = {}
         for group, rate in update.rates.items():
             progress = self.progress[group]
-            if progress.counted_tokens:
-                progress.updates += 1
+            if progress.close(outer=self.levels[group.level].outer is not None):
                 progress.short += group.period - group.period_at(update.step)
                 done[group.level] = rate
-                closed.setdefault(group.level, []).append(progress.noise)
-            progress.tokens = progress.counted_tokens = 0
+                if not self.is_local(group):
+                    closed.setdefault(group.level, []).append(progress.noise)
         norms = update.norms.read()
         for level, windows in closed.items():
             see_windows(windows, norms[level] ** 2)
@@ -318,6 +361,12 @@ class LevelOptimizer:
         last = step == self.config.train.steps
         return {g: progress for g, progress in self.progress.items() if last or g.due(step)}
 
+    def _outer_due(self, step: int) -> list[SyncGroup]:
+        """The groups whose outer step follows their update at a step; with the last, all."""
+        last = step == self.config.train.steps
+        outers = {group: self.levels[group.level].outer for group in self.progress}
+        return [g for g, own in outers.items() if own and (last or g.outer_due(step, own))]
+
     def gather_parameters(self) -> None:
         """Set the model's parameters to what updates them, whose shards were set from outside."""
         with torch.no_grad(), cpu.cuda_by_name():
@@ -331,40 +380,24 @@ class LevelOptimizer:
 
     def noise(self, level: int) -> dict[str, float | None]:
         """What a train record says of the noise of a level's gradient; nothing where its windows
-        have one part each: no batch of another size is there to compare with."""
-        if self.layout.nodes == 1 and self.levels[level].period == 1:
+        have one part each, no batch of another size being there to compare with, and of a local
+        level, whose nodes have norms of their own."""
+        own = self.levels[level]
+        if own.local or (self.layout.nodes == 1 and own.period == 1):
             return {}
         return noise_record([p.noise for group, p in self.progress.items() if group.level == level])
 
-    def traffic(self, step: int) -> tuple[float, float]:
+    def outer_steps(self, level: int) -> int:
+        """Of a level: of that of its sync groups that made most."""
+        return max(p.outer_steps for group, p in self.progress.items() if group.level == level)
+
+    def traffic(self) -> tuple[float, float]:
         """Inter-node bytes that a node sent at the last step, and that it did not have to send.
 
         Gradients, and what updates of whole matrices send, mean over the nodes, as `nlscale plan`
         counts them; the second because groups are not due.
         """
-        deferred = self.config.levels.reduction == Reduction.deferred
-        sent, saved, closing = 0.0, 0.0, self._closing(step)
-        for group, parameters in self._sizes.items():
-            crossing = self._bytes(group, parameters)
-            if deferred and group not in closing:
-                saved += crossing
-            else:
-                sent += crossing
-        return sent + self._sent_again + self._of_matrices, saved
-
-    def _crossing(self, group: SyncGroup) -> float:
-        """Bytes of matrices that leave a node, mean over the nodes, in a group's next update."""
-        if group not in self._whole:
-            return 0.0
-        values = self._whole[group].values()
-        own, nodes = values[self.progress[group].updates % len(values)], self.layout.nodes
-        return matrix_crossing_bytes(self.config, own, nodes) * nodes / self.layout.all_nodes
-
-    def _bytes(self, group: SyncGroup, parameters: int) -> float:
-        """That leave a node, the mean over the nodes, when parameters of a group cross."""
-        wire, nodes = self.levels[group.level].wire, self.layout.nodes
-        sent = reduction_bytes(parameters, nodes, wire, gathered_bytes(self.config))
-        return sent * nodes / self.layout.all_nodes
+        return self.sent.end(self._crossed)
 
     def window_fill(self, level: int, step: int, tokens_until: Callable[[int], int]) -> float:
         """Share of its tokens that the fullest window of a level holds now, 0 to 1.
@@ -383,25 +416,19 @@ class LevelOptimizer:
     def replica_difference(self, parameters: dict[str, Any]) -> str | None:
         """The first parameter, or optimizer state, that replicas do not share bit for bit.
 
+        Of a local level nodes share the weights right after an outer step, and what outer steps
+        keep; the ranks of a node share all of it.
+
         Args:
             parameters: this rank's, by name.
         """
-        named = {name: p.detach() for name, p in parameters.items()}
-        whole = {n: p for n, p in named.items() if not parameters[n].tensor_model_parallel}
-        different = first_difference(self.layout, named, data_parallel_group())
-        if different is None and whole:
-            different = first_difference(self.layout, whole, self.layout.tensor_group)
-        if different is None and self.layout.across_nodes is not None and self.alike_on_nodes:
-            state = {
-                f"{key} of the optimizer, level {g.group.level} phase {g.group.phase}, shard {i}": v
-                for g in self.groups
-                for i, p in enumerate(main_parameters(g))
-                for key, v in {"weights": p, **g.optimizer.optimizer.state[p]}.items()
-                if v.dim() > 0  # the step count of a shard is a scalar, equal by construction
-            }
-            if state:
-                different = first_difference(self.layout, state, self.layout.across_nodes)
-        return different
+        local = {group for group in self.progress if self.is_local(group)}
+        apart = {group for group in local if self.progress[group].outer_updates}
+        names = {name for group in apart & self._named.keys() for name in self._named[group]}
+        different, state = parameter_difference(self.layout, parameters, names), None
+        if self.alike_on_nodes:
+            state = state_difference(self.layout, self.groups, self.outers, local, apart)
+        return state if different is None else different
 
     def _sum_partial_gradients(self) -> None:
         """Sum over the tensor-parallel group what its ranks see parts of.
@@ -417,11 +444,3 @@ class LevelOptimizer:
         sums = flat.split([g.numel() for g in gradients])
         for gradient, summed in zip(gradients, sums, strict=True):
             gradient.copy_(summed.view_as(gradient))
-
-    def _clip_factor(self, norms: Tensor, level: int) -> Tensor:
-        clip = self.rules[level].clip
-        if clip == 0:
-            return torch.ones_like(norms[level])
-        joint = self.config.optimizer.clip_scope == ClipScope.joint
-        norm = norms.square().sum().sqrt() if joint else norms[level]
-        return (clip / (norm + 1e-6)).clamp(max=1.0)

@@ -1,11 +1,15 @@
-"""Where a sync group stands between its updates (no tensors)."""
+"""Where sync groups stand: what is in their windows, and how often they have updated."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from nlscale.levels.noise import GradientNoise
+from nlscale.parallel.consensus import Verdict
 
 
 @dataclass
@@ -24,13 +28,21 @@ class Progress:
     noise: GradientNoise = field(default_factory=GradientNoise)
     """Of its gradient."""
 
+    outer_updates: int = 0
+    """Since the last outer step; 0 where the level makes none."""
+    outer_steps: int = 0
+    node_counted: list[int] = field(default_factory=list)
+    """Of a local level, what `counted_tokens` consists of: those of each node."""
+    outer_counted: list[int] = field(default_factory=list)
+    """Likewise, of all its updates since the last outer step."""
+
     @classmethod
     def of_plain(cls, saved: dict[str, Any], noise: dict[str, Any] | None) -> Progress:
         """As a checkpoint has it; of versions that lack some of it, as it was then.
 
         Without masks every token counted.
         """
-        found = {"counted_tokens": saved["tokens"], "short": 0, **saved}
+        found = {**cls().to_plain(), "counted_tokens": saved["tokens"], **saved}
         names = {f.name for f in fields(cls)} - {"noise"}
         return cls(**{name: found[name] for name in names}, noise=GradientNoise(**noise or {}))
 
@@ -49,3 +61,56 @@ class Progress:
             period: in steps.
         """
         return (self.updates * longest - self.short) / period
+
+    def take(self, verdict: Verdict) -> None:
+        """A step that was admitted is in the window."""
+        self.tokens += verdict.tokens
+        self.counted_tokens += verdict.counted_tokens
+        self.node_counted = _added(self.node_counted, verdict.node_counted)
+
+    def close(self, outer: bool) -> bool:
+        """The window is closed; whether the group has made an update by it.
+
+        Args:
+            outer: whether its level makes outer steps.
+        """
+        updated = self.counted_tokens > 0
+        if updated:
+            self.updates += 1
+            self.outer_updates += outer
+            self.outer_counted = _added(self.outer_counted, self.node_counted)
+        self.tokens = self.counted_tokens = 0
+        self.node_counted = [0] * len(self.node_counted)
+        return updated
+
+    def step_outer(self) -> None:
+        """It has made an outer step."""
+        self.outer_steps += 1
+        self.outer_updates = 0
+        self.outer_counted = [0] * len(self.outer_counted)
+
+    def move_to(self, nodes: int) -> None:
+        """Of a local level, begun on another number of nodes: what each has of its own now.
+
+        The first has the window so far. All go on from the mean of the weights, so that what was
+        counted since the last outer step is shared out evenly.
+        """
+        if len(self.node_counted) == nodes:
+            return
+        self.node_counted = [self.counted_tokens] + [0] * (nodes - 1)
+        each, over = divmod(sum(self.outer_counted), nodes)
+        self.outer_counted = [each + (node < over) for node in range(nodes)]
+
+
+class Counted(NamedTuple):
+    """Targets that count in the window of a sync group that closes, float64 []."""
+
+    of_all: Tensor
+    """On all nodes; where there are none, the group makes no update."""
+    here: Tensor
+    """Those that its gradient is the sum over; of a local level, this node's."""
+
+
+def _added(numbers: list[int], more: Sequence[int]) -> list[int]:
+    """Sums of what stands at the same place; none where there are no numbers."""
+    return [a + b for a, b in zip(numbers, more, strict=True)] if numbers else numbers

@@ -28,7 +28,9 @@ from nlscale.config.units import declared_period
 from nlscale.config.vocabulary import (
     Config,
     Dtype,
+    LevelConfig,
     LevelsConfig,
+    OuterConfig,
     PeriodRule,
     Sharding,
     WireFormat,
@@ -56,6 +58,16 @@ FEW_UPDATES = 200
 
 
 @dataclass(frozen=True)
+class Outer:
+    """The outer steps of a level; as `nlscale.config.outer` has them."""
+
+    every: int
+    """Updates of a sync group between two of its outer steps."""
+    momentum: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
 class Level:
     """A set of parameters that share an update period."""
 
@@ -69,7 +81,12 @@ class Level:
     rule: PeriodRule = PeriodRule.none
     """How that grows with its period."""
     wire: WireFormat = WireFormat.fp32
-    """How its gradients cross between nodes."""
+    """How its gradients cross between nodes; of a local level, what its updates have made."""
+    outer: Outer | None = None
+    """Its outer steps; None: it makes none."""
+    local: bool = False
+    """Whether each node updates it by its own gradient, and nothing crosses but at outer steps."""
+
     changes: PeriodChanges | None = None
     """Of its period in the run; None: it does not change."""
 
@@ -86,6 +103,16 @@ class Level:
         """The period of a window that begins with a step, counted from 1."""
         return self.period if self.changes is None else self.changes.period_after(step - 1)
 
+    @property
+    def crosses_every(self) -> int:
+        """Steps between two of a parameter's crossings between nodes."""
+        return self.period * self.updates_a_crossing
+
+    @property
+    def updates_a_crossing(self) -> int:
+        """Updates of a parameter for each of its crossings."""
+        return self.outer.every if self.local and self.outer else 1
+
 
 @dataclass(frozen=True, order=True)
 class SyncGroup:
@@ -95,6 +122,9 @@ class SyncGroup:
     phase: int
     """The group updates at the steps i = 1, 2, ... with i = phase (mod period)."""
     period: int
+    outer_phase: int = 0
+    """Of a level that makes an outer step every H updates, the group makes its own with its updates
+    j = 1, 2, ... with j = outer phase (mod H)."""
     """Where that of the level changes, the longest; `due` follows the changes."""
     changes: PeriodChanges | None = field(default=None, compare=False, repr=False)
     """Of the level."""
@@ -112,6 +142,23 @@ class SyncGroup:
         """Whether the group updates at the end of this step, counted from 1."""
         own = stretch_of(self.stretches, step)
         return (step - own.phase) % own.period == 0
+
+    def outer_due(self, step: int, outer: Outer | None) -> bool:
+        """Whether the group makes an outer step after its update at this step.
+
+        Args:
+            step: counted from 1.
+            outer: of its level.
+        """
+        if outer is None or not self.due(step):
+            return False
+        return (self.updates(step) - self.outer_phase) % outer.every == 0
+
+    def outer_steps(self, steps: int, outer: Outer) -> int:
+        """How many it makes in a run of that many steps, the one at its end included."""
+        due = self.due_until(steps)
+        full = (due - self.outer_phase) // outer.every + (self.outer_phase > 0)
+        return full + (0 if self.outer_due(steps, outer) else 1)
 
     def window_tokens(self, step: int, tokens_until: Callable[[int], int]) -> int:
         """Tokens of a period of steps that ends with the next update after a step.
@@ -188,8 +235,32 @@ def spectrum(config: LevelsConfig, tokens_per_step: int | None) -> list[Level]:
                 f"{levels[-1].name!r}'s {levels[-1].period}; list the fastest level first"
             )
         rate, rule = entry.learning_rate, config.learning_rate_rule
-        levels.append(Level(index, entry.name, period, rate, rule, entry.wire))
+        outer, local = _outer(index, entry), entry.local
+        levels.append(Level(index, entry.name, period, rate, rule, entry.wire, outer, local))
     return levels
+
+
+def _outer(index: int, entry: LevelConfig) -> Outer | None:
+    """The outer steps of a level of the spectrum.
+
+    Raises:
+        UserError: it is local and makes none, or their numbers are given and not how often.
+    """
+    own, key = entry.outer, f"levels.spectrum.{index}"
+    if own.every is not None:
+        return Outer(own.every, own.momentum, own.learning_rate)
+    if entry.local:
+        raise UserError(
+            f"{key}.local: each node goes its own way until an outer step, and {key}.outer.every "
+            f"is null, which makes none; give it a number of updates, such as 30"
+        )
+    if own != OuterConfig():
+        raise UserError(
+            f"{key}.outer has a momentum of {own.momentum:g} and a learning_rate of "
+            f"{own.learning_rate:g}, and {key}.outer.every is null, which makes no outer step; "
+            f"give it a number of updates, such as 30"
+        )
+    return None
 
 
 def reduction_bytes(
@@ -226,19 +297,22 @@ def gathered_bytes(config: Config) -> int | None:
 
 
 def phase(level: Level, depth: int, layers: int, stagger: bool) -> int:
-    """The phase of a level in the block at that depth.
+    """The phase of a level in the block at that depth, in steps.
 
-    Staggered, the blocks of a stack divide the period evenly among themselves; unstaggered, all
-    update together. It depends on depth alone, never on the cluster, so that the same run on
-    other hardware makes the same updates.
+    Staggered, the blocks of a stack divide the time between two crossings evenly among themselves:
+    the period, and of a local level that between two outer steps. Unstaggered, all cross together.
+    It depends on depth alone, never on the cluster, so that the same run on other hardware makes
+    the same updates.
     """
-    return depth * level.period // layers if stagger else 0
+    return depth * level.crosses_every // layers if stagger else 0
 
 
 def sync_group(level: Level, depth: int, layers: int, stagger: bool) -> SyncGroup:
     """The sync group of a level's parameters in the block at that depth."""
-    own = phase(level, depth, layers, stagger)
-    return SyncGroup(level.index, own, level.period, level.changes)
+    periods, own = divmod(phase(level, depth, layers, stagger), level.period)
+    # Counted by updates: a window that the phase cuts short ends with one too.
+    outer_phase = (periods + (own > 0)) % level.updates_a_crossing
+    return SyncGroup(level.index, own, level.period, outer_phase, level.changes)
 
 
 def mean_period(level: Level, layers: int, stagger: bool) -> float:
@@ -247,6 +321,14 @@ def mean_period(level: Level, layers: int, stagger: bool) -> float:
         return level.period
     groups = [sync_group(level, depth, layers, stagger) for depth in range(layers)]
     return layers / sum(1 / group.mean_period for group in groups)
+
+
+def planned_outer_steps(level: Level, layers: int, stagger: bool, steps: int) -> int:
+    """Outer steps of a level in a run: of that of its sync groups that makes most."""
+    if level.outer is None:
+        return 0
+    groups = {sync_group(level, depth, layers, stagger) for depth in range(layers)}
+    return max(group.outer_steps(steps, level.outer) for group in groups)
 
 
 def planned_updates(config: Config, level: Level) -> int:
@@ -283,12 +365,29 @@ def period_notes(levels: list[Level]) -> list[str]:
 
 def approximate(levels: list[Level], crosses: bool) -> list[str]:
     """A line for each level whose updates are not those that one node would make."""
-    return [
-        f"level {level.name!r} crosses between nodes in {level.wire.value}{_feedback(level)}: its "
-        f"updates are approximate, and depend on the number of nodes"
-        for level in levels
-        if crosses and level.wire != WireFormat.fp32
-    ]
+    if not crosses:
+        return []
+    lines = []
+    drifting = ", ".join(repr(level.name) for level in levels if level.local)
+    for level in levels:
+        if level.local and level.outer is not None:
+            lines.append(
+                f"level {level.name!r} is local, each node makes {level.outer.every} updates of "
+                f"its own before an outer step: it is approximate, and depends on the number of "
+                f"nodes"
+            )
+        elif drifting:
+            lines.append(
+                f"level {level.name!r} takes its gradients where the nodes' weights differ in "
+                f"{drifting}: it is approximate, and depends on the number of nodes"
+            )
+        if level.wire != WireFormat.fp32:
+            lines.append(
+                f"level {level.name!r} crosses between nodes in {level.wire.value}"
+                f"{_feedback(level)}: its updates are approximate, and depend on the number of "
+                f"nodes"
+            )
+    return lines
 
 
 def _feedback(level: Level) -> str:

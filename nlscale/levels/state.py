@@ -18,6 +18,7 @@ from torch import Tensor
 from nlscale.errors import TrainingFailed
 from nlscale.levels.engine import LevelOptimizer
 from nlscale.levels.optimizers import GroupOptimizer
+from nlscale.levels.outer import Outer
 from nlscale.levels.spectrum import SyncGroup
 from nlscale.optim.table import rule
 
@@ -36,6 +37,10 @@ class Shard:
     inner: torch.optim.Optimizer
     kept: tuple[str, ...]
     """What the rule keeps of each parameter (`nlscale.optim.table.Rule.state`)."""
+    local: bool = False
+    """Whether each node has weights and state of its own."""
+    outer: Outer | None = None
+    """What makes the outer steps of the group; None: nothing."""
 
     def state(self) -> dict[str, Tensor]:
         """What the rule keeps, fp32 [length] each: Adam's moments; none before the first update.
@@ -71,6 +76,8 @@ class WindowShard:
     """Where the range begins in the local part."""
     window: Tensor
     """fp32 [length]: sum of the gradients of the window, on this node."""
+    local: bool = False
+    """Whether nodes have windows of their own, which are not added up."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,8 @@ def shards(optimizer: LevelOptimizer, parameters: dict[str, Any]) -> list[Shard]
                     weights=values,
                     inner=g.optimizer.optimizer,
                     kept=own.of(held.matrix).state,
+                    local=optimizer.is_local(g.group),
+                    outer=optimizer.outers.get(g.group),
                 )
             )
     return found
@@ -130,6 +139,7 @@ def window_shards(optimizer: LevelOptimizer, parameters: dict[str, Any]) -> list
             group=g.group,
             start=start,
             window=g.window.sums[i][low:high],
+            local=optimizer.is_local(g.group),
         )
         for g in optimizer.groups
         for i, parameter, start, low, high in _in_node(g)

@@ -71,6 +71,8 @@ class Window:
         self.group, self._wire, self._format = group, wire, wire_format
         self.parameters = list(parameters.values())
         self._every_step = config.levels.reduction == Reduction.every_step
+        self.local = config.levels.spectrum[group.level].local
+        """Whether gradients stay on this node, and only what updates have made crosses."""
         rounds = wire.joins_nodes and wire_format in INTEGER_BITS
         parts = _parts(parameters, apart=rounds and layout.tensor_size > 1)
         self.ddps = [_ddp(part, megatron, layout, config) for part in parts]
@@ -125,7 +127,8 @@ class Window:
     def start_step(self, closes: bool) -> None:
         """Before the first backward pass of a step, at the end of which the window may close."""
         self._closes = closes
-        self._crosses = self._wire.joins_nodes and (closes or self._every_step)
+        joins = self._wire.joins_nodes and not self.local
+        self._crosses = joins and (closes or self._every_step)
         self._unsettled = self._crosses
         self._sent.clear()
         self.clear()
@@ -177,12 +180,20 @@ class Window:
         """
         torch._foreach_copy_(self.shards, self.sums)
         torch._foreach_zero_(self.sums)
+        if not self.local and not (self._wire.joins_nodes and self._every_step):
+            self.cross()
+
+    def cross(self) -> None:
+        """Start to sum over the nodes what is in the gradient buffers, no backward pass going on.
+
+        It is there when the wire has finished. On one node only what it owes is added.
+        """
         if not self._wire.joins_nodes:
             self._add_owed()
-        elif not self._every_step:
-            self._unsettled = True
-            for i in range(len(self.shards)):
-                self._start(i, ())
+            return
+        self._unsettled = True
+        for i in range(len(self.shards)):
+            self._start(i, ())
 
     def scale(self, factor: Tensor) -> None:
         """Multiply the closed window's gradient: the mean over its tokens, clipped."""
@@ -368,7 +379,7 @@ def take_step(windows: list[Window], admitted: Tensor, counts: Tensor) -> None:
             shard.masked_fill_(dropped if w.owed is None else adds_nothing, 0.0)
         w.settle(counts)
     for w in windows:
-        if w._closes and not w._crosses:
+        if w._closes and not w._crosses and not w.local:
             w._add_owed()
     _add(_all(w.sums for w in growing), _all(w.shards for w in growing))
     closing = [w for w in waiting if w._closes]

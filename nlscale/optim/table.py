@@ -19,6 +19,18 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
+_TAKEN = (
+    "weights",
+    "window",
+    "error",
+    "owner_error",
+    "outer_weights",
+    "outer_momentum",
+    "local_weights",
+)
+"""Names of what checkpoints hold of a parameter under every rule."""
+
+
 @dataclass(frozen=True)
 class OnWhole:
     """A call of `nlscale.optim.matrices.Exchange.on_whole` that orthogonalises, for the plan."""
@@ -59,7 +71,7 @@ class Rule:
     """The calls of an update, where it takes whole matrices."""
 
     def __post_init__(self) -> None:
-        """Names are those of tensors in checkpoints, beside `weights` and `window`.
+        """Names are those of tensors in checkpoints, beside what is kept under every rule.
 
         Raises:
             UserError: a name that a checkpoint cannot hold.
@@ -67,7 +79,7 @@ class Rule:
         if isinstance(self.state, str):
             raise UserError(f"an optimizer rule's state is a tuple of names, not {self.state!r}")
         for name in self.state:
-            if name in ("weights", "window", "error", "owner_error") or not name.isidentifier():
+            if name in _TAKEN or not name.isidentifier():
                 raise UserError(f"an optimizer rule cannot call what it keeps {name!r}")
 
     @property

@@ -59,6 +59,8 @@ class Verdict:
     """Loss above which the step is dropped."""
     counted_tokens: int = 0
     """Targets of the step that count, over all ranks."""
+    node_counted: tuple[int, ...] = ()
+    """The same of each node (`Layout.nodes`)."""
     source_losses: tuple[float, ...] = ()
     """Of each source of a mixture, as `loss`; NaN where none of its targets is in the step."""
     source_counted: tuple[int, ...] = ()
@@ -82,42 +84,49 @@ LOSS_NOT_FINITE = "loss not finite"
 GRADIENT_NOT_FINITE = "gradient not finite"
 SPIKE = "spike"
 _HEAD = 5 + len(fields(Requests))
-"""Numbers of a report before those of sources."""
+"""Numbers of a report before those of nodes and sources."""
 
 
 class Consensus:
     """A verdict where the device has it, and on its way to the host.
 
     Args:
-        report: what the ranks saw together: `_HEAD` numbers, then of each source the sum of its
-            losses, and then of each how many targets these are of; then squares.
+        report: what the ranks saw together: `_HEAD` numbers, then of each node how many targets
+            count, then of each source the sum of its losses, and then of each how many targets
+            these are of; then squares.
         limit: loss above which the step is dropped.
+        nodes: that share the batch.
         sources: of a mixture; 0: there is none.
     """
 
-    def __init__(self, report: Tensor, limit: float, sources: int = 0) -> None:
+    def __init__(self, report: Tensor, limit: float, nodes: int = 1, sources: int = 0) -> None:
         total, tokens, counted, bad, bad_losses, *wishes = report[:_HEAD]
+        of_nodes, of_sources, squares = report[_HEAD:].tensor_split([nodes, nodes + 2 * sources])
         self._limit = limit
         loss = torch.where(bad_losses > 0, torch.nan, total / counted)
         self.admitted = (bad == 0) & ~(loss > limit)
         """bool []."""
         self.counted_tokens = torch.where(self.admitted, counted, 0.0)
         """Targets that count and enter the windows: none where the step is dropped. float64 []."""
+        self.node_counted = torch.where(self.admitted, of_nodes, 0.0)
+        """The same of each node: float64 [nodes]."""
         seen = torch.stack([loss, tokens, counted, self.admitted.double(), bad_losses, *wishes])
+        seen = torch.cat([seen, of_nodes])
         if sources:
-            sums, of = report[_HEAD : _HEAD + 2 * sources].view(2, sources)
+            sums, of = of_sources.view(2, sources)
             losses = torch.where(bad_losses > 0, torch.nan, sums / of)
             seen = torch.cat([seen, losses, of])
-        if len(report) > _HEAD + 2 * sources:
-            seen = torch.cat([seen, report[_HEAD + 2 * sources :]])
-        self._sources = sources
+        seen = torch.cat([seen, squares])
+        self._nodes, self._sources = nodes, sources
         self._copy = HostCopy(seen)
 
     def read(self) -> Verdict:
         """The verdict; the host waits until the GPU has come to it."""
         seen = self._copy.read()
         loss, tokens, counted, admitted, bad_losses, *wishes = seen[:_HEAD]
-        last, end = _HEAD + self._sources, _HEAD + 2 * self._sources
+        first = _HEAD + self._nodes
+        last = first + self._sources
+        end = last + self._sources
         return Verdict(
             loss=loss,
             tokens=round(tokens),
@@ -126,7 +135,8 @@ class Consensus:
             asked=Requests(*map(bool, wishes)),
             losses_not_finite=round(bad_losses),
             limit=self._limit,
-            source_losses=tuple(seen[_HEAD:last]),
+            node_counted=tuple(map(round, seen[_HEAD:first])),
+            source_losses=tuple(seen[first:last]),
             source_counted=tuple(map(round, seen[last:end])),
             squares=tuple(seen[end:]),
         )
@@ -163,18 +173,21 @@ def agree(
     # From the host in one piece: a number written into a tensor on a GPU is a copy that waits.
     seen = [tokens, counted_tokens] if speaks else [0, 0]
     sources = 0 if by_source is None else len(by_source.counted)
-    known = np.zeros(_HEAD + 2 * sources)
+    of_sources = _HEAD + layout.nodes
+    known = np.zeros(of_sources + 2 * sources)
     known[:_HEAD] = [0, *seen, 0, 0, *asked]
+    known[_HEAD + layout.node_rank] = seen[1]
     if by_source is not None and speaks:
-        known[_HEAD + sources :] = by_source.counted
+        known[of_sources + sources :] = by_source.counted
     report = to_device(known, layout.device)
     if speaks:
         report[0] = torch.where(good_loss, loss_sum, torch.zeros_like(loss_sum))
         if by_source is not None:
-            report[_HEAD : _HEAD + sources] = by_source.loss_sums.nan_to_num(0.0, 0.0, 0.0)
+            sums = by_source.loss_sums.nan_to_num(0.0, 0.0, 0.0)
+            report[of_sources : of_sources + sources] = sums
     report[3] = ~(finite & good_loss)
     report[4] = ~good_loss
     if squares is not None:
         report = torch.cat([report, squares])
     dist.all_reduce(report)
-    return Consensus(report, limit, sources)
+    return Consensus(report, limit, layout.nodes, sources)

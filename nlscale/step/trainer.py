@@ -224,7 +224,7 @@ class Trainer:
 
     def _count(self, verdict: Verdict) -> None:
         counters = self.counters
-        sent, saved = self.optimizer.traffic(counters.step)
+        sent, saved = self.optimizer.traffic()
         counters.bytes_sent += sent
         counters.bytes_saved += saved
         if math.isfinite(verdict.loss) and counters.first_loss is None:
