@@ -50,6 +50,8 @@ PAGES = {
     "levels.spectrum.N.parts": "concepts/levels.md#what-belongs-to-a-level",
     "levels.spectrum.N.hidden": "concepts/cms.md#widths-and-the-budget",
     "levels.spectrum.N.wire": "concepts/windows.md#what-crosses",
+    "levels.spectrum.N.outer": "concepts/outer.md#the-outer-step",
+    "levels.spectrum.N.local": "concepts/outer.md#local-levels",
     "levels.spectrum.N.learning_rate": "concepts/levels.md#the-learning-rate-of-a-level",
     "levels.spectrum.N.optimizer": "how-to/choose-an-optimizer.md#a-rule-for-one-level",
     "levels.stagger": "concepts/levels.md#phases-and-staggering",

@@ -16,7 +16,7 @@ from nlscale.cluster.machines import Cluster
 from nlscale.config.vocabulary import Config, Pending, Reduction, Sharding
 from nlscale.levels.spectrum import INTEGER_BITS, Level, reduction_bytes
 from nlscale.model.stages import stage_blocks
-from nlscale.plan.memory import held_by_stage, kept_by_stage
+from nlscale.plan.memory import OUTER_BYTES, held_by_stage, kept_by_stage
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,20 @@ def checkpoint_plan(
         for level, (split, whole), (split_kept, whole_kept) in zip(levels, held, kept, strict=True):
             waits = level.period > 1
             rounded = group_nodes > 1 and level.wire in INTEGER_BITS
-            # fp32 weights, windows, and errors
-            of_a_parameter = 4 + of_a_window * waits + of_an_error * rounded
-            once += (split * tensor + whole) * of_a_parameter + split_kept * tensor + whole_kept
-            twice += (tensor - 1) * (whole * of_a_parameter + whole_kept)
-            settled += (split * tensor + whole) * (waits * defers + rounded)
+            of_a_parameter = 4 + of_a_window * waits  # fp32 weights, and windows
+            copies = 1  # of what the rule keeps
+            if level.outer is not None:
+                of_a_parameter += OUTER_BYTES
+            if level.local:  # of each node weights, windows and what the rule keeps
+                copies = group_nodes
+                of_a_parameter = OUTER_BYTES + group_nodes * (4 + 4 * waits)
+            of_a_parameter += of_an_error * rounded
+            kept_whole = whole_kept * copies
+            once += (split * tensor + whole) * of_a_parameter
+            once += split_kept * copies * tensor + kept_whole
+            twice += (tensor - 1) * (whole * of_a_parameter + kept_whole)
+            summed = waits and defers and not level.local
+            settled += (split * tensor + whole) * (summed + rounded)
         total += once
         read += once + twice
         # the first tensor rank writes what all of them hold whole

@@ -181,6 +181,13 @@ def _sharding(config: Config) -> None:
             "due, and levels.reduction=every-step sums before; use levels.reduction=deferred, or "
             "parallel.shard_optimizer=node"
         )
+    local = [i for i, level in enumerate(config.levels.spectrum) if level.local]
+    if way != Sharding.node and local:
+        raise UserError(
+            f"parallel.shard_optimizer={way.value} spreads what updates a parameter over nodes, "
+            f"and levels.spectrum.{local[0]} is local, which each node updates by itself; use "
+            f"parallel.shard_optimizer=node, or local=false"
+        )
 
 
 def not_divisible(what: str, number: int, by: int, by_what: str = "parallel.tensor") -> str:

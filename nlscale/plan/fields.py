@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from nlscale.telemetry.fields import Field
 
 _ONE_NODE = "no gradient crosses the network"
+_NOT_LOCAL = "no level is local"
 
 _TRAFFIC = {
     "mean_bytes_per_step": Field("number", "bytes", "that a node sends a step, deferred"),
@@ -36,7 +37,11 @@ _RANK = {
         "sums of the levels of a period above 1, in fp32; errors of rounding of levels that cross "
         "as integers; and what crossing rounded takes in passing",
     ),
-    "optimizer": Field("number", "bytes", "what the rule keeps, and fp32 weights beside bf16 ones"),
+    "optimizer": Field(
+        "number",
+        "bytes",
+        "what the rule keeps, fp32 weights beside bf16 ones, and what outer steps keep",
+    ),
     "activations": Field("number", "bytes", "of the micro batches in flight"),
     "update": Field("number", "bytes", "that an update takes in passing, in place of activations"),
     "validation": Field(
@@ -156,6 +161,12 @@ PLAN: Mapping[str, Field] = {
             ),
             "updates": Field("integer", "", "in the run, of that sync group that makes most"),
             "reductions": Field("integer", "", "across nodes in the run, of the same"),
+            "outer_every": Field(
+                "integer", "updates", "between two outer steps", null="it makes none"
+            ),
+            "local": Field(
+                "true or false", "", "whether each node updates it by its own gradients"
+            ),
             **_TRAFFIC,
         },
     ),
@@ -251,11 +262,18 @@ PLAN: Mapping[str, Field] = {
         "what each of them comes to",
         fields={
             "node": Field("object", "", "sharded over the ranks of a node", fields=_SHARDED),
-            "all": Field("object", "", "sharded over those of all nodes", fields=_SHARDED),
+            "all": Field(
+                "object",
+                "",
+                "sharded over those of all nodes",
+                only=_NOT_LOCAL,
+                fields=_SHARDED,
+            ),
             "matrices": Field(
                 "object",
                 "",
                 "the same, matrices of rules over whole ones by nodes",
+                only=_NOT_LOCAL,
                 fields=_SHARDED,
             ),
         },

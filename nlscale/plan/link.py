@@ -4,7 +4,8 @@ A sync group's gradient is cut into buckets of `parallel.bucket_size` elements, 
 to the first, as the backward pass of the last micro batch makes it. A bucket whose blocks are done
 queues for the link; what crosses when the last pipeline stage has ended its backward pass is
 exposed, and so is all of it where `parallel.overlap` is false. Updated parameters and whole
-matrices, which cross too with `parallel.shard_optimizer=all`, do so when nothing else goes on.
+matrices, which cross too with `parallel.shard_optimizer=all`, do so when nothing else goes on, as
+do the outer steps of local levels.
 
     compute       seconds of a step: model FLOPs over the GPUs' peak at a utilisation, or as given
     a pass        (1 - bubble) / micro batches of it, the backward pass 2/3 of a pass
@@ -36,7 +37,7 @@ from nlscale.levels.spectrum import (
 )
 from nlscale.model.stages import stage_blocks
 from nlscale.plan.pipeline import Pipeline
-from nlscale.plan.traffic import due_steps
+from nlscale.plan.traffic import crossing_steps
 
 _BACKWARD = 2 / 3
 """Of a forward and a backward pass."""
@@ -64,7 +65,7 @@ class _Piece:
     seconds: float
     """That it occupies the link."""
     after: float
-    """Seconds that matrices and updated parameters occupy it, when the step is over."""
+    """Seconds that matrices, updated parameters and outer steps occupy it, after the step."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Links:
         stages = [list(self._pieces(rank, stagger)) for rank in ranks]
         groups = sorted({piece.group for pieces in stages for piece in pieces})
         hidden, exposed = ([0.0] * len(self.levels) for _ in range(2))
-        for due, share in _together(groups, reduction, steps):
+        for due, share in _together(self.levels, groups, reduction, steps):
             seen = [
                 self._crossing([piece for piece in pieces if piece.group in due], rank)
                 for rank, pieces in enumerate(stages)
@@ -157,6 +158,8 @@ class Links:
             gathered, nodes = gathered_bytes(self.config), self.group_nodes
             sent = reduction_bytes(parameters, nodes, wire, None if gathered is None else 0)
             after = reduction_bytes(parameters, nodes, wire, gathered) - sent + whole.pop(group)
+            if self.levels[group.level].local:  # outer steps follow the updates
+                sent, after = 0.0, sent + after
             ready = self.backward_seconds * (1 - done / len(depths))
             seconds = self.cluster.link_seconds
             return _Piece(group, ready, seconds(sent), seconds(after))
@@ -185,15 +188,18 @@ class Links:
 
 
 def _together(
-    groups: list[SyncGroup], reduction: Reduction, steps: range
+    levels: list[Level], groups: list[SyncGroup], reduction: Reduction, steps: range
 ) -> Iterator[tuple[set[SyncGroup], float]]:
     """The sets of groups that cross at one step, and the share of steps at which each does."""
-    if reduction == Reduction.every_step:
+    every_step = reduction == Reduction.every_step
+    if every_step and not any(level.local for level in levels):
         yield set(groups), 1.0
         return
     words = np.zeros((len(steps), len(groups) // _BITS + 1), dtype=np.int64)
     for i, group in enumerate(groups):
-        due = due_steps(group, steps.stop - 1)
+        level, due = levels[group.level], np.arange(1, steps.stop)
+        if level.local or not every_step:
+            due = crossing_steps(level, group, steps.stop - 1)
         words[due[due >= steps.start] - steps.start, i // _BITS] |= 1 << (i % _BITS)
     for found, count in zip(*np.unique(words, axis=0, return_counts=True), strict=True):
         bits = [int(found[i // _BITS]) >> (i % _BITS) & 1 for i in range(len(groups))]

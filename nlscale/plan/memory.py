@@ -7,8 +7,9 @@
                   them and, with `parallel.shard_optimizer=node`, 8 more divided by the nodes; and
                   what a level that crosses rounded takes in passing
     optimizer     what the rules keep (8 bytes a parameter, Adam's moments; of each level and of
-                  matrices by their own rule), and with bf16 4 more, the fp32 weights; sharded over
-                  a node, or with `parallel.shard_optimizer` all or matrices over all nodes
+                  matrices by their own rule), with bf16 4 more, the fp32 weights, and 8 of a level
+                  that makes outer steps; sharded over a node, or with `parallel.shard_optimizer`
+                  all or matrices over all nodes
     activations   what `nlscale.plan.activations` counts, for the micro batches in flight
 
 After the backward pass there are no activations, but for a while something else, and the largest
@@ -41,6 +42,8 @@ from nlscale.plan.update import update_bytes
 USABLE = 0.9
 """Share of a GPU's memory that a run may fill by this count **[choice]**."""
 GIB = 2**30
+OUTER_BYTES = 8
+"""Of a parameter that has outer steps: what it was after the last one, and the momentum, fp32."""
 _IN_THEIR_PLACE = ("update", "validation", "comparison")
 
 
@@ -132,6 +135,7 @@ def memory(
         parameters = sum(held)
         kept_by_rules = sum(map(sum, kept_by_stage(config, vocabulary, mine)))
         waiting = sum(n for level, n in zip(levels, held, strict=True) if level.period > 1)
+        outer = sum(OUTER_BYTES * n for level, n in zip(levels, held, strict=True) if level.outer)
         kept = most_kept([_stage(batch, blocks) for blocks in mine], ranks, rank, micro_batches)
         result.append(
             RankMemory(
@@ -140,7 +144,7 @@ def memory(
                 windows=waiting * 4 / in_node
                 + _owed(config, levels, held, group_nodes) / in_node
                 + _crossing(levels, held, in_node),
-                optimizer=(kept_by_rules + parameters * (4 if bf16 else 0)) / spread,
+                optimizer=(kept_by_rules + parameters * (4 if bf16 else 0) + outer) / spread,
                 activations=kept + batch.transient() + batch.gathered(),
                 update=update_bytes(
                     config,

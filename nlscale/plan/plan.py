@@ -11,8 +11,10 @@ from nlscale.config.parts import parts_of
 from nlscale.config.periods import Piece
 from nlscale.config.vocabulary import Config, Reduction, Sharding
 from nlscale.levels.spectrum import (
+    Level,
     approximate,
     levels_of,
+    planned_outer_steps,
     planned_updates,
     slow_level_warnings,
 )
@@ -40,6 +42,12 @@ class LevelPlan:
     """Steps."""
     updates: int
     """Over the run, the last partial window included: of the sync group that makes most."""
+    outer_every: int | None
+    """Updates between two outer steps; None: it makes none."""
+    outer_steps: int
+    """Over the run, the last one included: of the sync group that makes most."""
+    local: bool
+    """Whether each node makes its own updates between them."""
     periods: tuple[Piece, ...] = ()
     """Where it changes in the run; none: it does not."""
 
@@ -91,7 +99,7 @@ class Plan:
     group_nodes: int
     """Nodes that a data-parallel group spans."""
     sharding: dict[Sharding, Sharded]
-    """What each way of sharding the optimizer state comes to."""
+    """What each way of sharding the optimizer state comes to; with local levels there is one."""
     shards: Sharding
     """As configured."""
     whole: WholePlan | None
@@ -157,6 +165,8 @@ class Plan:
 
     def reductions(self, level: LevelPlan) -> int:
         """Of a level across nodes in the run: of the sync group that makes most."""
+        if level.local:
+            return level.outer_steps
         return level.updates if self.defers else self.steps
 
     @property
@@ -177,8 +187,8 @@ class Plan:
           the same by part of the model
         - `staggered`, `reduction`: what the configuration asks for
         - `levels`: list, fastest first, of `name`, `parts`, `parameters`, `period_steps`, `periods`
-          (where that changes), `updates`, `reductions` and a level's share of the traffic, as in
-          `total`
+          (where that changes), `updates`, `reductions`, `outer_every` (updates between
+          outer steps, null without), `local` and a level's share of the traffic, as in `total`
         - `total`: `parameters`, `mean_bytes_per_step`, `run_bytes` (of all steps),
           `peak_bytes_aligned` and `peak_bytes_staggered` (the largest step),
           `link_seconds_per_step` (mean)
@@ -222,6 +232,8 @@ class Plan:
                 "periods": level.periods_to_plain(),
                 "updates": level.updates,
                 "reductions": self.reductions(level),
+                "outer_every": level.outer_every,
+                "local": level.local,
                 "mean_bytes_per_step": float(self.aligned.mean_per_level[i]),
                 "run_bytes": float(self.aligned.mean_per_level[i]) * self.steps,
                 "peak_bytes_aligned": float(self.aligned.peak_per_level[i]),
@@ -339,6 +351,11 @@ def make_plan(
             period=level.period,
             updates=planned_updates(config, level),
             periods=() if level.changes is None else level.changes.pieces,
+            outer_every=None if level.outer is None else level.outer.every,
+            outer_steps=planned_outer_steps(
+                level, config.model.layers, config.levels.stagger, config.train.steps
+            ),
+            local=level.local,
         )
         for level in levels
     ]
@@ -364,7 +381,7 @@ def make_plan(
         defers=config.levels.reduction == Reduction.deferred,
         group_nodes=group_nodes,
         fullest=fullest,
-        sharding={way: _sharded(config, cluster, way) for way in Sharding},
+        sharding={way: _sharded(config, cluster, way) for way in _ways(levels)},
         shards=config.parallel.shard_optimizer,
         whole=whole_plan(
             config,
@@ -400,6 +417,11 @@ def memory_on(config: Config, cluster: Cluster) -> Memory:
 def _stages(config: Config, on: OnCluster) -> list[StagePlan]:
     levels = levels_of(config)
     return [stage_on(config, stage, levels, on) for stage in curriculum(config)]
+
+
+def _ways(levels: list[Level]) -> list[Sharding]:
+    """Of sharding the optimizer state: nodes that each update a level share nothing of its."""
+    return [Sharding.node] if any(level.local for level in levels) else [*Sharding]
 
 
 def _sharded(config: Config, cluster: Cluster, way: Sharding) -> Sharded:

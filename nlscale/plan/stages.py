@@ -147,7 +147,7 @@ def _timed(
     )
     if on.group_nodes == 1 or computes is None:
         return replace(own, computes=computes)
-    plain = [replace(level, wire=WireFormat.fp32) for level in levels]
+    plain = [replace(level, wire=WireFormat.fp32, local=False) for level in levels]
     sums = replace(config, parallel=replace(config.parallel, shard_optimizer=Sharding.node))
     links, plain_links = (
         Links(what, spectrum, on.vocabulary, cluster, on.group_nodes, own.pipeline, computes)

@@ -10,7 +10,7 @@ from nlscale.config.units import human_bytes, human_count
 from nlscale.config.vocabulary import Sharding
 from nlscale.levels.spectrum import INTEGER_BITS
 from nlscale.plan.memory import GIB, USABLE, RankMemory
-from nlscale.plan.plan import Exposure, Plan, Sharded
+from nlscale.plan.plan import Exposure, LevelPlan, Plan, Sharded
 from nlscale.plan.programs import WANTED
 from nlscale.plan.whole import WholePlan
 
@@ -35,6 +35,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(_explain_stages(plan))
     console.print()
     console.print(_levels(plan, crosses))
+    for level in plan.levels:
+        if level.outer_every is not None:
+            console.print(_outer(level))
     console.print()
     if plan.names_parts:
         console.print(_parts(plan))
@@ -63,7 +66,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(_memory(plan))
     console.print()
     _explain_memory(plan, console)
-    if crosses:
+    if crosses and len(plan.sharding) > 1:
         console.print(_sharding(plan))
     if plan.whole is not None:
         console.print(_whole(plan.whole))
@@ -249,6 +252,14 @@ def _levels(plan: Plan, crosses: bool) -> Table:
 def _parts(plan: Plan) -> str:
     of = [f"{level.name} has {', '.join(level.parts)}" for level in plan.levels]
     return f"Parts of the model: {'; '.join(of)}."
+
+
+def _outer(level: LevelPlan) -> str:
+    every = f"every {level.outer_every} updates" if level.outer_every != 1 else "after each update"
+    line = f"Level {level.name!r} makes an outer step {every}"
+    if not level.local:
+        return f"{line}."
+    return f"{line}; it is local: what its updates have made crosses then, and no gradient does."
 
 
 def _summarise(plan: Plan, console: Console) -> None:

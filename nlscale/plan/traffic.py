@@ -11,8 +11,9 @@ node holds some of its ranks only, and a data-parallel group spans some of the n
 bytes are then the mean over all nodes. The largest step of one node may be larger than that of the
 mean, since the blocks of a stage have phases that lie close together.
 
-A sync group is reduced at the end of its window (docs/concepts/windows.md); plain data parallel, or
-`levels.reduction=every-step`, reduces every group at every step. Not counted: the few numbers
+A sync group is reduced at the end of its window (docs/concepts/windows.md), one of a local level at
+its outer steps (docs/concepts/outer.md); plain data parallel, or `levels.reduction=every-step`,
+reduces every group at every step. Not counted: the few numbers
 that all ranks agree on after a step, what starts and checkpoints a run, and the last step, which
 applies every unfinished window; activations between pipeline ranks, which cross besides
 (`activation_bytes`). Under tensor parallelism the parameters that each rank holds
@@ -92,13 +93,14 @@ def traffic(
     series = np.zeros((len(levels), steps))
     means = np.zeros(len(levels))
     for group, parameters in group_parameters(config, levels, vocabulary, stagger).items():
-        sent = node_bytes(parameters, nodes, group_nodes, levels[group.level].wire, gathered)
-        if reduction == Reduction.every_step:
+        level = levels[group.level]
+        sent = node_bytes(parameters, nodes, group_nodes, level.wire, gathered)
+        if reduction == Reduction.every_step and not level.local:
             series[group.level] += sent
             means[group.level] += sent
         else:
-            series[group.level, due_steps(group, steps) - 1] += sent
-            means[group.level] += sent / group.mean_period
+            series[group.level, crossing_steps(level, group, steps) - 1] += sent
+            means[group.level] += sent / group.mean_period / level.updates_a_crossing
     for g, of_updates in crossing:
         add_updates(series[g.group.level], g.group, of_updates)
         means[g.group.level] += sum(of_updates) / len(of_updates) / g.group.mean_period
@@ -126,6 +128,13 @@ def due_steps(group: SyncGroup, last: int) -> NDArray[np.int64]:
             for own, end in zip(group.stretches, ends, strict=True)
         ]
     )
+
+
+def crossing_steps(level: Level, group: SyncGroup, last: int) -> NDArray[np.int64]:
+    """The same, at which a group of a level crosses between nodes: when due, or, of a local level,
+    at its outer steps."""
+    every = level.updates_a_crossing
+    return due_steps(group, last)[(group.outer_phase or every) - 1 :: every]
 
 
 def add_updates(series: NDArray[np.float64], group: SyncGroup, of_updates: list[float]) -> None:
@@ -183,16 +192,17 @@ def activation_bytes(config: Config, nodes: int, ranks_per_node: int) -> float:
 
 
 def cycle_steps(levels: list[Level]) -> int:
-    """Steps after which the pattern of updates repeats: the longest period where each divides it.
+    """Steps after which the pattern of updates and crossings repeats: the longest of the levels'
+    where each divides it, their periods and, of local ones, those from outer step to outer step.
 
-    Periods that hardly divide each other are cut off after about a million steps. Where a period
+    Those that hardly divide each other are cut off after about a million steps. Where a period
     changes, the run's: nothing repeats.
     """
     changes = [level.changes for level in levels if level.changes is not None]
     if changes:
         return min(changes[0].steps, _LONGEST_SERIES)
-    cycle = math.lcm(*(level.period for level in levels))
-    longest = max(level.period for level in levels)
+    cycle = math.lcm(*(level.crosses_every for level in levels))
+    longest = max(level.crosses_every for level in levels)
     return cycle if cycle <= _LONGEST_SERIES else -(-_LONGEST_SERIES // longest) * longest
 
 

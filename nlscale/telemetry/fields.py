@@ -355,6 +355,10 @@ SUMMARY: Mapping[str, Field] = {
             "updates": Field("integer", "", "made, by that of its sync groups that made most"),
             "reductions": Field("integer", "", "across nodes, of the same"),
             "wire": Field("text", "", "how its gradients crossed; only `fp32` is exact"),
+            "outer_steps": Field("integer", "", "made, by that of its sync groups that made most"),
+            "local": Field(
+                "true or false", "", "whether each node updated it by its own gradients"
+            ),
         },
     ),
     "goodput": Field(

@@ -13,6 +13,7 @@ from nlscale.config.parts import parts_of
 from nlscale.config.vocabulary import Config
 from nlscale.errors import Stopped
 from nlscale.levels.engine import LevelOptimizer
+from nlscale.levels.spectrum import Level
 from nlscale.model.flops import mean_flops_per_token
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
 from nlscale.parallel.consensus import Verdict
@@ -29,7 +30,7 @@ def describe(config: Config, prepared: Prepared, layout: Layout) -> str:
     """The run in a line."""
     parameters = level_parameters(config, prepared.vocabulary)
     spectrum = ", ".join(
-        f"{level.name} every {level.period} ({count / 1e6:.2f}M)"
+        f"{level.name} every {level.period}{_outer(level)} ({count / 1e6:.2f}M)"
         for level, count in zip(prepared.levels, parameters, strict=True)
     )
     return (
@@ -37,6 +38,13 @@ def describe(config: Config, prepared: Prepared, layout: Layout) -> str:
         f"{layout.world} rank{'s' * (layout.world > 1)} on {layout.device.type}, "
         f"{config.train.dtype.value}, {_tokens_a_step(prepared)} tokens a step"
     )
+
+
+def _outer(level: Level) -> str:
+    """What to say of its outer steps."""
+    if level.outer is None:
+        return ""
+    return f", outer step every {level.outer.every} updates{' of each node' * level.local}"
 
 
 def _tokens_a_step(prepared: Prepared) -> str:
@@ -157,6 +165,8 @@ def summarise(
                 "updates": optimizer.counts(level.index)[0],
                 "reductions": optimizer.counts(level.index)[1],
                 "wire": level.wire.value,
+                "outer_steps": optimizer.outer_steps(level.index),
+                "local": level.local,
             }
             for level in prepared.levels
         ],

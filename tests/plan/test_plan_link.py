@@ -39,7 +39,10 @@ def plan(*overrides: str, seconds: float = 0.2, **machines: float) -> Plan:
 SPECTRA = ["levels=[1]", "levels=[1,3]", "levels=[1,2,4]"]
 
 
-@pytest.mark.parametrize("levels", SPECTRA)
+LOCAL = "levels=[1,{period: 2, local: true, outer: {every: 3}}]"
+
+
+@pytest.mark.parametrize("levels", [*SPECTRA, LOCAL])
 @pytest.mark.parametrize("stagger", ["true", "false"])
 @pytest.mark.parametrize("gbit", [0.01, 0.3, 100.0])
 def test_hidden_and_exposed_are_the_link_time(levels: str, stagger: str, gbit: float) -> None:

@@ -102,6 +102,7 @@ STATE = [
         "levels.spectrum.1.optimizer={rule: muon}",
     ),
     ("train.dtype=bf16", "parallel.pipeline=2", "optimizer.rule=muon"),
+    ("train.dtype=bf16", "levels.spectrum.0.outer.every=3", "levels.spectrum.1.outer.every=1"),
 ]
 
 
@@ -134,6 +135,8 @@ def bytes_between_steps(*overrides: str) -> tuple[int, int, int]:
         kept = [x for shard in trainer.shards() for x in shard.state().values()]
         if config.train.dtype == Dtype.bf16:
             kept += [shard.weights for shard in trainer.shards()]
+        outers = [(shard.outer, shard.weights) for shard in trainer.shards()]
+        kept += [x[p] for o, p in outers if o is not None for x in (o.before, o.momentum)]
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
     updates = sum(x.nbytes for x in kept)
     return layout.pipeline_rank, sum(storages.values()), updates
