@@ -173,11 +173,12 @@ def test_ctrl_c_saves_what_is_under_way_and_the_same_command_goes_on(
 
 
 def test_a_lost_terminal_stops_a_sweep_as_sigterm_does() -> None:
-    with _stop_signals() as came:
-        os.kill(os.getpid(), signal.SIGHUP)
-    assert came == ["SIGHUP"]
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:  # as under nohup
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with _stop_signals() as came:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert came == ["SIGHUP"]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
         with _stop_signals() as came:
             os.kill(os.getpid(), signal.SIGHUP)
         assert came == []
