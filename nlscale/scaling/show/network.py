@@ -22,8 +22,8 @@ _LOGARITHMIC = 10  # times fewer bytes, from which on the axis of them is
 def draw_network(runs: list[Sent], cluster: Cluster, out: Path) -> Path:
     """Draw loss over the bytes a node sends in the training, and the frontier of the two.
 
-    A colour, with another filling once all are used up, is a setting of the levels, a marker a family. Runs that
-    differ in their setting alone are joined by a line through the means over their seeds, of which
+    A colour, with another filling once all are used up, is a setting of the levels, a marker a
+    family. Runs that differ in their setting alone are joined by a line through the means over their seeds, of which
     the frontier is too: the least of several seeds would be luck. Where there are pairs, another
     panel shows what each setting saves and costs beside the one that sends most.
 
@@ -164,7 +164,7 @@ def _cost(saving: Saving) -> str:
     within = "" if interval is None else f" [{interval[0]:+.2f}, {interval[1]:+.2f}]"
     return (
         f"{saving.loss:+.4f} nats, {saving.percent.mean:+.2f}%{within}, "
-        f"{count} pair{'s' * (count > 1)} of runs"
+        f"{count} pair{'s' * (count > 1)}"
     )
 
 
