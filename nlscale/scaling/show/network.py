@@ -23,9 +23,9 @@ def draw_network(runs: list[Sent], cluster: Cluster, out: Path) -> Path:
     """Draw loss over the bytes a node sends in the training, and the frontier of the two.
 
     A colour, with another filling once all are used up, is a setting of the levels, a marker a
-    family. Runs that differ in their setting alone are joined by a line through the means over their seeds, of which
-    the frontier is too: the least of several seeds would be luck. Where there are pairs, another
-    panel shows what each setting saves and costs beside the one that sends most.
+    family. Runs that differ in their setting alone are joined by a line through the means over
+    their seeds, of which the frontier is too: the least of several seeds would be luck. Where there
+    are pairs, another panel shows what each setting saves and costs beside the one that sends most.
 
     Args:
         runs: as `sent_on` gives them.

@@ -65,8 +65,10 @@ def test_each_sends_what_its_levels_say_and_its_plan(
         config = run.config
         plan = make_plan(config, cluster).to_plain()
         tokens = config.train.global_batch * config.data.sequence_length
+        # A plan's mean is of aligned blocks; staggered ones change their periods at other steps.
+        near = 1e-3 if setting == "warm.up" else 1e-6
         assert plan["total"]["mean_bytes_per_step"] == pytest.approx(
-            sent[setting].bytes_per_token * tokens
+            sent[setting].bytes_per_token * tokens, rel=near
         )
         if setting == "warm.up":
             continue
