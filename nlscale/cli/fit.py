@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from nlscale.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from nlscale.scaling.law.analysis import Analysis
     from nlscale.scaling.law.points import Points
 
 _FILE_WIDTH = 120  # columns, where there is no terminal to ask
@@ -101,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _fit(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from nlscale.scaling.law.analysis import analyse, multipliers
+    from nlscale.scaling.law.analysis import multipliers
     from nlscale.scaling.show.text import families_to_plain, print_fit, print_multipliers, to_plain
 
     _check(args)
@@ -117,21 +118,25 @@ def _fit(args: argparse.Namespace) -> int:
         parts = {name: part.without_idle_period() for name, part in parts.items()}
     # Before the fit, which needs more runs than this does.
     network = _network(args, points, console) if args.frontier else {}
-    options = (tuple(args.budget), args.bootstraps, args.level, args.seed)
-    fits = {name: analyse(part, *options) for name, part in parts.items()}
-    ratios = multipliers(fits)
+    fits, without = _fits(args, parts)
+    ratios = multipliers(fits) if fits else []
 
     if args.json:
-        one = fits.get("")
-        plain = to_plain(one) if one and not args.by else families_to_plain(args.by, fits, ratios)
+        plain: dict[str, Any] = {"not_fitted": without} if without else {}
+        if args.by:
+            plain |= families_to_plain(args.by, fits, ratios)
+        elif fits:
+            plain |= to_plain(fits[""])
         print(json.dumps(plain | network, indent=1))
     else:
+        for name, reason in without.items():
+            console.print(f"No law {f'of {name} ' if name else ''}is fitted: {reason}")
         for one in fits.values():
             print_fit(one, console)
             console.print()
         if ratios:
             print_multipliers(ratios, console)
-        elif args.by:
+        elif args.by and not without:
             console.print(
                 "no multiplier: no loss is within the data of both, and a fit is ill-conditioned"
             )
@@ -156,6 +161,28 @@ def _fit(args: argparse.Namespace) -> int:
                     f"outside the data, from an ill-conditioned fit: {optimum.refused}"
                 )
     return 0
+
+
+def _fits(
+    args: argparse.Namespace, parts: Mapping[str, Points]
+) -> tuple[dict[str, Analysis], dict[str, str]]:
+    """The law of each family, and why others have none, where the frontier is all that needs them.
+
+    Raises:
+        UserError: too few points for a law that was asked for, by itself or for what it gives.
+    """
+    from nlscale.scaling.law.analysis import analyse
+    from nlscale.scaling.law.points import TooFew
+
+    fits, without = {}, {}
+    for name, part in parts.items():
+        try:
+            fits[name] = analyse(part, tuple(args.budget), args.bootstraps, args.level, args.seed)
+        except TooFew as error:
+            if not args.frontier or args.figure or args.budget:
+                raise
+            without[name] = str(error)
+    return fits, without
 
 
 def _check(args: argparse.Namespace) -> None:

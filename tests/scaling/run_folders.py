@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from nlscale.config import recipe
+from nlscale.config.curriculum import total_tokens
 from nlscale.config.parts import parts_of
-from nlscale.levels.spectrum import spectrum
+from nlscale.config.vocabulary import Config
+from nlscale.levels.spectrum import levels_of
 from nlscale.model.flops import flops_per_token
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
 
@@ -35,8 +37,13 @@ def finished_run(
             *overrides,
         ],
     ).config
+    return finished(folder, config, loss, **replaced)
+
+
+def finished(folder: Path, config: Config, loss: float, **replaced: Any) -> dict[str, Any]:
+    """The same of a configuration."""
     parameters = level_parameters(config, VOCABULARY)
-    tokens = steps * SEQUENCE * BATCH
+    tokens = total_tokens(config)
     summary = {
         "final_val_loss": loss,
         "tokens": tokens,
@@ -50,9 +57,7 @@ def finished_run(
                 "period_steps": level.period,
                 "parameters": count,
             }
-            for level, count in zip(
-                spectrum(config.levels, SEQUENCE * BATCH), parameters, strict=True
-            )
+            for level, count in zip(levels_of(config), parameters, strict=True)
         ],
         **replaced,
     }

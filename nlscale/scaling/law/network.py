@@ -2,28 +2,34 @@
 
 A level's gradient crosses the network once a period, and that is the same training as reducing it
 at every step (docs/concepts/levels.md). So a run on one GPU has the loss that any cluster would
-have reached, and what that cluster would have sent follows from its configuration alone.
+have reached, and what that cluster would have sent follows from its configuration alone, by the
+count that a plan makes of it. Levels that cross rounded, and local ones, depend on the number of
+nodes: their loss is that of as many as they were trained on.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from nlscale.cluster.machines import Cluster
 from nlscale.config import recipe
 from nlscale.config.curriculum import total_tokens
-from nlscale.config.vocabulary import Config
+from nlscale.config.vocabulary import Config, Purpose
 from nlscale.errors import UserError
-from nlscale.levels.spectrum import levels_of
+from nlscale.levels.spectrum import Level, approximate, levels_of
 from nlscale.model.sizes import level_parameters, tables
 from nlscale.plan import traffic
 from nlscale.scaling.law.points import MEASURED, PERIODS, RUN, Points, Row
+from nlscale.scaling.law.setting import setting_of
 
-_APART = ("levels.spectrum", "run.", "checkpoint.", "resume.", "wandb.", "parallel.")
-"""Keys in which runs may differ and yet be alike but for their periods (and seed)."""
+_APART = (
+    "levels.spectrum", "levels.period_warmup.", "levels.reduction", "levels.stagger", "run.",
+    "checkpoint.", "resume.", "wandb.", "parallel.",
+)  # fmt: skip
+"""Keys in which runs may differ and yet be alike but for their setting (and seed)."""
+_SEED, _PURPOSE, _RATE = "run.seed", "run.purpose", "optimizer.learning_rate"
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,11 @@ class Sent:
         run: its folder.
         family: its value of the column that families are told apart by; empty without one.
         periods: of its levels, in steps ("1, 4, 16").
-        group: a number; runs of one group differ in their periods and seed alone.
+        setting: these, and all else of its levels that decides bytes ("1, 4, 16 int8").
+        approximate: whether its loss depends on the number of nodes.
+        group: a number; runs of one group differ in their setting and seed alone, and in a
+            learning rate that was chosen for the setting.
+        seed: `run.seed`, which pairs runs of a group.
         n, tokens, loss: parameters, tokens, nats per token.
         bytes_per_token: of gradients, leaving one node.
         bytes: the same over the training.
@@ -44,40 +54,16 @@ class Sent:
     run: str
     family: str
     periods: str
+    setting: str
+    approximate: bool
     group: int
+    seed: str
     n: float
     tokens: float
     loss: float
     bytes_per_token: float
     bytes: float
     efficient: bool
-
-
-@dataclass(frozen=True)
-class Saving:
-    """What other periods save and cost beside those that send most, at equal size and tokens.
-
-    Attributes:
-        periods: of the levels, in steps; `reference`: those it is compared with.
-        fewer: bytes of the reference over bytes, geometric mean over the pairs.
-        costs: nats per token above the reference, of each size and length trained with both.
-    """
-
-    periods: str
-    reference: str
-    fewer: float
-    costs: tuple[float, ...]
-
-    @property
-    def loss(self) -> float:
-        """The mean cost, nats per token."""
-        return statistics.fmean(self.costs)
-
-    @property
-    def standard_error(self) -> float | None:
-        """Of the mean cost; None from one pair."""
-        count = len(self.costs)
-        return statistics.stdev(self.costs) / count**0.5 if count > 1 else None
 
 
 def sent_on(points: Points, cluster: Cluster, by: str | None = None) -> list[Sent]:
@@ -99,22 +85,32 @@ def sent_on(points: Points, cluster: Cluster, by: str | None = None) -> list[Sen
             f"--frontier: {points.source} does not say how its runs are configured; give folders "
             f"of runs"
         )
-    kinds = dict.fromkeys(map(_all_but_periods, points.rows))
-    groups = {kind: number for number, kind in enumerate(kinds)}
+    measured = [
+        (row, float(n), float(tokens), float(loss))
+        for row, n, tokens, loss in zip(points.rows, points.n, points.d, points.loss, strict=True)
+        if row.get(_PURPOSE) != Purpose.search.value
+    ]
+    if not measured:
+        raise UserError(f"--frontier: {points.source} are all of a search, which chooses a setting")
     runs = []
-    for row, n, tokens, loss in zip(points.rows, points.n, points.d, points.loss, strict=True):
-        each = _bytes_per_token(row, cluster)
-        runs.append((each * float(tokens), float(loss), float(n), float(tokens), each, row))
+    for row, n, tokens, loss in measured:
+        config, levels = _levels(row)
+        each = _bytes_per_token(row, config, levels, cluster)
+        runs.append((each * tokens, loss, n, tokens, each, row, setting_of(config, levels), levels))
+    groups = _groups((run[5], run[6]) for run in runs)
     runs.sort(key=lambda run: run[:2])
     found: list[Sent] = []
     best = float("inf")
-    for total, loss, n, tokens, each, row in runs:
+    for total, loss, n, tokens, each, row, setting, levels in runs:
         found.append(
             Sent(
                 run=row[RUN],
                 family=row.get(by, "") if by else "",
                 periods=row[PERIODS],
-                group=groups[_all_but_periods(row)],
+                setting=setting,
+                approximate=bool(approximate(levels, crosses=True)),
+                group=groups[row[RUN]],
+                seed=row.get(_SEED, ""),
                 n=n,
                 tokens=tokens,
                 loss=loss,
@@ -127,68 +123,49 @@ def sent_on(points: Points, cluster: Cluster, by: str | None = None) -> list[Sen
     return found
 
 
-def alike(runs: list[Sent]) -> list[list[Sent]]:
-    """The runs by their group, in each fewest bytes first."""
-    groups: dict[int, list[Sent]] = {}
-    for run in sorted(runs, key=lambda run: run.bytes):
-        groups.setdefault(run.group, []).append(run)
-    return list(groups.values())
+def _groups(runs: Iterable[tuple[Row, str]]) -> dict[str, int]:
+    """The group of each run, by its folder, from its row and setting.
 
-
-def savings(runs: list[Sent]) -> list[Saving]:
-    """Each setting of the periods beside the one that sends most a token and parameter."""
-    settings = by_period(runs)
-    reference, *others = settings
-    found = []
-    for periods in others:
-        pairs = [
-            (a, b)
-            for group in alike(runs)
-            if (a := [run for run in group if run.periods == reference])
-            and (b := [run for run in group if run.periods == periods])
-        ]
-        if not pairs:
-            continue
-        fewer = statistics.geometric_mean(a[0].bytes / b[0].bytes for a, b in pairs)
-        # several runs of one group differ by their seed
-        costs = tuple(_mean_loss(b) - _mean_loss(a) for a, b in pairs)
-        found.append(Saving(periods, reference, fewer, costs))
+    A learning rate that was chosen for each setting keeps no runs apart. Where a setting was
+    trained with several on one seed, they are no choice, and each is a group of its own.
+    """
+    by_kind: dict[tuple[tuple[str, str], ...], list[tuple[Row, str]]] = {}
+    for row, setting in runs:
+        by_kind.setdefault(_all_but_setting(row), []).append((row, setting))
+    found: dict[str, int] = {}
+    count = 0
+    for those in by_kind.values():
+        rates: dict[tuple[str, str], set[str]] = {}
+        for row, setting in those:
+            place = setting, row.get(_SEED, "")
+            rates.setdefault(place, set()).add(row.get(_RATE, ""))
+        several = any(len(of) > 1 for of in rates.values())
+        apart = [row.get(_RATE, "") if several else "" for row, _ in those]
+        numbers = {rate: count + i for i, rate in enumerate(dict.fromkeys(apart))}
+        count += len(numbers)
+        found |= {row[RUN]: numbers[rate] for (row, _), rate in zip(those, apart, strict=True)}
     return found
 
 
-def by_period(runs: list[Sent]) -> list[str]:
-    """The settings of the periods among the runs, that which sends most first."""
-    shares: dict[str, list[float]] = {}
-    for run in runs:
-        shares.setdefault(run.periods, []).append(math.log(run.bytes_per_token / run.n))
-    return sorted(shares, key=lambda periods: -statistics.fmean(shares[periods]))
-
-
-def _all_but_periods(row: Row) -> tuple[tuple[str, str], ...]:
+def _all_but_setting(row: Row) -> tuple[tuple[str, str], ...]:
     return tuple(
         (key, value)
         for key, value in row.items()
-        if key not in MEASURED and not key.startswith(_APART)
+        if key not in (*MEASURED, _RATE) and not key.startswith(_APART)
     )
 
 
-def _mean_loss(runs: list[Sent]) -> float:
-    return statistics.fmean(run.loss for run in runs)
-
-
-def _bytes_per_token(row: Row, cluster: Cluster) -> float:
+def _levels(row: Row) -> tuple[Config, list[Level]]:
     config = recipe.load(Path(row[RUN]) / "config.yaml").config
     if PERIODS not in row:
         raise UserError(f"--frontier: {row[RUN]}: its summary.json has no levels")
+    return config, levels_of(config)
+
+
+def _bytes_per_token(row: Row, config: Config, levels: list[Level], cluster: Cluster) -> float:
     parallel = config.parallel
     group_nodes = cluster.nodes_of_a_data_group(parallel.tensor, parallel.pipeline)
-    sent = traffic(
-        config,
-        levels_of(config),
-        _vocabulary(row, config),
-        cluster.nodes,
-        group_nodes=group_nodes,
-    )
+    sent = traffic(config, levels, _vocabulary(row, config), cluster.nodes, group_nodes=group_nodes)
     return sent.mean / (total_tokens(config) / config.train.steps)
 
 

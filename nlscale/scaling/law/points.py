@@ -15,6 +15,7 @@ import numpy as np
 from nlscale.config.scalars import Unreadable, number
 from nlscale.errors import UserError
 from nlscale.scaling.law.law import FLOPS_PER_PARAMETER_TOKEN, Array
+from nlscale.scaling.law.setting import said_of_periods
 
 FEWEST_POINTS = 8
 FEWEST_DISTINCT = 3
@@ -25,6 +26,10 @@ RUN, PERIODS = "run", "periods"
 """Columns of a run beside its configuration: its folder, and its levels' periods in steps."""
 
 Row = dict[str, str]
+
+
+class TooFew(UserError):
+    """Points, or sizes or lengths among them, that are too few for a law."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,12 @@ class Points:
         """Themselves.
 
         Raises:
-            UserError: fewer than 8 points, or fewer than 3 distinct N or D (1 % apart); with
-                periods, fewer than 9 points or 2 periods.
+            TooFew: fewer than 8 points (9 with periods), or 3 distinct N or D (1 % apart).
+            UserError: with periods, fewer than 2 of them.
         """
         more = self.period is not None
         if len(self.n) < FEWEST_POINTS + more:
-            raise UserError(
+            raise TooFew(
                 f"{self.source}: {len(self.n)} points are too few for a law of {5 + more} "
                 f"parameters; at least {FEWEST_POINTS + more} are needed"
             )
@@ -89,7 +94,7 @@ class Points:
         for name, values in (("N", self.n), ("D", self.d)):
             count = distinct(values)
             if count < FEWEST_DISTINCT:
-                raise UserError(
+                raise TooFew(
                     f"{self.source}: {count} distinct {name} are too few; at least "
                     f"{FEWEST_DISTINCT} are needed to tell its exponent from a constant"
                 )
@@ -254,21 +259,10 @@ def _measured(run: Path, summary: Any) -> Row:
     measured[RUN] = run
     periods = [level["period_steps"] for level in levels]
     if periods:
-        measured[PERIODS] = _said_of(levels)
+        parts = [level.get("parts", []) for level in levels]
+        measured[PERIODS] = ", ".join(said_of_periods(periods, parts))
         measured["C"] = math.exp(math.fsum(map(math.log, periods)) / len(periods))
     return {name: str(value) for name, value in measured.items() if value is not None}
-
-
-def _said_of(levels: list[dict[str, Any]]) -> str:
-    """The periods of the levels, and where that is not as always, which parts are at each."""
-    periods = [str(level["period_steps"]) for level in levels]
-    parts = [level.get("parts", []) for level in levels]
-    always = [["cms", "mixer", "embedding", "head"], *(["cms"] for _ in levels[1:])]
-    if not any(parts) or parts == always:
-        return ", ".join(periods)
-    return ", ".join(
-        f"{period} {'+'.join(own)}" for period, own in zip(periods, parts, strict=True)
-    )
 
 
 def _is_period(value: Any) -> bool:

@@ -135,23 +135,6 @@ def test_periods_are_compared_between_runs_that_are_alike_but_for_them(room: Roo
     assert str(room.figure) in text
 
 
-def test_runs_that_differ_in_their_seed_are_averaged(room: Room) -> None:
-    finished_run(room.runs / "again", 100, 4.0, "levels=[1]", "run.seed=2")
-    first = json.loads((room.runs / "64-100-[1]" / "summary.json").read_text())["final_val_loss"]
-    (saving,) = room.network()["savings"]
-    moved = (4.0 - first) / 2
-    assert sorted(saving["costs"])[0 if moved > 0 else -1] == pytest.approx(0.01 - moved)
-
-
-def test_it_is_drawn_of_runs_too_few_for_a_law(tmp_path: Path) -> None:
-    room = Room(tmp_path)
-    for index, levels in enumerate(("[1]", "[1,2,4,8]", "[1,4,16,64]")):
-        finished_run(room.runs / str(index), 100, 3 + 0.01 * index, f"levels={levels}")
-    assert "3 points are too few" in room.fit(code=2)
-    assert "1, 4, 16, 64" in room.printed and str(room.figure) in room.printed
-    assert room.figure.read_bytes().startswith(b"\x89PNG")
-
-
 def test_families_are_told_apart(room: Room) -> None:
     for index in range(9):
         width, steps = (64, 96, 128)[index % 3], (100, 400, 1600)[index // 3]

@@ -227,6 +227,8 @@ def test_listing_imports_no_torch(room: Room) -> None:
         ("periods", 36, 12),
         ("needles", 6, 6),  # of a task, and of bytes
         ("optimizer-betas", 16, 16),  # of the search, which comes first
+        ("frontier", 45, 45),
+        ("frontier-four-nodes", 15, 15),
     ],
 )
 def test_the_sweeps_of_the_repository_are_listed_without_data(
