@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -29,6 +28,8 @@ from nlscale.levels.optimizers import (
     split_by_group,
 )
 from nlscale.levels.outer import Outer, make_outer_steps
+from nlscale.levels.owing import Owing
+from nlscale.levels.partial import sum_partial_gradients
 from nlscale.levels.progress import Counted, Progress
 from nlscale.levels.replicas import parameter_difference, state_difference
 from nlscale.levels.sent import Sent
@@ -106,6 +107,7 @@ class LevelOptimizer:
         self._named = {group: frozenset(own) for group, own in groups.items()}
         parameters: dict[str, Any] = named_parameters(stages)
         self._partial = [p for p in parameters.values() if p.partial_gradient]
+        self._owing = Owing(config, levels, layout.nodes, self.windows, self.progress)
         self._waited: list[Waited] = []
         self._crossed: set[SyncGroup] = set()
         """The groups whose gradients, or outer steps, crossed at the last step."""
@@ -137,6 +139,7 @@ class LevelOptimizer:
         self.sent.begin()
         if self._squares is not None:
             self._squares.start_step()
+        self._owing.bring_to_step(step, closing)
         for window in self.windows:
             window.start_step(closes=window.group in closing)
 
@@ -144,7 +147,7 @@ class LevelOptimizer:
         """Sum the step's gradient inside the node."""
         for window in self.windows:
             window.finish_step()
-        self._sum_partial_gradients()
+        sum_partial_gradients(self._partial, self.layout)
 
     def finish_crossing(self) -> Tensor:
         """What crosses at this step has crossed; whether all gradients are finite, a bool tensor.
@@ -253,6 +256,7 @@ class LevelOptimizer:
         held = {group: progress for group, progress in held.items() if progress.tokens}
         if not held:
             return {}
+        self._owing.bring_to_windows(held)
         for window in self.windows:
             if window.group in held:
                 window.close_without_step()
@@ -335,6 +339,8 @@ class LevelOptimizer:
         closed: dict[int, list[GradientNoise]] = {}
         for group, rate in update.rates.items():
             progress = self.progress[group]
+            if progress.counted_tokens:
+                self._owing.update(group)
             if progress.close(outer=self.levels[group.level].outer is not None):
                 progress.short += group.period - group.period_at(update.step)
                 done[group.level] = rate
@@ -429,18 +435,3 @@ class LevelOptimizer:
         if self.alike_on_nodes:
             state = state_difference(self.layout, self.groups, self.outers, local, apart)
         return state if different is None else different
-
-    def _sum_partial_gradients(self) -> None:
-        """Sum over the tensor-parallel group what its ranks see parts of.
-
-        Of the buffers that the reduction inside the node has gone over: it changes other elements
-        of them on other data-parallel ranks, but the same ones on all ranks of a tensor group.
-        """
-        if not self._partial:
-            return
-        gradients = [p.main_grad for p in self._partial]
-        flat = torch.cat([g.reshape(-1) for g in gradients])
-        dist.all_reduce(flat, group=self.layout.tensor_group)
-        sums = flat.split([g.numel() for g in gradients])
-        for gradient, summed in zip(gradients, sums, strict=True):
-            gradient.copy_(summed.view_as(gradient))

@@ -7,9 +7,16 @@ arrived, in fp32, with what it owes of it, E, and sends it to all, itself includ
     sent  Q(s + e)       kept  e <- s + e - Q(s + e)              by each node, of all of the shard
     sent  Q(t + E)       kept  E <- t + E - Q(t + E)              by the owner, of its part
 
-So all nodes hold the same bits, and at any moment sent + sum_i e_i + E is the sum of all gradients,
-to fp32 rounding. With `parallel.shard_optimizer` all or matrices the owner keeps the total, which
-is not rounded again, and there is no E.
+So all nodes hold the same bits. An update divides what has arrived by the targets of its window:
+what a window has left is a part of a mean, and enters a sum of W tokens, left by one of W_0, times
+W / W_0 (`nlscale.levels.owing`; nothing is done where they are equal). So at any moment, to fp32
+rounding,
+
+    sum over windows of sent / W  +  (sum_i e_i + E) / W_last  =  sum over windows of gradients / W
+
+with W the tokens that a window holds when it begins to cross, those planned for its last step among
+them: of the verdict on that step nothing is known yet. With `parallel.shard_optimizer` all or
+matrices the owner keeps the total, which is not rounded again, and there is no E.
 
 What is made of e and E is kept beside them until the step that crossed is known to be admitted.
 """
@@ -66,6 +73,10 @@ class Owed:
         shard.add_(self.errors[i])
         if self.owned is not None:
             shard[slice(*self.owned[i])].add_(self.totals[i])
+
+    def multiply(self, factor: float) -> None:
+        """Of what is kept, make that much."""
+        self._kept.mul_(factor)
 
     def settle(self, accepted: Tensor) -> None:
         """After a crossing, keep what it has left; where it was in vain, what was before.

@@ -25,6 +25,9 @@ class Progress:
     """Across nodes; fewer than steps only where they are deferred."""
     short: int = 0
     """Steps by which the periods of its updates were shorter than the longest, together."""
+    owed_tokens: int = 0
+    """W_0 of `nlscale.levels.feedback`: tokens of the window in whose sums it is counted what
+    rounding has left; 0: nothing is."""
     noise: GradientNoise = field(default_factory=GradientNoise)
     """Of its gradient."""
 

@@ -143,6 +143,11 @@ class SyncGroup:
         own = stretch_of(self.stretches, step)
         return (step - own.phase) % own.period == 0
 
+    def closes_after(self, step: int) -> int:
+        """The step at which the window closes that holds this step, counted from 1, if it is not
+        the end of the run that closes it."""
+        return stretch_of(self.stretches, step).end_after(step - 1)
+
     def outer_due(self, step: int, outer: Outer | None) -> bool:
         """Whether the group makes an outer step after its update at this step.
 

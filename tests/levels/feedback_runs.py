@@ -16,18 +16,36 @@ from nlscale.parallel.layout import Layout, process_groups
 from nlscale.step.micro_batches import Batch, LossMask
 from nlscale.step.trainer import Trainer
 
+OWED_TOKENS = 80
+"""Of the window that has left what is owed before the first step."""
+
 
 class Account:
     """Of every sync group of a rank, in float64: gradients of admitted steps, summed in this node,
     and what updates were given, before it was scaled. To be made where nothing overlaps.
+
+    What updates have lacked so far, `left`, is a part of a mean: it is counted in sums of as many
+    tokens as the window has that crosses.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.layout = trainer, trainer.layout
         windows = trainer.optimizer.windows
-        self.gradients = [[torch.zeros_like(s, dtype=torch.float64) for s in w.shards]
-                          for w in windows]  # fmt: skip
-        self.sent = [[torch.zeros_like(x) for x in shards] for shards in self.gradients]
+        self.gradients, self.pending, self.left = (
+            [[torch.zeros_like(s, dtype=torch.float64) for s in w.shards] for w in windows]
+            for _ in range(3)
+        )
+        self._tokens = [0] * len(windows)
+        """In the windows."""
+        self._counted = [0] * len(windows)
+        """Targets among them."""
+        self._of = [0.0] * len(windows)
+        """Tokens in whose sums `left` is counted; 0: nothing is."""
+        every_step = trainer.config.levels.reduction.value == "every-step"
+        self._every_step = every_step and self.layout.nodes > 1
+        self.missed: list[float] = []
+        """By update, all sync groups after each other: |gradient - what it was given| of
+        |gradient|, the largest of a shard."""
         self._given: dict[int, list[Tensor]] = {}
         self._step: list[list[Tensor]] = []
         finish = trainer.optimizer.finish_crossing
@@ -49,12 +67,16 @@ class Account:
 
         window.scale = note
 
-    def begin(self, deviation: float) -> None:
-        """Let every window owe something, as if steps before had left it."""
+    def begin(self, deviation: float, tokens: int) -> None:
+        """Let every window owe something, as if one of so many tokens before had left it."""
         torch.manual_seed(self.layout.rank)
         for i, window in enumerate(self.trainer.optimizer.windows):
-            for total, error in zip(self.gradients[i], window.begin_owed().errors, strict=True):
-                total += error.normal_(std=deviation)
+            self.trainer.optimizer.progress[window.group].owed_tokens = tokens
+            self._of[i] = tokens
+            errors = window.begin_owed().errors
+            for left, total, error in zip(self.left[i], self.gradients[i], errors, strict=True):
+                left += error.normal_(std=deviation)
+                total += error
 
     def take_step(self, batches: list[Any]) -> Verdict:
         """A step of the trainer."""
@@ -64,13 +86,57 @@ class Account:
         before = [progress[w.group].updates for w in windows]
         verdict, _ = self.trainer.take_step(batches)
         for i, window in enumerate(windows):
+            closes = self._cross(i, window.group, verdict.admitted)
             if verdict.admitted:
-                for total, step in zip(self.gradients[i], self._step[i], strict=True):
+                self._tokens[i] += verdict.tokens
+                self._counted[i] += verdict.counted_tokens
+                for total, pending, step in zip(
+                    self.gradients[i], self.pending[i], self._step[i], strict=True
+                ):
                     total += step
+                    pending += step
+            if closes:
+                if self._counted[i] and self._every_step:
+                    self._of[i] = self._tokens[i]
+                self._tokens[i] = self._counted[i] = 0
             if progress[window.group].updates > before[i]:
-                for total, given in zip(self.sent[i], self._given[i], strict=True):
-                    total += given
+                missed = 0.0
+                for j, given in enumerate(self._given[i]):
+                    lacks = self.pending[i][j] - given * self._mine(i, j)
+                    both = (_over_nodes(x, self.layout).norm() for x in (lacks, self.pending[i][j]))
+                    missed = max(missed, float(next(both) / next(both)))
+                    self.left[i][j] += lacks
+                    self.pending[i][j].zero_()
+                self.missed.append(missed)
         return verdict
+
+    def _cross(self, i: int, group: Any, admitted: bool) -> bool:
+        """Count what is left in the sums that cross at the step now over; whether they close."""
+        config, step = self.trainer.config, self.trainer.counters.step
+        last, closes = config.train.steps, step
+        while closes < last and (closes - group.phase) % group.period:
+            closes += 1
+        a_step = config.train.global_batch * config.data.sequence_length
+        if closes == step if not self._every_step else not self._counted[i]:
+            self._count_in(i, self._tokens[i] + (closes - step + 1) * a_step)
+        again = closes == step and not self._every_step and not admitted
+        if again and self._tokens[i]:
+            self._count_in(i, self._tokens[i])
+        return closes == step
+
+    def _count_in(self, i: int, tokens: int) -> None:
+        for left in self.left[i]:
+            left *= tokens / (self._of[i] or tokens)
+        self._of[i] = tokens
+
+    def _mine(self, i: int, j: int) -> Tensor:
+        """Of a shard that nodes may have alike, 1 where this one's counts."""
+        mine = torch.zeros_like(self.gradients[i][j])
+        optimizer = self.trainer.optimizer
+        if not optimizer.alike_on_nodes or self.layout.node_rank == 0:
+            for own in optimizer.wire.owned(optimizer.windows[i].cuts[j], len(mine)):
+                mine[own] = 1.0
+        return mine
 
     def sums(self) -> float:
         """Of the last step, the norm of this node's gradient, added up over the nodes."""
@@ -78,28 +144,21 @@ class Account:
         return float(_over_nodes(torch.stack(squares).sum().sqrt(), self.layout))
 
     def gap(self) -> float:
-        """The largest |gradients - sent - pending - owed| of a shard, of |gradients| + |owed|."""
+        """The largest |left + gradients of the window - window - owed| of a shard, of |gradients of
+        all steps, and what was owed before them|."""
         worst = 0.0
-        every_step = self.trainer.config.levels.reduction.value == "every-step"
         for i, window in enumerate(self.trainer.optimizer.windows):
             for j, gradient in enumerate(self.gradients[i]):
-                mine = torch.zeros_like(gradient)
-                for own in self.trainer.optimizer.wire.owned(window.cuts[j], len(mine)):
-                    mine[own] = 1.0
-                if self.trainer.optimizer.alike_on_nodes and self.layout.node_rank > 0:
-                    mine.zero_()  # what all nodes have alike counts once
-                sent = self.sent[i][j] * mine
+                gap = self.left[i][j] + self.pending[i][j]
                 if window.sums is not window.shards:
-                    pending = window.sums[j].double()
-                    sent += pending * mine if every_step else pending
-                owed = torch.zeros_like(gradient)
+                    held = window.sums[j].double()
+                    gap -= held * self._mine(i, j) if self._every_step else held
                 if window.owed is not None:
-                    owed += window.owed.errors[j]
+                    gap -= window.owed.errors[j]
                     if window.owed.owned is not None:
-                        owed[slice(*window.owed.owned[j])] += window.owed.totals[j]
-                gap = _over_nodes(gradient - sent - owed, self.layout).norm()
-                size = _over_nodes(gradient, self.layout).norm()
-                worst = max(worst, (gap / size).item() if size else gap.item())
+                        gap[slice(*window.owed.owned[j])] -= window.owed.totals[j]
+                over, size = (_over_nodes(x, self.layout).norm() for x in (gap, gradient))
+                worst = max(worst, (over / size).item() if size else over.item())
         return worst
 
 
@@ -129,9 +188,9 @@ def run_with_account(
     Returns:
         Of each run, by step: `gaps`, `admitted` and `losses`; `sums`: of the norms of the nodes'
         gradients, over the targets; and `different`: what replicas do not share, by
-        step; `owed`: the sum of squares of what this node owes at the end, and `owed_bytes` of
-        tensors for it; `elements` of the model's part; `bytes` that the wire counted, of a node,
-        and `planned`.
+        step; `missed`, of `Account`; `owed`: the sum of squares of what this node owes at the end,
+        and `owed_bytes` of tensors for it; `elements` of the model's part; `bytes` that the wire
+        counted, of a node, and `planned`.
     """
     found = []
     for keys in overrides:
@@ -141,7 +200,7 @@ def run_with_account(
             trainer = Trainer.build(config, layout, levels, VOCABULARY)
             account, named = Account(trainer), trainer.named_parameters()
             if owes:
-                account.begin(owes)
+                account.begin(owes, OWED_TOKENS)
             run: dict[str, Any] = {
                 name: [] for name in ("gaps", "admitted", "different", "losses", "sums")
             }
@@ -159,6 +218,7 @@ def run_with_account(
                 run["sums"].append(account.sums() / max(1, verdict.counted_tokens))
                 run["gaps"].append(account.gap())
                 run["different"].append(trainer.optimizer.replica_difference(named))
+            run["missed"] = account.missed
             owed = [w.owed for w in trainer.optimizer.windows if w.owed is not None]
             run["owed"] = sum(e.square().sum().item() for o in owed for e in o.errors)
             run["owed_bytes"] = sum(2 * e.nbytes for o in owed for e in (*o.errors, *o.totals))

@@ -29,7 +29,7 @@ from nlscale.plan.traffic import traffic
 
 RUN = [
     "model.layers=1", "levels.stagger=false", "train.steps=6", "train.global_batch=3",
-    "levels=[{period: 1, wire: int4}, {period: 3, wire: int8}]",
+    "levels=[{period: 1, wire: int4}, {period: 3, wire: int8}]", "data.sequence_length=16",
 ]  # fmt: skip
 EXACT = 2e-6
 """Relative, of sums of a few steps in fp32."""
@@ -61,6 +61,20 @@ def test_a_window_without_targets_that_count_lets_go_of_nothing() -> None:
     for result in world.run(2, run_with_account, runs, {}, (4, 5, 6), ranks_per_node=1):
         for found in result:
             assert max(found["gaps"]) <= EXACT
+
+
+def test_a_short_last_window_gets_no_more_of_what_is_owed_than_its_share() -> None:
+    """Of 8 steps what rounding leaves is 8 times that of one. Here all steps have the same
+    gradient, so that the last update, by one step, is off by what the first has left and by its own
+    rounding, of means that are alike."""
+    run = [*RUN, "levels=[{period: 8, wire: int4}]", "train.steps=9", "train.global_batch=2"]
+    run += ["optimizer.rule=sgd", "optimizer.learning_rate=1e-20"]
+    runs = [run, [*run, "levels.reduction=every-step"]]
+    both = world.run(2, run_with_account, runs, {}, (), 0.0, True, ranks_per_node=1)[0]
+    of_a_mean = both[0]["missed"][0]
+    for found in both:
+        assert 0 < found["missed"][1] <= 2 * of_a_mean < 0.5
+        assert max(found["gaps"]) <= EXACT
 
 
 def test_tensor_ranks_stay_alike_in_what_all_of_them_hold() -> None:
