@@ -200,8 +200,11 @@ def test_of_a_version_without_masks_every_token_of_a_window_counts() -> None:
     group = SyncGroup(1, 0, 4)
     progress = {group: Progress()}
     saved = {"level": 1, "phase": 0, "period": 4, "tokens": 96, "updates": 2, "reductions": 3}
-    trainer: Any = SimpleNamespace(optimizer=SimpleNamespace(progress=progress))
-    _restore_progress(trainer, {"levels": [saved]})
+    levels = load(["levels=[1,4]"]).levels
+    optimizer = SimpleNamespace(progress=progress)
+    trainer: Any = SimpleNamespace(optimizer=optimizer, levels=spectrum(levels, 32))
+    config = {"levels": {"spectrum": [{"period": 1}, {"period": 4}]}}
+    _restore_progress(trainer, {"levels": [saved], "config": config})
     assert progress[group] == Progress(tokens=96, counted_tokens=96, updates=2, reductions=3)
 
 
