@@ -166,6 +166,46 @@ def test_nodes_differ_between_outer_steps_and_are_the_same_bits_after_them(wire:
         assert [found == "head.weight" for found in after] == seen
 
 
+def spoiled_outer(overrides: list[str]) -> dict[str, tuple[bool, str | None]]:
+    """Train this rank of a world for three steps.
+
+    Returns:
+        By what the last rank has changed of one sync group: whether that was between two outer
+        steps of it; and what the comparison of replicas finds.
+    """
+    config = load(overrides)
+    with process_groups(config) as layout:
+        trainer = Trainer.build(config, layout, spectrum(config.levels, 100), VOCABULARY)
+        named: Any = trainer.named_parameters()
+        for step in range(1, 4):
+            trainer.take_step(sequences(config, step)[layout.data_rank :: layout.data_size])
+        assert trainer.optimizer.replica_difference(named) is None
+        found = {}
+        for group, outer in trainer.optimizer.outers.items():
+            between = trainer.optimizer.progress[group].outer_updates > 0
+            for what, kept in [("weights", outer.before), ("momentum", outer.momentum)]:
+                values = next(iter(kept.values())).view(-1)[:1]
+                before = values.clone()
+                values += 1e-3 * (layout.rank == layout.world - 1)
+                different = trainer.optimizer.replica_difference(named)
+                found[f"{what} {group.level} {group.outer_phase}"] = between, different
+                values.copy_(before)
+        return found
+
+
+def test_what_outer_steps_go_on_from_is_compared_between_nodes_at_any_time() -> None:
+    overrides = ["levels=[1]", "train.steps=9", *local(0, 4), *SHORT]
+    for found in world.run(2, spoiled_outer, overrides, ranks_per_node=1):
+        # Of two blocks the second makes its outer steps with updates 2, 6 and so on.
+        assert {key: between for key, (between, _) in found.items()} == {
+            "weights 0 0": True, "momentum 0 0": True, "weights 0 2": True, "momentum 0 2": True,
+        }  # fmt: skip
+        for key, (_, different) in found.items():
+            what, level, outer_phase = key.split()
+            of = f"level {level} phase 0" + " outer phase 2" * (outer_phase == "2")
+            assert different == f"outer {what} of the optimizer, {of}, shard 0"
+
+
 @pytest.mark.parametrize("layout", ["sequence parallel, two nodes", "pipeline over two nodes"])
 def test_a_local_level_in_every_layout_sends_what_is_planned(layout: str) -> None:
     ranks, per_node, overrides = LAYOUTS[layout]
