@@ -72,7 +72,7 @@ def test_json_keys_and_how_they_hang_together(room: Room) -> None:
     assert set(plan["levels"][0]) == {
         "name", "parts", "local", "outer_every", "parameters", "period_steps", "periods", "updates", "reductions",
         "mean_bytes_per_step", "run_bytes", "peak_bytes_aligned", "peak_bytes_staggered",
-        "link_seconds_per_step",
+        "link_seconds_per_step", "outer_every", "local",
     }  # fmt: skip
     assert set(plan["ratio"]) == {
         "plain_to_mean", "peak_aligned_to_plain", "peak_staggered_to_plain"
@@ -99,9 +99,10 @@ def test_json_keys_and_how_they_hang_together(room: Room) -> None:
 def test_periods_that_change_are_planned_for_the_run(room: Room) -> None:
     steady = room.json()["levels"][1]
     assert steady["periods"] == [{"from_step": 1, "period_steps": 8}]
-    assert (steady["reductions"], steady["run_bytes"]) == (
-        steady["updates"], 1000 * steady["mean_bytes_per_step"],
-    )  # fmt: skip
+    # all blocks but the first have one update more, with which the end cuts a window short
+    assert steady["reductions"] == steady["updates"] == 126
+    periods = steady["run_bytes"] / (8 * steady["mean_bytes_per_step"])
+    assert 125 < periods < 126
     plan = room.json("levels.period_warmup.steps=60%")
     slow = plan["levels"][1]
     assert [(p["from_step"], p["period_steps"]) for p in slow["periods"]] == [

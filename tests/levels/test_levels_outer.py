@@ -21,6 +21,7 @@ from levels.test_levels_engine import LAYOUTS, PADDING, TOLERANCE
 
 from nlscale.levels.spectrum import spectrum
 from nlscale.parallel.layout import process_groups
+from nlscale.plan.traffic import traffic
 from nlscale.step.micro_batches import LossMask
 from nlscale.step.trainer import Trainer
 
@@ -80,6 +81,17 @@ DILOCO = {
             *local(1, 3),
         ],
     ),
+    "whole matrices, whose owners are ranks of a node": (
+        2,
+        2,
+        [
+            "levels=[1]",
+            "optimizer.rule=muon",
+            "optimizer.eps=1e-3",
+            "model.init_std=0.1",
+            *local(0, 3),
+        ],
+    ),
 }
 
 
@@ -97,6 +109,17 @@ def test_nodes_that_go_their_own_ways_do_as_a_plain_process_that_plays_them(case
     for result in results:  # the last outer step makes one model of all
         difference = largest_difference(result["parameters"], plain["parameters"][0])
         assert difference <= TOLERANCE
+
+
+def test_outer_steps_count_the_updates_of_periods_that_change() -> None:
+    overrides = ["levels=[1,4]", "levels.stagger=false", "model.layers=2", "train.steps=10"]
+    overrides += ["levels.period_warmup.steps=6 steps", EVERY.format(0, 3), *local(1, 2)]
+    found = world.run(2, run_engine, overrides, ranks_per_node=1)
+    # Periods of at most 1, 2 and 4 steps from steps 1, 4 and 7 on; so outer steps at 2, 4 and 8.
+    (plain,) = world.run(1, run_plain, overrides, 2, 1, frozenset(), {1: [1, 2, 3, 4, 6, 8]})
+    assert found[0]["counts"] == [(10, 10), (7, 4)]
+    assert found[0]["losses"][-1] == pytest.approx(plain["losses"][-1], rel=1e-5)
+    assert largest_difference(found[1]["parameters"], plain["parameters"][0]) <= TOLERANCE
 
 
 OUTER_ALONE = {
@@ -230,6 +253,10 @@ def test_a_local_level_in_every_layout_sends_what_is_planned(layout: str) -> Non
     ]
     if "tensor" not in str(overrides):  # of which each rank sends the norms, much of this model
         assert results[0]["sent"] == pytest.approx(sum(sent), rel=PADDING)
+    if "pipeline" not in str(overrides):
+        config = load(overrides)
+        planned = traffic(config, spectrum(config.levels, 100), VOCABULARY, 2)
+        assert sum(sent) == pytest.approx(planned.run_per_level.sum())
     # the second block at steps 2, 6 and 8
     assert results[0]["counts"] == [(8, 8), (4, 3)]
 
