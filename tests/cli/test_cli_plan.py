@@ -72,7 +72,7 @@ def test_json_keys_and_how_they_hang_together(room: Room) -> None:
     assert set(plan["levels"][0]) == {
         "name", "parts", "local", "outer_every", "parameters", "period_steps", "periods", "updates", "reductions",
         "mean_bytes_per_step", "run_bytes", "peak_bytes_aligned", "peak_bytes_staggered",
-        "link_seconds_per_step", "outer_every", "local",
+        "link_seconds_per_step",
     }  # fmt: skip
     assert set(plan["ratio"]) == {
         "plain_to_mean", "peak_aligned_to_plain", "peak_staggered_to_plain"
