@@ -18,7 +18,7 @@ from nlscale.config.curriculum import (
     samples_until,
 )
 from nlscale.config.periods import periods_alike_until
-from nlscale.config.vocabulary import Config
+from nlscale.config.vocabulary import Config, Part
 from nlscale.data.history import changed as changed_mixture
 from nlscale.data.history import is_mixed
 from nlscale.errors import UserError
@@ -56,6 +56,9 @@ TOKENIZER = "data.tokenizer"
 
 _PLANS = ("optimizer.", "train.global_batch", "data.stages", "levels.period_warmup")
 """What gives a step its learning rate, its samples and its windows."""
+
+
+_PARTS = re.compile(r"levels\.spectrum\.\d+\.parts")
 
 
 class OtherSettings(UserError):
@@ -215,16 +218,24 @@ def changed_keys(config: Config, saved: Any) -> dict[str, tuple[Any, Any]]:
 
 def differences(now: Any, before: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Keys that make another run and differ: (before, now) by dotted key."""
+    key = prefix.rstrip(".")
+    if _PARTS.fullmatch(key):
+        return {} if _parts(now) == _parts(before) else {key: (before, now)}
     if isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
         now, before = dict(enumerate(now)), dict(enumerate(before))
     if isinstance(now, dict) and isinstance(before, dict):
         found: dict[str, tuple[Any, Any]] = {}
         for name in [*before, *(key for key in now if key not in before)]:
-            key = f"{prefix}{name}"
-            if not _is_free(key):
-                found |= differences(now.get(name), before.get(name), f"{key}.")
+            below = f"{prefix}{name}"
+            if not _is_free(below):
+                found |= differences(now.get(name), before.get(name), f"{below}.")
         return found
-    return {} if now == before else {prefix.rstrip("."): (before, now)}
+    return {} if now == before else {key: (before, now)}
+
+
+def _parts(given: list[str] | None) -> set[str]:
+    """Of a level, in whatever order they were given."""
+    return {Part.cms.value} if given is None else set(given)
 
 
 def _is_free(key: str) -> bool:

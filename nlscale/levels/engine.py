@@ -15,6 +15,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from nlscale.cluster.life.watch import doing
 from nlscale.config.level_optimizer import of_level
 from nlscale.config.vocabulary import Config, Reduction, Sharding
 from nlscale.levels.groups import group_parameters
@@ -27,7 +28,7 @@ from nlscale.levels.optimizers import (
     make_group_optimizer,
     split_by_group,
 )
-from nlscale.levels.outer import Outer, make_outer_steps
+from nlscale.levels.outer import Outer, OuterStep, make_outer_steps
 from nlscale.levels.owing import Owing
 from nlscale.levels.partial import sum_partial_gradients
 from nlscale.levels.progress import Counted, Progress
@@ -233,16 +234,16 @@ class LevelOptimizer:
 
     def _make_outer_steps(self, step: int) -> None:
         """Make the outer steps that are due, of groups that have been updated since their last."""
-        due = [g for g in self._outer_due(step) if self.progress[g].outer_updates]
-        shares: dict[SyncGroup, float | None] = {}
-        for group in due:
-            counted = self.progress[group].outer_counted
-            local = self.is_local(group)
-            shares[group] = counted[self.layout.node_rank] / sum(counted) if local else None
-        mine = [(self.outers[group], share) for group, share in shares.items()
-                if group in self.outers]  # fmt: skip
-        if mine:
-            self._waited.append(make_outer_steps(mine, self.wire))
+        found = self._outer_due(step).items()
+        due = {group: whole for group, whole in found if self.progress[group].outer_updates}
+        steps = []
+        for group, whole in due.items():
+            share = self.progress[group].outer_share(self.layout.node_rank)
+            name, outer = self.levels[group.level].name, self.outers.get(group)
+            steps.append(OuterStep(name, outer, share, whole))
+        if steps:
+            with doing("outer steps across nodes"):
+                self._waited.append(make_outer_steps(steps, self.wire, self.layout.device))
         for group in due:
             self.progress[group].step_outer()
             if self.is_local(group):
@@ -367,11 +368,12 @@ class LevelOptimizer:
         last = step == self.config.train.steps
         return {g: progress for g, progress in self.progress.items() if last or g.due(step)}
 
-    def _outer_due(self, step: int) -> list[SyncGroup]:
-        """The groups whose outer step follows their update at a step; with the last, all."""
+    def _outer_due(self, step: int) -> dict[SyncGroup, bool]:
+        """The groups whose outer step follows their update at a step, true; and, with the last, all
+        other local ones, false: their nodes are to meet."""
         last = step == self.config.train.steps
-        outers = {group: self.levels[group.level].outer for group in self.progress}
-        return [g for g, own in outers.items() if own and (last or g.outer_due(step, own))]
+        due = {g: g.outer_due(step, self.levels[g.level].outer) for g in self.progress}
+        return {g: own for g, own in due.items() if own or (last and self.is_local(g))}
 
     def gather_parameters(self) -> None:
         """Set the model's parameters to what updates them, whose shards were set from outside."""
@@ -386,10 +388,11 @@ class LevelOptimizer:
 
     def noise(self, level: int) -> dict[str, float | None]:
         """What a train record says of the noise of a level's gradient; nothing where its windows
-        have one part each, no batch of another size being there to compare with, and of a local
-        level, whose nodes have norms of their own."""
-        own = self.levels[level]
-        if own.local or (self.layout.nodes == 1 and own.period == 1):
+        have one part each, no batch of another size being there to compare with; of a local level,
+        whose nodes have norms of their own; and where the nodes' weights differ in one."""
+        own, nodes = self.levels[level], self.layout.nodes
+        differ = nodes > 1 and any(other.local for other in self.levels)
+        if own.local or differ or (nodes == 1 and own.period == 1):
             return {}
         return noise_record([p.noise for group, p in self.progress.items() if group.level == level])
 

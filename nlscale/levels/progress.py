@@ -86,6 +86,12 @@ class Progress:
         self.node_counted = [0] * len(self.node_counted)
         return updated
 
+    def outer_share(self, node: int) -> float | None:
+        """Of an outer step, the weight of what a node's updates have made, which all sum to 1;
+        None: all nodes have made the same ones."""
+        of_nodes = self.outer_counted
+        return of_nodes[node] / sum(of_nodes) if of_nodes else None
+
     def step_outer(self) -> None:
         """It has made an outer step."""
         self.outer_steps += 1

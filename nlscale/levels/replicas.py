@@ -56,21 +56,26 @@ def state_difference(
         groups: of this rank.
         outers: the outer optimizers of those that have one.
         local: groups whose inner state each node has for itself.
-        apart: those of them whose weights, too, differ now.
+        apart: those of them whose weights, too, differ now; the weights that their outer steps go
+            on from do not.
     """
     if layout.across_nodes is None:
         return None
     state: dict[str, Tensor] = {}
     for g in groups:
         group, outer = g.group, outers.get(g.group)
+        of = f"level {group.level} phase {group.phase}"
+        if group.outer_phase:  # of one phase there are then several groups
+            of = f"{of} outer phase {group.outer_phase}"
         for i, p in enumerate(main_parameters(g)):
             found = {} if group in local else dict(g.optimizer.optimizer.state[p])
             if group not in apart:
                 found["weights"] = p
             if outer is not None:
                 found["outer momentum"] = outer.momentum[p]
+                if group in apart:
+                    found["outer weights"] = outer.before[p]
             for key, value in found.items():
                 if value.dim() > 0:  # the step count of a shard is a scalar, equal by construction
-                    name = f"{key} of the optimizer, level {group.level} phase {group.phase}"
-                    state[f"{name}, shard {i}"] = value
+                    state[f"{key} of the optimizer, {of}, shard {i}"] = value
     return first_difference(layout, state, layout.across_nodes) if state else None

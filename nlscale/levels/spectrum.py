@@ -122,10 +122,10 @@ class SyncGroup:
     phase: int
     """The group updates at the steps i = 1, 2, ... with i = phase (mod period)."""
     period: int
+    """Where that of the level changes, the longest; `due` follows the changes."""
     outer_phase: int = 0
     """Of a level that makes an outer step every H updates, the group makes its own with its updates
     j = 1, 2, ... with j = outer phase (mod H)."""
-    """Where that of the level changes, the longest; `due` follows the changes."""
     changes: PeriodChanges | None = field(default=None, compare=False, repr=False)
     """Of the level."""
 
@@ -159,11 +159,14 @@ class SyncGroup:
             return False
         return (self.updates(step) - self.outer_phase) % outer.every == 0
 
-    def outer_steps(self, steps: int, outer: Outer) -> int:
-        """How many it makes in a run of that many steps, the one at its end included."""
+    def outer_steps(self, steps: int, level: Level) -> int:
+        """How many it makes in a run of that many steps, the mean with which a local one ends
+        included."""
+        if level.outer is None:
+            return 0
         due = self.due_until(steps)
-        full = (due - self.outer_phase) // outer.every + (self.outer_phase > 0)
-        return full + (0 if self.outer_due(steps, outer) else 1)
+        full = (due - self.outer_phase) // level.outer.every + (self.outer_phase > 0)
+        return full + (level.local and not self.outer_due(steps, level.outer))
 
     def window_tokens(self, step: int, tokens_until: Callable[[int], int]) -> int:
         """Tokens of a period of steps that ends with the next update after a step.
@@ -328,24 +331,26 @@ def mean_period(level: Level, layers: int, stagger: bool) -> float:
     return layers / sum(1 / group.mean_period for group in groups)
 
 
-def planned_outer_steps(level: Level, layers: int, stagger: bool, steps: int) -> int:
+def planned_outer_steps(config: Config, level: Level) -> int:
     """Outer steps of a level in a run: of that of its sync groups that makes most."""
-    if level.outer is None:
-        return 0
-    groups = {sync_group(level, depth, layers, stagger) for depth in range(layers)}
-    return max(group.outer_steps(steps, level.outer) for group in groups)
+    return max(group.outer_steps(config.train.steps, level) for group in _groups(config, level))
 
 
 def planned_updates(config: Config, level: Level) -> int:
     """Updates of a level in a run: of that of its sync groups that makes most."""
+    return max(group.updates(config.train.steps) for group in _groups(config, level))
+
+
+def _groups(config: Config, level: Level) -> set[SyncGroup]:
+    """Those that have parameters of a level."""
     layers, stagger = config.model.layers, config.levels.stagger
     depths = parts_of(config).depths(level.index, layers)
-    groups = {sync_group(level, depth, layers, stagger) for depth in depths}
-    return max(group.updates(config.train.steps) for group in groups)
+    return {sync_group(level, depth, layers, stagger) for depth in depths}
 
 
 def slow_level_warnings(config: Config, levels: list[Level]) -> list[str]:
-    """A line for each level that will hardly learn, because it updates too rarely in the run."""
+    """A line for each level that will hardly learn, because it updates too rarely in the run, and
+    for each whose outer steps come too late for it."""
     lines, steps = [], config.train.steps
     for level in levels:
         updates = planned_updates(config, level)
@@ -353,6 +358,12 @@ def slow_level_warnings(config: Config, levels: list[Level]) -> list[str]:
             lines.append(
                 f"level {level.name!r} makes {updates} updates in {steps} steps, fewer than "
                 f"{FEW_UPDATES}: it will learn little; train longer or shorten its period"
+            )
+        due = max(group.due_until(steps) for group in _groups(config, level))
+        if level.outer is not None and due < level.outer.every:
+            lines.append(
+                f"level {level.name!r} has an outer step every {level.outer.every:,} updates, and "
+                f"{due:,} are due in {steps:,} steps; train longer, or give a smaller outer.every"
             )
     return lines
 
@@ -369,29 +380,33 @@ def period_notes(levels: list[Level]) -> list[str]:
 
 
 def approximate(levels: list[Level], crosses: bool) -> list[str]:
-    """A line for each level whose updates are not those that one node would make."""
+    """Lines for each level whose updates are not those that one node would make."""
+    return [line for level in levels for line in why_approximate(level, levels, crosses)]
+
+
+def why_approximate(level: Level, levels: list[Level], crosses: bool) -> list[str]:
+    """Lines that say why the updates of a level are not those that one node would make."""
     if not crosses:
         return []
     lines = []
     drifting = ", ".join(repr(level.name) for level in levels if level.local)
-    for level in levels:
-        if level.local and level.outer is not None:
-            lines.append(
-                f"level {level.name!r} is local, each node makes {level.outer.every} updates of "
-                f"its own before an outer step: it is approximate, and depends on the number of "
-                f"nodes"
-            )
-        elif drifting:
-            lines.append(
-                f"level {level.name!r} takes its gradients where the nodes' weights differ in "
-                f"{drifting}: it is approximate, and depends on the number of nodes"
-            )
-        if level.wire != WireFormat.fp32:
-            lines.append(
-                f"level {level.name!r} crosses between nodes in {level.wire.value}"
-                f"{_feedback(level)}: its updates are approximate, and depend on the number of "
-                f"nodes"
-            )
+    if level.local and level.outer is not None:
+        lines.append(
+            f"level {level.name!r} is local, each node makes {level.outer.every} updates of "
+            f"its own before an outer step: it is approximate, and depends on the number of "
+            f"nodes"
+        )
+    elif drifting:
+        lines.append(
+            f"level {level.name!r} takes its gradients where the nodes' weights differ in "
+            f"{drifting}: it is approximate, and depends on the number of nodes"
+        )
+    if level.wire != WireFormat.fp32:
+        lines.append(
+            f"level {level.name!r} crosses between nodes in {level.wire.value}"
+            f"{_feedback(level)}: its updates are approximate, and depend on the number of "
+            f"nodes"
+        )
     return lines
 
 

@@ -11,7 +11,9 @@ _NOT_LOCAL = "no level is local"
 
 _TRAFFIC = {
     "mean_bytes_per_step": Field("number", "bytes", "that a node sends a step, deferred"),
-    "run_bytes": Field("number", "bytes", "the same in all steps of the run"),
+    "run_bytes": Field(
+        "number", "bytes", "the same in all of the run, with the crossings that its end adds"
+    ),
     "peak_bytes_aligned": Field(
         "number", "bytes", "the same at the largest step, where all blocks update at the same step"
     ),

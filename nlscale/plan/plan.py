@@ -170,6 +170,11 @@ class Plan:
         return level.updates if self.defers else self.steps
 
     @property
+    def run_bytes(self) -> list[float]:
+        """That a node sends in all of the run, deferred, of each level."""
+        return [*map(float, (self.staggered if self.staggers else self.aligned).run_per_level)]
+
+    @property
     def fits(self) -> bool:
         """Whether every GPU has the memory for it."""
         return self.memory.fits
@@ -235,7 +240,7 @@ class Plan:
                 "outer_every": level.outer_every,
                 "local": level.local,
                 "mean_bytes_per_step": float(self.aligned.mean_per_level[i]),
-                "run_bytes": float(self.aligned.mean_per_level[i]) * self.steps,
+                "run_bytes": self.run_bytes[i],
                 "peak_bytes_aligned": float(self.aligned.peak_per_level[i]),
                 "peak_bytes_staggered": float(self.staggered.peak_per_level[i]),
                 "link_seconds_per_step": seconds(float(self.aligned.mean_per_level[i])),
@@ -265,7 +270,7 @@ class Plan:
             "total": {
                 "parameters": self.parameters,
                 "mean_bytes_per_step": self.aligned.mean,
-                "run_bytes": self.aligned.mean * self.steps,
+                "run_bytes": sum(self.run_bytes),
                 "peak_bytes_aligned": self.aligned.peak,
                 "peak_bytes_staggered": self.staggered.peak,
                 "link_seconds_per_step": seconds(self.aligned.mean),
@@ -352,9 +357,7 @@ def make_plan(
             updates=planned_updates(config, level),
             periods=() if level.changes is None else level.changes.pieces,
             outer_every=None if level.outer is None else level.outer.every,
-            outer_steps=planned_outer_steps(
-                level, config.model.layers, config.levels.stagger, config.train.steps
-            ),
+            outer_steps=planned_outer_steps(config, level),
             local=level.local,
         )
         for level in levels

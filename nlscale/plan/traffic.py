@@ -13,10 +13,10 @@ mean, since the blocks of a stage have phases that lie close together.
 
 A sync group is reduced at the end of its window (docs/concepts/windows.md), one of a local level at
 its outer steps (docs/concepts/outer.md); plain data parallel, or `levels.reduction=every-step`,
-reduces every group at every step. Not counted: the few numbers
-that all ranks agree on after a step, what starts and checkpoints a run, and the last step, which
-applies every unfinished window; activations between pipeline ranks, which cross besides
-(`activation_bytes`). Under tensor parallelism the parameters that each rank holds
+reduces every group at every step. The last step applies every unfinished window: that counts in
+the bytes of the run, and not in those of a step. Not counted: the few numbers that all ranks agree
+on after a step, and what starts and checkpoints a run; activations between pipeline ranks, which
+cross besides (`activation_bytes`). Under tensor parallelism the parameters that each rank holds
 whole (norms and biases, below a thousandth) cross once a tensor rank and are counted once.
 """
 
@@ -45,6 +45,8 @@ class Traffic:
     """[levels, cycle]: at each step of a cycle, steps counted from 1 (mod cycle)."""
     mean_per_level: NDArray[np.float64]
     """[levels]: a step, exact for any periods."""
+    run_per_level: NDArray[np.float64]
+    """[levels]: all steps of the run, from its first windows to those that its end cuts short."""
 
     @property
     def per_step(self) -> NDArray[np.float64]:
@@ -91,20 +93,25 @@ def traffic(
     steps = series_steps(levels, [g for g, _ in crossing])
     gathered = gathered_bytes(config)
     series = np.zeros((len(levels), steps))
-    means = np.zeros(len(levels))
+    means, run, last = np.zeros(len(levels)), np.zeros(len(levels)), config.train.steps
     for group, parameters in group_parameters(config, levels, vocabulary, stagger).items():
         level = levels[group.level]
         sent = node_bytes(parameters, nodes, group_nodes, level.wire, gathered)
         if reduction == Reduction.every_step and not level.local:
             series[group.level] += sent
             means[group.level] += sent
+            run[group.level] += sent * last
         else:
             series[group.level, crossing_steps(level, group, steps) - 1] += sent
             means[group.level] += sent / group.mean_period / level.updates_a_crossing
+            made = group.outer_steps(last, level) if level.local else group.updates(last)
+            run[group.level] += sent * made
     for g, of_updates in crossing:
         add_updates(series[g.group.level], g.group, of_updates)
         means[g.group.level] += sum(of_updates) / len(of_updates) / g.group.mean_period
-    return Traffic(series, means)
+        turns, more = divmod(g.group.updates(last), len(of_updates))
+        run[g.group.level] += turns * sum(of_updates) + sum(of_updates[:more])
+    return Traffic(series, means, run)
 
 
 def _crossing(
@@ -195,15 +202,17 @@ def cycle_steps(levels: list[Level]) -> int:
     """Steps after which the pattern of updates and crossings repeats: the longest of the levels'
     where each divides it, their periods and, of local ones, those from outer step to outer step.
 
-    Those that hardly divide each other are cut off after about a million steps. Where a period
-    changes, the run's: nothing repeats.
+    Those that hardly divide each other are cut off after about a million steps, and one that is
+    longer than that within it. Where a period changes, the run's: nothing repeats.
     """
     changes = [level.changes for level in levels if level.changes is not None]
     if changes:
         return min(changes[0].steps, _LONGEST_SERIES)
     cycle = math.lcm(*(level.crosses_every for level in levels))
     longest = max(level.crosses_every for level in levels)
-    return cycle if cycle <= _LONGEST_SERIES else -(-_LONGEST_SERIES // longest) * longest
+    if cycle <= _LONGEST_SERIES or longest > _LONGEST_SERIES:
+        return min(cycle, _LONGEST_SERIES)
+    return -(-_LONGEST_SERIES // longest) * longest
 
 
 def series_steps(levels: list[Level], matrices: list[GroupMatrices]) -> int:

@@ -359,6 +359,12 @@ SUMMARY: Mapping[str, Field] = {
             "local": Field(
                 "true or false", "", "whether each node updated it by its own gradients"
             ),
+            "approximate": Field(
+                "true or false",
+                "",
+                "whether its updates depended on the number of nodes: it is local, or another "
+                "level is, or its gradients crossed rounded",
+            ),
         },
     ),
     "goodput": Field(

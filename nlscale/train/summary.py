@@ -13,7 +13,7 @@ from nlscale.config.parts import parts_of
 from nlscale.config.vocabulary import Config
 from nlscale.errors import Stopped
 from nlscale.levels.engine import LevelOptimizer
-from nlscale.levels.spectrum import Level
+from nlscale.levels.spectrum import Level, why_approximate
 from nlscale.model.flops import mean_flops_per_token
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
 from nlscale.parallel.consensus import Verdict
@@ -167,6 +167,9 @@ def summarise(
                 "wire": level.wire.value,
                 "outer_steps": optimizer.outer_steps(level.index),
                 "local": level.local,
+                "approximate": bool(
+                    why_approximate(level, prepared.levels, crosses=trainer.layout.nodes > 1)
+                ),
             }
             for level in prepared.levels
         ],

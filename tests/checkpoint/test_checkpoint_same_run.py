@@ -41,6 +41,15 @@ def test_so_is_one_of_a_level() -> None:
         check_same_run(config("levels=[1,4,8]"), {}, state, "it")
 
 
+def test_parts_are_the_same_in_any_order_and_cms_where_they_are_null() -> None:
+    level = "levels=[{{period: 1, parts: [{}]}},{}]"
+    slow = "{period: 4, parts: [cms]}"
+    state = saved(level.format("cms,mixer", "4"))
+    check_same_run(config(level.format("mixer,cms", slow)), {}, state, "it")
+    with pytest.raises(UserError, match=r"levels\.spectrum\.0\.parts: \['cms', 'mixer'\] -> "):
+        check_same_run(config(level.format("mixer,norms", slow)), {}, state, "it")
+
+
 def test_and_differs_where_it_is_set() -> None:
     state = saved_before_there_was_a_document_mask()
     with pytest.raises(UserError, match=r"data\.document_mask: False -> True"):

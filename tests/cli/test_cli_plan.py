@@ -100,9 +100,10 @@ def test_json_keys_and_how_they_hang_together(room: Room) -> None:
 def test_periods_that_change_are_planned_for_the_run(room: Room) -> None:
     steady = room.json()["levels"][1]
     assert steady["periods"] == [{"from_step": 1, "period_steps": 8}]
-    assert (steady["reductions"], steady["run_bytes"]) == (
-        steady["updates"], 1000 * steady["mean_bytes_per_step"],
-    )  # fmt: skip
+    # all blocks but the first have one update more, with which the end cuts a window short
+    assert steady["reductions"] == steady["updates"] == 126
+    periods = steady["run_bytes"] / (8 * steady["mean_bytes_per_step"])
+    assert 125 < periods < 126
     plan = room.json("levels.period_warmup.steps=60%")
     slow = plan["levels"][1]
     assert [(p["from_step"], p["period_steps"]) for p in slow["periods"]] == [

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from levels.level_runs import VOCABULARY, _adam, load, sequences
-from levels.plain_rules import PlainSgd
+from levels.level_runs import VOCABULARY, load, sequences
+from levels.plain_rules import plain_rule
 
 from nlscale.config.vocabulary import Config
 from nlscale.model.decoder import Decoder
@@ -25,6 +25,7 @@ def run_plain(
     nodes: int,
     ranks_of_a_node: int = 1,
     skip: frozenset[int] = frozenset(),
+    updates: dict[int, list[int]] | None = None,
 ) -> dict[str, Any]:
     """Train as configured.
 
@@ -33,6 +34,7 @@ def run_plain(
         nodes: that are played.
         ranks_of_a_node: data-parallel ranks, which share out the sequences of a step.
         skip: steps that are dropped.
+        updates: of levels whose period changes, the steps at which they update, all blocks at once.
 
     Returns:
         losses; `parameters`: of each node at the end.
@@ -40,7 +42,7 @@ def run_plain(
     config = load(overrides)
     with process_groups(config):
         models = [_Node(config) for _ in range(nodes)]
-        kinds = {name: _Kind(config, *models[0].place(name)) for name in models[0].named}
+        kinds = {name: _Kind(config, *models[0].place(name), updates) for name in models[0].named}
         shared = _Counts(list(kinds.values()))
         losses = []
         for step in range(1, config.train.steps + 1):
@@ -63,10 +65,10 @@ def run_plain(
                 node.counts.close({kinds[name] for name in due})
             shared.close({kinds[name] for name in due})
             ends = [n for n, k in kinds.items() if step in k.outer_steps
-                    or (k.outer is not None and step == config.train.steps)]  # fmt: skip
+                    or (k.local and step == config.train.steps)]  # fmt: skip
             ends = [name for name in ends if shared.period[kinds[name]]]
             for name in ends:
-                _outer_step(models, kinds[name], name)
+                _outer_step(models, kinds[name], name, whole=step in kinds[name].outer_steps)
             for counts in [shared, *(node.counts for node in models)]:
                 for kind in {kinds[name] for name in ends}:
                     counts.period[kind] = 0
@@ -81,7 +83,13 @@ def run_plain(
 class _Kind:
     """What a parameter's level and depth make of it."""
 
-    def __init__(self, config: Config, level: int, depth: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        level: int,
+        depth: int,
+        updates: dict[int, list[int]] | None = None,
+    ) -> None:
         own, layers, steps = config.levels.spectrum[level], config.model.layers, config.train.steps
         self.level, self.local = level, own.local
         self.outer = own.outer if own.outer.every else None
@@ -90,7 +98,10 @@ class _Kind:
         at = depth * longest // layers if config.levels.stagger else 0
         self.updates = [i for i in range(1, steps + 1) if i % period == at % period]
         self.outer_steps: list[int] = []
-        if self.local:
+        changing = updates is not None and level in updates
+        if updates is not None and level in updates:
+            self.updates = updates[level]
+        if self.local and not changing:
             self.outer_steps = [i for i in range(1, steps + 1) if i % longest == at]
         elif self.outer is not None:
             self.outer_steps = self.updates[own.outer.every - 1 :: own.outer.every]
@@ -126,10 +137,8 @@ class _Node:
         self.model = Decoder(config, megatron_config(config), VOCABULARY)
         initialize(self.model, config.run.seed, 0, 1)
         self.named = dict(self.model.named_parameters())
-        sgd = config.optimizer.rule == "sgd"
         self.rule: dict[str, Any] = {
-            name: PlainSgd(config, name, p) if sgd else _adam(config, name, p)
-            for name, p in self.named.items()
+            name: plain_rule(config, name, p, *self.place(name)) for name, p in self.named.items()
         }
         self.sums = {name: torch.zeros_like(p) for name, p in self.named.items()}
         self.before = {name: p.detach().clone() for name, p in self.named.items()}
@@ -183,7 +192,8 @@ def _update(
 
 
 @torch.no_grad()
-def _outer_step(models: list[_Node], kind: _Kind, name: str) -> None:
+def _outer_step(models: list[_Node], kind: _Kind, name: str, whole: bool) -> None:
+    """Not `whole`: with the run ends a part of an outer period, and nodes have but to meet."""
     tokens = [node.counts.period[kind] if kind.local else 1 for node in models]
     moved: Any = sum(
         count * (node.before[name] - node.named[name])
@@ -192,7 +202,10 @@ def _outer_step(models: list[_Node], kind: _Kind, name: str) -> None:
     moved /= sum(tokens)
     rate, momentum = kind.outer.learning_rate, kind.outer.momentum
     for node in models:
-        node.momentum[name] = momentum * node.momentum[name] + moved
-        after = node.before[name] - rate * (moved + momentum * node.momentum[name])
+        if whole:
+            node.momentum[name] = momentum * node.momentum[name] + moved
+            after = node.before[name] - rate * (moved + momentum * node.momentum[name])
+        else:
+            after = node.before[name] - moved
         node.before[name] = after
         node.named[name].copy_(after)

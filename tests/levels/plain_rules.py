@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,16 +20,17 @@ MATRICES = ("project.weight", "output.weight", "up.weight", "down.weight", "memo
 def run_plain(overrides: list[str], skip: frozenset[int] = frozenset()) -> dict[str, Any]:
     """`run_oracle`, each parameter under the rule that its level and kind ask for."""
     config = load(overrides)
+    return run_oracle(overrides, skip, partial(plain_rule, config))
 
-    def make(name: str, p: torch.nn.Parameter, level: int, depth: int) -> Any:
-        rule = _rule_of(config, level)
-        if rule == "sgd":
-            return PlainSgd(config, name, p)
-        if rule == "adamw" or not name.endswith(MATRICES):
-            return _adam(config, name, p)
-        return PlainMatrices(rule, config.optimizer, config.model.layers, p, depth)
 
-    return run_oracle(overrides, skip, make)
+def plain_rule(config: Config, name: str, p: torch.nn.Parameter, level: int, depth: int) -> Any:
+    """The optimizer of a parameter."""
+    rule = _rule_of(config, level)
+    if rule == "sgd":
+        return PlainSgd(config, name, p)
+    if rule == "adamw" or not name.endswith(MATRICES):
+        return _adam(config, name, p)
+    return PlainMatrices(rule, config.optimizer, config.model.layers, p, depth)
 
 
 def _rule_of(config: Config, level: int) -> str:

@@ -21,6 +21,7 @@ from levels.test_levels_engine import LAYOUTS, PADDING, TOLERANCE
 
 from nlscale.levels.spectrum import spectrum
 from nlscale.parallel.layout import process_groups
+from nlscale.plan.traffic import traffic
 from nlscale.step.micro_batches import LossMask
 from nlscale.step.trainer import Trainer
 
@@ -80,6 +81,17 @@ DILOCO = {
             *local(1, 3),
         ],
     ),
+    "whole matrices, whose owners are ranks of a node": (
+        2,
+        2,
+        [
+            "levels=[1]",
+            "optimizer.rule=muon",
+            "optimizer.eps=1e-3",
+            "model.init_std=0.1",
+            *local(0, 3),
+        ],
+    ),
 }
 
 
@@ -97,6 +109,17 @@ def test_nodes_that_go_their_own_ways_do_as_a_plain_process_that_plays_them(case
     for result in results:  # the last outer step makes one model of all
         difference = largest_difference(result["parameters"], plain["parameters"][0])
         assert difference <= TOLERANCE
+
+
+def test_outer_steps_count_the_updates_of_periods_that_change() -> None:
+    overrides = ["levels=[1,4]", "levels.stagger=false", "model.layers=2", "train.steps=10"]
+    overrides += ["levels.period_warmup.steps=6 steps", EVERY.format(0, 3), *local(1, 2)]
+    found = world.run(2, run_engine, overrides, ranks_per_node=1)
+    # Periods of at most 1, 2 and 4 steps from steps 1, 4 and 7 on; so outer steps at 2, 4 and 8.
+    (plain,) = world.run(1, run_plain, overrides, 2, 1, frozenset(), {1: [1, 2, 3, 4, 6, 8]})
+    assert found[0]["counts"] == [(10, 10), (7, 4)]
+    assert found[0]["losses"][-1] == pytest.approx(plain["losses"][-1], rel=1e-5)
+    assert largest_difference(found[1]["parameters"], plain["parameters"][0]) <= TOLERANCE
 
 
 OUTER_ALONE = {
@@ -166,6 +189,46 @@ def test_nodes_differ_between_outer_steps_and_are_the_same_bits_after_them(wire:
         assert [found == "head.weight" for found in after] == seen
 
 
+def spoiled_outer(overrides: list[str]) -> dict[str, tuple[bool, str | None]]:
+    """Train this rank of a world for three steps.
+
+    Returns:
+        By what the last rank has changed of one sync group: whether that was between two outer
+        steps of it; and what the comparison of replicas finds.
+    """
+    config = load(overrides)
+    with process_groups(config) as layout:
+        trainer = Trainer.build(config, layout, spectrum(config.levels, 100), VOCABULARY)
+        named: Any = trainer.named_parameters()
+        for step in range(1, 4):
+            trainer.take_step(sequences(config, step)[layout.data_rank :: layout.data_size])
+        assert trainer.optimizer.replica_difference(named) is None
+        found = {}
+        for group, outer in trainer.optimizer.outers.items():
+            between = trainer.optimizer.progress[group].outer_updates > 0
+            for what, kept in [("weights", outer.before), ("momentum", outer.momentum)]:
+                values = next(iter(kept.values())).view(-1)[:1]
+                before = values.clone()
+                values += 1e-3 * (layout.rank == layout.world - 1)
+                different = trainer.optimizer.replica_difference(named)
+                found[f"{what} {group.level} {group.outer_phase}"] = between, different
+                values.copy_(before)
+        return found
+
+
+def test_what_outer_steps_go_on_from_is_compared_between_nodes_at_any_time() -> None:
+    overrides = ["levels=[1]", "train.steps=9", *local(0, 4), *SHORT]
+    for found in world.run(2, spoiled_outer, overrides, ranks_per_node=1):
+        # Of two blocks the second makes its outer steps with updates 2, 6 and so on.
+        assert {key: between for key, (between, _) in found.items()} == {
+            "weights 0 0": True, "momentum 0 0": True, "weights 0 2": True, "momentum 0 2": True,
+        }  # fmt: skip
+        for key, (_, different) in found.items():
+            what, level, outer_phase = key.split()
+            of = f"level {level} phase 0" + " outer phase 2" * (outer_phase == "2")
+            assert different == f"outer {what} of the optimizer, {of}, shard 0"
+
+
 @pytest.mark.parametrize("layout", ["sequence parallel, two nodes", "pipeline over two nodes"])
 def test_a_local_level_in_every_layout_sends_what_is_planned(layout: str) -> None:
     ranks, per_node, overrides = LAYOUTS[layout]
@@ -190,6 +253,10 @@ def test_a_local_level_in_every_layout_sends_what_is_planned(layout: str) -> Non
     ]
     if "tensor" not in str(overrides):  # of which each rank sends the norms, much of this model
         assert results[0]["sent"] == pytest.approx(sum(sent), rel=PADDING)
+    if "pipeline" not in str(overrides):
+        config = load(overrides)
+        planned = traffic(config, spectrum(config.levels, 100), VOCABULARY, 2)
+        assert sum(sent) == pytest.approx(planned.run_per_level.sum())
     # the second block at steps 2, 6 and 8
     assert results[0]["counts"] == [(8, 8), (4, 3)]
 

@@ -16,7 +16,13 @@ from nlscale.cluster.machines import Cluster
 from nlscale.config import recipe
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
-from nlscale.levels.spectrum import approximate, spectrum
+from nlscale.levels.spectrum import (
+    approximate,
+    planned_outer_steps,
+    slow_level_warnings,
+    spectrum,
+    sync_group,
+)
 from nlscale.model.sizes import level_parameters
 from nlscale.plan import make_plan, traffic
 from nlscale.plan.checkpoint import checkpoint_plan
@@ -92,6 +98,38 @@ def _keys(config: dict[str, Any]) -> list[str]:
     levels = config["levels"]["spectrum"]
     return ["data.dir=none", "train.dtype=fp32", *keys,
             f"levels=[{LOCAL.format(1, levels[0]['outer']['every'])}]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", [LOCAL.format(2, 3), "{period: 3, outer: {every: 2}}"])
+def test_outer_steps_of_a_run_are_those_due_and_what_joins_local_nodes_at_its_end(
+    entry: str,
+) -> None:
+    for steps, stagger in itertools.product(range(1, 20), ["true", "false"]):
+        config = make(f"levels=[1,{entry}]", f"levels.stagger={stagger}", f"train.steps={steps}")
+        level = spectrum(config.levels, 1)[1]
+        for depth in range(config.model.layers):
+            group = sync_group(level, depth, config.model.layers, stagger == "true")
+            due = sum(group.outer_due(step, level.outer) for step in range(1, steps + 1))
+            ends = level.local and not group.outer_due(steps, level.outer)
+            assert group.outer_steps(steps, level) == due + ends
+
+
+def test_an_outer_step_that_never_comes_is_planned_in_little_memory_and_warned_about() -> None:
+    config = make(f"levels=[1,{LOCAL.format(16, 10**9)}]", "train.steps=4000")
+    levels = spectrum(config.levels, 1)
+    assert cycle_steps(levels) <= 10**6
+    assert traffic(config, levels, 0, 2, stagger=True).bytes_per_level[1].sum() == 0
+    (line,) = slow_level_warnings(config, levels)
+    assert line.endswith("250 are due in 4,000 steps; train longer, or give a smaller outer.every")
+    fewer = make(f"levels=[1,{LOCAL.format(16, 250)}]", "train.steps=4000")
+    assert slow_level_warnings(fewer, spectrum(fewer.levels, 1)) == []
+
+
+def test_outer_steps_are_those_of_blocks_that_have_the_level() -> None:
+    slow = "{period: 1, parts: [head], local: true, outer: {every: 10}}"
+    config = make(f"levels=[1,{slow}]", "train.steps=17")
+    # The head is at depth 4 of 5: at step 8, and with the end; depth 2 would be at 4, 14 and then.
+    assert planned_outer_steps(config, spectrum(config.levels, 1)[1]) == 2
 
 
 def test_every_level_beside_a_local_one_is_said_to_be_approximate() -> None:
