@@ -325,10 +325,12 @@ class LevelOptimizer:
         return rate * self.levels[group.level].scale_at(group.period_at(step)) * warmup
 
     def _set_memories(self, g: GroupOptimizer, period: int) -> None:
-        """Give a group's optimizer the betas of an update of a period, where that changes."""
-        if g.group.changes is not None and self.rules[g.group.level].betas_by_period:
+        """Give a group's optimizer the betas of an update of a period, where that changes, or has
+        changed: in a run before the one that goes on."""
+        progress, by_period = self.progress[g.group], self.rules[g.group.level].betas_by_period
+        if by_period and (g.group.changes is not None or progress.short):
             own = at_period(self._sections[g.group.level], period)
-            made = self.progress[g.group].memory_updates(g.group.period, period)
+            made = progress.memory_updates(g.group.period, period)
             set_memories(g.optimizer.optimizer, own, made)
 
     def _count(self, update: Update) -> dict[int, dict[str, float | None]]:
@@ -345,7 +347,7 @@ class LevelOptimizer:
             if progress.close(outer=self.levels[group.level].outer is not None):
                 progress.short += group.period - group.period_at(update.step)
                 done[group.level] = rate
-                if not self.is_local(group):
+                if not self.is_local(group) and not self._owing.rounds(group.level):
                     closed.setdefault(group.level, []).append(progress.noise)
         norms = update.norms.read()
         for level, windows in closed.items():
@@ -389,10 +391,12 @@ class LevelOptimizer:
     def noise(self, level: int) -> dict[str, float | None]:
         """What a train record says of the noise of a level's gradient; nothing where its windows
         have one part each, no batch of another size being there to compare with; of a local level,
-        whose nodes have norms of their own; and where the nodes' weights differ in one."""
+        whose nodes have norms of their own; where the nodes' weights differ in one; and of one that
+        crosses as integers: the mean over all nodes holds what those have rounded, and its square
+        would count as signal."""
         own, nodes = self.levels[level], self.layout.nodes
         differ = nodes > 1 and any(other.local for other in self.levels)
-        if own.local or differ or (nodes == 1 and own.period == 1):
+        if own.local or self._owing.rounds(level) or differ or (nodes == 1 and own.period == 1):
             return {}
         return noise_record([p.noise for group, p in self.progress.items() if group.level == level])
 

@@ -68,8 +68,16 @@ class Owing:
             self._bring(group, self._progress[group].tokens)
 
     def update(self, group: SyncGroup) -> None:
-        """An update is made by the window of a group, which is about to be emptied."""
-        progress = self._progress[group]
+        """An update is made by the window of a group, which is about to be emptied.
+
+        What a run before has left is in it where this one leaves nothing, and is let go of.
+        """
+        progress, level = self._progress[group], self._levels[group.level]
+        if not level.local and not self.rounds(group.level):
+            progress.owed_tokens = 0
+            for window in self._windows:
+                if window.group == group:
+                    window.owed = None
         if self._every_step and progress.owed_tokens:
             progress.owed_tokens = progress.tokens
 

@@ -10,14 +10,16 @@ A sync group is (level, phase): the parameters that are reduced and stepped toge
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from nlscale.config.curriculum import curriculum, tokens_per_step
 from nlscale.config.parts import parts_of
 from nlscale.config.periods import (
     PeriodChanges,
+    Piece,
     Stretch,
     changes_of,
     period_caps,
@@ -98,6 +100,11 @@ class Level:
     def scale_at(self, period: int) -> float:
         """The same of an update whose window has that period."""
         return self.learning_rate * _rule(self.rule, period)
+
+    @property
+    def periods(self) -> tuple[Piece, ...]:
+        """Those of the run, and where each begins; one where it does not change."""
+        return (Piece(0, self.period),) if self.changes is None else self.changes.pieces
 
     def period_at(self, step: int) -> int:
         """The period of a window that begins with a step, counted from 1."""
@@ -377,6 +384,20 @@ def period_notes(levels: list[Level]) -> list[str]:
             then = "".join(f", {own.period:,} from step {own.begins + 1:,}" for own in later)
             lines.append(f"the period of level {level.name!r} is {first.period:,}{then}")
     return lines
+
+
+def periods_to_plain(periods: Sequence[Piece]) -> dict[str, Any]:
+    """Of a level, for JSON: the longest it has in the run, and all of them."""
+    return {
+        "period_steps": max(own.period for own in periods),
+        "periods": [{"from_step": own.begins + 1, "period_steps": own.period} for own in periods],
+    }
+
+
+def said_periods(periods: Iterable[int]) -> str:
+    """Such as "8", or "1 to 8"."""
+    ends = sorted({*periods})
+    return f"{ends[0]:,}" if len(ends) == 1 else f"{ends[0]:,} to {ends[-1]:,}"
 
 
 def approximate(levels: list[Level], crosses: bool) -> list[str]:

@@ -172,6 +172,15 @@ class Window:
             return torch.zeros((), dtype=torch.float64, device=self.shards[0].device)
         return torch.stack([sum_of_squares(owned) for owned in self._owned]).sum()
 
+    def forget_of_others(self) -> None:
+        """Set to zero, of the window's sums, what this rank does not update parameters by."""
+        for held, cut in zip(self.sums, self.cuts, strict=True):
+            own = self._wire.owned(cut, held.numel())
+            mine = [held[each].clone() for each in own]
+            held.zero_()
+            for each, values in zip(own, mine, strict=True):
+                held[each].copy_(values)
+
     def close_without_step(self) -> None:
         """Leave in the gradient buffer what the window holds, summed over the nodes, and empty it.
 

@@ -143,7 +143,7 @@ def memory(
                 gradients=parameters * 4,
                 windows=waiting * 4 / in_node
                 + _owed(config, levels, held, group_nodes) / in_node
-                + _crossing(levels, held, in_node),
+                + _crossing(levels, held, in_node, group_nodes),
                 optimizer=(kept_by_rules + parameters * (4 if bf16 else 0) + outer) / spread,
                 activations=kept + batch.transient() + batch.gathered(),
                 update=update_bytes(
@@ -169,8 +169,10 @@ def _owed(config: Config, levels: list[Level], held: list[float], group_nodes: i
     return rounded * 8 * (1 + sent_back / group_nodes)
 
 
-def _crossing(levels: list[Level], held: list[float], in_node: int) -> float:
+def _crossing(levels: list[Level], held: list[float], in_node: int, group_nodes: int) -> float:
     """8 bytes an element of what crosses rounded at a time."""
+    if group_nodes == 1:
+        return 0.0
     shards = [
         n / in_node for level, n in zip(levels, held, strict=True) if level.wire != WireFormat.fp32
     ]

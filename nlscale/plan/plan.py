@@ -14,6 +14,7 @@ from nlscale.levels.spectrum import (
     Level,
     approximate,
     levels_of,
+    periods_to_plain,
     planned_outer_steps,
     planned_updates,
     slow_level_warnings,
@@ -51,10 +52,10 @@ class LevelPlan:
     periods: tuple[Piece, ...] = ()
     """Where it changes in the run; none: it does not."""
 
-    def periods_to_plain(self) -> list[dict[str, int]]:
-        """For JSON; one entry where it does not change."""
-        pieces = self.periods or (Piece(0, self.period),)
-        return [{"from_step": own.begins + 1, "period_steps": own.period} for own in pieces]
+    @property
+    def run_periods(self) -> tuple[Piece, ...]:
+        """Those of the run, one where it does not change."""
+        return self.periods or (Piece(0, self.period),)
 
 
 @dataclass(frozen=True)
@@ -233,8 +234,7 @@ class Plan:
                 "name": level.name,
                 "parts": level.parts,
                 "parameters": level.parameters,
-                "period_steps": level.period,
-                "periods": level.periods_to_plain(),
+                **periods_to_plain(level.run_periods),
                 "updates": level.updates,
                 "reductions": self.reductions(level),
                 "outer_every": level.outer_every,

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from nlscale.config.units import human_bytes, human_count
 from nlscale.config.vocabulary import Sharding
-from nlscale.levels.spectrum import INTEGER_BITS
+from nlscale.levels.spectrum import INTEGER_BITS, said_periods
 from nlscale.plan.memory import GIB, USABLE, RankMemory
 from nlscale.plan.plan import Exposure, LevelPlan, Plan, Sharded
 from nlscale.plan.programs import WANTED
@@ -218,8 +218,7 @@ def _levels(plan: Plan, crosses: bool) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     seconds = plan.cluster.link_seconds
     for i, level in enumerate(plan.levels):
-        shortest = min((own.period for own in level.periods), default=level.period)
-        period = f"{level.period:,}" if not level.periods else f"{shortest:,} to {level.period:,}"
+        period = said_periods(own.period for own in level.run_periods)
         cells = [human_count(level.parameters), period, f"{level.updates:,}"]
         if crosses:
             mean = float(plan.aligned.mean_per_level[i])

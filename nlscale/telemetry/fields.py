@@ -37,7 +37,10 @@ _NOT_FINITE = Field(
     only="some field is not finite",
 )
 
-_PARTS = "windows of the level have parts to compare: a period above 1, or more than one node"
+_PARTS = (
+    "windows of the level have parts to compare, a period above 1 or more than one node, and do "
+    "not cross as integers"
+)
 
 _LEVEL = {
     "period": Field(
@@ -350,7 +353,20 @@ SUMMARY: Mapping[str, Field] = {
             "parts": Field(
                 "list of texts", "", "of the model that belong to it, see `levels.spectrum.N.parts`"
             ),
-            "period_steps": Field("integer", "steps", "between two updates of a parameter"),
+            "period_steps": Field(
+                "integer",
+                "steps",
+                "between two updates of a parameter; where it changes, at most",
+            ),
+            "periods": Field(
+                "list of objects",
+                "",
+                "the periods in the run, one where it does not change",
+                fields={
+                    "from_step": Field("integer", "steps", "the first of the windows that have it"),
+                    "period_steps": Field("integer", "steps", "between two updates"),
+                },
+            ),
             "parameters": Field("integer", "", "of the level"),
             "updates": Field("integer", "", "made, by that of its sync groups that made most"),
             "reductions": Field("integer", "", "across nodes, of the same"),

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from nlscale.config.units import human_bytes, human_count
+from nlscale.levels.spectrum import said_periods
 
 _LINES = 40
 _WORTH_SAYING = 0.05
@@ -209,7 +210,9 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     """A summary as aligned lines, keys of nested mappings dotted, a line for each level."""
     rows = list(_flat(summary, ""))
     for level in summary.get("levels", ()):
-        every = "step" if level["period_steps"] == 1 else f"{level['period_steps']} steps"
+        # those of older versions have one alone
+        periods = [own["period_steps"] for own in level.get("periods", [level])]
+        every = "step" if max(periods) == 1 else f"{said_periods(periods)} steps"
         rows.append(
             (
                 f"level {level['name']}",

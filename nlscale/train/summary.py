@@ -13,7 +13,7 @@ from nlscale.config.parts import parts_of
 from nlscale.config.vocabulary import Config
 from nlscale.errors import Stopped
 from nlscale.levels.engine import LevelOptimizer
-from nlscale.levels.spectrum import Level, why_approximate
+from nlscale.levels.spectrum import Level, periods_to_plain, said_periods, why_approximate
 from nlscale.model.flops import mean_flops_per_token
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
 from nlscale.parallel.consensus import Verdict
@@ -30,7 +30,7 @@ def describe(config: Config, prepared: Prepared, layout: Layout) -> str:
     """The run in a line."""
     parameters = level_parameters(config, prepared.vocabulary)
     spectrum = ", ".join(
-        f"{level.name} every {level.period}{_outer(level)} ({count / 1e6:.2f}M)"
+        f"{level.name} every {_periods(level)}{_outer(level)} ({count / 1e6:.2f}M)"
         for level, count in zip(prepared.levels, parameters, strict=True)
     )
     return (
@@ -38,6 +38,10 @@ def describe(config: Config, prepared: Prepared, layout: Layout) -> str:
         f"{layout.world} rank{'s' * (layout.world > 1)} on {layout.device.type}, "
         f"{config.train.dtype.value}, {_tokens_a_step(prepared)} tokens a step"
     )
+
+
+def _periods(level: Level) -> str:
+    return said_periods(own.period for own in level.periods)
 
 
 def _outer(level: Level) -> str:
@@ -160,7 +164,7 @@ def summarise(
             {
                 "name": level.name,
                 "parts": [part.value for part in parts.of_level(level.index)],
-                "period_steps": level.period,
+                **periods_to_plain(level.periods),
                 "parameters": parameters[level.index],
                 "updates": optimizer.counts(level.index)[0],
                 "reductions": optimizer.counts(level.index)[1],

@@ -92,16 +92,14 @@ def test_other_nodes_have_the_same_to_send_together(tmp_path: Path, saved: Path)
 def test_one_node_sends_what_others_have_left(tmp_path: Path, saved: Path) -> None:
     folder = saved_only_at(saved, HALF, tmp_path / "alone")
     run(1, [ROUNDED], folder, (), True)
-    after = errors(checkpoint(folder, STEPS))
-    assert after and not any(values.any() for values in after.values())
+    assert not errors(checkpoint(folder, STEPS)), "an update has them: there are none to be saved"
 
 
 def test_levels_may_cross_otherwise_when_that_is_allowed(tmp_path: Path, saved: Path) -> None:
     allowed = "resume.allow=[levels.spectrum.0.wire,levels.spectrum.1.wire]"
     exact = saved_only_at(saved, HALF, tmp_path / "exact")
     run(2, [EXACT, allowed], exact, (), True)
-    after = errors(checkpoint(exact, STEPS))
-    assert after and not any(values.any() for values in after.values()), "sent as they were"
+    assert not errors(checkpoint(exact, STEPS)), "sent as they were"
     run(2, [EXACT], tmp_path / "whole", (HALF,))
     plain = saved_only_at(tmp_path / "whole", HALF, tmp_path / "plain")
     assert not errors(checkpoint(plain, HALF))

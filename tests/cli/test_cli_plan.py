@@ -116,6 +116,10 @@ def test_periods_that_change_are_planned_for_the_run(room: Room) -> None:
     assert plan["total"]["peak_bytes_staggered"] == plan["plain"]["bytes_per_step"]
     said = room.plan("levels.period_warmup.steps=60%")
     assert "1 to 8" in said and "Periods change, and means are those of the run" in said
+    bound = ["levels.period_warmup.critical_batch=[{from: 0, tokens: 1100 tokens}]"]
+    bound += ["levels.period_warmup.share=1", "levels.period_warmup.steps=60%"]
+    assert room.json(*bound)["levels"][1]["period_steps"] == 4, "the longest that it has"
+    assert "1 to 4" in room.plan(*bound)
     every = room.json("levels.period_warmup.steps=60%", "levels.reduction=every-step")
     assert every["levels"][1]["reductions"] == 1000
 

@@ -270,6 +270,15 @@ def test_the_plan_counts_bytes_memory_and_checkpoints() -> None:
     )  # of 4 bytes: a value's own, and 1/128 of a scale's
 
 
+@pytest.mark.parametrize("wire", ["bf16", "int8", "int4"])
+def test_on_one_node_a_wire_takes_no_memory(wire: str) -> None:
+    exact, rounded = (
+        memory(config, spectrum(config.levels, 100), VOCABULARY, 1, 1)[0].windows
+        for config in (load(["levels=[1,3]"]), load([f"levels=[1, {{period: 3, wire: {wire}}}]"]))
+    )
+    assert rounded == exact
+
+
 def traffic_parameters(config: Any) -> list[float]:
     from nlscale.levels.groups import parameters_by_depth
 

@@ -175,3 +175,22 @@ def test_windows_hold_the_squares_of_what_each_node_saw(layout: str) -> None:
 def test_of_one_node_and_period_one_nothing_is_measured() -> None:
     (seen,) = world.run(1, run, ["levels=[1]", "train.steps=2", *RUN[:3]])
     assert all(group[0] == 0 for group in seen[0])
+
+
+def noise_of(overrides: list[str]) -> list[dict[str, float | None]]:
+    config = load(overrides)
+    with process_groups(config) as layout:
+        trainer = Trainer.build(config, layout, levels_of(config), VOCABULARY)
+        for step in range(1, config.train.steps + 1):
+            trainer.take_step(sequences(config, step)[layout.data_rank :: layout.data_size])
+        return [trainer.optimizer.noise(level) for level in range(2)]
+
+
+def test_a_level_that_crosses_as_integers_tells_nothing() -> None:
+    """What rounding adds would count as signal. On one node nothing crosses."""
+    levels = "levels=[{period: 1, wire: bf16}, {period: 2, wire: int8}]"
+    keys = [*RUN[:3], "train.steps=2", levels, "levels.stagger=false"]
+    for exact, rounded in world.run(2, noise_of, keys, ranks_per_node=1):
+        assert exact["gradient_noise"] is not None and rounded == {}
+    ((_, rounded),) = world.run(1, noise_of, keys)
+    assert rounded["gradient_noise"] is not None
