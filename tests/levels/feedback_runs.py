@@ -10,7 +10,7 @@ import torch.distributed as dist
 from levels.level_runs import VOCABULARY, load, sequences, spoiled_gradient
 from torch import Tensor
 
-from nlscale.levels.spectrum import spectrum
+from nlscale.levels.spectrum import levels_of
 from nlscale.parallel.consensus import Verdict
 from nlscale.parallel.layout import Layout, process_groups
 from nlscale.step.micro_batches import Batch, LossMask
@@ -114,7 +114,7 @@ class Account:
         """Count what is left in the sums that cross at the step now over; whether they close."""
         config, step = self.trainer.config, self.trainer.counters.step
         last, closes = config.train.steps, step
-        while closes < last and (closes - group.phase) % group.period:
+        while closes < last and not group.due(closes):
             closes += 1
         a_step = config.train.global_batch * config.data.sequence_length
         if closes == step if not self._every_step else not self._counted[i]:
@@ -196,7 +196,7 @@ def run_with_account(
     for keys in overrides:
         config = load([*keys, "parallel.overlap=false"])
         with process_groups(config) as layout:
-            levels = spectrum(config.levels, tokens_per_step=100)
+            levels = levels_of(config)
             trainer = Trainer.build(config, layout, levels, VOCABULARY)
             account, named = Account(trainer), trainer.named_parameters()
             if owes:

@@ -43,6 +43,7 @@ def test_what_is_sent_and_what_is_owed_are_all_gradients_at_any_moment() -> None
         ["levels.reduction=every-step"],
         ["parallel.shard_optimizer=all"],
         ["parallel.shard_optimizer=matrices", "optimizer.rule=muon"],
+        ["levels.period_warmup.steps=4 steps"],
     ]
     spoil, masked = {3: 1, 5: 0, 6: 2}, (2,)
     runs = [[*RUN, *way] for way in ways]
@@ -80,9 +81,11 @@ def test_a_short_last_window_gets_no_more_of_what_is_owed_than_its_share() -> No
 def test_tensor_ranks_stay_alike_in_what_all_of_them_hold() -> None:
     run = [*RUN, "parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=16"]
     run += ["train.global_batch=2", "train.steps=4"]
-    for (found,) in world.run(4, run_with_account, [run], {}, ranks_per_node=2):
-        assert found["different"] == [None] * 4
-        assert max(found["gaps"]) <= EXACT and found["owed"] > 0
+    runs = [run, [*run, "parallel.shard_optimizer=matrices", "optimizer.rule=muon"]]
+    for result in world.run(4, run_with_account, runs, {}, ranks_per_node=2):
+        for found in result:
+            assert found["different"] == [None] * 4
+            assert max(found["gaps"]) <= EXACT and found["owed"] > 0
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
