@@ -19,9 +19,15 @@ from nlscale.scaling.sweep.runs import Run, expand
 from nlscale.scaling.sweep.spec import read_sweep
 
 ROOT = Path(__file__).parents[3]
-SWEEPS = {"frontier": "two-nodes", "frontier-four-nodes": "four-nodes"}
+SWEEPS = {
+    "frontier": "two-nodes",
+    "frontier-muon": "two-nodes",
+    "frontier-four-nodes": "four-nodes",
+}
 BITS = {"fp32": 32, "int8": 8 + 32 / 128, "int4": 4 + 32 / 128}
-EXACT = {"every.step", "periods", "wide.slow", "mixer.4", "mixer.16", "outer.slow", "warm.up"}
+EXACT = {
+    "every.step", "periods", "period.4", "wide.slow", "mixer.4", "mixer.16", "outer.slow", "warm.up",
+}  # fmt: skip
 
 
 def settings_of(name: str) -> dict[str, Run]:
