@@ -26,7 +26,8 @@ SWEEPS = {
 }
 BITS = {"fp32": 32, "int8": 8 + 32 / 128, "int4": 4 + 32 / 128}
 EXACT = {
-    "every.step", "periods", "period.4", "wide.slow", "mixer.4", "mixer.16", "outer.slow", "warm.up",
+    "every.step", "periods", "period.4", "wide.slow", "mixer.4", "mixer.16",
+    "outer.slow", "warm.up",
 }  # fmt: skip
 
 
