@@ -2,8 +2,8 @@
 
 A checkpoint holds the sum over all nodes of each. The run that goes on takes that form as well: of
 a window the first node has the sum and the others zeros, or, where all that is in it has crossed,
-each has the sum; of what is owed every node has an equal
-part (docs/concepts/windows.md). What all nodes have together stays the same, up to rounding.
+each has the sum; of what is owed every node has an equal part (docs/concepts/windows.md). What all
+nodes have together stays the same, up to rounding.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nlscale.telemetry.fields import Field
+from nlscale.telemetry.fields import PERIODS, Field
 
 _ONE_NODE = "no gradient crosses the network"
 _NOT_LOCAL = "no level is local"
@@ -149,18 +149,7 @@ PLAN: Mapping[str, Field] = {
                 "list of texts", "", "of the model that belong to it, see `levels.spectrum.N.parts`"
             ),
             "parameters": Field("integer", "", "of the level"),
-            "period_steps": Field(
-                "integer", "steps", "between two updates of a parameter; where it changes, at most"
-            ),
-            "periods": Field(
-                "list of objects",
-                "",
-                "the periods in the run, one where it does not change",
-                fields={
-                    "from_step": Field("integer", "steps", "the first of the windows that have it"),
-                    "period_steps": Field("integer", "steps", "between two updates"),
-                },
-            ),
+            **PERIODS,
             "updates": Field("integer", "", "in the run, of that sync group that makes most"),
             "reductions": Field("integer", "", "across nodes in the run, of the same"),
             "outer_every": Field(

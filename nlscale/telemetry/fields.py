@@ -297,6 +297,22 @@ _GOODPUT = {
     "other": Field("number", "share", "the rest"),
 }
 
+PERIODS = {
+    "period_steps": Field(
+        "integer", "steps", "between two updates of a parameter; where it changes, at most"
+    ),
+    "periods": Field(
+        "list of objects",
+        "",
+        "the periods in the run, one where it does not change",
+        fields={
+            "from_step": Field("integer", "steps", "the first of the windows that have it"),
+            "period_steps": Field("integer", "steps", "between two updates"),
+        },
+    ),
+}
+"""Of a level, as `nlscale.levels.spectrum.periods_to_plain` says them in a plan and a summary."""
+
 SUMMARY: Mapping[str, Field] = {
     "initial_loss": Field("number", "nats a token", "of the first step whose loss was finite"),
     "final_train_loss": Field(
@@ -353,20 +369,7 @@ SUMMARY: Mapping[str, Field] = {
             "parts": Field(
                 "list of texts", "", "of the model that belong to it, see `levels.spectrum.N.parts`"
             ),
-            "period_steps": Field(
-                "integer",
-                "steps",
-                "between two updates of a parameter; where it changes, at most",
-            ),
-            "periods": Field(
-                "list of objects",
-                "",
-                "the periods in the run, one where it does not change",
-                fields={
-                    "from_step": Field("integer", "steps", "the first of the windows that have it"),
-                    "period_steps": Field("integer", "steps", "between two updates"),
-                },
-            ),
+            **PERIODS,
             "parameters": Field("integer", "", "of the level"),
             "updates": Field("integer", "", "made, by that of its sync groups that made most"),
             "reductions": Field("integer", "", "across nodes, of the same"),
