@@ -20,6 +20,8 @@ from nlscale.step.trainer import Trainer
 
 VOCABULARY = 2000  # an embedding larger than what a rank is to write
 MODEL = [
+    "model.layers=3",
+    "train.global_batch=8",
     "model.d_model=128",
     "levels=[1,4]",
     "levels.stagger=false",

@@ -14,8 +14,8 @@ from levels.level_runs import largest_difference
 
 from nlscale.checkpoint.diff import compare
 
-STEPS = 13
-BASE = ["levels=[1,3,5]", f"train.steps={STEPS}", "data.sequence_length=16", "model.layers=4"]
+STEPS = 10
+BASE = ["levels=[1,3,5]", f"train.steps={STEPS}", "data.sequence_length=16", "model.layers=2"]
 BATCH = "train.global_batch=4"  # of one sequence for each of four data-parallel ranks
 TRANSFORMER = [
     "model.mixer=attention",
@@ -49,6 +49,8 @@ LAYOUTS = {
         ],
     ),
 }
+FOUR_STAGES = ["model.layers=4"]
+"""Of a run that is on two virtual stages on each of two pipeline ranks, before or after."""
 
 
 def run(layout: str, overrides: list[str], *args: object, **kwargs: object) -> list[dict]:
@@ -93,14 +95,14 @@ def saved_only_at(folder: Path, step: int, copy: Path) -> Path:
     ("layout", "step", "dtype", "more"),
     [
         ("1", 1, "bf16", []),
-        ("1", 10, "fp32", []),
+        ("1", 7, "fp32", []),
         ("4-two-nodes", 4, "fp32", []),
         ("4-two-nodes", 7, "bf16", []),
-        ("4-two-nodes-all", 12, "fp32", []),
+        ("4-two-nodes-all", 9, "fp32", []),
         ("4-two-nodes-all", 7, "bf16", RULES),
         ("4-two-nodes-matrices", 7, "bf16", RULES),
         ("tp2-pp2", 7, "fp32", RULES),
-        ("tp2-sp-pp2x2", 4, "bf16", []),
+        ("tp2-sp-pp2x2", 4, "bf16", FOUR_STAGES),
     ],
 )
 def test_resuming_on_the_same_layout_is_bitwise(
@@ -134,20 +136,20 @@ def test_a_run_whose_first_steps_were_dropped_resumes_too(tmp_path: Path, layout
 def test_another_rule_is_asked_for_and_begins_with_what_both_keep(
     tmp_path: Path, whole: Whole
 ) -> None:
-    folder, never_stopped = whole("1", 10, "train.dtype=fp32")
-    rest = saved_only_at(folder, 10, tmp_path / "rest")
+    folder, never_stopped = whole("1", 7, "train.dtype=fp32")
+    rest = saved_only_at(folder, 7, tmp_path / "rest")
     keys = ["train.dtype=fp32", "optimizer.rule=muon"]
     with pytest.raises(AssertionError, match=r"optimizer\.rule: 'adamw' -> 'muon'"):
         run("1", keys, rest, (), True)
     keys.append("resume.allow=[optimizer.rule]")
-    resumed = run("1", keys, rest, (11,), True)[0]
-    assert resumed["losses"][11] == never_stopped["losses"][11], "of the same weights"
-    assert resumed["losses"][13] != never_stopped["losses"][13]
-    names = checkpoint(rest, 11).tensors()
+    resumed = run("1", keys, rest, (8,), True)[0]
+    assert resumed["losses"][8] == never_stopped["losses"][8], "of the same weights"
+    assert resumed["losses"][10] != never_stopped["losses"][10]
+    names = checkpoint(rest, 8).tensors()
     assert {name.partition("/")[0] for name in names if "down" in name} >= {"weights", "momentum"}
     assert "exp_avg/embedding.weight" in names and "momentum/embedding.weight" not in names
-    again = saved_only_at(rest, 11, tmp_path / "again")
-    assert run("1", keys, again, (), True)[0]["losses"][13] == resumed["losses"][13]
+    again = saved_only_at(rest, 8, tmp_path / "again")
+    assert run("1", keys, again, (), True)[0]["losses"][10] == resumed["losses"][10]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +177,8 @@ def test_resuming_on_another_layout_is_within_rounding(
         keys += RULES
     if "8-four-nodes" in f"{one} {other}":
         keys.append("train.global_batch=8")
+    if "pp2x2" in f"{one} {other}":
+        keys += FOUR_STAGES
     folder, never_stopped = whole(one, step, *keys)
     rest = saved_only_at(folder, step, tmp_path / "rest")
     resumed = run(other, keys, rest, (), True)[0]
@@ -192,7 +196,7 @@ def test_resuming_on_another_layout_is_within_rounding(
     ("one", "other", "more"),
     [
         ("tp2-pp2", "4", []),
-        ("4-two-nodes-all", "tp2-sp-pp2x2", []),
+        ("4-two-nodes-all", "tp2-sp-pp2x2", FOUR_STAGES),
         ("tp2-pp2", "4-two-nodes-matrices", RULES),
     ],
 )

@@ -109,17 +109,21 @@ def ranks_of(run: Path) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-def undisturbed(overrides: list[str], folder: Path) -> None:
-    ended = world.command(4, ["train", RECIPE, *overrides], folder, ranks_per_node=2, timeout=300)
-    assert [rank.code for rank in ended] == [0] * 4, ended[0].output
+def undisturbed(overrides: list[str], folder: Path, per_node: int) -> None:
+    ranks, command = 2 * per_node, ["train", RECIPE, *overrides]
+    ended = world.command(ranks, command, folder, ranks_per_node=per_node, timeout=300)
+    assert [rank.code for rank in ended] == [0] * ranks, ended[0].output
 
 
 def test_a_job_that_is_requeued_killed_and_warned_is_the_run_that_never_was(
     slurm: Slurm, data: Path, tmp_path: Path
 ) -> None:
     run, other = tmp_path / "exact", tmp_path / "default"
-    # two jobs side by side: the second is only told to stop once, in the middle of a window
-    job = launch(slurm, [*LONG, *AFTER_EACH_STEP, *keys(data, run, "exact")])
+    # Two jobs side by side: the second is only told to stop once, in the middle of a window. The
+    # first, whose ranks are started four times, has one on each node.
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(Path(CLUSTER).read_text().replace("gpus_per_node: 2", "gpus_per_node: 1"))
+    job = launch(slurm, [*LONG, *AFTER_EACH_STEP, *keys(data, run, "exact")], cluster)
     second = launch(slurm, [*SHORT, *keys(data, other, "canonical")])
 
     until(slurm, job, lambda: last_step(run) >= 5)
@@ -129,9 +133,9 @@ def test_a_job_that_is_requeued_killed_and_warned_is_the_run_that_never_was(
 
     until(slurm, job, lambda: begun(run) == 2 and last_step(run) >= 25)
     killed_at = time.monotonic()
-    os.kill(ranks_of(run)[3], signal.SIGKILL)
+    os.kill(ranks_of(run)[1], signal.SIGKILL)
     log = run / f"slurm-{job}.log"
-    until(slurm, job, lambda: "lost rank 3" in log.read_text(), 30)
+    until(slurm, job, lambda: "lost rank 1" in log.read_text(), 30)
     assert time.monotonic() - killed_at < 15
     until(slurm, job, lambda: begun(run) == 3 and last_step(run) >= 45)
 
@@ -152,9 +156,12 @@ def test_a_job_that_is_requeued_killed_and_warned_is_the_run_that_never_was(
     assert text.count("resuming from ") == 3
     assert "Traceback" not in text
 
-    for folder, pending, steps in ((run, "exact", LONG), (other, "canonical", SHORT)):
+    for folder, pending, steps, per_node in (
+        (run, "exact", LONG, 1),
+        (other, "canonical", SHORT, 2),
+    ):
         whole = tmp_path / f"{pending}-whole"
-        undisturbed([*steps, *keys(data, whole, pending)], tmp_path / f"{pending}-ranks")
+        undisturbed([*steps, *keys(data, whole, pending)], tmp_path / f"{pending}-ranks", per_node)
         here, there = (json.loads((f / "summary.json").read_text()) for f in (folder, whole))
         assert here["tokens"] == there["tokens"]
         if pending == "exact":
@@ -276,7 +283,7 @@ def test_a_mistake_is_refused_before_anything_is_submitted(
     for wrong, says in (
         ("data.dir=nowhere", "no data at nowhere; build it with"),
         ("parallel.tensor=8", "parallel.tensor"),
-        ("model.layers=4000", "GiB"),
+        ("model.hidden=4000000", "GiB"),
     ):
         done = subprocess.run(
             [*command, wrong], env=slurm.environment, capture_output=True, text=True

@@ -50,14 +50,14 @@ FAMILIES = {
 }
 
 
-def losses(family: str, overrides: list[str]) -> list[float]:
-    """On a rank of a world: the losses of the first steps of a family of recipes."""
+def losses(family: str, overrides: list[str], steps: int = STEPS) -> list[float]:
+    """On a rank of a world: the losses of so many first steps of a family of recipes."""
     config = recipe.load(None, [*COMMON, *FAMILIES[family], *overrides]).config
     with process_groups(config) as layout:
         levels = spectrum(config.levels, BATCH * LENGTH)
         trainer = Trainer.build(config, layout, levels, VOCABULARY)
         curve = []
-        for step in range(STEPS):
+        for step in range(steps):
             rows = config.train.micro_batch
             firsts = range(step * BATCH, (step + 1) * BATCH, rows)
             mine = firsts[layout.data_rank :: layout.data_size]

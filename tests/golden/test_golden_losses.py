@@ -25,12 +25,18 @@ LAYOUTS = {
 }
 
 
+# Of the curve that a layout of several ranks is held to: each level has closed two windows by then.
+SPREAD_OUT = 8
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_recorded_losses_are_reproduced(family: str, layout: str) -> None:
     ranks, overrides = LAYOUTS[layout]
     recorded = json.loads((FOLDER / f"{family}.json").read_text())["loss"]
-    results = world.run(ranks, losses, family, overrides, ranks_per_node=ranks)
+    steps = SPREAD_OUT if ranks > 1 else len(recorded)
+    results = world.run(ranks, losses, family, overrides, steps, ranks_per_node=ranks)
     assert len(recorded) == 20 and recorded[-1] < recorded[0] - 0.5, "it must learn to be a guard"
+    assert recorded[steps - 1] < recorded[0] - 0.2, "so must its beginning"
     for curve in results:
-        assert curve == pytest.approx(recorded, abs=TOLERANCE)
+        assert curve == pytest.approx(recorded[:steps], abs=TOLERANCE)

@@ -30,7 +30,7 @@ VOCABULARY = 32
 SEPARATOR = 31
 TINY = [
     "data.dir=none",
-    "model.layers=3",
+    "model.layers=2",
     "model.d_model=32",
     "model.heads=4",
     "model.memory.chunk=8",
@@ -42,7 +42,7 @@ TINY = [
     # Adam steps by g / (|g| + eps): a gradient that is nothing but rounding would make a full step.
     "optimizer.eps=1e-5",
     "train.dtype=fp32",
-    "train.global_batch=8",
+    "train.global_batch=4",
 ]
 
 

@@ -70,9 +70,9 @@ def test_training_is_the_same(name: str) -> None:
 
 def test_every_product_of_a_weight_adds_its_gradient_itself() -> None:
     (result,) = world.run(1, run_fused, BASE)
-    # Eight micro batches in each of four steps; two products in each of four mixers, two in each
+    # Four micro batches in each of four steps; two products in each of four mixers, two in each
     # of two MLPs of four layers, and the head.
     matrices = [p for n, p in result["parameters"].items() if p.dim() == 2 and "embed" not in n]
     products = {tuple(p.shape) for p in matrices}
     assert set(result["added"]) <= products
-    assert sum(result["added"].values()) == 4 * 8 * (4 * (2 + 2 * 2) + 1)
+    assert sum(result["added"].values()) == 4 * 4 * (4 * (2 + 2 * 2) + 1)

@@ -13,6 +13,7 @@ from nlscale.model.sizes import level_parameters
 
 VOCABULARY = 32
 OVERRIDES = [
+    "model.layers=3",
     "model.mup_base_width=8",  # a fourth of the width: one head
     "levels=[{name: fast, period: 1}, {name: mid, period: 2, learning_rate: 0.5}, "
     "{name: slow, period: 4, optimizer: {rule: m3, m3: {every: 3}}}]",

@@ -28,7 +28,7 @@ def random_run(seed: int) -> list[str]:
         f"levels.learning_rate_rule={draw.choice(['none', 'sqrt', 'linear'])}",
         f"parallel.overlap={draw.choice(['true', 'true', 'false'])}",
         f"parallel.bucket_size={draw.choice([300, 3000, 40_000_000])}",
-        f"train.steps={draw.randint(9, 14)}",
+        f"train.steps={draw.randint(8, 11)}",
         f"run.seed={seed}",
     ]
 
@@ -84,8 +84,9 @@ def test_a_spoiled_step_on_one_rank_leaves_every_rank_as_if_it_had_not_happened(
     assert len({r["hashes"][-1] for r in results}) == 1
 
 
-@pytest.mark.parametrize("scope", ["level", "joint"])
-@pytest.mark.parametrize("reduction", ["deferred", "every-step"])
+@pytest.mark.parametrize(
+    ("scope", "reduction"), [("level", "deferred"), ("joint", "every-step"), ("joint", "deferred")]
+)
 def test_dropped_steps_count_nowhere(scope: str, reduction: str) -> None:
     overrides = [
         "levels=[1,2]",
@@ -126,7 +127,7 @@ def test_steps_are_dropped_exactly_in_every_layout(layout: str) -> None:
     ranks, per_node, overrides = LAYOUTS[layout]
     overrides = [
         *overrides,
-        "model.layers=4",
+        "model.layers=4" if "interleaved" in layout else "model.layers=2",
         "data.sequence_length=16",
         "levels=[1,2,5]",
         "train.steps=7",

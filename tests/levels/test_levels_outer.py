@@ -42,7 +42,7 @@ def test_one_update_by_sgd_before_each_outer_step_is_data_parallel(
 ) -> None:
     # Sequences differ in length, so that nodes have gradients of different numbers of targets.
     shared = ["levels=[1,2]", "train.steps=7", "optimizer.rule=sgd", "optimizer.clip=0"]
-    shared += ["optimizer.learning_rate=0.5", "model.layers=2"]
+    shared += ["optimizer.learning_rate=0.5", "model.layers=2", "train.global_batch=8"]
     plain = ["learning_rate=1", "momentum=0"]
     both = [*local(0, 1, *plain), *local(1, 1, *plain)]
     exact = world.run(ranks, run_engine, shared, ranks_per_node=per_node)
@@ -132,7 +132,8 @@ OUTER_ALONE = {
 @pytest.mark.parametrize("layout", OUTER_ALONE)
 def test_outer_steps_of_levels_that_are_not_local_are_exact_in_every_layout(layout: str) -> None:
     ranks, per_node, overrides = OUTER_ALONE[layout]
-    overrides = [*SHORT, "model.layers=4", *overrides, "levels=[1,2]", "train.steps=9"]
+    layers = "model.layers=4" if "interleaved" in layout else "model.layers=2"
+    overrides = [*SHORT, layers, *overrides, "levels=[1,2]", "train.steps=9"]
     overrides += [EVERY.format(0, 4), EVERY.format(1, 2), "levels.spectrum.1.outer.momentum=0.5"]
     dropped = [4, 9]
     spoil = dict.fromkeys(dropped, ranks - 1)

@@ -140,7 +140,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("kind", [["model.mixer=hope"], ["model.cms=independent"]])
 def test_every_layout_trains_the_same_wide_model(layout: str, kind: list[str]) -> None:
     ranks, spread = LAYOUTS[layout]
-    keys = [LEVELS, "model.layers=4", "data.sequence_length=16", "train.steps=6", WIDER, *kind]
+    keys = [LEVELS, "data.sequence_length=16", "train.steps=6", WIDER, *kind]
     keys += ["model.init_std=0.2", "optimizer.eps=1e-3"]  # see test_parallel_layouts.py
     (one,) = world.run(1, run_engine, keys)
     spread_out = world.run(ranks, run_engine, [*keys, *spread])
@@ -152,7 +152,7 @@ def test_every_layout_trains_the_same_wide_model(layout: str, kind: list[str]) -
 @pytest.mark.parametrize("layout", ["tp2", "dp4"])
 def test_resuming_is_bitwise(tmp_path: Path, layout: str) -> None:
     ranks, spread = LAYOUTS[layout]
-    keys = ["levels=[1,3]", "model.layers=4", "data.sequence_length=16", "train.steps=8", WIDER]
+    keys = ["levels=[1,3]", "data.sequence_length=16", "train.steps=8", WIDER]
     whole = world.run(ranks, train, [*keys, *spread], tmp_path / "whole", (4,))[0]
     shutil.copytree(tmp_path / "whole", tmp_path / "rest")
     shutil.rmtree(checkpoint(tmp_path / "rest", 8).path)

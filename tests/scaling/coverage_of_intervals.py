@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
 from scipy.stats import binom
 
 
@@ -12,3 +17,11 @@ def about_ninety(quantities: int) -> range:
     """
     fewest, most = binom.ppf([0.001 / quantities, 1 - 0.001 / quantities], 100, 0.9)
     return range(int(fewest), int(most) + 1)
+
+
+@contextmanager
+def few_starts() -> Iterator[None]:
+    """Fits begin at 4 x 4 exponents, not 12 x 12: of a grid with little noise any of them finds the
+    optimum, and a hundred fits are made of such grids."""
+    with mock.patch("nlscale.scaling.law.fit._GRID", np.geomspace(0.05, 2.0, 4)):
+        yield

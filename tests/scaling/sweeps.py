@@ -13,7 +13,7 @@ import yaml
 from nlscale.telemetry.figures import SUMMARY_FILE
 
 RECIPE = {
-    "model": {"layers": 2, "d_model": 32, "heads": 2, "memory": {"chunk": 8}},
+    "model": {"layers": 1, "d_model": 32, "heads": 2, "memory": {"chunk": 8}},
     "levels": [1, 2, 4],
     "optimizer": {"warmup_steps": 2},
     "train": {

@@ -138,10 +138,14 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(data: Path, tmp_path:
 RECIPE = "recipes/quickstart.yaml"
 
 
+# What is asked of the run does not depend on its size.
+SMALL = ["model.layers=2", "model.d_model=32", "model.heads=1", "data.sequence_length=32"]
+
+
 def signalled(data: Path) -> list[str]:
     return [
-        *("train", RECIPE, f"data.dir={data}"),
-        *("data.sequence_length=64", "train.steps=60", "train.validation_sequences=8"),
+        *("train", RECIPE, f"data.dir={data}", *SMALL),
+        *("train.steps=60", "train.validation_sequences=8"),
         *("checkpoint.pending=exact", "train.validate_every=50", "train.micro_batch=4"),
     ]
 
@@ -218,8 +222,8 @@ def stopped_torchrun(command: list[str], folder: Path) -> str:
 def test_kill_9_at_any_moment_loses_nothing(data: Path, tmp_path: Path) -> None:
     """The whole run, killed three times at random moments."""
     command = [
-        *("train", RECIPE, f"data.dir={data}"),
-        *("data.sequence_length=64", "train.steps=30", "train.validation_sequences=8"),
+        *("train", RECIPE, f"data.dir={data}", *SMALL),
+        *("train.steps=30", "train.validation_sequences=8"),
         *("checkpoint.every=3 steps", "train.validate_every=10", "train.micro_batch=4"),
     ]
     never = tmp_path / "never"

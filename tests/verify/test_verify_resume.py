@@ -81,8 +81,8 @@ def test_a_killed_run_resumes_bit_for_bit_and_elsewhere_within_rounding(tmp_path
     data = tmp_path / "shards"
     build([str(text)], "bytes", data, held_out=0.2)
     small = [
-        f"data.dir={data}", "data.sequence_length=64", "levels=[1,2,5]",
-        "train.validation_sequences=8",
+        f"data.dir={data}", "data.sequence_length=32", "levels=[1,2,5]", "model.layers=2",
+        "model.d_model=64", "train.micro_batch=4", "train.validation_sequences=8",
     ]  # fmt: skip
     arguments = ["--at", "7", "--layout", "ranks=4,tensor=2,pipeline=2", "--json"]
     done = subprocess.run([*COMMAND, *arguments, *small], capture_output=True, text=True)

@@ -182,8 +182,8 @@ def test_training_starts_from_an_export_on_any_layout(tmp_path: Path) -> None:
     for overrides in layouts:
         for parameters in world.run(4, start, overrides, tmp_path / "out"):
             assert same(parameters, {name: weights[name] for name in parameters})
-    with pytest.raises(AssertionError, match=r"do not fit the model of .* missing \(blocks\.3"):
-        world.run(1, start, ["model.layers=4"], tmp_path / "out")
+    with pytest.raises(AssertionError, match=r"do not fit the model of .* missing \(blocks\.2"):
+        world.run(1, start, ["model.layers=3"], tmp_path / "out")
 
 
 def test_what_does_not_fit_is_counted_and_named(copied: Path, weights: Tensors) -> None:

@@ -68,7 +68,7 @@ def test_damaged_data_are_data_that_are_not_there(
     [
         ("parallel.tensor=8", "parallel.tensor"),
         ("train.global_batch=7", "train.global_batch 7 is not divisible"),
-        ("model.layers=4000", "does not fit test"),
+        ("model.hidden=4000000", "does not fit test"),
         ("evaluate=[los]", "did you mean"),
         ("train.steps=none", "train.steps"),
     ],

@@ -23,12 +23,12 @@ SHAPE = [
     "train.global_batch=2",
     "train.micro_batch=2",
     "optimizer.warmup_steps=1",
-    "optimizer.learning_rate=1e-2",
+    "optimizer.learning_rate=2e-2",
     # weights whose gradient is nothing but rounding would make whole steps, or start at nothing
     "optimizer.eps=1e-5",
     "model.memory.eta_bias=-1",
 ]
-VOCABULARY, STEPS = 32, 6
+VOCABULARY, STEPS = 32, 4
 LENGTH, BEGINS = 48, 36
 """Three chunks, so that what Pi learns in the first makes what is written in the second, which the
 third reads; in the second document the memory begins anew."""
