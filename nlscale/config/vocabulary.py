@@ -14,6 +14,9 @@ from omegaconf import MISSING
 from nlscale.config.choices import ClipScope as ClipScope
 from nlscale.config.choices import CmsForm as CmsForm
 from nlscale.config.choices import Dtype as Dtype
+from nlscale.config.choices import GateActivation as GateActivation
+from nlscale.config.choices import MemoryGain as MemoryGain
+from nlscale.config.choices import MemoryWrite as MemoryWrite
 from nlscale.config.choices import Part as Part
 from nlscale.config.choices import Pending as Pending
 from nlscale.config.choices import PeriodRule as PeriodRule
@@ -157,8 +160,27 @@ class MemoryConfig:
     """Separate projections of x for what feeds k and what feeds v."""
     static_gates: bool | None = None
     """Add a linear of x to the self-modifying gate logits."""
+    query_convolution: bool = False
+    """The convolution and its SiLU before the queries too, as before what feeds k and v."""
+    write: MemoryWrite = MemoryWrite.undecayed
+    """What a write erases along its key: undecayed, alpha S - eta (S k) k^T; or decayed, the
+    published alpha S (I - eta k k^T)."""
+    strength: int = within(1, least=1, most=2)
+    """The most that a write strength may be, strength x sigmoid(logit): 1, or 2, where a write may
+    turn the state along its key around (negative eigenvalues); 2 needs write: decayed."""
+    gain: MemoryGain = MemoryGain.learned
+    """The write strength: learned, a logit alone; or kalman, the gain of a filter that keeps
+    account, a head, of how uncertain the memory is."""
+    reads_state: bool = False
+    """Self-modification that reads the main memory: what the queries read off it at the start of
+    the chunk is added to k, v and the gates, by a learned weight that begins at 0."""
+    chunk_momentum: bool = False
+    """What a chunk has written to the main memory goes on at the end of each chunk, fading, by a
+    learned weight that begins at 0."""
     output_gate: bool | None = None
-    """Multiply the read by SiLU of a linear of x."""
+    """Multiply the read by an activation of a linear of x."""
+    gate_activation: GateActivation = GateActivation.silu
+    """That activation: silu or sigmoid."""
     read_norm: bool | None = None
     """RMS-normalise the read of each head."""
     eta_bias: float | None = within(None)

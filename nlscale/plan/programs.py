@@ -48,6 +48,7 @@ def advise(
             better = f"train.micro_batch={larger} runs {_programs_of(config, larger)} and fits"
             better += _wait(config, vocabulary, larger, data_parallel)
         said.append(f"{programs} programs leave most of a GPU without work: {better}")
+    said += mixer(config.model.mixer).advice(MicroBatch(config))
     tensor = config.parallel.tensor
     if MicroBatch(config).half_kernels and vocabulary % (tensor * ALIGNED):
         whole = tensor * ALIGNED

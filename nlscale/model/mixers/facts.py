@@ -146,6 +146,10 @@ class MixerFacts(ABC):
         """
         return None
 
+    def advice(self, batch: MicroBatch) -> list[str]:
+        """What a plan says of how this mixer runs on GPUs, a sentence each."""
+        return []
+
     @abstractmethod
     def kept(self, batch: MicroBatch, recompute: bool) -> float:
         """Bytes that one layer keeps for the backward pass, from its normalised input on.

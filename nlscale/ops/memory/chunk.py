@@ -50,12 +50,15 @@ class ChunkWrites(torch.autograd.Function):
 
     chunk by chunk as far as Pi needs it; what is S's follows (`nlscale.ops.memory.main`), and where
     there is no Pi keys are made for all chunks at once. T stands as a matrix because the backward
-    uses it again; its entries are bounded by 1, since every write is a contraction.
+    uses it again; its entries are bounded by the largest write strength, since no write magnifies.
+
+    A write that erases what has decayed (`MemoryRules.decayed_write`) is the same with the decay of
+    the token itself: F" in the place of F', and g_i in that of g_{i-1}.
 
     Backward, first what is S's, and then Pi's, the chunks in reverse order:
 
         dD = n dZ'^T + (from the reads)      y = T^T dD      w = diag(r) y = dX
-        d logit of r_i = (1 - r_i) y_i . D_i             as X - W D = D / r
+        d logit of r_i = (1 - r_i / strength) y_i . D_i  as X - W D = D / r
         E = -(w D^T) * F'                    df = -w Z [ + w ]
         A_j = F_Cj (D dZ')_j + (E^T k)_j     k as what was written, A, and as what is being
         B_i = exp(g_{i-1}) df_i + (E k)_i    written, B; dk += A + B [ - w ]
@@ -101,7 +104,7 @@ class ChunkWrites(torch.autograd.Function):
             [n, N, C, d], and Z after the last chunk.
         """
         count, batch, size, d = a.shape
-        keys, made = _empty_keys(a), None
+        keys, made = _empty_keys(a, rules), None
         v, gates, v_scale, last = b, logits, None, []
         pi = pi_writes = states = writes = None
         if makers is None:
@@ -110,6 +113,7 @@ class ChunkWrites(torch.autograd.Function):
                 a.flatten(0, 1),
                 logits[..., 1].flatten(0, 1),
                 logits[..., :1].flatten(0, 1),
+                rules.strength,
             )
         else:
             pi, pi_writes = a.new_empty(count + 1, batch, d, d), a.new_empty(a.shape)
@@ -136,7 +140,7 @@ class ChunkWrites(torch.autograd.Function):
                 gates_i.copy_(fed[..., d:])
                 for_value = made_i[:, d + 2 :].mT
                 torch.baddbmm(b_i, b_i, for_value, beta=float(additive), out=v_i)
-                _fill(key, fed[..., :d], gates_i[..., 1], gates_i[..., :1])
+                _fill(key, fed[..., :d], gates_i[..., 1], gates_i[..., :1], rules.strength)
                 u = v_i
                 if v_scale is not None:
                     u = v_i * _inverse_norm(v_i, out=v_scale[i])
@@ -176,7 +180,7 @@ class ChunkWrites(torch.autograd.Function):
             *of_keys,
         ) = ctx.saved_tensors  # fmt: skip
         rules, (count, batch, size, d) = ctx.rules, a.shape
-        keys = Keys(*of_keys)
+        keys = Keys.of(of_keys, rules.decayed_write)
         # what was not used has no derivative: reads without the state after, or the reverse
         d_k, d_g, _, d_main, d_written, d_last = d_outputs
         d_k = torch.zeros_like(a) if d_k is None else d_k
@@ -192,7 +196,7 @@ class ChunkWrites(torch.autograd.Function):
         d_made, open_, closed = (
             a.new_empty(count, batch, size, d + 2),
             torch.sigmoid(-gates[..., 1]),
-            1 - keys.r,
+            1 - keys.r / rules.strength,
         )
         if makers is None:
             assert of_main is not None, "a static memory is S"
@@ -288,7 +292,7 @@ class ChunkWrites(torch.autograd.Function):
         return d_a, d_b, d_logits, d_current, d_start, None, d_makers, None, None
 
 
-def _empty_keys(a: Tensor) -> Keys:
+def _empty_keys(a: Tensor, rules: MemoryRules) -> Keys:
     """To be filled."""
     count, batch, size, _ = a.shape
     whole, column = (count, batch, size), (count, batch, size, 1)
@@ -300,10 +304,11 @@ def _empty_keys(a: Tensor) -> Keys:
         since_start=a.new_empty(count, batch, size + 1, 1),
         fade=a.new_empty(count, batch, size + 1, size),
         solve=a.new_empty(*whole, size).mT,  # as the solver wants to leave it
+        decayed=rules.decayed_write,
     )
 
 
-def _fill(keys: Keys, x: Tensor, alpha: Tensor, eta: Tensor) -> None:
+def _fill(keys: Keys, x: Tensor, alpha: Tensor, eta: Tensor, strength: float) -> None:
     """Keys [N, C, d] of what is to be normalised, and all that follows from them and the gates.
 
     The logits alpha are [N, C], and eta [N, C, 1].
@@ -311,12 +316,13 @@ def _fill(keys: Keys, x: Tensor, alpha: Tensor, eta: Tensor) -> None:
     size = x.shape[1]
     torch.mul(x, _inverse_norm(x, out=keys.scale), out=keys.k)
     torch.sigmoid(eta, out=keys.r)
+    keys.r.mul_(strength)
     g, fade = keys.g, keys.fade
     torch.cumsum(F.logsigmoid(alpha), -1, out=g[:, 1:])
     torch.exp(g[..., None], out=keys.since_start)
     # what lies above is masked before exp, where it may overflow
     torch.sub(g[:, :, None], g[:, None, 1:], out=fade).add_(_above(size, x.dtype, x.device)).exp_()
-    coupling = torch.bmm(keys.k, keys.k.mT).mul_(fade[:, :-1]).mul_(keys.r)
+    coupling = torch.bmm(keys.k, keys.k.mT).mul_(keys.fade_before).mul_(keys.r)
     eye = _eye(size, x.dtype, x.device).expand_as(coupling)
     torch.linalg.solve_triangular(
         coupling, eye, upper=False, unitriangular=True, out=keys.solve
@@ -347,10 +353,12 @@ def _fill_backward(
         open_: derivative of g by the logit of its decay, [N, C].
     """
     k, size, d = keys.k, *keys.k.shape[1:]
-    pairs.mul_(keys.fade[:, :-1])
+    pairs.mul_(keys.fade_before)
+    if keys.decayed:
+        pairs.diagonal(dim1=1, dim2=2).zero_()  # F" has ones there, but no write erases itself
     past.mul_(keys.until_end).baddbmm_(pairs.mT, k)
     now = d_faded.mul_(keys.before).baddbmm_(pairs, k)
-    d_g[:, :-1].add_(row_dot(k, now)[..., 0])
+    d_g[:, keys.erased].add_(row_dot(k, now)[..., 0])
     d_g[:, 1:].sub_(row_dot(k, past)[..., 0])
     d_g[:, -1].add_(d_end)
     torch.mul(d_g @ _up_to(size, k.dtype, k.device), open_, out=d_made[..., d + 1])

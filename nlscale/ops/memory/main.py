@@ -11,8 +11,9 @@ all chunks at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,14 @@ class Keys:
     """F, [n, N, C + 1, C]."""
     solve: Tensor
     """T, [n, N, C, C]."""
+    decayed: bool = False
+    """A write erases what has decayed by the token's own decay too."""
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor], decayed: bool) -> Keys:
+        """Of `all`."""
+        fields: tuple[Any, ...] = (*tensors, decayed)
+        return cls(*fields)
 
     @property
     def all(self) -> tuple[Tensor, ...]:
@@ -43,16 +52,27 @@ class Keys:
 
     def each(self) -> Iterator[Keys]:
         """Those of one chunk after the other, without the first dimension."""
-        return map(Keys, *(x.unbind(0) for x in self.all))
+        for of_chunk in zip(*(x.unbind(0) for x in self.all), strict=True):
+            yield Keys.of(of_chunk, self.decayed)
 
     def flat(self) -> Keys:
         """All as if they were of one chunk of n N sequences."""
-        return Keys(*(x.flatten(0, 1) for x in self.all))
+        return Keys.of((x.flatten(0, 1) for x in self.all), self.decayed)
+
+    @property
+    def erased(self) -> slice:
+        """Of g_0 .. g_C those by which what each write erases has decayed."""
+        return slice(1, None) if self.decayed else slice(0, -1)
 
     @property
     def before(self) -> Tensor:
-        """exp(g_0 .. g_{C-1})."""
-        return self.since_start[..., :-1, :]
+        """exp of them: of g_0 .. g_{C-1}, or of g_1 .. g_C."""
+        return self.since_start[..., self.erased, :]
+
+    @property
+    def fade_before(self) -> Tensor:
+        """F', the same rows of F, [n, N, C, C]."""
+        return self.fade[..., self.erased, :]
 
     @property
     def whole(self) -> Tensor:

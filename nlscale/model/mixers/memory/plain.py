@@ -20,6 +20,8 @@ class PlainMemory(PlainMixer):
     q     = normalize(W_q x)                                       static queries
     y     = W_o ( RMSNorm(read) * SiLU(W_g x) )                    each if configured
 
+    The queries may go through the convolution and SiLU too, and the gate be a sigmoid.
+
     Its state, fp32 but for the tail:
         tail      the last inputs of the convolution, [batch, window - 1, channels]
         pi, main  the transfer matrix Pi and the main memory S, [batch, heads, d, d], where there is
@@ -44,6 +46,10 @@ class PlainMemory(PlainMixer):
         heads: int,
         chunk: int,
         convolution: int,
+        query_convolution: bool = False,
+        write: str = "undecayed",
+        strength: int = 1,
+        gate_activation: str = "silu",
         modifies_itself: bool,
         main_memory: bool,
         anchored: bool,
@@ -63,12 +69,16 @@ class PlainMemory(PlainMixer):
         self.inputs, self.gated, self.static_gates = 1 + separate_inputs, output_gate, static_gates
         self.modifies_itself, self.main_memory = modifies_itself, main_memory
         self.anchored, self.c, self.normalize_value = anchored, c, normalize_value
+        self.decayed_write, self.strength = write == "decayed", strength
+        self.activation = torch.sigmoid if gate_activation == "sigmoid" else F.silu
         self.starts = lambda_init, eta_bias, alpha_bias
-        self.sizes = [self.inputs * d_model, d_model, d_model * output_gate]
+        self.convolved = self.inputs + query_convolution
+        self.sizes = [self.convolved * d_model, d_model * (not query_convolution)]
+        self.sizes.append(d_model * output_gate)
         self.sizes.append(2 * heads * static_gates)
         self.project = PlainLinear(d_model, sum(self.sizes))
         self.output = PlainLinear(d_model, d_model, into_residual=True)
-        self.convolution = nn.Parameter(torch.empty(convolution, self.inputs * d_model))
+        self.convolution = nn.Parameter(torch.empty(convolution, self.convolved * d_model))
         self.eta_bias = nn.Parameter(torch.empty(heads))
         self.alpha_bias = nn.Parameter(torch.empty(heads))
         own: dict[str, tuple[int, ...]] = {}
@@ -92,10 +102,11 @@ class PlainMemory(PlainMixer):
         if state is None:
             state = self._begin(fed)
         fed, tail = self._convolve(fed, state["tail"], lengths)
-        a, *b = (self._by_head(part) for part in fed.chunk(self.inputs, dim=-1))
+        a, *b = (self._by_head(part) for part in fed.chunk(self.convolved, dim=-1))
+        q = b.pop() if self.convolved > self.inputs else self._by_head(q)
         eta, alpha = self._gate_logits(static)
         unit = wide(a) * torch.rsqrt(wide(a).square().mean(-1, True) + self.norm_eps)
-        q = normalize(self._by_head(q))
+        q = normalize(q)
         inputs = (wide(unit.to(a.dtype)), wide(b[0] if b else a), wide(q), eta, alpha)
         if x.shape[1] == 1:
             read, after = self._token(*inputs, state, lengths)
@@ -108,7 +119,7 @@ class PlainMemory(PlainMixer):
             read = F.rms_norm(read, read.shape[-1:], None, self.norm_eps) * self.read_norm[:, None]
         read = read.transpose(1, 2).flatten(2).to(projected.dtype)
         if self.gated:
-            read = read * F.silu(gate)
+            read = read * self.activation(gate)
         return self.output(read), {**after, "tail": tail}
 
     def _begin(self, fed: Tensor) -> State:
@@ -185,22 +196,27 @@ class PlainMemory(PlainMixer):
 
         Pi = alpha Pi + (1 - alpha) I + eta ( Pi_s (u - c k) - Pi k ) k^T       (anchored)
         S  = alpha S + eta ( v - S k ) k^T
+
+        or, of decayed writes, with alpha Pi + (1 - alpha) I and alpha S in the place of Pi and S.
         """
         reads, after, main = (lengths > 0)[:, None, None, None], dict(state), state.get("main")
         k, v, eta, alpha = self._made(a, b, eta, alpha, state.get("start"))
-        r = torch.where(reads, torch.sigmoid(eta)[..., None], 0.0)
+        r = torch.where(reads, self.strength * torch.sigmoid(eta)[..., None], 0.0)
         keep = torch.where(reads, torch.sigmoid(alpha)[..., None], 1.0)
         after["position"] = (state["position"] + lengths) % self.chunk
         if self.modifies_itself:
             pi, start = state["pi"], state["start"]
-            write = r * (self._target(k, v, start) - k @ pi.mT)
-            pi = keep * pi + write.mT @ k
+            decayed = keep * pi
             if self.anchored:
-                pi = pi + (1 - keep) * torch.eye(self.head_dim, dtype=pi.dtype, device=pi.device)
+                eye = torch.eye(self.head_dim, dtype=pi.dtype, device=pi.device)
+                decayed = decayed + (1 - keep) * eye
+            erased = decayed if self.decayed_write else pi
+            pi = decayed + (r * (self._target(k, v, start) - k @ erased.mT)).mT @ k
             ends = reads & (after["position"] == 0)[:, None, None, None]
             after |= {"pi": pi, "start": torch.where(ends, pi, start)}
         if main is not None:
-            after["main"] = keep * main + (r * (v - k @ main.mT)).mT @ k
+            erased = keep * main if self.decayed_write else main
+            after["main"] = keep * main + (r * (v - k @ erased.mT)).mT @ k
         return q @ after["main" if self.main_memory else "pi"].mT, after
 
     def _chunks(
@@ -247,13 +263,15 @@ class PlainMemory(PlainMixer):
             D_i = r_i ( X_i - sum_{j<i} F_{i-1,j} (k_j . k_i) D_j )        one triangular system
             X_i = v_i - exp(g_{i-1}) S k_i,   or for Pi   Pi_s (u_i - c k_i) - Pi_{i-1} k_i
             Z_i = exp(g_i) Z + sum_{j<=i} F_ij D_j k_j^T [ + (1 - exp(g_i)) I ]
+
+        Of decayed writes the sums and X have g_i and F_ij in the place of g_{i-1} and F_{i-1,j}.
         """
         a, b, q, eta, alpha, stands = tokens
         k, v, eta, alpha = self._made(a, b, eta, alpha, state.get("start"))
-        r = torch.where(stands, torch.sigmoid(eta), 0.0)[..., None]
+        r = torch.where(stands, self.strength * torch.sigmoid(eta), 0.0)[..., None]
         log_decay = torch.where(stands, F.logsigmoid(alpha), 0.0)
         g = log_decay.cumsum(-1)
-        before = g - log_decay
+        before = g if self.decayed_write else g - log_decay
         decayed, decayed_before = torch.exp(g)[..., None], torch.exp(before)[..., None]
         # what lies above the diagonal is masked before exp, where it may overflow
         left = torch.exp(_below(g[..., :, None] - g[..., None, :], 0))
