@@ -60,10 +60,16 @@ def test_what_is_counted_is_there(build, name: str, memory: str) -> None:
 
 @BOTH
 def test_every_parameter_learns_once_it_is_awake(build, tokens, memory: str) -> None:
-    model = awake(build("model.mixer=hope", memory).double())
-    model(tokens[:, :-1], tokens[:, 1:]).sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and bool(parameter.grad.abs().max() > 0), name
+    """And as much where the mixer is computed again in the backward pass."""
+    found = []
+    for recompute in ("[]", "[mixer]"):
+        again = f"train.recompute={recompute}"
+        model = awake(build("model.mixer=hope", memory, again).double())
+        model(tokens[:, :-1], tokens[:, 1:]).sum().backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in found[0].items():
+        assert gradient is not None and bool(gradient.abs().max() > 0), name
+        assert torch.allclose(gradient, found[1][name], rtol=1e-9, atol=1e-12), name
 
 
 @pytest.mark.parametrize("name", ["hope", "gated-delta"])

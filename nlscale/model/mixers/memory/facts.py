@@ -52,7 +52,7 @@ class MemoryFacts(MixerFacts):
             )
         if self.rules(model).serial and not self.main_memory:
             raise UserError(
-                f"model.memory.{', '.join(_serial_keys(model))} change how a main memory of its "
+                f"model.memory.{', '.join(_serial_keys(model))}: this is how a main memory of its "
                 f"own is written, and model.mixer={model.mixer} has none; use hope or gated-delta"
             )
 
