@@ -126,19 +126,26 @@ def test_rows_of_any_lengths_in_one_scan_are_each_alone(kind: str, seed: int) ->
 def test_documents_are_each_alone(kind: str, mode: str, seed: int) -> None:
     """Chunks before which a row starts anew, the last of a document filled up with zeros."""
     problem = Problem(mode, 20, batch=2, **ALL[kind])
-    filled = [x.detach().clone() for x in problem.inputs()]
-    for x in filled:
-        x[0, :, 7:8], x[1, :, 13:16] = 0, 0  # documents of 7 and 12, and of 13 and 4
+    filling = torch.zeros(2, 1, 20, dtype=torch.bool)
+    filling[0, :, 7], filling[1, :, 13:16] = True, True
     carried = torch.ones(2, 5)
     carried[:, 0] = carried[0, 2] = carried[1, 4] = 0
-    with torch.no_grad():
-        read, _ = memory_scan(
-            *filled, problem.weights(), problem.rules, carried=carried, main=problem.main()
-        )
-        for row, begin, end in ((0, 0, 7), (0, 8, 20), (1, 0, 13), (1, 16, 20)):
-            document = [x[row : row + 1, :, begin:end] for x in filled]
-            want, _ = memory_scan(*document, problem.weights(), problem.rules, main=problem.main())
-            assert torch.allclose(read[row, :, begin:end], want[0], rtol=0, atol=1e-13)
+    filled = [x.masked_fill(filling if x.dim() == 3 else filling[..., None], 0)
+              for x in problem.inputs()]  # fmt: skip
+    weights, rules, main = problem.weights(), problem.rules, problem.main()
+    together, _ = memory_scan(*filled, weights, rules, carried=carried, main=main)
+    found, wanted = [], []
+    for row, begin, end in ((0, 0, 7), (0, 8, 20), (1, 0, 13), (1, 16, 20)):
+        document = [x[row : row + 1, :, begin:end] for x in problem.inputs()]
+        wanted.append(memory_scan(*document, weights, rules, main=main)[0])
+        found.append(together[row : row + 1, :, begin:end])
+    by = [torch.randn_like(x) for x in wanted]
+    got, want = (
+        {"read": torch.cat(reads, 2),
+         **problem.gradients(sum((x * w).sum() for x, w in zip(reads, by, strict=True)))}
+        for reads in (found, wanted)
+    )  # fmt: skip
+    assert_same(got, want, 1e-11)
 
 
 @pytest.mark.parametrize("mode", ["hope", "gated-delta", "pure"])

@@ -268,8 +268,8 @@ class MemoryFacts(MixerFacts):
         return kept
 
     def _begins(self, model: ModelConfig, length: int) -> int:
-        """Numbers that `SerialRun` keeps of one sequence: tokens, and what each chunk begins with,
-        which of the first of the rest are also those after all whole ones."""
+        """Numbers that `SerialRun` keeps of one sequence: tokens, and what each chunk begins
+        with."""
         memory, d = model.memory, head_dim(model)
         states = d * d * (self.modifies_itself + 1 + memory.chunk_momentum)
         states += memory.gain == MemoryGain.kalman
