@@ -37,6 +37,17 @@ class MemoryGain(str, Enum):
     """A logit, and how uncertain the memory is by then."""
 
 
+class Decay(str, Enum):
+    """What a memory forgets from token to token."""
+
+    learned = "learned"
+    """A share that follows from the token, a number a head."""
+    fixed = "fixed"
+    """1 - alpha = 2^(-5 - head), as in RetNet."""
+    none = "none"
+    """Nothing: alpha = 1."""
+
+
 class Dtype(str, Enum):
     """Precision of parameters and activations; optimizer state is always fp32."""
 

@@ -337,6 +337,8 @@ def _expand_levels(tree: dict[str, Any], sources: dict[str, str]) -> None:
 
 
 def _fill_presets(config: Config, sources: dict[str, str]) -> None:
+    if config.model.pattern is not None:
+        return  # each mixer has its own (`nlscale.model.pattern`)
     memory = config.model.memory
     for name, value in MIXER_PRESETS.get(config.model.mixer, {}).items():
         if getattr(memory, name) is None:

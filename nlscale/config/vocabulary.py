@@ -13,6 +13,7 @@ from omegaconf import MISSING
 
 from nlscale.config.choices import ClipScope as ClipScope
 from nlscale.config.choices import CmsForm as CmsForm
+from nlscale.config.choices import Decay as Decay
 from nlscale.config.choices import Dtype as Dtype
 from nlscale.config.choices import GateActivation as GateActivation
 from nlscale.config.choices import MemoryGain as MemoryGain
@@ -27,7 +28,7 @@ from nlscale.config.choices import Schedule as Schedule
 from nlscale.config.choices import Sharding as Sharding
 from nlscale.config.choices import WireFormat as WireFormat
 from nlscale.config.fields import MOST as MOST
-from nlscale.config.fields import one_of, or_list, path, within
+from nlscale.config.fields import one_of, or_list, path, some_of, within
 from nlscale.config.levels import LevelConfig as LevelConfig
 from nlscale.config.levels import LevelsConfig as LevelsConfig
 from nlscale.config.optimizer import RULES as RULES
@@ -35,7 +36,17 @@ from nlscale.config.optimizer import OptimizerConfig as OptimizerConfig
 from nlscale.config.outer import OuterConfig as OuterConfig
 from nlscale.config.period_warmup import PeriodWarmupConfig as PeriodWarmupConfig
 
-MIXERS = ["hope", "hope-pure", "hope-paper", "gated-delta", "attention"]
+MIXERS = [
+    "hope",
+    "hope-pure",
+    "hope-paper",
+    "gated-delta",
+    "deltanet",
+    "retnet",
+    "linear-attention",
+    "attention",
+    "sliding-window",
+]
 """Names of the sequence mixers; what each is stands in `nlscale.model.mixers.table`."""
 
 _YEAR = 365 * 86400
@@ -191,7 +202,8 @@ class MemoryConfig:
 
 @dataclass
 class AttentionConfig:
-    """Softmax attention, `model.mixer: attention`; other mixers take the defaults alone."""
+    """Softmax attention, the mixers `attention` and `sliding-window`; others take the defaults
+    alone."""
 
     kv_heads: int | None = within(None, above=0, most=MOST)
     """Heads of keys and values, each shared by as many of `model.heads` (grouped-query attention);
@@ -200,6 +212,8 @@ class AttentionConfig:
     """Dimension of a head; null: model.d_model / model.heads."""
     qk_norm: bool = False
     """RMS-normalise queries and keys along each head, before they are rotated (as in Qwen3)."""
+    window: int = within(128, above=0, most=MOST)
+    """Tokens that a token of `sliding-window` sees, itself among them."""
 
 
 @dataclass
@@ -207,7 +221,11 @@ class ModelConfig:
     """The network. A Transformer is `mixer: attention` with one level."""
 
     mixer: str = one_of(MIXERS)
-    """hope | hope-pure | hope-paper | gated-delta | attention."""
+    """hope | hope-pure | hope-paper | gated-delta | deltanet | retnet | linear-attention |
+    attention | sliding-window."""
+    pattern: list[str] | None = some_of(MIXERS)
+    """Mixers of the blocks in turn, such as [hope, hope, hope, attention]: block i takes entry i
+    mod their number, and `mixer` says nothing. Null: every block has `mixer`."""
     layers: int = within(12, above=0, most=MOST)
     """Blocks; each is a mixer followed by a CMS block."""
     d_model: int = within(768, above=0, most=MOST)
@@ -225,7 +243,7 @@ class ModelConfig:
     """The head is the embedding: one matrix makes tokens vectors, and vectors logits. Needs
     parallel.pipeline 1."""
     rope_base: float = within(10000.0, above=0)
-    """Base of the rotary positions of `attention`."""
+    """Base of the rotary positions of `attention` and `sliding-window`."""
     norm_eps: float = within(1e-6, above=0)
     """Added to the mean square in every RMSNorm."""
     init_std: float = within(0.02, above=0)
@@ -239,6 +257,18 @@ class ModelConfig:
     """The self-modifying memory."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """Softmax attention."""
+
+
+def mixers_of(model: ModelConfig) -> list[str]:
+    """Name of the mixer of each block."""
+    names = model.pattern or [model.mixer]
+    return [names[i % len(names)] for i in range(model.layers)]
+
+
+def mixer_label(model: ModelConfig) -> str:
+    """What to call the mixers of a model: by name, or as a recipe writes a pattern of several."""
+    names = model.pattern or [model.mixer]
+    return names[0] if len(set(names)) == 1 else f"[{', '.join(names)}]"
 
 
 def head_dim(model: ModelConfig) -> int:

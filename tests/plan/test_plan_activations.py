@@ -166,7 +166,7 @@ def kernels_as_on_a_gpu() -> None:
 
 def kept_bytes(config: Config) -> float:
     batch = Activations(config, VOCABULARY)
-    blocks = config.model.layers * batch.block()
+    blocks = batch.blocks(range(config.model.layers))
     return batch.embedding() + blocks + batch.head() + batch.gathered()
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from nlscale.config.units import declared_period
-from nlscale.config.vocabulary import Config
+from nlscale.config.vocabulary import Config, mixer_label
 from nlscale.errors import UserError
-from nlscale.model.mixers.table import mixer
+from nlscale.model.pattern import BlockKind, block_kinds
 from nlscale.model.sizes import level_hidden, places
 from nlscale.model.width import width_multiplier
 
@@ -16,15 +16,20 @@ _OF_A_LEVEL = ("name", "period", "hidden")
 
 
 def class_keys(config: Config) -> dict[str, Any]:
-    """The arguments of `nlscale.checkpoint.export.configuration.NlscaleConfig`."""
-    model = config.model
+    """The arguments of `nlscale.checkpoint.export.configuration.NlscaleConfig`.
+
+    Raises:
+        UserError: see `one_mixer`.
+    """
+    kind = one_mixer(config)
+    model = kind.config.model
     return {
         "vocab_size": model.vocabulary,
         "hidden_size": model.d_model,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
         "mixer": model.mixer,
-        "mixer_options": mixer(model.mixer).plain_options(model),
+        "mixer_options": kind.facts.plain_options(model),
         "levels": _levels(config),
         "cms": model.cms.value,
         "norm_eps": model.norm_eps,
@@ -32,6 +37,21 @@ def class_keys(config: Config) -> dict[str, Any]:
         "width_multiplier": width_multiplier(model),
         "tie_word_embeddings": model.tie_embeddings,
     }
+
+
+def one_mixer(config: Config) -> BlockKind:
+    """The blocks, all of which have one mixer.
+
+    Raises:
+        UserError: they have several.
+    """
+    kind, *others = block_kinds(config)
+    if others:
+        raise UserError(
+            f"model.pattern={mixer_label(config.model)}: an export to Hugging Face carries one "
+            f"mixer, and these blocks have {1 + len(others)}; export with --to safetensors"
+        )
+    return kind
 
 
 def check_class_keys(described: dict[str, Any], config: Config, where: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from nlscale.checkpoint.export.card import write_card
 from nlscale.checkpoint.export.carried import AUTO_MAP, MODELING_FILE, modeling_source
-from nlscale.checkpoint.export.class_keys import class_keys
+from nlscale.checkpoint.export.class_keys import class_keys, one_mixer
 from nlscale.checkpoint.export.files import CONFIG_FILE
 from nlscale.checkpoint.export.origin import ORIGIN
 from nlscale.checkpoint.export.tokenizer import write_tokenizer
@@ -60,8 +60,9 @@ def export_huggingface(
     """
     own = describe(checkpoint, dtype)
     config = config_of(own, checkpoint.path)
-    plain_mixer(config.model.mixer)  # refuses one that there is not
-    source = modeling_source(config.model.mixer)
+    mixer = one_mixer(config).config.model.mixer
+    plain_mixer(mixer)  # refuses one that there is not
+    source = modeling_source(mixer)
     _refuse_another_tokenizer(checkpoint, tokenizer_folder or Path(config.data.folders()[0]))
     tokenizer = _tokenizer(config, tokenizer_folder)
     assert config.model.vocabulary is not None

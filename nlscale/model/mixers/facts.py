@@ -84,6 +84,8 @@ class MixerFacts(ABC):
     """The part of its FLOPs that lies between the projections."""
     reads_attention: ClassVar[bool] = False
     """Whether `model.attention` says something of it."""
+    windowed: bool = False
+    """Whether that is of its window too."""
     logit_bytes: ClassVar[int] = 0
     """Of logits that the core takes beside queries, keys and values, a token and head."""
     plain_by: ClassVar[str | None] = None

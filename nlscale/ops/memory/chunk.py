@@ -55,6 +55,8 @@ class ChunkWrites(torch.autograd.Function):
     A write that erases what has decayed (`MemoryRules.decayed_write`) is the same with the decay of
     the token itself: F" in the place of F', and g_i in that of g_{i-1}.
 
+    Of writes that erase nothing (`MemoryRules.erases`) W and f are 0 and T is I: D = diag(r) v.
+
     Backward, first what is S's, and then Pi's, the chunks in reverse order:
 
         dD = n dZ'^T + (from the reads)      y = T^T dD      w = diag(r) y = dX
@@ -180,7 +182,7 @@ class ChunkWrites(torch.autograd.Function):
             *of_keys,
         ) = ctx.saved_tensors  # fmt: skip
         rules, (count, batch, size, d) = ctx.rules, a.shape
-        keys = Keys.of(of_keys, rules.decayed_write)
+        keys = Keys.of(of_keys, rules)
         # what was not used has no derivative: reads without the state after, or the reverse
         d_k, d_g, _, d_main, d_written, d_last = d_outputs
         d_k = torch.zeros_like(a) if d_k is None else d_k
@@ -201,22 +203,10 @@ class ChunkWrites(torch.autograd.Function):
         if makers is None:
             assert of_main is not None, "a static memory is S"
             torch.mul(of_main.d_r, closed, out=d_made[..., d : d + 1])
-            _fill_backward(
-                keys.flat(),
-                *(
-                    x.flatten(0, 1)
-                    for x in (
-                        of_main.pairs,
-                        of_main.past,
-                        of_main.d_faded,
-                        d_k,
-                        d_g,
-                        of_main.d_end,
-                        open_,
-                        d_made,
-                    )
-                ),
-            )
+            of_reads = (d_k, d_g, of_main.d_end, open_, d_made)
+            given: Any = (of_main.pairs, of_main.past, of_main.d_faded, *of_reads)
+            flat: Any = (None if x is None else x.flatten(0, 1) for x in given)
+            _fill_backward(keys.flat(), *flat)
             d_x, d_logits = d_made.split([d, 2], dim=-1)
             return d_x, of_main.d_v, d_logits, of_main.d_state, *(None,) * 5
         u = v if v_scale is None else v * v_scale
@@ -244,6 +234,7 @@ class ChunkWrites(torch.autograd.Function):
                 past = torch.bmm(write, d_pi)
                 pairs = torch.baddbmm(key.solve, w, write.mT, beta=0, alpha=-1)
             else:
+                assert of_main.pairs is not None and of_main.d_faded is not None, "Pi erases"
                 past = torch.baddbmm(of_main.past[i], write, d_pi)
                 pairs = torch.baddbmm(of_main.pairs[i], w, write.mT, alpha=-1)
                 d_r.add_(of_main.d_r[i])
@@ -255,7 +246,7 @@ class ChunkWrites(torch.autograd.Function):
             # its right side
             d_target = torch.bmm(w, state)
             d_faded = w - d_target if rules.anchored else d_target.neg()
-            if of_main is not None:
+            if of_main is not None and of_main.d_faded is not None:
                 d_faded.add_(of_main.d_faded[i])
             d_key = d_k[i] - w if rules.anchored else d_k[i]
             d_p, p = torch.bmm(w.mT, rest[i]), state
@@ -303,8 +294,10 @@ def _empty_keys(a: Tensor, rules: MemoryRules) -> Keys:
         g=a.new_zeros(count, batch, size + 1),
         since_start=a.new_empty(count, batch, size + 1, 1),
         fade=a.new_empty(count, batch, size + 1, size),
-        solve=a.new_empty(*whole, size).mT,  # as the solver wants to leave it
-        decayed=rules.decayed_write,
+        solve=a.new_empty(*whole, size).mT  # as the solver wants to leave it
+        if rules.erases
+        else a.new_empty(count, batch, 0, 0),
+        rules=rules,
     )
 
 
@@ -322,6 +315,8 @@ def _fill(keys: Keys, x: Tensor, alpha: Tensor, eta: Tensor, strength: float) ->
     torch.exp(g[..., None], out=keys.since_start)
     # what lies above is masked before exp, where it may overflow
     torch.sub(g[:, :, None], g[:, None, 1:], out=fade).add_(_above(size, x.dtype, x.device)).exp_()
+    if not keys.rules.erases:
+        return
     coupling = torch.bmm(keys.k, keys.k.mT).mul_(keys.fade_before).mul_(keys.r)
     eye = _eye(size, x.dtype, x.device).expand_as(coupling)
     torch.linalg.solve_triangular(
@@ -331,9 +326,9 @@ def _fill(keys: Keys, x: Tensor, alpha: Tensor, eta: Tensor, strength: float) ->
 
 def _fill_backward(
     keys: Keys,
-    pairs: Tensor,
+    pairs: Tensor | None,
     past: Tensor,
-    d_faded: Tensor,
+    d_faded: Tensor | None,
     d_key: Tensor,
     d_g: Tensor,
     d_end: Tensor,
@@ -346,23 +341,27 @@ def _fill_backward(
         keys: of N chunks.
         pairs: -w D^T, [N, C, C]; overwritten, as are `past`, `d_faded` and `d_g`.
         past: D dZ', [N, C, d].
-        d_faded: df, likewise.
+        d_faded: df, likewise; as `pairs` None where writes erase nothing.
         d_key: what dk is beside A and B, likewise.
         d_g: from the reads, [N, C + 1].
         d_end: what is added to dg_C, [N].
         open_: derivative of g by the logit of its decay, [N, C].
     """
     k, size, d = keys.k, *keys.k.shape[1:]
-    pairs.mul_(keys.fade_before)
-    if keys.decayed:
-        pairs.diagonal(dim1=1, dim2=2).zero_()  # F" has ones there, but no write erases itself
-    past.mul_(keys.until_end).baddbmm_(pairs.mT, k)
-    now = d_faded.mul_(keys.before).baddbmm_(pairs, k)
-    d_g[:, keys.erased].add_(row_dot(k, now)[..., 0])
+    past.mul_(keys.until_end)
+    now = None
+    if pairs is not None and d_faded is not None:
+        pairs.mul_(keys.fade_before)
+        if keys.rules.decayed_write:
+            pairs.diagonal(dim1=1, dim2=2).zero_()  # F" has ones there; no write erases itself
+        past.baddbmm_(pairs.mT, k)
+        now = d_faded.mul_(keys.before).baddbmm_(pairs, k)
+        d_g[:, keys.erased].add_(row_dot(k, now)[..., 0])
     d_g[:, 1:].sub_(row_dot(k, past)[..., 0])
     d_g[:, -1].add_(d_end)
     torch.mul(d_g @ _up_to(size, k.dtype, k.device), open_, out=d_made[..., d + 1])
-    _normalize_backward(past.add_(now).add_(d_key), k, keys.scale, d_made[..., :d])
+    past = past if now is None else past.add_(now)
+    _normalize_backward(past.add_(d_key), k, keys.scale, d_made[..., :d])
 
 
 @lru_cache(maxsize=4)

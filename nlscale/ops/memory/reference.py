@@ -106,7 +106,7 @@ def _one_head(
             eta_logit = eta_logit + torch.log(expected)
         k = _unit(k)
         e, al = rules.strength * torch.sigmoid(eta_logit), torch.sigmoid(alpha_logit)
-        erase = e * torch.outer(k, k)
+        erase = e * torch.outer(k, k) * rules.erases
         if rules.decayed_write:
             erase = al * erase
         forget = al * torch.eye(d, dtype=torch.float64, device=a.device) - erase

@@ -25,6 +25,8 @@ class MemoryRules:
     normalize_value: bool
     main_memory: bool
     """The main memory is a state of its own, S; otherwise it is read off Pi."""
+    erases: bool = True
+    """A write first erases what is stored along its key (the delta rule); else it only adds."""
     decayed_write: bool = False
     """A write erases what has decayed, alpha S (I - eta k k^T); else what has not,
     alpha S - eta (S k) k^T."""

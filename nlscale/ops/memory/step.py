@@ -76,7 +76,8 @@ class MemoryStep:
         k_row = k.reshape(count, 1, d)
         if rules.decayed_write:
             self._decay(current, alpha)
-        error = torch.bmm(k_row, current.mT).neg_()  # [Pi k, S k]
+        # [Pi k, S k]
+        error = torch.bmm(k_row, current.mT).neg_() if rules.erases else torch.zeros_like(k_row)
         if makes is not None:
             target = torch.sub(u, k, alpha=rules.c) if rules.c else u
             error[..., :d].baddbmm_(target.reshape(count, 1, d), makes)

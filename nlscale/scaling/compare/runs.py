@@ -166,12 +166,13 @@ def _measured(folder: Path, summary: Mapping[str, Any], metric: str) -> Measured
 
 def _implied(keys: Mapping[str, str]) -> Mapping[str, str]:
     """What its mixer says where a recipe leaves the memory's keys open."""
-    return _keys_of_mixer(keys["model.mixer"])
+    return _keys_of_mixer(keys["model.mixer"], keys["model.pattern"])
 
 
 @cache
-def _keys_of_mixer(mixer: str) -> Mapping[str, str]:
-    config = recipe.load(None, ["data.dir=none", f"model.mixer={mixer}"], trusted=True).config
+def _keys_of_mixer(mixer: str, pattern: str) -> Mapping[str, str]:
+    mixers = [f"model.mixer={mixer}", f"model.pattern={pattern}"]
+    config = recipe.load(None, ["data.dir=none", *mixers], trusted=True).config
     said = flat(recipe.to_plain(config))
     return {key: value for key, value in said.items() if key.startswith("model.memory.")}
 

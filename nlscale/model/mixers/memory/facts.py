@@ -8,6 +8,7 @@ from typing import Any
 
 from nlscale.config.vocabulary import (
     Config,
+    Decay,
     GateActivation,
     MemoryGain,
     MemoryWrite,
@@ -34,6 +35,15 @@ class MemoryFacts(MixerFacts):
     main_memory: bool
     """The main memory is a state of its own, S, beside which k and v have a static part; else it is
     read off the transfer matrix Pi."""
+    erases: bool = True
+    """A write erases what is stored along its key, by a learned strength; else it adds as it is."""
+    decay: Decay = Decay.learned
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """Those that are learned: the write strength eta and the decay alpha."""
+        learned = {"eta": self.erases, "alpha": self.decay == Decay.learned}
+        return tuple(name for name, is_learned in learned.items() if is_learned)
 
     def check(self, model: ModelConfig) -> None:
         """Refuse a memory of which something is not said: no null means anything by itself."""
@@ -50,6 +60,17 @@ class MemoryFacts(MixerFacts):
                 f"leave alpha - {memory.strength} of the state along a key, which explodes; set "
                 f"model.memory.write=decayed"
             )
+        if not self.erases and memory.write != MemoryWrite.undecayed:
+            raise UserError(
+                f"model.memory.write={memory.write.value} says what a write erases, and "
+                f"model.mixer={model.mixer} erases nothing; leave it out"
+            )
+        if self.rules(model).serial and len(self.gates) < 2:
+            raise UserError(
+                f"model.memory.{', '.join(_serial_keys(model))}: this is for memories that learn "
+                f"both what they erase and how they decay, and model.mixer={model.mixer} does not; "
+                f"use hope or gated-delta"
+            )
         if self.rules(model).serial and not self.main_memory:
             raise UserError(
                 f"model.memory.{', '.join(_serial_keys(model))}: this is how a main memory of its "
@@ -65,6 +86,7 @@ class MemoryFacts(MixerFacts):
             c=float(memory.c or 0.0),
             normalize_value=bool(memory.normalize_value),
             main_memory=self.main_memory,
+            erases=self.erases,
             decayed_write=memory.write == MemoryWrite.decayed,
             strength=float(memory.strength),
             reads_state=memory.reads_state,
@@ -84,7 +106,12 @@ class MemoryFacts(MixerFacts):
             for f in fields(model.memory)
             if f.name not in _SERIAL
         }
-        kind = {"modifies_itself": self.modifies_itself, "main_memory": self.main_memory}
+        kind: dict[str, Any] = {
+            "modifies_itself": self.modifies_itself,
+            "main_memory": self.main_memory,
+        }
+        if len(self.gates) < 2:
+            kind |= {"erases": self.erases, "decay": self.decay.value}
         return {"heads": model.heads, **memory, **kind}
 
     def parameters(self, model: ModelConfig) -> int:
@@ -94,8 +121,8 @@ class MemoryFacts(MixerFacts):
         total += _convolved(model) * d * memory.convolution
         total += d * d if memory.output_gate else 0
         total += d if memory.read_norm else 0
-        total += 2 * h * d if memory.static_gates else 0
-        total += 2 * h  # gate biases
+        total += len(self.gates) * h * d if memory.static_gates else 0
+        total += len(self.gates) * h  # their biases
         if self.modifies_itself:
             total += h * (2 * n * n + 2 * n)  # M_k, M_v, m_eta, m_alpha
             total += 2 * h if self.main_memory else h * n * n  # lambdas, or M_m
@@ -107,8 +134,8 @@ class MemoryFacts(MixerFacts):
     def matrices(self, model: ModelConfig) -> dict[tuple[int, int], int]:
         d, n, memory = model.d_model, head_dim(model), model.memory
         found = {(d, d): _sections(model) + 1}
-        if memory.static_gates:
-            found[model.heads, d] = found.get((model.heads, d), 0) + 2
+        if memory.static_gates and self.gates:
+            found[model.heads, d] = found.get((model.heads, d), 0) + len(self.gates)
         if self.modifies_itself:
             each = 2 if self.main_memory else 3
             found[n, n] = found.get((n, n), 0) + each * model.heads
@@ -118,7 +145,8 @@ class MemoryFacts(MixerFacts):
 
     def flops(self, config: Config) -> dict[str, float]:
         model, memory = config.model, config.model.memory
-        columns = _sections(model) * model.d_model + 2 * model.heads * bool(memory.static_gates)
+        columns = _sections(model) * model.d_model
+        columns += len(self.gates) * model.heads * bool(memory.static_gates)
         columns += model.d_model  # the output's
         channels = _convolved(model) * model.d_model
         return {
@@ -143,16 +171,18 @@ class MemoryFacts(MixerFacts):
     def _chunk_flops(self, d: int, size: int) -> int:
         """One chunk of `size` tokens of one head, in the notation of `nlscale.ops.memory.chunk`."""
         rows = d * (self.main_memory + self.modifies_itself)
-        products = size * size * d  # k k^T
-        products += size * size * rows + size * rows * d  # T diag(r) X, and Z' = ... + D^T n
+        products = size * rows * d  # Z' = ... + D^T n
         products += 2 * size * size * d + size * d * d  # the read: q k^T, A D, q Z^T
-        if self.main_memory:
+        if self.erases:
+            products += size * size * (d + rows)  # k k^T, T diag(r) X
+        if self.main_memory and self.erases:
             products += size * d * d  # f Z^T
         if self.modifies_itself:
             products += d * d * (d + 2) + d**3  # what makes keys with gates, and values, now
             products += size * d * (d + 2) + size * d * d  # keys with gates; values
             products += size * d * d  # (u - c k - f) P^T
-        inverse = size**3  # T, forward only: its derivative is made of products with T
+        # T, forward only: its derivative is made of products with T
+        inverse = size**3 * self.erases
         decays = (
             2 * size * (size + 1)
         )  # derivatives of the decays are summed by a product, backward
@@ -170,21 +200,22 @@ class MemoryFacts(MixerFacts):
     def advice(self, batch: MicroBatch) -> list[str]:
         model = batch.config.model
         off = replace(
-            self.rules(model), decayed_write=False, strength=1.0, reads_state=False,
+            self.rules(model), erases=True, decayed_write=False, strength=1.0, reads_state=False,
             kalman_gain=False, chunk_momentum=False,
         )  # fmt: skip
         could = batch.half_kernels and takes(off, head_dim(model), not self.modifies_itself)
         if self.fused(batch) or not could:
             return []
-        keys = _serial_keys(model) or ["write"]
+        keys = ", ".join(_serial_keys(model) or ["write"])
+        what = f"model.memory.{keys}" if self.erases else f"model.mixer={model.mixer}"
         return [
-            f"no kernel knows model.memory.{', '.join(keys)}: on GPUs the memory runs as torch "
-            f"operations, many times slower"
+            f"no kernel knows {what}: on GPUs the memory runs as torch operations, many times "
+            f"slower"
         ]
 
     def kept(self, batch: MicroBatch, recompute: bool) -> float:
         model, memory = batch.config.model, batch.config.model.memory
-        gates = 2 * batch.heads if memory.static_gates else 0
+        gates = len(self.gates) * batch.heads if memory.static_gates else 0
         projected = _sections(model) * batch.channels + batch.tokens * gates * batch.element
         kept = batch.residual + batch.channels  # the inputs of both projections
         if recompute:
@@ -292,7 +323,7 @@ class MemoryFacts(MixerFacts):
         rows = d * (self.modifies_itself + self.main_memory)
         kept = 4 * size * d  # a, b, q, k
         kept += 2 * (size + 1) + (size + 1) * size  # decays: g, its exp, F
-        kept += 2 * size * size  # the inverse of the triangular system; the scores
+        kept += (1 + self.erases) * size * size  # the scores; the inverse of the system
         kept += size * rows + rows * d  # writes, states
         kept += size * (1 + 1 + 2)  # 1 / |x|, write strengths, logits of the gates
         if self.modifies_itself:

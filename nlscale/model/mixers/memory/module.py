@@ -1,24 +1,26 @@
-"""The mixers with a memory: `hope`, `hope-pure`, `hope-paper` and `gated-delta`.
+"""The mixers with a memory: those of Hope, `gated-delta`, and the baselines beside it.
 
 One code path (docs/concepts/memory.md). `gated-delta` is the same with the projections static: no
-memory makes k, v and the gates. Heads are split over the tensor-parallel group; the scan is local
-to a head.
+memory makes k, v and the gates. `deltanet` is that without a decay, `linear-attention` without the
+delta rule, and `retnet` without it and with a decay of its own for each head. Heads are split over
+the tensor-parallel group; the scan is local to a head.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import fields
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nlscale.config.vocabulary import Config, GateActivation, ModelConfig, head_dim
+from nlscale.config.vocabulary import Config, Decay, GateActivation, ModelConfig, head_dim
 from nlscale.model.init import Initializer, constant, normal, orthogonal, settled, spread, tag
-from nlscale.model.layers import column_linear, recomputed, remade, row_linear
+from nlscale.model.layers import column_linear, own_heads, recomputed, remade, row_linear
 from nlscale.model.mixers.memory.check import inputs_of, scan_errors
 from nlscale.model.mixers.memory.facts import MemoryFacts
 from nlscale.model.mixers.memory.one_token import MemoryOneToken
@@ -34,6 +36,8 @@ from nlscale.ops.memory.scan import memory_scan
 from nlscale.ops.pointwise import compiled_on_gpu, scan_inputs, wide
 
 _GATE_STD = 0.02
+_OPEN = 1e4
+"""A logit whose sigmoid is 1 without rounding in any precision."""
 _MOMENTUM = 2.0
 """Logit of what is left of the momentum of chunks after another one, at the start: 0.88."""
 
@@ -71,7 +75,9 @@ class MemoryMixer(Mixer):
         self.scan_inputs = compiled_on_gpu(scan_inputs, kernels)
         self.gated_read = compiled_on_gpu(pointwise.gated_read, kernels)
         local, dtype = self.heads * self.head_dim, megatron.params_dtype
-        outputs = [d] * (self.inputs + 1 + self.gated) + [model.heads] * (2 * self.static_gates)
+        self.gates = facts.gates
+        of_gates = len(self.gates) * self.static_gates
+        outputs = [d] * (self.inputs + 1 + self.gated) + [model.heads] * of_gates
         wider = width_multiplier(model)
         self.project = column_linear(megatron, d, outputs, normal(model.init_std), wider)
         self.output = row_linear(megatron, d, d, normal(residual_std), wider)
@@ -80,10 +86,15 @@ class MemoryMixer(Mixer):
             torch.empty(memory.convolution, convolved * local, dtype=dtype)
         )
         tag(self.convolution, normal(memory.convolution**-0.5), 1, [d] * convolved)
-        self.eta_bias = nn.Parameter(torch.empty(self.heads, dtype=dtype))
-        self.alpha_bias = nn.Parameter(torch.empty(self.heads, dtype=dtype))
-        tag(self.eta_bias, constant(float(memory.eta_bias or 0.0)), 0)
-        tag(self.alpha_bias, spread(memory.alpha_bias, 1.0), 0)
+        starts = {
+            "eta": constant(float(memory.eta_bias or 0.0)),
+            "alpha": spread(memory.alpha_bias, 1.0),
+        }
+        for gate in self.gates:
+            bias = nn.Parameter(torch.empty(self.heads, dtype=dtype))
+            tag(bias, starts[gate], 0)
+            self.register_parameter(f"{gate}_bias", bias)
+        self.decay = facts.decay
         if memory.read_norm:
             self.read_norm = nn.Parameter(torch.empty(self.heads, self.head_dim, dtype=dtype))
             tag(self.read_norm, constant(1.0), 0, decays=False)
@@ -158,7 +169,7 @@ class MemoryMixer(Mixer):
                 self.convolution.shape[1],
                 *queries,
                 *[local] * self.gated,
-                2 * self.heads * self.static_gates,
+                len(self.gates) * self.heads * self.static_gates,
             ],
             dim=-1,
         )
@@ -201,13 +212,27 @@ class MemoryMixer(Mixer):
 
     def _gate_logits(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Static logits of eta and alpha, fp32 [batch, heads, sequence]."""
-        dtype = wide(logits)
-        eta_bias, alpha_bias = (p.to(dtype)[:, None] for p in (self.eta_bias, self.alpha_bias))
-        if not self.static_gates:
-            shape = (logits.shape[1], self.heads, logits.shape[0])
-            return eta_bias.expand(shape), alpha_bias.expand(shape)
-        eta, alpha = logits.to(dtype).permute(1, 2, 0).chunk(2, dim=1)
-        return eta + eta_bias, alpha + alpha_bias
+        shape = (logits.shape[1], self.heads, logits.shape[0])
+        found = {name: bias[:, None].expand(shape) for name, bias in self.gate_biases().items()}
+        if self.static_gates and self.gates:
+            of_gates = logits.to(wide(logits)).permute(1, 2, 0).chunk(len(self.gates), dim=1)
+            for name, given in zip(self.gates, of_gates, strict=True):
+                found[name] = given + found[name]
+        return found["eta"], found["alpha"]
+
+    def gate_biases(self) -> dict[str, Tensor]:
+        """What is added to the logits of eta and alpha, in at least fp32, [heads]; of a gate that
+        is not learned, the logit itself."""
+        found = {name: self._widened(f"{name}_bias") for name in self.gates}
+        like = self.convolution
+        dtype, device = wide(like), like.device
+        if "eta" not in found:
+            found["eta"] = torch.full((self.heads,), _OPEN, dtype=dtype, device=device)
+        if self.decay == Decay.none:
+            found["alpha"] = torch.full((self.heads,), _OPEN, dtype=dtype, device=device)
+        if self.decay == Decay.fixed:
+            found["alpha"] = _retained(own_heads(self.heads), dtype, device)
+        return found
 
     def _weights(self) -> MemoryWeights | None:
         if not self.modifies_itself:
@@ -235,7 +260,7 @@ class MemoryMixer(Mixer):
     def projected(self) -> list[str]:
         names = ["k input", "v input"] if self.inputs == 2 else ["k, v input"]
         names += ["query"] + ["output gate"] * self.gated
-        return names + ["eta logit", "alpha logit"] * self.static_gates
+        return names + [f"{gate} logit" for gate in self.gates] * self.static_gates
 
     @staticmethod
     def ways(
@@ -261,6 +286,13 @@ class MemoryMixer(Mixer):
         facts: MemoryFacts, config: Config, dtype: torch.dtype, device: torch.device
     ) -> dict[str, dict[str, float]]:
         return {"Triton": scan_errors(facts, config, dtype, device)}
+
+
+@lru_cache(maxsize=16)
+def _retained(heads: range, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Logits of the decays 1 - 2^(-5 - head), as in RetNet (Sun et al. 2023)."""
+    logits = [math.log(2 ** (5 + head) - 1) for head in heads]
+    return torch.tensor(logits, dtype=dtype, device=device)
 
 
 def _scanned(inputs: ScanInputs) -> Tensor:

@@ -32,10 +32,14 @@ class MemoryOneToken(OneToken):
         self.convolved = mixer.inputs + mixer.query_convolution
         queries = 1 - mixer.query_convolution
         self.sizes = [self.convolved * local, local * queries, *[local] * self.gated, -1]
-        self.sizes[-1] = 2 * mixer.heads * self.static
+        self.gates = len(mixer.gates)
+        self.sizes[-1] = self.gates * mixer.heads * self.static
+        # logits of one learned gate stand in the place of both
+        self.beside = [int(gate not in mixer.gates) for gate in ("eta", "alpha")]
         self.dtype = dtype = wide(self.project)
         self.convolution = mixer.convolution.to(dtype)
-        self.bias = torch.stack([mixer.eta_bias, mixer.alpha_bias], 1).to(dtype)
+        bias = mixer.gate_biases()
+        self.bias = torch.stack([bias["eta"], bias["alpha"]], 1).to(dtype)
         self.input_norm, self.unit = RMSNorm(size, mixer.norm_eps, None, dtype), unit(dtype)
         norm = mixer.read_norm
         self.read_norm = None if norm is None else RMSNorm(size, mixer.norm_eps, norm, dtype)
@@ -52,8 +56,9 @@ class MemoryOneToken(OneToken):
         a_b = torch.stack([self.input_norm(mixed[:, 0]), mixed[:, self.inputs - 1]], 2)
         q = self.unit(mixed[:, -1] if self.convolved > self.inputs else q.view(batch, heads, -1))
         gates = self.bias.expand(batch, heads, 2)
-        if self.static:
-            gates = gates + static.view(batch, 2, heads).mT
+        if self.static and self.gates:
+            logits = static.view(batch, self.gates, heads).mT
+            gates = gates + (logits if self.gates == 2 else F.pad(logits, self.beside))
         read = self.step(a_b, q, gates, state.memory, active)
         if self.read_norm is not None:
             read = self.read_norm(read)

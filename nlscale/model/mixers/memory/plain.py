@@ -30,6 +30,8 @@ class PlainMemory(PlainMixer):
         position  tokens of the current chunk that are written, int64 [batch]
     """
 
+    eta_bias: nn.Parameter
+    alpha_bias: nn.Parameter
     read_norm: nn.Parameter | None
     memory_key: nn.Parameter
     memory_value: nn.Parameter
@@ -52,6 +54,8 @@ class PlainMemory(PlainMixer):
         gate_activation: str = "silu",
         modifies_itself: bool,
         main_memory: bool,
+        erases: bool = True,
+        decay: str = "learned",
         anchored: bool,
         c: float,
         normalize_value: bool,
@@ -75,12 +79,14 @@ class PlainMemory(PlainMixer):
         self.convolved = self.inputs + query_convolution
         self.sizes = [self.convolved * d_model, d_model * (not query_convolution)]
         self.sizes.append(d_model * output_gate)
-        self.sizes.append(2 * heads * static_gates)
+        learned = {"eta": erases, "alpha": decay == "learned"}
+        self.gates, self.erases, self.decay = [g for g in learned if learned[g]], erases, decay
+        self.sizes.append(len(self.gates) * heads * static_gates)
         self.project = PlainLinear(d_model, sum(self.sizes))
         self.output = PlainLinear(d_model, d_model, into_residual=True)
         self.convolution = nn.Parameter(torch.empty(convolution, self.convolved * d_model))
-        self.eta_bias = nn.Parameter(torch.empty(heads))
-        self.alpha_bias = nn.Parameter(torch.empty(heads))
+        for gate in self.gates:
+            self.register_parameter(f"{gate}_bias", nn.Parameter(torch.empty(heads)))
         own: dict[str, tuple[int, ...]] = {}
         if read_norm:
             own["read_norm"] = (heads, d)
@@ -153,12 +159,20 @@ class PlainMemory(PlainMixer):
 
     def _gate_logits(self, static: Tensor) -> tuple[Tensor, Tensor]:
         """Static logits of the write strength and of the decay, [batch, heads, time]."""
-        eta, alpha = wide(self.eta_bias)[:, None], wide(self.alpha_bias)[:, None]
-        if not self.static_gates:
-            shape = (len(static), self.heads, static.shape[1])
-            return eta.expand(shape), alpha.expand(shape)
-        from_x = wide(static).transpose(1, 2).chunk(2, dim=1)
-        return from_x[0] + eta, from_x[1] + alpha
+        # of a gate that is not learned, a logit: open, or a decay of 1 - 2^(-5 - head)
+        fixed = wide(static.new_full((self.heads,), 1e4))
+        biases = {"eta": fixed, "alpha": fixed}
+        if self.decay == "fixed":
+            head = torch.arange(self.heads, dtype=fixed.dtype, device=fixed.device)
+            biases["alpha"] = torch.log(2 ** (5 + head) - 1)
+        biases |= {gate: wide(getattr(self, f"{gate}_bias")) for gate in self.gates}
+        shape = (len(static), self.heads, static.shape[1])
+        logits = {gate: bias[:, None].expand(shape) for gate, bias in biases.items()}
+        if self.static_gates and self.gates:
+            from_x = wide(static).transpose(1, 2).chunk(len(self.gates), dim=1)
+            for gate, given in zip(self.gates, from_x, strict=True):
+                logits[gate] = given + logits[gate]
+        return logits["eta"], logits["alpha"]
 
     def _made(
         self, a: Tensor, b: Tensor, eta: Tensor, alpha: Tensor, start: Tensor | None
@@ -216,6 +230,7 @@ class PlainMemory(PlainMixer):
             after |= {"pi": pi, "start": torch.where(ends, pi, start)}
         if main is not None:
             erased = keep * main if self.decayed_write else main
+            erased = erased * self.erases
             after["main"] = keep * main + (r * (v - k @ erased.mT)).mT @ k
         return q @ after["main" if self.main_memory else "pi"].mT, after
 
@@ -276,7 +291,7 @@ class PlainMemory(PlainMixer):
         # what lies above the diagonal is masked before exp, where it may overflow
         left = torch.exp(_below(g[..., :, None] - g[..., None, :], 0))
         left_before = torch.exp(_below(before[..., :, None] - g[..., None, :], -1))
-        coupling, scores = r * left_before * (k @ k.mT), left * (q @ k.mT)
+        coupling, scores = r * left_before * (k @ k.mT) * self.erases, left * (q @ k.mT)
         end = left[..., -1, :, None] * k  # F_Cj k_j
         whole = decayed[..., -1:, :]  # exp(g_C)
 
@@ -296,7 +311,7 @@ class PlainMemory(PlainMixer):
                 after["pi"] = after["pi"] + (1 - whole) * eye
                 read = read + (1 - decayed) * q
         if self.main_memory:
-            written = write(v - decayed_before * (k @ state["main"].mT))
+            written = write(v - self.erases * decayed_before * (k @ state["main"].mT))
             after["main"] = whole * state["main"] + written.mT @ end
             read = decayed * (q @ state["main"].mT) + scores @ written
         return read, after
@@ -304,10 +319,12 @@ class PlainMemory(PlainMixer):
     def initialize(self, std: float, residual_std: float) -> None:
         lambda_init, eta_bias, alpha_bias = self.starts
         nn.init.normal_(self.convolution, std=len(self.convolution) ** -0.5)
-        nn.init.constant_(self.eta_bias, eta_bias)
-        with torch.no_grad():
-            spread = torch.linspace(-1, 1, self.heads, device=self.alpha_bias.device)
-            self.alpha_bias.copy_(alpha_bias + spread)  # memories of different reach
+        if "eta" in self.gates:
+            nn.init.constant_(self.eta_bias, eta_bias)
+        if "alpha" in self.gates:
+            with torch.no_grad():
+                spread = torch.linspace(-1, 1, self.heads, device=self.alpha_bias.device)
+                self.alpha_bias.copy_(alpha_bias + spread)  # memories of different reach
         if self.read_norm is not None:
             nn.init.ones_(self.read_norm)
         if not self.modifies_itself:

@@ -97,9 +97,9 @@ def takes(rules: MemoryRules, d: int, static: bool) -> bool:
 
     In `SIZES`, for every memory but one that decays toward zero (`hope-paper`),
     which needs all of fp32; and for writes of strength up to 1 that erase what has not decayed
-    and depend on tokens and Pi alone.
+    and depend on tokens and Pi alone. One that does not decay has logits of 1e4 for its gate.
     """
-    plain = not rules.decayed_write and rules.strength == 1 and not rules.serial
+    plain = rules.erases and not rules.decayed_write and rules.strength == 1 and not rules.serial
     return plain and (static or rules.anchored) and (rules.chunk, d) in SIZES
 
 
