@@ -321,7 +321,8 @@ def _not_default(config: dict[str, Any]) -> dict[str, Any]:
     defaults = recipe.to_plain(Config())
     levels = config["levels"]["spectrum"]
     defaults["levels"]["spectrum"] = [recipe.to_plain(LevelConfig()) for _ in levels]
-    defaults["model"]["memory"].update(MIXER_PRESETS.get(config["model"]["mixer"], {}))
+    if config["model"].get("pattern") is None:
+        defaults["model"]["memory"].update(MIXER_PRESETS.get(config["model"]["mixer"], {}))
     return {key: value for key, (_, value) in differing(defaults, config).items()}
 
 

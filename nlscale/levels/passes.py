@@ -69,6 +69,10 @@ class LevelMatrices:
         """Updates after which they repeat."""
         return math.lcm(*(call.every for call in self.calls))
 
+    def elements_of(self, depths: Iterable[int]) -> int:
+        """Elements of some blocks."""
+        return sum(_elements(self.blocks[depth]) for depth in depths)
+
     @property
     def passes(self) -> float:
         """There and back together, a mean update."""
@@ -99,10 +103,7 @@ class GroupMatrices:
     def values(self) -> list[int]:
         """Numbers that travel there and back at each of `turns` updates, over all ranks."""
         return [
-            sum(
-                call.passes * sum(_elements(self.level.blocks[depth]) for depth in depths)
-                for call, depths in calls
-            )
+            sum(call.passes * self.level.elements_of(depths) for call, depths in calls)
             for calls in self.updates()
         ]
 

@@ -33,14 +33,15 @@ Load = Callable[..., Model]
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """The model of a mixer, in a dtype."""
+    """The model of a mixer, or of a pattern of two, in a dtype."""
     runs: dict[tuple[str, ...], Path] = {}
 
     def of(mixer: str, dtype: torch.dtype = torch.float64, *overrides: str) -> Model:
         key = (mixer, *overrides)
         if key not in runs:
             runs[key] = tmp_path_factory.mktemp("run")
-            saved(runs[key], f"model.mixer={mixer}", *overrides)
+            name = "pattern" if mixer.startswith("[") else "mixer"
+            saved(runs[key], f"model.{name}={mixer}", *overrides)
         return nlscale.load(runs[key], device="cpu", dtype=dtype)
 
     return of
@@ -50,10 +51,12 @@ def far(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", [*MIXERS, "[sliding-window,hope]"])
 def test_each_row_of_a_random_schedule_is_as_if_alone(mixer: str, load: Load) -> None:
-    """Pieces of any lengths, rows moved, begun anew and saved on the way; a chunk is 4 tokens."""
-    model, draw, rows = load(mixer), random.Random(7), 4
+    """Pieces of any lengths, rows moved, begun anew and saved on the way; a chunk is 4 tokens, a
+    window 6."""
+    window = ["model.attention.window=6"] if "window" in mixer else []
+    model, draw, rows = load(mixer, torch.float64, *window), random.Random(7), 4
     torch.manual_seed(7)
     tokens = random_tokens(rows, 40)
     wanted = [model.logits(row[None])[0] for row in tokens]

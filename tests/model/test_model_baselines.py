@@ -11,6 +11,7 @@ from model.conftest import VOCABULARY, tiny
 from torch import Tensor
 
 from nlscale.errors import UserError
+from nlscale.model.mixers.table import mixer as mixer_of
 from nlscale.model.one_token import DecoderOneToken
 from nlscale.ops.documents import Documents
 from nlscale.plan.checks import check_sizes
@@ -165,6 +166,29 @@ def test_documents_of_a_row_are_each_alone(build, name: str) -> None:
     gradients = [torch.autograd.grad(x.sum(), [*model.parameters()]) for x in (found, wanted)]
     for one, two in zip(*gradients, strict=True):
         assert torch.allclose(one, two, rtol=1e-8, atol=1e-10)
+
+
+@BASELINES
+def test_in_plain_torch_it_is_the_same(build, name: str) -> None:
+    """What exports to Hugging Face carry: rows of different lengths, in pieces and tokens."""
+    config = tiny(f"model.mixer={name}", *KEYS[name])
+    facts, mixer = mixer_of(name), model_of(build, name).blocks["0"].mixer
+    options = facts.plain_options(config.model)
+    plain = facts.plain()(HEADS * D, config.model.norm_eps, **options).double()
+    plain.load_state_dict({k: v for k, v in mixer.state_dict().items() if v is not None})
+    generator = torch.Generator().manual_seed(4)
+    states: list = [None, None]
+    with torch.no_grad():
+        for read in ([13, 9], [1, 1], [1, 0], [6, 2]):
+            lengths = torch.tensor(read)
+            x = torch.randn(2, max(read), HEADS * D, generator=generator, dtype=torch.float64)
+            ours, states[0] = mixer(x.transpose(0, 1), states[0], None, lengths)
+            theirs, states[1] = plain(x, states[1], lengths)
+            for row, length in enumerate(read):
+                one, other = ours[:length, row], theirs[row, :length]
+                assert torch.allclose(one, other, rtol=0, atol=1e-12)
+    if name == "sliding-window":
+        assert states[1]["keys"].shape[2] < 13
 
 
 def test_what_a_window_carries_does_not_grow(build, tokens) -> None:

@@ -17,6 +17,7 @@ WRITES: dict[str, Rules] = {
     "decayed": {"decayed_write": True},
     "twice as strong": {"decayed_write": True, "strength": 2.0},
 }
+ADDS: Rules = {"erases": False}
 SERIAL: dict[str, Rules] = {
     "reads state": {"reads_state": True},
     "kalman": {"kalman_gain": True},
@@ -61,6 +62,11 @@ def test_reads_and_gradients_are_those_of_the_recurrence(kind: str, mode: str, s
 @pytest.mark.parametrize("kind", ["twice as strong", "all"])
 def test_keys_that_are_nearly_equal_are_as_accurate(kind: str, seed: int) -> None:
     compare(Problem("gated-delta", 10, "correlated keys", batch=1, **ALL[kind]))
+
+
+@pytest.mark.parametrize("case", ["", "correlated keys", "no decay", "strong decay"])
+def test_writes_that_erase_nothing_are_those_of_the_recurrence(case: str, seed: int) -> None:
+    compare(Problem("gated-delta", 10, case, batch=1, **ADDS))
 
 
 def test_a_memory_read_off_pi_erases_what_has_decayed_toward_its_start(seed: int) -> None:

@@ -133,7 +133,8 @@ class AttentionFacts(MixerFacts):
         model, length = batch.config.model, batch.config.data.sequence_length
         queries, keys = self._channels(batch)
         if self.cut(batch.config):
-            kept = queries + 2.0 * keys  # the values too, behind those before the sequence
+            # keys and values, behind as many as come before a window's last
+            kept = queries + 2 * keys * (1 + (model.attention.window - 1) / length)
         else:
             kept = 2 * queries + (2 * queries if self._repeats(batch) else keys)
             kept += batch.tokens * batch.heads * FP32

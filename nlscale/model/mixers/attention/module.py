@@ -117,7 +117,9 @@ class Attention(Mixer):
             return causal_attention(q, k, v, documents, self.kernels, 0), after
         if documents is None:
             time = torch.arange(q.shape[2], device=q.device)
-            position = state.lengths.to(q.device)[:, None] + time
+            past = state.past()
+            position = (past.to(q.device)[:, None] if isinstance(past, Tensor) else past) + time
+            position = position.view(-1, len(time))
         else:
             position = documents.position
         return window_attention(q, every_k, every_v, self.window, position), after
