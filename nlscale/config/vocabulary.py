@@ -266,9 +266,9 @@ def mixers_of(model: ModelConfig) -> list[str]:
 
 
 def mixer_label(model: ModelConfig) -> str:
-    """What to call the mixers of a model: by name, or as a recipe writes a pattern of several."""
+    """What to call the mixers of a model: by name, of a pattern those of its entries."""
     names = model.pattern or [model.mixer]
-    return names[0] if len(set(names)) == 1 else f"[{', '.join(names)}]"
+    return names[0] if len(set(names)) == 1 else "+".join(names)
 
 
 def head_dim(model: ModelConfig) -> int:

@@ -145,8 +145,8 @@ def _attention_keys(config: Config) -> None:
         if value != f.default and not needs:
             other = "sliding-window" if f.name == "window" else "attention"
             raise UserError(
-                f"model.attention.{f.name} is {value}, and model.mixer={mixer_label(model)} does "
-                f"not read it; leave it out, or use model.mixer={other}"
+                f"model.attention.{f.name} is {value}, which {mixer_label(model)} does not read; "
+                f"leave it out, or use model.mixer={other}"
             )
 
 

@@ -48,8 +48,8 @@ def one_mixer(config: Config) -> BlockKind:
     kind, *others = block_kinds(config)
     if others:
         raise UserError(
-            f"model.pattern={mixer_label(config.model)}: an export to Hugging Face carries one "
-            f"mixer, and these blocks have {1 + len(others)}; export with --to safetensors"
+            f"an export to Hugging Face carries one mixer, and the blocks of "
+            f"{mixer_label(config.model)} have {1 + len(others)}; export with --to safetensors"
         )
     return kind
 
