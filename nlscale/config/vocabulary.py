@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from nlscale.config.attention import AttentionConfig as AttentionConfig
 from nlscale.config.choices import ClipScope as ClipScope
 from nlscale.config.choices import CmsForm as CmsForm
 from nlscale.config.choices import Decay as Decay
@@ -198,22 +199,6 @@ class MemoryConfig:
     """Initial bias of the write-strength logit (hope: 0; c = 1 needs about -2)."""
     alpha_bias: float = within(4.0)
     """Initial bias of the decay logit, the middle of a spread of 1 over the heads."""
-
-
-@dataclass
-class AttentionConfig:
-    """Softmax attention, the mixers `attention` and `sliding-window`; others take the defaults
-    alone."""
-
-    kv_heads: int | None = within(None, above=0, most=MOST)
-    """Heads of keys and values, each shared by as many of `model.heads` (grouped-query attention);
-    null: as many as those."""
-    head_dim: int | None = within(None, above=0, most=MOST)
-    """Dimension of a head; null: model.d_model / model.heads."""
-    qk_norm: bool = False
-    """RMS-normalise queries and keys along each head, before they are rotated (as in Qwen3)."""
-    window: int = within(128, above=0, most=MOST)
-    """Tokens that a token of `sliding-window` sees, itself among them."""
 
 
 @dataclass
