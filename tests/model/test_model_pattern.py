@@ -16,7 +16,8 @@ from model.test_model_flops import make
 from plan.test_plan_activations import compare
 
 from nlscale.checkpoint.diff import compare as difference
-from nlscale.checkpoint.export.class_keys import class_keys, one_mixer
+from nlscale.checkpoint.export.carried import modeling_source
+from nlscale.checkpoint.export.class_keys import check_class_keys, class_keys
 from nlscale.checkpoint.same_run import changed_keys
 from nlscale.config import recipe
 from nlscale.config.vocabulary import Config
@@ -214,10 +215,22 @@ def test_a_size_of_attention_heads_is_not_that_of_memories() -> None:
     check_sizes(config, 1)
 
 
-def test_an_export_to_hugging_face_carries_one_mixer() -> None:
-    with pytest.raises(UserError, match=r"carries one mixer.* hope\+attention have 2.*safetensors"):
-        class_keys(tiny("model.pattern=[hope,attention]"))
-    alike = tiny("model.pattern=[gated-delta,gated-delta]")
-    assert one_mixer(alike).config.model.mixer == "gated-delta"
-    wanted = class_keys(tiny("model.mixer=gated-delta"))
-    assert class_keys(alike) == wanted
+def test_an_export_to_hugging_face_carries_all_mixers() -> None:
+    keys = class_keys(tiny("model.pattern=[hope,attention]"))
+    assert [entry["mixer"] for entry in keys["pattern"]] == ["hope", "attention"]
+    assert "mixer" not in keys
+    alike = class_keys(tiny("model.pattern=[gated-delta,gated-delta]"))
+    assert alike == class_keys(tiny("model.mixer=gated-delta"))
+    source = modeling_source(["hope", "attention", "hope"])
+    assert '{"attention": PlainAttention, "hope": PlainMemory}[name]' in source
+    compile(source, "modeling_nlscale.py", "exec")
+
+
+def test_an_export_of_another_version_may_have_other_options() -> None:
+    config, where = tiny("model.pattern=[hope,attention]"), Path("export")
+    described = class_keys(config)
+    described["pattern"][0]["mixer_options"] |= {"brought_later": 1}
+    check_class_keys(described, config, where)
+    described["pattern"][1]["mixer_options"] |= {"heads": 7}
+    with pytest.raises(UserError, match=r"says pattern=.*'heads': 7"):
+        check_class_keys(described, config, where)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from nlscale.config.units import declared_period
-from nlscale.config.vocabulary import Config, mixer_label
+from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
-from nlscale.model.pattern import BlockKind, block_kinds
+from nlscale.model.pattern import block_kinds
 from nlscale.model.sizes import level_hidden, places
 from nlscale.model.width import width_multiplier
 
@@ -19,17 +19,20 @@ def class_keys(config: Config) -> dict[str, Any]:
     """The arguments of `nlscale.checkpoint.export.configuration.NlscaleConfig`.
 
     Raises:
-        UserError: see `one_mixer`.
+        UserError: a mixer has options that nothing in plain torch knows.
     """
-    kind = one_mixer(config)
-    model = kind.config.model
+    model, entries = config.model, {}
+    for kind in block_kinds(config):
+        own = kind.config.model
+        options = kind.facts.plain_options(own)
+        entries[own.mixer] = {"mixer": own.mixer, "mixer_options": options}
+    in_turn = [entries[name] for name in model.pattern or [model.mixer]]
     return {
         "vocab_size": model.vocabulary,
         "hidden_size": model.d_model,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
-        "mixer": model.mixer,
-        "mixer_options": kind.facts.plain_options(model),
+        **(in_turn[0] if len(entries) == 1 else {"pattern": in_turn}),
         "levels": _levels(config),
         "cms": model.cms.value,
         "norm_eps": model.norm_eps,
@@ -37,21 +40,6 @@ def class_keys(config: Config) -> dict[str, Any]:
         "width_multiplier": width_multiplier(model),
         "tie_word_embeddings": model.tie_embeddings,
     }
-
-
-def one_mixer(config: Config) -> BlockKind:
-    """The blocks, all of which have one mixer.
-
-    Raises:
-        UserError: they have several.
-    """
-    kind, *others = block_kinds(config)
-    if others:
-        raise UserError(
-            f"an export to Hugging Face carries one mixer, and the blocks of "
-            f"{mixer_label(config.model)} have {1 + len(others)}; export with --to safetensors"
-        )
-    return kind
 
 
 def check_class_keys(described: dict[str, Any], config: Config, where: Path) -> None:
@@ -67,15 +55,24 @@ def check_class_keys(described: dict[str, Any], config: Config, where: Path) -> 
     """
     for key, ours in class_keys(config).items():
         theirs = described.get(key, ours)
-        if isinstance(ours, dict) and isinstance(theirs, dict):  # another version has others
-            ours, theirs = ({k: x[k] for k in ours.keys() & theirs.keys()} for x in (ours, theirs))
-        elif key == "levels":
+        if key == "levels":
             ours, theirs = _compared(ours), _compared(theirs)
+        else:  # another version has other options
+            ours, theirs = _shared(ours, theirs), _shared(theirs, ours)
         if ours != theirs:
             raise UserError(
                 f"{where} says {key}={theirs!r}, and what it holds under nlscale makes that "
                 f"{ours!r}; correct what is wrong of both"
             )
+
+
+def _shared(own: Any, other: Any) -> Any:
+    """What a value has under keys that another has too, all the way down."""
+    if isinstance(own, dict) and isinstance(other, dict):
+        return {key: _shared(own[key], other[key]) for key in own if key in other}
+    if isinstance(own, list) and isinstance(other, list) and len(own) == len(other):
+        return [_shared(*pair) for pair in zip(own, other, strict=True)]
+    return own
 
 
 def _compared(levels: Any) -> Any:

@@ -73,6 +73,11 @@ def test_logits_are_ours(mixer: str, cms: str, width: str) -> None:
         GROUPED,
         ["model.mixer=attention", "model.rope_base=100", "model.attention.kv_heads=2"],
         ["model.tie_embeddings=true", "model.mup_base_width=16"],
+        [
+            "model.layers=4",
+            "model.attention.window=5",
+            "model.pattern=[hope,sliding-window,retnet]",
+        ],
     ],
     ids=lambda options: options[-1],
 )
