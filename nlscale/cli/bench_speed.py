@@ -222,7 +222,7 @@ def _layer(args: argparse.Namespace) -> int:
     if patterns := [config.model.pattern for config in configs if config.model.pattern]:
         raise UserError(
             f"bench layer times one block, and a pattern has several kinds: use --mixers "
-            f"{' '.join(dict.fromkeys(patterns[0]))}"
+            f"{' '.join(dict.fromkeys(entry.mixer for entry in patterns[0]))}"
         )
     alone("bench layer")
     from nlscale.bench.layer import bench_layer, print_layer  # imports torch
@@ -292,7 +292,7 @@ def _configs(args: argparse.Namespace) -> list[Config]:
     configs = [
         config_of(args, f"model.pattern={mixer}")
         if mixer.startswith("[")
-        else config_of(args, f"model.mixer={mixer}", "model.pattern=null")
+        else config_of(args, f"model.mixer={mixer}", "model.pattern=[]")
         for mixer in args.mixers
     ]
     for config in configs:

@@ -71,11 +71,6 @@ def one_of(names: list[str]) -> Any:
     return field(default=names[0], metadata={"names": names})
 
 
-def some_of(names: list[str]) -> Any:
-    """A field that is a list of some names, each any number of times; null by default."""
-    return field(default=None, metadata={"names": names})
-
-
 def within(default: Any = MISSING, **ends: float) -> Any:
     """A field of numbers of a `Range`; of each, where it is a list. A list is empty by default."""
     found = {"range": Range(**ends)}

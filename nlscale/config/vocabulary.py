@@ -29,7 +29,7 @@ from nlscale.config.choices import Schedule as Schedule
 from nlscale.config.choices import Sharding as Sharding
 from nlscale.config.choices import WireFormat as WireFormat
 from nlscale.config.fields import MOST as MOST
-from nlscale.config.fields import one_of, or_list, path, some_of, within
+from nlscale.config.fields import one_of, or_list, path, within
 from nlscale.config.levels import LevelConfig as LevelConfig
 from nlscale.config.levels import LevelsConfig as LevelsConfig
 from nlscale.config.optimizer import RULES as RULES
@@ -37,17 +37,8 @@ from nlscale.config.optimizer import OptimizerConfig as OptimizerConfig
 from nlscale.config.outer import OuterConfig as OuterConfig
 from nlscale.config.period_warmup import PeriodWarmupConfig as PeriodWarmupConfig
 
-MIXERS = [
-    "hope",
-    "hope-pure",
-    "hope-paper",
-    "gated-delta",
-    "deltanet",
-    "retnet",
-    "linear-attention",
-    "attention",
-    "sliding-window",
-]
+MIXERS = ["hope", "hope-pure", "hope-paper", "gated-delta", "deltanet", "retnet"]
+MIXERS += ["linear-attention", "attention", "sliding-window"]
 """Names of the sequence mixers; what each is stands in `nlscale.model.mixers.table`."""
 
 _YEAR = 365 * 86400
@@ -202,15 +193,25 @@ class MemoryConfig:
 
 
 @dataclass
+class BlockMixerConfig:
+    """An entry of `model.pattern`: the mixer of some blocks."""
+
+    mixer: str = one_of(MIXERS)
+    """As `model.mixer`."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Its memory; what is left out is as `model.memory` says, and then as the mixer does."""
+
+
+@dataclass
 class ModelConfig:
     """The network. A Transformer is `mixer: attention` with one level."""
 
     mixer: str = one_of(MIXERS)
     """hope | hope-pure | hope-paper | gated-delta | deltanet | retnet | linear-attention |
     attention | sliding-window."""
-    pattern: list[str] | None = some_of(MIXERS)
-    """Mixers of the blocks in turn, such as [hope, hope, hope, attention]: block i takes entry i
-    mod their number, and `mixer` says nothing. Null: every block has `mixer`."""
+    pattern: list[BlockMixerConfig] = field(default_factory=list)
+    """Mixers of the blocks in turn, such as [hope, hope, {mixer: retnet, memory: {chunk: 32}}]:
+    block i takes entry i mod their number, `mixer` says nothing. None: every block has `mixer`."""
     layers: int = within(12, above=0, most=MOST)
     """Blocks; each is a mixer followed by a CMS block."""
     d_model: int = within(768, above=0, most=MOST)
@@ -246,14 +247,18 @@ class ModelConfig:
 
 def mixers_of(model: ModelConfig) -> list[str]:
     """Name of the mixer of each block."""
-    names = model.pattern or [model.mixer]
+    names = _names(model)
     return [names[i % len(names)] for i in range(model.layers)]
 
 
 def mixer_label(model: ModelConfig) -> str:
     """What to call the mixers of a model: by name, of a pattern those of its entries."""
-    names = model.pattern or [model.mixer]
+    names = _names(model)
     return names[0] if len(set(names)) == 1 else "+".join(names)
+
+
+def _names(model: ModelConfig) -> list[str]:
+    return [entry.mixer for entry in model.pattern] or [model.mixer]
 
 
 def head_dim(model: ModelConfig) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nlscale.config.vocabulary import ModelConfig, Recompute, TrainConfig, mixers_of
+from nlscale.config.vocabulary import ModelConfig, Recompute, TrainConfig
 from nlscale.errors import UserError
 from nlscale.model.cms import CMS
 from nlscale.model.init import full_shape
@@ -31,7 +31,7 @@ class Block(nn.Module):
         depth: int = 0,
     ) -> None:
         super().__init__()
-        model = model_of(model, mixers_of(model)[depth])
+        model = model_of(model, depth)
         # two additions to the residual stream a block, whatever the number of levels
         residual_std = model.init_std / (2 * model.layers) ** 0.5
         recompute, kernels = train.recompute, train.kernels

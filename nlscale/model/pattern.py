@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nlscale.config.presets import MIXER_PRESETS
-from nlscale.config.vocabulary import AttentionConfig, Config, ModelConfig, mixers_of
+from nlscale.config.vocabulary import AttentionConfig, Config, ModelConfig
+from nlscale.errors import UserError
 from nlscale.model.mixers.facts import MixerFacts
 from nlscale.model.mixers.table import mixer
 
@@ -26,30 +26,46 @@ class BlockKind:
 
 
 def block_kinds(config: Config) -> list[BlockKind]:
-    """The mixers of a model, in the order in which blocks have them first.
+    """The mixers of a model, in the order in which blocks have them first; with memories of two
+    settings one counts as two.
 
     Raises:
         UserError: there is no mixer of that name.
     """
-    depths: dict[str, list[int]] = {}
-    for depth, name in enumerate(mixers_of(config.model)):
-        depths.setdefault(name, []).append(depth)
-    return [
-        BlockKind(mixer(name), replace(config, model=model_of(config.model, name)), where)
-        for name, where in depths.items()
-    ]
+    kinds: list[BlockKind] = []
+    for depth in range(config.model.layers):
+        model = model_of(config.model, depth)
+        alike = [kind for kind in kinds if kind.config.model == model]
+        if alike:
+            alike[0].depths.append(depth)
+        else:
+            own = config if model is config.model else replace(config, model=model)
+            kinds.append(BlockKind(mixer(model.mixer), own, [depth]))
+    return kinds
 
 
-def model_of(model: ModelConfig, name: str) -> ModelConfig:
-    """The model, were all its blocks of a mixer of its own: keys of `model.memory` that are null
-    mean what that mixer's preset says, and `model.attention` is for who reads it."""
-    if model.pattern is None:
+def model_of(model: ModelConfig, depth: int) -> ModelConfig:
+    """The model, were all its blocks of the mixer of that one: with its memory, and with
+    `model.attention` if it reads that."""
+    if not model.pattern:
         return model
-    preset = {
-        key: value
-        for key, value in MIXER_PRESETS.get(name, {}).items()
-        if getattr(model.memory, key) is None
-    }
-    attention = model.attention if mixer(name).reads_attention else AttentionConfig()
-    memory = replace(model.memory, **preset)  # type: ignore[arg-type]
-    return replace(model, mixer=name, pattern=None, memory=memory, attention=attention)
+    entry = model.pattern[depth % len(model.pattern)]
+    attention = model.attention if mixer(entry.mixer).reads_attention else AttentionConfig()
+    return replace(model, mixer=entry.mixer, pattern=[], memory=entry.memory, attention=attention)
+
+
+def document_chunk(config: Config) -> int:
+    """Tokens of a chunk into which documents are laid out, the same for all memories.
+
+    Raises:
+        UserError: they differ.
+    """
+    kinds = block_kinds(config)
+    found = {k.config.model.memory.chunk for k in kinds if not k.facts.reads_attention}
+    if len(found) > 1:
+        raise UserError(
+            f"model.pattern has memories with chunks of {', '.join(map(str, sorted(found)))}, and "
+            f"data.document_mask lays documents out in chunks of one length; give all the same "
+            f"memory.chunk"
+        )
+    return found.pop() if found else config.model.memory.chunk

@@ -18,7 +18,7 @@ from nlscale.config.vocabulary import (
     mixer_label,
 )
 from nlscale.errors import UserError
-from nlscale.model.pattern import block_kinds
+from nlscale.model.pattern import block_kinds, document_chunk
 from nlscale.model.sizes import level_hidden
 from nlscale.model.stages import stage_blocks
 from nlscale.optim.table import rule
@@ -109,6 +109,8 @@ def _divides(config: Config) -> None:
     _attention_keys(config)
     for kind in block_kinds(config):
         kind.facts.check(kind.config.model)
+    if config.data.document_mask:
+        document_chunk(config)
     rule(config.optimizer.rule)
     if model.heads % tensor:
         raise UserError(not_divisible("model.heads", model.heads, tensor))
@@ -125,10 +127,8 @@ def _divides(config: Config) -> None:
 
 
 def _pattern(model: ModelConfig) -> None:
-    if model.pattern is None or 0 < len(model.pattern) <= model.layers:
+    if len(model.pattern) <= model.layers:
         return
-    if not model.pattern:
-        raise UserError("model.pattern names no mixer; name some, or leave it null")
     raise UserError(
         f"model.pattern names {len(model.pattern)} mixers, and model.layers is {model.layers}: "
         f"some would have no block; name at most {model.layers}, or have more layers"

@@ -20,6 +20,8 @@ from nlscale.checkpoint.export.carried import modeling_source
 from nlscale.checkpoint.export.class_keys import check_class_keys, class_keys
 from nlscale.checkpoint.same_run import changed_keys
 from nlscale.config import recipe
+from nlscale.config.pattern import text_of
+from nlscale.config.presets import MIXER_PRESETS
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
 from nlscale.levels.groups import parameters_by_depth
@@ -185,13 +187,42 @@ def test_another_pattern_is_another_run_and_nulls_are_no_choice() -> None:
     one, other = (tiny(f"model.pattern=[{names}]") for names in ("hope,attention", "hope"))
     assert list(changed_keys(one, recipe.to_plain(other))) == ["model.pattern"]
     assert recipe.to_plain(one)["model"]["memory"]["c"] is None
-    assert _keys_of_mixer("hope", "['hope', 'attention']")["model.memory.c"] == "null"
+    assert _keys_of_mixer("hope", "[hope, attention]")["model.memory.c"] == "null"
+    before = recipe.to_plain(one)
+    del before["model"]["pattern"][0]["memory"]["chunk_momentum"]  # saved before there was one
+    assert not changed_keys(one, before)
+
+
+def test_entries_have_memories_of_their_own(tmp_path: Path, monkeypatch) -> None:
+    keys = ["model.memory.eta_bias=-1", "model.layers=3"]
+    short = "[hope, {mixer: gated-delta, memory: {chunk: 8, gain: kalman}}, attention]"
+    made = recipe.load(None, ["data.dir=none", f"model.pattern={short}", *keys])
+    kinds = block_kinds(made.config)
+    hope, delta, _ = (kind.config.model.memory for kind in kinds)
+    assert [hope.chunk, delta.chunk] == [64, 8] and hope.eta_bias == delta.eta_bias == -1
+    assert [hope.gain.value, delta.gain.value] == ["learned", "kalman"]
+    recipe.write(made.config, tmp_path / "config.yaml")
+    monkeypatch.setitem(MIXER_PRESETS["hope"], "c", 1.0)  # of a later version
+    again = recipe.load(tmp_path / "config.yaml").config
+    assert again == made.config, "a run keeps what a preset was"
+    monkeypatch.undo()
+    text = text_of(recipe.to_plain(made.config)["model"])
+    assert recipe.load(None, ["data.dir=none", f"model.pattern={text}", *keys]).config == again
+    with pytest.raises(UserError, match=r"chunks of 8, 64, and data\.document_mask"):
+        check_sizes(
+            tiny(
+                f"model.pattern={short}",
+                "model.layers=3",
+                "model.memory.chunk=64",
+                "data.document_mask=true",
+            ),
+            1,
+        )
 
 
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        (["model.pattern=[]"], "names no mixer"),
         (["model.pattern=[hope,hope,attention]"], "names 3 mixers, and model.layers is 2"),
         (["model.pattern=[hope,retnet]", WINDOW], "attention.window is 5"),
         (["model.pattern=[hope,attention]", WINDOW], "use model.mixer=sliding-window"),
@@ -204,7 +235,7 @@ def test_what_does_not_go_together_is_refused(keys: list[str], says: str) -> Non
 
 
 def test_names_are_those_of_mixers() -> None:
-    with pytest.raises(UserError, match=r"model\.pattern\.1: 'hop' is not one of hope"):
+    with pytest.raises(UserError, match=r"model\.pattern\.1\.mixer: 'hop' is not one of hope"):
         tiny("model.pattern=[hope,hop]")
 
 

@@ -21,12 +21,13 @@ def class_keys(config: Config) -> dict[str, Any]:
     Raises:
         UserError: a mixer has options that nothing in plain torch knows.
     """
-    model, entries = config.model, {}
-    for kind in block_kinds(config):
-        own = kind.config.model
-        options = kind.facts.plain_options(own)
-        entries[own.mixer] = {"mixer": own.mixer, "mixer_options": options}
-    in_turn = [entries[name] for name in model.pattern or [model.mixer]]
+    model, kinds = config.model, block_kinds(config)
+    entries = [
+        {"mixer": (own := kind.config.model).mixer, "mixer_options": kind.facts.plain_options(own)}
+        for kind in kinds
+    ]
+    of_depth = {d: entry for kind, entry in zip(kinds, entries, strict=True) for d in kind.depths}
+    in_turn = [of_depth[i] for i in range(len(model.pattern) or 1)]
     return {
         "vocab_size": model.vocabulary,
         "hidden_size": model.d_model,

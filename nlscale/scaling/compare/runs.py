@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nlscale.config import recipe
+from nlscale.config.pattern import text_of
 from nlscale.config.vocabulary import Purpose
 from nlscale.errors import UserError
 from nlscale.scaling.compare.finalists import Finalists
@@ -147,7 +148,9 @@ def where(runs: Sequence[Measured], key: str, value: str) -> list[Measured]:
 
 
 def _measured(folder: Path, summary: Mapping[str, Any], metric: str) -> Measured:
-    keys = flat(recipe.to_plain(Run(folder).config))
+    plain = recipe.to_plain(Run(folder).config)
+    plain["model"]["pattern"] = text_of(plain["model"])
+    keys = flat(plain)
     finalists = Finalists.read(folder.parent)
     place = finalists.places.get(folder.name) if finalists else None
     if place is not None:
