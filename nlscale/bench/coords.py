@@ -25,7 +25,14 @@ from torch import Tensor
 
 from nlscale.bench.tokens import random_tokens
 from nlscale.config.parts import parts_of
-from nlscale.config.vocabulary import Config, Dtype, ParallelConfig, PeriodWarmupConfig, head_dim
+from nlscale.config.vocabulary import (
+    Config,
+    Dtype,
+    ParallelConfig,
+    PeriodWarmupConfig,
+    head_dim,
+    mixer_label,
+)
 from nlscale.errors import UserError
 from nlscale.levels.spectrum import levels_of
 from nlscale.model.cms import CMS
@@ -110,7 +117,7 @@ def check_coordinates(
                 say(f"{_NAMES[kind]}, width {run.model.d_model}: {steps} steps done")
             found[kind] = _collect(widths, measured)
     return {
-        "mixer": config.model.mixer,
+        "mixer": mixer_label(config.model),
         "widths": widths,
         "mup_base_width": base,
         "head_size": size,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nlscale.bench.clock import here, median_seconds, name_of, now
 from nlscale.bench.progress import each
-from nlscale.config.vocabulary import Config, ParallelConfig
+from nlscale.config.vocabulary import Config, ParallelConfig, mixer_label
 from nlscale.errors import UserError
 from nlscale.generate.model import Model
 from nlscale.model.decoder import Decoder
@@ -80,7 +80,7 @@ def bench_decoding(
     if min([new_tokens, repeats, *contexts, *batches]) < 1:
         raise UserError("contexts, batches, new tokens and repeats of bench decode are 1 or more")
     device, rows = here(), []
-    for config in each("decode", configs, lambda config: config.model.mixer):
+    for config in each("decode", configs, lambda config: mixer_label(config.model)):
         decoder = _decoder(config, device)
         with alone():
             initialize(decoder, config.run.seed, 0, 1)
@@ -89,7 +89,7 @@ def bench_decoding(
             for context in contexts:
                 row = _measure(decoder, config, batch, context, new_tokens, repeats)
                 agrees = {"bound": bound, "ok": row["difference"] <= bound}
-                rows.append({"mixer": config.model.mixer, **row, **agrees})
+                rows.append({"mixer": mixer_label(config.model), **row, **agrees})
         del decoder  # before the next one is made
     return {
         "device": name_of(device),

@@ -12,7 +12,7 @@ import torch
 from nlscale.bench.clock import now
 from nlscale.bench.tokens import random_tokens
 from nlscale.config.curriculum import at_stage, largest
-from nlscale.config.vocabulary import Config
+from nlscale.config.vocabulary import Config, mixer_label
 from nlscale.errors import UserError
 from nlscale.levels.spectrum import levels_of
 from nlscale.model.sizes import level_parameters
@@ -88,7 +88,7 @@ def bench_step(
         "parameters": sum(level_parameters(config, vocabulary)),
         "planned_memory_bytes": max(rank.total for rank in planned),
         "peak_memory_bytes": peak,
-        "mixer": config.model.mixer,
+        "mixer": mixer_label(config.model),
         "dtype": config.train.dtype.value,
         "device": layout.device.type,
         "ranks": layout.world,

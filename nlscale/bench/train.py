@@ -21,7 +21,7 @@ from nlscale.bench.transformer import bench_transformer
 from nlscale.cluster.life.place import place
 from nlscale.config.curriculum import at_stage, largest
 from nlscale.config.units import human_bytes, human_count
-from nlscale.config.vocabulary import Config, Dtype
+from nlscale.config.vocabulary import Config, Dtype, mixer_label
 from nlscale.model.flops import flops_per_token
 
 PLAIN = "torch alone"
@@ -53,7 +53,7 @@ def bench_train(configs: list[Config], steps: int, trace_to: Path | None) -> dic
     device, ranks = here(), place().world
     stage = largest(configs[0])
     configs = [at_stage(config, stage) for config in configs]
-    parts = [(config, config.model.mixer) for config in configs]
+    parts = [(config, mixer_label(config.model)) for config in configs]
     beside = {name: config for config, name in parts}.get(BESIDE)
     if beside is not None and ranks == 1:
         parts.append((beside, PLAIN))

@@ -17,6 +17,7 @@ from nlscale.checkpoint.diff import class_of, compare, differing
 from nlscale.checkpoint.store.store import LATEST, Checkpoint, CheckpointError, Store
 from nlscale.config import recipe
 from nlscale.config.curriculum import of_plain, tokens_until
+from nlscale.config.pattern import shortened
 from nlscale.config.periods import caps_of_plain, changes_of
 from nlscale.config.presets import MIXER_PRESETS
 from nlscale.config.units import human_bytes, human_count
@@ -321,8 +322,13 @@ def _not_default(config: dict[str, Any]) -> dict[str, Any]:
     defaults = recipe.to_plain(Config())
     levels = config["levels"]["spectrum"]
     defaults["levels"]["spectrum"] = [recipe.to_plain(LevelConfig()) for _ in levels]
-    defaults["model"]["memory"].update(MIXER_PRESETS.get(config["model"]["mixer"], {}))
-    return {key: value for key, (_, value) in differing(defaults, config).items()}
+    model = config["model"]
+    short = shortened(model)
+    if not short:
+        defaults["model"]["memory"].update(MIXER_PRESETS.get(model["mixer"], {}))
+    config = config | {"model": model | {"pattern": []}}
+    found = {key: value for key, (_, value) in differing(defaults, config).items()}
+    return found | ({"model.pattern": short} if short else {})
 
 
 def _table(

@@ -18,7 +18,7 @@ from nlscale.config.curriculum import (
     samples_until,
 )
 from nlscale.config.periods import periods_alike_until
-from nlscale.config.vocabulary import Config, Part
+from nlscale.config.vocabulary import BlockMixerConfig, Config, Part
 from nlscale.data.history import changed as changed_mixture
 from nlscale.data.history import is_mixed
 from nlscale.errors import UserError
@@ -213,7 +213,11 @@ def changed_keys(config: Config, saved: Any) -> dict[str, tuple[Any, Any]]:
     Returns:
         (before, now) by dotted key.
     """
-    return differences(recipe.to_plain(config), _completed(saved, recipe.to_plain(Config())))
+    defaults = recipe.to_plain(Config())
+    model = saved.get("model") if isinstance(saved, dict) else None
+    if isinstance(model, dict) and model.get("pattern"):
+        defaults["model"]["pattern"] = [recipe.to_plain(BlockMixerConfig())]
+    return differences(recipe.to_plain(config), _completed(saved, defaults))
 
 
 def differences(now: Any, before: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -219,6 +219,11 @@ def _check() -> int:
 def _layer(args: argparse.Namespace) -> int:
     _at_least_one("--repeats", args.repeats)
     configs = _configs(args)
+    if patterns := [config.model.pattern for config in configs if config.model.pattern]:
+        raise UserError(
+            f"bench layer times one block, and a pattern has several kinds: use --mixers "
+            f"{' '.join(dict.fromkeys(entry.mixer for entry in patterns[0]))}"
+        )
     alone("bench layer")
     from nlscale.bench.layer import bench_layer, print_layer  # imports torch
 
@@ -280,10 +285,16 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _configs(args: argparse.Namespace) -> list[Config]:
-    """The recipe with each mixer: what a mixer's keys mean follows from it on loading."""
+    """The recipe with each mixer, or each pattern of mixers, written [hope, attention]: what a
+    mixer's keys mean follows from it on loading."""
     from nlscale.plan.checks import check_sizes
 
-    configs = [config_of(args, f"model.mixer={mixer}") for mixer in args.mixers]
+    configs = [
+        config_of(args, f"model.pattern={mixer}")
+        if mixer.startswith("[")
+        else config_of(args, f"model.mixer={mixer}", "model.pattern=[]")
+        for mixer in args.mixers
+    ]
     for config in configs:
         check_sizes(config, place().world)
     return configs

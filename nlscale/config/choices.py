@@ -12,6 +12,42 @@ class CmsForm(str, Enum):
     independent = "independent"
 
 
+class GateActivation(str, Enum):
+    """What a memory's output gate makes of its logits."""
+
+    silu = "silu"
+    sigmoid = "sigmoid"
+
+
+class MemoryWrite(str, Enum):
+    """What a write erases along its key k, with the strength eta and the decay alpha."""
+
+    undecayed = "undecayed"
+    """State as it was: alpha S - eta (S k) k^T, of which alpha - eta is left along k."""
+    decayed = "decayed"
+    """State that has decayed, as published (Gated DeltaNet): alpha S (I - eta k k^T)."""
+
+
+class MemoryGain(str, Enum):
+    """What decides how strongly a memory writes."""
+
+    learned = "learned"
+    """A logit alone."""
+    kalman = "kalman"
+    """A logit, and how uncertain the memory is by then."""
+
+
+class Decay(str, Enum):
+    """What a memory forgets from token to token."""
+
+    learned = "learned"
+    """A share that follows from the token, a number a head."""
+    fixed = "fixed"
+    """1 - alpha = 2^(-5 - head), as in RetNet."""
+    none = "none"
+    """Nothing: alpha = 1."""
+
+
 class Dtype(str, Enum):
     """Precision of parameters and activations; optimizer state is always fp32."""
 

@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+_STATIC: dict[str, float | bool] = {
+    "lambda_init": 0.0,
+    "anchored": True,
+    "c": 0.0,
+    "normalize_value": True,
+    "separate_inputs": True,
+    "static_gates": True,
+    "output_gate": True,
+    "read_norm": True,
+    "eta_bias": 0.0,
+}
+
 MIXER_PRESETS: dict[str, dict[str, float | bool]] = {
     "hope": {
         "lambda_init": 0.3,
@@ -36,17 +48,10 @@ MIXER_PRESETS: dict[str, dict[str, float | bool]] = {
         "read_norm": False,
         "eta_bias": -2.0,
     },
-    "gated-delta": {
-        "lambda_init": 0.0,
-        "anchored": True,
-        "c": 0.0,
-        "normalize_value": True,
-        "separate_inputs": True,
-        "static_gates": True,
-        "output_gate": True,
-        "read_norm": True,
-        "eta_bias": 0.0,
-    },
+    "gated-delta": dict(_STATIC),
+    "deltanet": dict(_STATIC),
+    "retnet": {**_STATIC, "static_gates": False},
+    "linear-attention": dict(_STATIC),
 }
 """What a null field of `model.memory` means for each mixer with a memory.
 

@@ -22,6 +22,7 @@ from nlscale.config import (
     data_sources,
     keys,
     level_optimizer,
+    pattern,
     periods,
     schema,
     shipped,
@@ -34,10 +35,17 @@ from nlscale.config.parts import parts_of
 from nlscale.config.presets import MIXER_PRESETS
 from nlscale.config.scalars import NULLS
 from nlscale.config.units import declared_period
-from nlscale.config.vocabulary import Config, LevelConfig, LevelsConfig, SourceConfig
+from nlscale.config.vocabulary import (
+    BlockMixerConfig,
+    Config,
+    LevelConfig,
+    LevelsConfig,
+    SourceConfig,
+)
 from nlscale.errors import UserError
 
 _LEVELS = "a list of levels, for example levels=[1,4,16]"
+_PATTERN = "a list of mixers, for example model.pattern=[hope,hope,attention]"
 _SOURCES = "a list of sources, for example data.mixture=[{dir: data/web, weight: 0.6}]"
 RECIPE = schema.Kind(
     name="recipe",
@@ -48,7 +56,12 @@ RECIPE = schema.Kind(
     integer="an integer",
     listing="`nlscale config --keys` lists all keys",
     interpolates=True,
-    shapes={LevelsConfig: _LEVELS, LevelConfig: _LEVELS, SourceConfig: _SOURCES},
+    shapes={
+        LevelsConfig: _LEVELS,
+        LevelConfig: _LEVELS,
+        BlockMixerConfig: _PATTERN,
+        SourceConfig: _SOURCES,
+    },
 )
 """What a recipe has to be."""
 
@@ -81,10 +94,13 @@ def load(
     if path is not None:
         tree, sources = _read(Path(path))
     _expand_levels(tree, sources)
+    pattern.expand(tree, sources)
     for override in overrides or []:
         key, value = _parse_override(override)
         _override(tree, key, value, sources)
         _expand_levels(tree, sources)
+        pattern.expand(tree, sources)
+    pattern.hand_memory_down(tree, sources)
     if trusted:
         import_all(_imports(tree))
     config = schema.build(tree, RECIPE, sources)
@@ -337,9 +353,11 @@ def _expand_levels(tree: dict[str, Any], sources: dict[str, str]) -> None:
 
 
 def _fill_presets(config: Config, sources: dict[str, str]) -> None:
-    memory = config.model.memory
-    for name, value in MIXER_PRESETS.get(config.model.mixer, {}).items():
-        if getattr(memory, name) is None:
-            setattr(memory, name, value)
-            preset = f"the preset of model.mixer={config.model.mixer}"
-            sources[f"model.memory.{name}"] = preset
+    """Of every memory that there is: `model.memory` itself where there is no pattern."""
+    model = config.model
+    given: dict[str, Any] = {f"model.pattern.{i}": x for i, x in enumerate(model.pattern)}
+    for key, own in (given or {"model": model}).items():
+        for name, value in MIXER_PRESETS.get(own.mixer, {}).items():
+            if getattr(own.memory, name) is None:
+                setattr(own.memory, name, value)
+                sources[f"{key}.memory.{name}"] = f"the preset of {key}.mixer={own.mixer}"

@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from nlscale.config.attention import AttentionConfig as AttentionConfig
 from nlscale.config.choices import ClipScope as ClipScope
 from nlscale.config.choices import CmsForm as CmsForm
+from nlscale.config.choices import Decay as Decay
 from nlscale.config.choices import Dtype as Dtype
+from nlscale.config.choices import GateActivation as GateActivation
+from nlscale.config.choices import MemoryGain as MemoryGain
+from nlscale.config.choices import MemoryWrite as MemoryWrite
 from nlscale.config.choices import Part as Part
 from nlscale.config.choices import Pending as Pending
 from nlscale.config.choices import PeriodRule as PeriodRule
@@ -32,7 +37,8 @@ from nlscale.config.optimizer import OptimizerConfig as OptimizerConfig
 from nlscale.config.outer import OuterConfig as OuterConfig
 from nlscale.config.period_warmup import PeriodWarmupConfig as PeriodWarmupConfig
 
-MIXERS = ["hope", "hope-pure", "hope-paper", "gated-delta", "attention"]
+MIXERS = ["hope", "hope-pure", "hope-paper", "gated-delta", "deltanet", "retnet"]
+MIXERS += ["linear-attention", "attention", "sliding-window"]
 """Names of the sequence mixers; what each is stands in `nlscale.model.mixers.table`."""
 
 _YEAR = 365 * 86400
@@ -157,8 +163,27 @@ class MemoryConfig:
     """Separate projections of x for what feeds k and what feeds v."""
     static_gates: bool | None = None
     """Add a linear of x to the self-modifying gate logits."""
+    query_convolution: bool = False
+    """The convolution and its SiLU before the queries too, as before what feeds k and v."""
+    write: MemoryWrite = MemoryWrite.undecayed
+    """What a write erases along its key: undecayed, alpha S - eta (S k) k^T; or decayed, the
+    published alpha S (I - eta k k^T)."""
+    strength: int = within(1, least=1, most=2)
+    """The most that a write strength may be, strength x sigmoid(logit): 1, or 2, where a write may
+    turn the state along its key around (negative eigenvalues); 2 needs write: decayed."""
+    gain: MemoryGain = MemoryGain.learned
+    """The write strength: learned, a logit alone; or kalman, the gain of a filter that keeps
+    account, a head, of how uncertain the memory is."""
+    reads_state: bool = False
+    """Self-modification that reads the main memory: what the queries read off it at the start of
+    the chunk is added to k, v and the gates, by a learned weight that begins at 0."""
+    chunk_momentum: bool = False
+    """What a chunk has written to the main memory goes on at the end of each chunk, fading, by a
+    learned weight that begins at 0."""
     output_gate: bool | None = None
-    """Multiply the read by SiLU of a linear of x."""
+    """Multiply the read by an activation of a linear of x."""
+    gate_activation: GateActivation = GateActivation.silu
+    """That activation: silu or sigmoid."""
     read_norm: bool | None = None
     """RMS-normalise the read of each head."""
     eta_bias: float | None = within(None)
@@ -168,16 +193,13 @@ class MemoryConfig:
 
 
 @dataclass
-class AttentionConfig:
-    """Softmax attention, `model.mixer: attention`; other mixers take the defaults alone."""
+class BlockMixerConfig:
+    """An entry of `model.pattern`: the mixer of some blocks."""
 
-    kv_heads: int | None = within(None, above=0, most=MOST)
-    """Heads of keys and values, each shared by as many of `model.heads` (grouped-query attention);
-    null: as many as those."""
-    head_dim: int | None = within(None, above=0, most=MOST)
-    """Dimension of a head; null: model.d_model / model.heads."""
-    qk_norm: bool = False
-    """RMS-normalise queries and keys along each head, before they are rotated (as in Qwen3)."""
+    mixer: str = one_of(MIXERS)
+    """As `model.mixer`."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Its memory; what is left out is as `model.memory` says, and then as the mixer does."""
 
 
 @dataclass
@@ -185,7 +207,11 @@ class ModelConfig:
     """The network. A Transformer is `mixer: attention` with one level."""
 
     mixer: str = one_of(MIXERS)
-    """hope | hope-pure | hope-paper | gated-delta | attention."""
+    """hope | hope-pure | hope-paper | gated-delta | deltanet | retnet | linear-attention |
+    attention | sliding-window."""
+    pattern: list[BlockMixerConfig] = field(default_factory=list)
+    """Mixers of the blocks in turn, such as [hope, hope, {mixer: retnet, memory: {chunk: 32}}]:
+    block i takes entry i mod their number, `mixer` says nothing. None: every block has `mixer`."""
     layers: int = within(12, above=0, most=MOST)
     """Blocks; each is a mixer followed by a CMS block."""
     d_model: int = within(768, above=0, most=MOST)
@@ -203,7 +229,7 @@ class ModelConfig:
     """The head is the embedding: one matrix makes tokens vectors, and vectors logits. Needs
     parallel.pipeline 1."""
     rope_base: float = within(10000.0, above=0)
-    """Base of the rotary positions of `attention`."""
+    """Base of the rotary positions of `attention` and `sliding-window`."""
     norm_eps: float = within(1e-6, above=0)
     """Added to the mean square in every RMSNorm."""
     init_std: float = within(0.02, above=0)
@@ -217,6 +243,22 @@ class ModelConfig:
     """The self-modifying memory."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """Softmax attention."""
+
+
+def mixers_of(model: ModelConfig) -> list[str]:
+    """Name of the mixer of each block."""
+    names = _names(model)
+    return [names[i % len(names)] for i in range(model.layers)]
+
+
+def mixer_label(model: ModelConfig) -> str:
+    """What to call the mixers of a model: by name, of a pattern those of its entries."""
+    names = _names(model)
+    return names[0] if len(set(names)) == 1 else "+".join(names)
+
+
+def _names(model: ModelConfig) -> list[str]:
+    return [entry.mixer for entry in model.pattern] or [model.mixer]
 
 
 def head_dim(model: ModelConfig) -> int:

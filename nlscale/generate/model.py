@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nlscale.checkpoint.export import NO_DATA
 from nlscale.config.urls import location_of
-from nlscale.config.vocabulary import Config
+from nlscale.config.vocabulary import Config, mixer_label
 from nlscale.data.tokenizer import TOKENIZER_NAME, Tokenizer, load_tokenizer
 from nlscale.errors import UserError
 from nlscale.generate.sampling import Sampling
@@ -139,8 +139,9 @@ class Model:
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self._decoder.parameters())
+        mixer = mixer_label(self.config.model)
         return (
-            f"<nlscale model: {self.config.model.mixer}, {parameters / 1e6:.2f}M parameters, step "
+            f"<nlscale model: {mixer}, {parameters / 1e6:.2f}M parameters, step "
             f"{self.step}, {str(self.dtype).removeprefix('torch.')} on {self.device}>"
         )
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nlscale.config.fields import path_of
+from nlscale.config.vocabulary import mixer_label
 from nlscale.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from nlscale.errors import UserError
 from nlscale.generate.model import Model
@@ -139,7 +140,7 @@ def save(path: str | Path, begun: Begun, model: Model) -> None:
 
 
 def _described(model: Model) -> str:
-    return f"{model.config.model.mixer}, step {model.step}"
+    return f"{mixer_label(model.config.model)}, step {model.step}"
 
 
 def _digest(model: Model) -> str:

@@ -81,19 +81,20 @@ def _of_level(config: Config, level: Level, named: dict[str, Any]) -> LevelRules
     own = at_period(of_level(config, level.index), level.period)
     made = rule(own.rule).make(own, width_multiplier(config.model), [*named.values()])
     group_of = {p: group for group in made.param_groups for p in group["params"]}
-    kinds: dict[str, Kind] = {}
+    kinds: dict[tuple[str, ...], Kind] = {}  # by name and, where mixers differ, by shape
     for name, parameter in named.items():
         pattern = re.sub(r"^(blocks)\.\d+\.", r"\1.*.", name)
-        if pattern in kinds:
-            before = kinds[pattern]
+        key = pattern, str([*parameter.shape])
+        if key in kinds:
+            before = kinds[key]
             more = before.parameters + parameter.numel()
-            kinds[pattern] = replace(before, tensors=before.tensors + 1, parameters=more)
+            kinds[key] = replace(before, tensors=before.tensors + 1, parameters=more)
             continue
         whole = rule(own.rule).whole_matrices
         group = group_of[parameter]
         rate = level.learning_rate_scale * group["lr_mult"]
         peak = own.learning_rate * rate
-        kinds[pattern] = Kind(
+        kinds[key] = Kind(
             name=pattern,
             tensors=1,
             shapes=_matrices(parameter) if whole and parameter.matrix else {(*parameter.shape,): 1},

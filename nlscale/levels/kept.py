@@ -28,10 +28,15 @@ def kept_by_depth(config: Config, vocabulary: int) -> list[list[int]]:
         parameters_by_depth(config, vocabulary),
         strict=True,
     )
-    for own, shapes, depths in levels:
+    for own, of_depths, counts in levels:
         of_matrix, of_rest = own.of(True).state_bytes, own.of(False).state_bytes
-        more = (of_matrix - of_rest) * sum(m * n * number for (m, n), number in shapes.items())
-        found.append([count * of_rest + more for count in depths])
+        elements = [sum(m * n * number for (m, n), number in of.items()) for of in of_depths]
+        found.append(
+            [
+                count * of_rest + (of_matrix - of_rest) * own_matrices
+                for count, own_matrices in zip(counts, elements, strict=True)
+            ]
+        )
     return found
 
 

@@ -40,26 +40,38 @@ class Call:
 
 @dataclass(frozen=True)
 class LevelMatrices:
-    """The matrices of a level in a block; none where its rule takes no whole matrices."""
+    """The matrices of a level; none where its rule takes no whole matrices."""
 
-    shapes: Shapes
+    blocks: tuple[Shapes, ...]
+    """Of each block."""
     calls: tuple[Call, ...]
     """Of an update."""
     iterations: int
     """Of Newton-Schulz."""
 
     @property
-    def number(self) -> int:
-        return sum(self.shapes.values())
+    def shapes(self) -> Shapes:
+        """Of all blocks together."""
+        return _joined(self.blocks)
 
     @property
-    def elements(self) -> int:
-        return sum(out * into * number for (out, into), number in self.shapes.items())
+    def elements(self) -> float:
+        """Of a block, the mean."""
+        return self.total / len(self.blocks)
+
+    @property
+    def total(self) -> int:
+        """Elements of all blocks together."""
+        return sum(map(_elements, self.blocks))
 
     @property
     def turns(self) -> int:
         """Updates after which they repeat."""
         return math.lcm(*(call.every for call in self.calls))
+
+    def elements_of(self, depths: Iterable[int]) -> int:
+        """Elements of some blocks."""
+        return sum(_elements(self.blocks[depth]) for depth in depths)
 
     @property
     def passes(self) -> float:
@@ -68,9 +80,9 @@ class LevelMatrices:
 
     @property
     def flops(self) -> float:
-        """Newton-Schulz of all of a block, a mean update."""
-        once = sum(self.of_one(shape) * number for shape, number in self.shapes.items())
-        return sum(once / call.every for call in self.calls)
+        """Newton-Schulz of all of a block, the mean, at a mean update."""
+        every = sum(self.of_one(shape) * number for shape, number in self.shapes.items())
+        return sum(every / len(self.blocks) / call.every for call in self.calls)
 
     def of_one(self, shape: Shape) -> float:
         """FLOPs of orthogonalising a matrix: three products an iteration, of m x n with m <= n."""
@@ -91,7 +103,7 @@ class GroupMatrices:
     def values(self) -> list[int]:
         """Numbers that travel there and back at each of `turns` updates, over all ranks."""
         return [
-            sum(call.passes * len(depths) for call, depths in calls) * self.level.elements
+            sum(call.passes * self.level.elements_of(depths) for call, depths in calls)
             for calls in self.updates()
         ]
 
@@ -138,7 +150,7 @@ class GroupMatrices:
         largest_first = sorted(self.level.shapes, key=lambda shape: -_work(shape))
         for shape in largest_first:
             for depth in self.depths:
-                for _ in range(self.level.shapes[shape]):
+                for _ in range(self.level.blocks[depth].get(shape, 0)):
                     load, rank = heapq.heappop(loads)
                     heapq.heappush(loads, (load + _work(shape), rank))
                     shapes = dealt[rank].setdefault(depth, {})
@@ -149,7 +161,7 @@ class GroupMatrices:
 def matrices_by_level(config: Config) -> list[LevelMatrices]:
     """Those that rules over whole matrices take, fastest level first."""
     found = []
-    for index, (own, shapes) in enumerate(
+    for index, (own, blocks) in enumerate(
         zip(rules_by_level(config), level_matrices(config), strict=True)
     ):
         section = of_level(config, index)
@@ -157,8 +169,9 @@ def matrices_by_level(config: Config) -> list[LevelMatrices]:
             Call(call, 1 if call.every is None else attrgetter(call.every)(section))
             for call in own.on_whole
         )
-        taken = shapes if own.whole_matrices else {}
-        found.append(LevelMatrices(taken, calls if taken else (), section.matrices.iterations))
+        taken = blocks if own.whole_matrices else [{} for _ in blocks]
+        has = any(taken)
+        found.append(LevelMatrices(tuple(taken), calls if has else (), section.matrices.iterations))
     return found
 
 
@@ -214,6 +227,18 @@ def _together(dealt: list[dict[int, Shapes]], depths: Iterable[int]) -> list[Sha
             for shape, number in by_depth.get(depth, {}).items():
                 mine[shape] = mine.get(shape, 0) + number
     return found
+
+
+def _joined(every: Iterable[Shapes]) -> Shapes:
+    found: Shapes = {}
+    for shapes in every:
+        for shape, number in shapes.items():
+            found[shape] = found.get(shape, 0) + number
+    return found
+
+
+def _elements(shapes: Shapes) -> int:
+    return sum(out * into * number for (out, into), number in shapes.items())
 
 
 def _work(shape: Shape) -> int:

@@ -15,6 +15,7 @@ from nlscale.model.init import full_shape
 from nlscale.model.layers import RMSNorm
 from nlscale.model.mixers.module import check_takes_lengths
 from nlscale.model.mixers.table import mixer
+from nlscale.model.pattern import model_of
 from nlscale.ops.documents import Documents
 
 
@@ -27,8 +28,10 @@ class Block(nn.Module):
         megatron: TransformerConfig,
         hidden: list[int],
         train: TrainConfig,
+        depth: int = 0,
     ) -> None:
         super().__init__()
+        model = model_of(model, depth)
         # two additions to the residual stream a block, whatever the number of levels
         residual_std = model.init_std / (2 * model.layers) ** 0.5
         recompute, kernels = train.recompute, train.kernels

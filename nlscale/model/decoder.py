@@ -43,7 +43,9 @@ class Decoder(nn.Module):
         self.is_first, self.is_last = blocks.start == 0, blocks.stop == model.layers
         self.embedding = embedding(megatron, vocabulary, model.init_std) if self.is_first else None
         train = config.train
-        self.blocks = nn.ModuleDict({str(i): Block(model, megatron, hidden, train) for i in blocks})
+        self.blocks = nn.ModuleDict(
+            {str(i): Block(model, megatron, hidden, train, i) for i in blocks}
+        )
         if self.is_last:
             self.norm = RMSNorm(megatron, model.d_model, model.norm_eps, train.kernels)
             tied = self.embedding if model.tie_embeddings else None

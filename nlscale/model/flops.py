@@ -21,7 +21,7 @@ from __future__ import annotations
 from nlscale.config.curriculum import at_stage, curriculum, lengths, total_tokens
 from nlscale.config.vocabulary import Config
 from nlscale.model.mixers.facts import PASSES
-from nlscale.model.mixers.table import mixer
+from nlscale.model.pattern import block_kinds
 from nlscale.model.sizes import level_hidden
 
 
@@ -57,11 +57,14 @@ def mean_flops_per_token(config: Config, vocabulary: int) -> float:
 def flops_by_part(config: Config, vocabulary: int) -> dict[str, float]:
     """The same by part: those of the mixer, `levels`, `head`.
 
-    Of the mixer, `projections` are those into and out of it, and the rest is its own:
+    Of the mixers, `projections` are those into and out of them, and the rest is their own:
     `convolution` and `memory`, or `attention`. `levels` are the MLPs of the CMS.
     """
     model = config.model
-    parts = mixer(model.mixer).flops(config)
-    parts["levels"] = float(PASSES * 2 * 3 * model.d_model * sum(level_hidden(config)))
-    parts = {name: model.layers * flops for name, flops in parts.items()}
+    parts: dict[str, float] = {}
+    for kind in block_kinds(config):
+        for name, flops in kind.facts.flops(kind.config).items():
+            parts[name] = parts.get(name, 0.0) + len(kind.depths) * flops
+    of_levels = float(PASSES * 2 * 3 * model.d_model * sum(level_hidden(config)))
+    parts["levels"] = model.layers * of_levels
     return parts | {"head": float(PASSES * 2 * model.d_model * vocabulary)}

@@ -151,5 +151,16 @@ def spread(middle: float, width: float) -> Initializer:
     return fill
 
 
+def settled(middle: float, width: float) -> Initializer:
+    """log(1 - alpha^2) of decays alpha whose logits are `spread`, [heads]: the noise with which a
+    variance that decays by alpha^2 settles at 1."""
+
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        spread(middle, width)(tensor, generator)
+        tensor.copy_(torch.log1p(-torch.sigmoid(tensor).square()))
+
+    return fill
+
+
 def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1

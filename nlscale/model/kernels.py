@@ -6,7 +6,7 @@ import torch
 
 from nlscale.config.vocabulary import Config, Dtype
 from nlscale.levels.spectrum import BLOCK, INTEGER_BITS
-from nlscale.model.mixers.table import mixer
+from nlscale.model.pattern import block_kinds
 from nlscale.ops.check import (
     BOUNDS,
     accumulation_errors,
@@ -30,21 +30,21 @@ def check_kernels(config: Config, columns: int, device: torch.device) -> None:
         TrainingFailed: a kernel is wrong.
     """
     dtype = torch.bfloat16 if config.train.dtype == Dtype.bf16 else torch.float32
-    facts = mixer(config.model.mixer)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         of_loss = loss_errors(columns, dtype, device, config.train.z_loss) if columns else {}
-        of_mixer = facts.module().kernel_errors(facts, config, dtype, device)
+        of_mixers = [
+            kind.facts.module().kernel_errors(kind.facts, kind.config, dtype, device)
+            for kind in block_kinds(config)
+        ]
         sums = accumulation_errors(dtype, device)
         of_wires: dict[str, float] = {}
         for wire in sorted({level.wire for level in config.levels.spectrum} & INTEGER_BITS.keys()):
             of_wires |= packing_errors(INTEGER_BITS[wire], BLOCK, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # a micro batch of one layer was there
-    of_libraries = {"Triton": of_loss}
-    for library, errors in of_mixer.items():
-        of_libraries[library] = of_libraries.get(library, {}) | errors
-    for library, errors in of_libraries.items():
-        refuse_beyond(BOUNDS[dtype], errors, library, device)
+    for of_libraries in ({"Triton": of_loss}, *of_mixers):
+        for library, errors in of_libraries.items():
+            refuse_beyond(BOUNDS[dtype], errors, library, device)
     refuse_beyond(BOUNDS[torch.float32], sums, "torch", device)
     refuse_beyond(BOUNDS[torch.float32], of_wires, "Triton", device)

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.parallel_state import get_tensor_model_parallel_group
+from megatron.core.parallel_state import (
+    get_tensor_model_parallel_group,
+    get_tensor_model_parallel_rank,
+)
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -124,6 +127,12 @@ def row_linear(
     )
     tag(layer.weight, init, 1, width_multiplier=width_multiplier, matrix=True)
     return layer
+
+
+def own_heads(heads: int) -> range:
+    """Which heads of the model this rank holds; each of the tensor-parallel group so many."""
+    first = heads * get_tensor_model_parallel_rank()
+    return range(first, first + heads)
 
 
 def gather_input(megatron: TransformerConfig, x: Tensor) -> Tensor:

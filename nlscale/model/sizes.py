@@ -7,19 +7,20 @@ together are as large as a Transformer block of the same width, 12 d_model^2 **[
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nlscale.config.parts import depths_of, parts_of
 from nlscale.config.vocabulary import CmsForm, Config, Part
 from nlscale.errors import UserError
-from nlscale.model.mixers.table import mixer
+from nlscale.model.pattern import block_kinds
 
 Shape = tuple[int, int]
 """[out, in]."""
 
 _BLOCK_BUDGET = 12  # a Transformer block: 4 d^2 of attention and 8 d^2 of feed-forward
 _HIDDEN_MULTIPLE = 8  # hidden widths are rounded to this
-_NUMBER = re.compile(r"^(blocks)\.\d+\.")
+_NUMBER = re.compile(r"^blocks\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Place:
     """Of the parameters in the whole model: `*` at the place of a block's number is any, and at the
     end anything."""
     level: int
-    depths: range
+    depths: Sequence[int]
     """At which they are: of the blocks, or of the one that they count with."""
     parameters: int
     """At each depth, over all tensor-parallel ranks."""
@@ -41,7 +42,11 @@ class Place:
 
     def holds(self, name: str) -> bool:
         """Whether a parameter is one of them, by its name in the whole model."""
-        name = _NUMBER.sub(r"\1.*.", name)
+        number = _NUMBER.match(name)
+        if number is not None:
+            if int(number[1]) not in self.depths:
+                return False
+            name = f"blocks.*.{name[number.end() :]}"
         return name.startswith(self.name[:-1]) if self.name.endswith("*") else name == self.name
 
 
@@ -53,7 +58,7 @@ def places(config: Config, vocabulary: int) -> list[Place]:
         vocabulary: token ids of the model.
     """
     model, parts = config.model, parts_of(config)
-    d, layers, facts = model.d_model, model.layers, mixer(model.mixer)
+    d, layers = model.d_model, model.layers
     blocks, independent = range(layers), model.cms == CmsForm.independent
     first, last = depths_of(Part.embedding, layers), depths_of(Part.head, layers)
 
@@ -70,13 +75,17 @@ def places(config: Config, vocabulary: int) -> list[Place]:
             found.append(norm(f"blocks.*.cms.norms.{i}.*", level, blocks))
     if independent and (mlps := len(parts.mlps)) > 1:
         found.append(Place("blocks.*.cms.mixture", parts.mlps[0], blocks, mlps, whole=mlps))
-    # the facts of a mixer count the norm before it
-    of_mixer, whole = facts.parameters(model) - d, facts.whole(model) - d
-    found += [
-        norm("blocks.*.norm.*", parts.mixer, blocks),
-        Place("blocks.*.mixer.*", parts.mixer, blocks, of_mixer, whole, facts.matrices(model)),
-        norm("norm.*", parts.head, last),
-    ]
+    found.append(norm("blocks.*.norm.*", parts.mixer, blocks))
+    for kind in block_kinds(config):
+        facts, own = kind.facts, kind.config.model
+        # the facts of a mixer count the norm before it
+        of_mixer, whole = facts.parameters(own) - d, facts.whole(own) - d
+        found.append(
+            Place(
+                "blocks.*.mixer.*", parts.mixer, kind.depths, of_mixer, whole, facts.matrices(own)
+            )
+        )
+    found.append(norm("norm.*", parts.head, last))
     if not model.tie_embeddings:
         found.append(Place("head.*", parts.head, last, vocabulary * d))
     return found
@@ -107,7 +116,10 @@ def level_hidden(config: Config) -> list[int]:
             f"model.hidden {total} is not the sum of the levels' own, {chosen}; leave it null"
         )
     if total is None:
-        left = _BLOCK_BUDGET * model.d_model**2 - mixer(model.mixer).parameters(model)
+        kinds = block_kinds(config)
+        of_mixers = sum(len(k.depths) * k.facts.parameters(k.config.model) for k in kinds)
+        # all blocks have the same widths: those of which the whole model comes out as large
+        left = _BLOCK_BUDGET * model.d_model**2 - of_mixers / model.layers
         total = round(left / (3 * model.d_model))
     # in units of the multiple, the first levels take one more where it does not come out even
     units, more = divmod(round((total - chosen) / _HIDDEN_MULTIPLE), max(1, open_levels))
@@ -132,17 +144,32 @@ def level_parameters(config: Config, vocabulary: int) -> list[int]:
     return counts
 
 
-def level_matrices(config: Config) -> list[dict[Shape, int]]:
-    """How many matrices of each shape [out, in] a block has, by level, fastest first.
+def level_matrices(config: Config) -> list[list[dict[Shape, int]]]:
+    """How many matrices of each shape [out, in] there are, [level][depth], fastest level first.
 
     What rules over whole matrices take (`nlscale.optim.table`); neither embedding nor head.
     """
-    found: list[dict[Shape, int]] = [{} for _ in config.levels.spectrum]
+    found: list[list[dict[Shape, int]]] = [
+        [{} for _ in range(config.model.layers)] for _ in config.levels.spectrum
+    ]
     for place in places(config, vocabulary=0):
-        shapes = found[place.level]
-        for shape, number in place.matrices.items():
-            shapes[shape] = shapes.get(shape, 0) + number
+        for depth in place.depths if place.matrices else ():
+            shapes = found[place.level][depth]
+            for shape, number in place.matrices.items():
+                shapes[shape] = shapes.get(shape, 0) + number
     return found
+
+
+def block_parameters(config: Config) -> list[float]:
+    """Parameters of each block, over all tensor-parallel ranks, and of the last norm their share:
+    what a block weighs beside others."""
+    layers = config.model.layers
+    found = [0.0] * layers
+    for place in places(config, vocabulary=0):
+        for depth in place.depths:
+            found[depth] += place.parameters
+    found[-1] -= config.model.d_model
+    return [count + config.model.d_model / layers for count in found]
 
 
 def tables(config: Config) -> int:

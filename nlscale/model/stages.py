@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
-from nlscale.model.sizes import level_parameters
+from nlscale.model.sizes import block_parameters
 
 EMBEDDING_COST = 0.5
 """Of an embedding row beside a row of the head **[choice]**: a lookup needs no arithmetic, but its
@@ -41,10 +44,22 @@ def stage_blocks(config: Config, vocabulary: int) -> list[range]:
     return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
+def stage_costs(config: Config, vocabulary: int, stages: list[range]) -> list[float]:
+    """Cost of each model stage: its parameters, those of the embedding by their own weight."""
+    blocks, table = block_parameters(config), vocabulary * config.model.d_model
+    costs = [sum(blocks[depth] for depth in stage) for stage in stages]
+    costs[0] += EMBEDDING_COST * table
+    costs[-1] += table
+    return costs
+
+
 def _balanced(config: Config, vocabulary: int, count: int) -> list[int]:
-    """One block to each stage, then each further one to the stage that is cheapest with it."""
-    block = sum(level_parameters(config, vocabulary=0)) / config.model.layers
-    head = vocabulary * config.model.d_model / block
+    """One block to each stage, then each further one to the stage that is cheapest with it; where
+    blocks differ, the cut of the least cost."""
+    blocks = block_parameters(config)
+    if len(set(blocks[:-1])) > 1 or not math.isclose(blocks[0], blocks[-1]):
+        return _least(config, vocabulary, count)
+    head = vocabulary * config.model.d_model / blocks[0]
     costs = [1.0] * count
     costs[0] += EMBEDDING_COST * head
     costs[-1] += head
@@ -54,3 +69,28 @@ def _balanced(config: Config, vocabulary: int, count: int) -> list[int]:
         sizes[cheapest] += 1
         costs[cheapest] += 1.0
     return sizes
+
+
+def _least(config: Config, vocabulary: int, count: int) -> list[int]:
+    """The cut whose costliest stage costs least, of those the one with most blocks first.
+
+    By dynamic programming: best[i] is the least cost of the blocks from i on in so many stages.
+    """
+    blocks, table = block_parameters(config), vocabulary * config.model.d_model
+    layers, upto = len(blocks), [0.0, *itertools.accumulate(blocks)]
+    best = [upto[-1] - upto[i] + table for i in range(layers)] + [math.inf]
+    cuts = []  # of each stage but the last, by where it begins, where it ends
+    for stage in reversed(range(count - 1)):
+        own = EMBEDDING_COST * table if stage == 0 else 0.0
+        costs, ends = [math.inf] * (layers + 1), [layers] * (layers + 1)
+        for first in range(layers):
+            for end in range(first + 1, layers):
+                cost = max(upto[end] - upto[first] + own, best[end])
+                if cost <= costs[first]:
+                    costs[first], ends[first] = cost, end
+        best = costs
+        cuts.append(ends)
+    bounds = [0]
+    for ends in reversed(cuts):
+        bounds.append(ends[bounds[-1]])
+    return [end - first for first, end in itertools.pairwise([*bounds, layers])]

@@ -8,10 +8,11 @@ with the widths of the CMS in proportion to d_model, so that there are m times a
     project, output of a mixer; up, down of
       a CMS MLP: inputs grow with the width   x 1/sqrt(m)    x 1/m            x m
     embedding; head                           as it is       as it is         as it is
-    norms, read_norm, biases, lambda,
-      CMS mixture                             as it is       as it is         none
-    convolution, memories M_k, M_v,
-      M_m, m_eta, m_alpha: inputs do not grow as it is       as it is         as it is
+    norms, read_norm, biases, lambda, gamma,
+      noise, momentum, CMS mixture            as it is       as it is         none
+    convolution, memories M_k, M_v, M_m,
+      m_eta, m_alpha, maps of what is read
+      off S: inputs do not grow               as it is       as it is         as it is
 
 and logits are divided by m, Adam's eps too. At m = 1 all of it is the standard parametrisation, bit
 for bit; what a level's own learning rate and period rule say multiplies on top.

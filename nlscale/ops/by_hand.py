@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from nlscale.ops.memory.rules import NORMALIZE_EPS
 
 silu_backward = torch.ops.aten.silu_backward
+sigmoid_backward = torch.ops.aten.sigmoid_backward
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -112,21 +113,29 @@ class GatedRead(torch.autograd.Function):
 
     dn = dy s        dgate = dy n SiLU'(gate)        dnorm = sum over tokens of dn u
     dread = scale (dn norm - u (dn norm . u) / d)
+
+    The same with sigmoid in the place of SiLU.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, read: Tensor, norm: Tensor | None, gate: Tensor | None, eps: float
+        ctx: Any,
+        read: Tensor,
+        norm: Tensor | None,
+        gate: Tensor | None,
+        eps: float,
+        sigmoid: bool = False,
     ) -> Tensor:
         batch, heads, length, d = read.shape
         out = _contiguous(read.permute(2, 0, 1, 3), wide(read))
         scale = None if norm is None else _scale(out, eps, mean=True)
         ctx.save_for_backward(out, norm, gate, scale)
-        ctx.dtype = read.dtype
+        ctx.dtype, ctx.sigmoid = read.dtype, sigmoid
         if norm is not None and scale is not None:
             out = (out * scale).mul_(norm.to(out.dtype))
         if gate is not None:
-            out = out * F.silu(gate.to(out.dtype)).view(out.shape)
+            opens = torch.sigmoid if sigmoid else F.silu
+            out = out * opens(gate.to(out.dtype)).view(out.shape)
         return out.reshape(length, batch, heads * d).to(read.dtype)
 
     @staticmethod
@@ -138,12 +147,15 @@ class GatedRead(torch.autograd.Function):
         if gate is not None:
             normed = unit if norm is None else unit * norm
             gate_wide = gate.to(unit.dtype).view(unit.shape)
-            d_gate = silu_backward(normed * d_read, gate_wide).to(gate.dtype).view(gate.shape)
-            d_read = d_read * F.silu(gate_wide)
+            opened = torch.sigmoid(gate_wide) if ctx.sigmoid else F.silu(gate_wide)
+            backward = sigmoid_backward if ctx.sigmoid else silu_backward
+            by = opened if ctx.sigmoid else gate_wide
+            d_gate = backward(normed * d_read, by).to(gate.dtype).view(gate.shape)
+            d_read = d_read * opened
         if norm is not None:
             d_norm = (d_read * unit).sum((0, 1)).to(norm.dtype)
             d_read = _scale_backward(d_read * norm, unit, scale, unit.shape[-1])
-        return d_read.permute(1, 2, 0, 3).to(ctx.dtype), d_norm, d_gate, None
+        return d_read.permute(1, 2, 0, 3).to(ctx.dtype), d_norm, d_gate, None, None
 
 
 class ScanInputs(torch.autograd.Function):
@@ -159,20 +171,23 @@ class ScanInputs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, fed: Tensor, q: Tensor, weight: Tensor, tail: Tensor, position: Tensor | None,
-        inputs: int, heads: int, eps: float,
+        ctx: Any, fed: Tensor, q: Tensor | None, weight: Tensor, tail: Tensor,
+        position: Tensor | None, inputs: int, heads: int, eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         mixed = None
         for seen, row in zip(_seen(fed, weight, tail, position), weight.to(wide(fed)), strict=True):
             mixed = seen * row if mixed is None else mixed.addcmul_(seen, row)
         assert mixed is not None, "a window of at least one token"
-        of_keys, *of_values = F.silu(mixed).chunk(inputs, dim=-1)
+        ctx.sections, ctx.dtype = inputs + (q is None), fed.dtype
+        of_keys, *of_values = F.silu(mixed).chunk(ctx.sections, dim=-1)
+        if q is None:
+            q = of_values.pop()
         a, q_by_head = _by_head(of_keys, heads, mixed.dtype), _by_head(q, heads, mixed.dtype)
         b = _by_head(of_values[0], heads, mixed.dtype) if of_values else a
         a_scale, q_scale = _scale(a, eps, mean=True), _scale(q_by_head, NORMALIZE_EPS, mean=False)
         a, q_unit = a * a_scale, q_by_head * q_scale
         ctx.save_for_backward(fed, weight, tail, position, mixed, a, q_unit, a_scale, q_scale)
-        ctx.inputs, ctx.dtype = inputs, q.dtype
+        ctx.inputs = inputs
         return a, b, q_unit
 
     @staticmethod
@@ -181,16 +196,20 @@ class ScanInputs(torch.autograd.Function):
         fed, weight, tail, position, mixed, a, q, a_scale, q_scale = ctx.saved_tensors
         length, batch, _ = fed.shape
         heads, d = a.shape[1], a.shape[3]
-        d_q = _scale_backward(d_q, q, q_scale, 1).permute(2, 0, 1, 3)
-        d_q = _contiguous(d_q, ctx.dtype).view(length, batch, -1)
+        d_q = _scale_backward(d_q, q, q_scale, 1)
         d_s = torch.empty_like(mixed)
-        # [batch, heads, time, d] of keys and of values, in their places
-        parts = d_s.view(length, batch, ctx.inputs, heads, d).permute(2, 1, 3, 0, 4)
+        # [batch, heads, time, d] of keys, of values and of queries, in their places
+        parts = d_s.view(length, batch, ctx.sections, heads, d).permute(2, 1, 3, 0, 4)
         parts[0] = _scale_backward(d_a, a, a_scale, d)
         if ctx.inputs == 2:
             parts[1] = d_b
         else:
             parts[0] += d_b
+        d_alone = None
+        if ctx.sections > ctx.inputs:
+            parts[-1] = d_q
+        else:
+            d_alone = _contiguous(d_q.permute(2, 0, 1, 3), ctx.dtype).view(length, batch, -1)
         d_mixed = silu_backward(d_s, mixed, grad_input=d_s)
         window, d_weight = len(weight), []
         d_padded = d_mixed.new_zeros(length + window - 1, *d_mixed.shape[1:])
@@ -203,7 +222,7 @@ class ScanInputs(torch.autograd.Function):
             d_padded[i : i + length].addcmul_(d_seen, weights[i])
         d_tail, d_fed = d_padded.to(fed.dtype).split([window - 1, length])
         d_weights = torch.stack(d_weight).to(weight.dtype)
-        return d_fed, d_q, d_weights, d_tail, None, None, None, None
+        return d_fed, d_alone, d_weights, d_tail, None, None, None, None
 
 
 def _seen(fed: Tensor, weight: Tensor, tail: Tensor, position: Tensor | None) -> list[Tensor]:

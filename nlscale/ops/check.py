@@ -7,6 +7,7 @@ before its first step (`nlscale.model.kernels`), and `nlscale bench scan --check
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from nlscale.ops.documents import Documents
 from nlscale.ops.loss import cross_entropy
 from nlscale.ops.memory.kernels import sizes as fused_scan
 from nlscale.ops.memory.reference import memory_reference
-from nlscale.ops.memory.rules import MemoryRules, MemoryWeights
+from nlscale.ops.memory.rules import MainWeights, MemoryRules, MemoryWeights
 from nlscale.ops.memory.scan import memory_scan
 from nlscale.ops.pointwise import normalize
 from nlscale.ops.quantize import blocks
@@ -84,6 +85,16 @@ class ScanInputs:
         if makes and rules.main_memory:
             for name in ("lambda_key", "lambda_value"):
                 leaves[name] = torch.full((heads,), lambda_init, device=device)
+        if rules.reads_state:
+            for name in ("state_key", "state_value"):
+                leaves[name] = torch.linalg.qr(normal(heads, d, d))[0]
+            leaves["state_gates"] = normal(heads, 2, d, scale=d**-0.5)
+            leaves["state_weight"] = normal(heads, 3, scale=0.1)
+        if rules.kalman_gain:
+            leaves["noise"] = normal(heads) - biases[1]
+        if rules.chunk_momentum:
+            leaves["momentum_decay"] = normal(heads)
+            leaves["momentum_weight"] = normal(heads, scale=0.1)
         self.leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
 
     def to(self, dtype: torch.dtype, device: torch.device | str) -> ScanInputs:
@@ -115,6 +126,10 @@ class ScanInputs:
         fed = (self.leaves[name] for name in _FED)
         return *fed, weights, self.rules
 
+    def main(self) -> MainWeights:
+        """What both are given as `main`."""
+        return MainWeights(**{f.name: self.leaves.get(f.name) for f in fields(MainWeights)})
+
     @property
     def path(self) -> str:
         """What `memory_scan` runs it through."""
@@ -138,9 +153,11 @@ def scan_results(
     """
     a, b, q, eta, alpha, weights, rules = inputs.arguments()
     if reference:
-        read = memory_reference(a, b, q, eta, alpha, weights, rules)
+        read = memory_reference(a, b, q, eta, alpha, weights, rules, inputs.main())
     else:
-        read, _ = memory_scan(a, b, q, eta, alpha, weights, rules, None, carried)
+        read, _ = memory_scan(
+            a, b, q, eta, alpha, weights, rules, None, carried, main=inputs.main()
+        )
     weight = weight.to(read.device, read.dtype)
     gradients = torch.autograd.grad(read, [*inputs.leaves.values()], weight)
     return {"reads": read.detach(), **dict(zip(inputs.leaves, gradients, strict=True))}

@@ -96,7 +96,9 @@ def convolve(x: Tensor, weight: Tensor, tail: Tensor, position: Tensor | None = 
     return F.silu(mixed)
 
 
-def gated_read(read: Tensor, norm: Tensor | None, gate: Tensor | None, eps: float) -> Tensor:
+def gated_read(
+    read: Tensor, norm: Tensor | None, gate: Tensor | None, eps: float, sigmoid: bool = False
+) -> Tensor:
     """RMSNorm(read) * SiLU(gate), each where there is one.
 
     Args:
@@ -104,6 +106,7 @@ def gated_read(read: Tensor, norm: Tensor | None, gate: Tensor | None, eps: floa
         norm: the weight of the norm, [heads, d].
         gate: [sequence, batch, heads * d].
         eps: added to the mean square.
+        sigmoid: sigmoid(gate) in place of SiLU(gate).
 
     Returns:
         [sequence, batch, heads * d], in the dtype of `read`.
@@ -112,12 +115,14 @@ def gated_read(read: Tensor, norm: Tensor | None, gate: Tensor | None, eps: floa
     if norm is not None:
         read = F.rms_norm(read, read.shape[-1:], None, eps) * norm[:, None]
     read = read.permute(2, 0, 1, 3).flatten(2).to(dtype)
-    return read if gate is None else read * F.silu(gate)
+    if gate is None:
+        return read
+    return read * (torch.sigmoid(gate) if sigmoid else F.silu(gate))
 
 
 def scan_inputs(
     fed: Tensor,
-    q: Tensor,
+    q: Tensor | None,
     weight: Tensor,
     tail: Tensor,
     position: Tensor | None,
@@ -127,10 +132,12 @@ def scan_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a memory is fed with: a, b and unit queries, each [batch, heads, sequence, d].
 
-    `fed` holds the inputs of a and b side by side, or one for both; weight, tail and position are
-    those of the convolution.
+    `fed` holds the inputs of a and b side by side, or one for both, and beside them, where q is
+    None, those of the queries; weight, tail and position are those of the convolution.
     """
     fed = convolve(fed, weight, tail, position)
+    if q is None:
+        fed, q = fed.tensor_split([inputs * fed.shape[-1] // (inputs + 1)], dim=-1)
     a, *b = (by_head(part, heads) for part in fed.chunk(inputs, dim=-1))
     return unit_mean_square(a, eps), b[0] if b else a, normalize(by_head(q, heads))
 

@@ -10,11 +10,12 @@ A few numbers a layer that do not grow with the batch or the sequence are left o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nlscale.config.vocabulary import CmsForm, Recompute
 from nlscale.model.mixers.facts import FP32, MicroBatch
-from nlscale.model.mixers.table import mixer
+from nlscale.model.pattern import block_kinds
 from nlscale.model.sizes import mlp_hidden
 
 _INT64 = 8
@@ -26,11 +27,15 @@ class Activations(MicroBatch):
 
     vocabulary: int
 
-    def block(self) -> float:
-        """Kept by one block."""
-        recompute, model = self.config.train.recompute, self.config.model
-        kept = self._norm() + mixer(model.mixer).kept(self, Recompute.mixer in recompute)
-        return kept + self._cms(Recompute.cms in recompute)
+    def blocks(self, depths: Iterable[int]) -> float:
+        """Kept by these blocks."""
+        recompute, wanted = self.config.train.recompute, set(depths)
+        beside = self._norm() + self._cms(Recompute.cms in recompute)
+        kept = 0.0
+        for kind in block_kinds(self.config):
+            own = kind.facts.kept(MicroBatch(kind.config), Recompute.mixer in recompute)
+            kept += len(wanted.intersection(kind.depths)) * (beside + own)
+        return kept
 
     def embedding(self) -> float:
         """Kept by the embedding: the token ids."""
@@ -47,7 +52,7 @@ class Activations(MicroBatch):
         At most what a block would keep for its backward pass, and the residual stream; in the head
         the logits, once more in fp32 while the loss is taken.
         """
-        block = self.block() + self.transient()
+        block = max(self.blocks([depth]) for depth in self._of_each_kind()) + self.transient()
         logits = self._logits * (self.element + FP32) + self._norm() + self.residual
         return self.residual + self.gathered() + max(block, logits if head else 0.0)
 
@@ -67,13 +72,20 @@ class Activations(MicroBatch):
         gradient of the logits takes their own place.
         """
         recompute, model = self.config.train.recompute, self.config.model
-        parts = [mixer(model.mixer).transient(self, Recompute.mixer in recompute)]
+        parts = [
+            kind.facts.transient(MicroBatch(kind.config), Recompute.mixer in recompute)
+            for kind in block_kinds(self.config)
+        ]
         if Recompute.cms in recompute:
             parts.append(max(self._hidden(h) for h in self._mlp_hidden()))
         if self._mixes_levels:
             # what each level adds to the residual stream, once by itself and once stacked
             parts.append(2 * len(self._mlp_hidden()) * self.tokens * model.d_model * self.element)
         return max(parts)
+
+    def _of_each_kind(self) -> list[int]:
+        """One block of each mixer."""
+        return [kind.depths[0] for kind in block_kinds(self.config)]
 
     def _norm(self) -> float:
         """RMSNorm keeps its input and the inverse root of each token."""

@@ -15,9 +15,10 @@ from nlscale.config.vocabulary import (
     Sharding,
     head_dim,
     kv_heads,
+    mixer_label,
 )
 from nlscale.errors import UserError
-from nlscale.model.mixers.table import mixer
+from nlscale.model.pattern import block_kinds, document_chunk
 from nlscale.model.sizes import level_hidden
 from nlscale.model.stages import stage_blocks
 from nlscale.optim.table import rule
@@ -104,14 +105,19 @@ def _divides(config: Config) -> None:
     model, tensor = config.model, config.parallel.tensor
     if model.attention.head_dim is None and model.d_model % model.heads:
         raise UserError(not_divisible("model.d_model", model.d_model, model.heads, "model.heads"))
-    _attention_keys(model)
-    mixer(model.mixer).check(model)
+    _pattern(model)
+    _attention_keys(config)
+    for kind in block_kinds(config):
+        kind.facts.check(kind.config.model)
+    if config.data.document_mask:
+        document_chunk(config)
     rule(config.optimizer.rule)
     if model.heads % tensor:
         raise UserError(not_divisible("model.heads", model.heads, tensor))
     if kv_heads(model) % tensor:
         raise UserError(not_divisible("model.attention.kv_heads", kv_heads(model), tensor))
-    _base_width(model)
+    for kind in block_kinds(config):
+        _base_width(kind.config.model)
     for index, hidden in enumerate(level_hidden(config)):
         if hidden % tensor:
             raise UserError(not_divisible(f"levels.spectrum.{index}.hidden", hidden, tensor))
@@ -120,15 +126,27 @@ def _divides(config: Config) -> None:
     _sharding(config)
 
 
-def _attention_keys(model: ModelConfig) -> None:
-    if mixer(model.mixer).reads_attention:
+def _pattern(model: ModelConfig) -> None:
+    if len(model.pattern) <= model.layers:
         return
+    raise UserError(
+        f"model.pattern names {len(model.pattern)} mixers, and model.layers is {model.layers}: "
+        f"some would have no block; name at most {model.layers}, or have more layers"
+    )
+
+
+def _attention_keys(config: Config) -> None:
+    model, kinds = config.model, block_kinds(config)
+    reads = any(kind.facts.reads_attention for kind in kinds)
+    windowed = any(kind.facts.windowed for kind in kinds)
     for f in fields(AttentionConfig):
         value = getattr(model.attention, f.name)
-        if value != f.default:
+        needs = windowed if f.name == "window" else reads
+        if value != f.default and not needs:
+            other = "sliding-window" if f.name == "window" else "attention"
             raise UserError(
-                f"model.attention.{f.name} is {value}, and model.mixer={model.mixer} is no softmax "
-                f"attention; leave it out, or use model.mixer=attention"
+                f"model.attention.{f.name} is {value}, which {mixer_label(model)} does not read; "
+                f"leave it out, or use model.mixer={other}"
             )
 
 

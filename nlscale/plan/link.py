@@ -91,7 +91,7 @@ class Links:
     step_seconds: float
     _by_depth: list[list[int]] = field(init=False)
     _matrices: list[float] = field(init=False)
-    """Bytes of whole matrices that leave a node, of each level in a block, a mean update."""
+    """Bytes of whole matrices that leave a node, of each level in a mean block, a mean update."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_by_depth", parameters_by_depth(self.config, self.vocabulary))

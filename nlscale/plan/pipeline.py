@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nlscale.config.vocabulary import Config
-from nlscale.model.sizes import level_parameters
-from nlscale.model.stages import EMBEDDING_COST, stage_blocks
+from nlscale.model.stages import stage_blocks, stage_costs
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ def pipeline(config: Config, vocabulary: int, micro_batches: int) -> Pipeline:
         UserError: fewer blocks than stages, or `parallel.stages` that do not fit.
     """
     ranks, virtual = config.parallel.pipeline, config.parallel.virtual_stages
-    costs = _stage_costs(config, vocabulary)
+    costs = stage_costs(config, vocabulary, stage_blocks(config, vocabulary))
     return Pipeline(
         ranks=ranks,
         virtual_stages=virtual,
@@ -71,16 +70,3 @@ def most_kept(stages: list[float], ranks: int, rank: int, micro_batches: int) ->
         if i >= ahead:  # a backward pass: in the same order, from the last stage to the first
             kept -= stages[-1 - order[i - ahead]]
     return most
-
-
-def _stage_costs(config: Config, vocabulary: int) -> list[float]:
-    """Parameters of each model stage; the embedding's count as `stage_blocks` weighs them."""
-    block = level_parameters(config, vocabulary=0)
-    table = vocabulary * config.model.d_model
-    costs = [
-        len(blocks) * sum(block) / config.model.layers
-        for blocks in stage_blocks(config, vocabulary)
-    ]
-    costs[0] += EMBEDDING_COST * table
-    costs[-1] += table
-    return costs

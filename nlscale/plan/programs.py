@@ -14,7 +14,7 @@ from nlscale.config.curriculum import curriculum
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
 from nlscale.model.mixers.facts import MicroBatch
-from nlscale.model.mixers.table import mixer
+from nlscale.model.pattern import block_kinds
 from nlscale.plan.pipeline import pipeline
 
 WANTED = 128
@@ -25,7 +25,8 @@ ALIGNED = 16
 
 def serial_programs(config: Config) -> int | None:
     """Programs of the serial passes of a micro batch; None where no kernels have such passes."""
-    return mixer(config.model.mixer).serial_programs(MicroBatch(config))
+    found = [kind.facts.serial_programs(MicroBatch(kind.config)) for kind in block_kinds(config)]
+    return min((programs for programs in found if programs is not None), default=None)
 
 
 def advise(
@@ -48,6 +49,9 @@ def advise(
             better = f"train.micro_batch={larger} runs {_programs_of(config, larger)} and fits"
             better += _wait(config, vocabulary, larger, data_parallel)
         said.append(f"{programs} programs leave most of a GPU without work: {better}")
+    for kind in block_kinds(config):
+        advice = kind.facts.advice(MicroBatch(kind.config))
+        said += [sentence for sentence in advice if sentence not in said]
     tensor = config.parallel.tensor
     if MicroBatch(config).half_kernels and vocabulary % (tensor * ALIGNED):
         whole = tensor * ALIGNED

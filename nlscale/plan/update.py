@@ -54,9 +54,9 @@ def update_bytes(
 
 def _of_group(config: Config, g: GroupMatrices, owners: int) -> float:
     """The fullest moment of its updates, of the owner that has most."""
-    part = g.level.elements / owners
+    held = g.level.elements_of(g.depths) / owners
     return max(
-        _of_call(config, call.kind, part * len(g.depths), part * len(depths), owned, owners)
+        _of_call(config, call.kind, held, g.level.elements_of(depths) / owners, owned, owners)
         for update in g.updates()
         for call, depths in update
         if depths

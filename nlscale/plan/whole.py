@@ -117,8 +117,8 @@ def whole_plan(
             LevelMatrixPlan(
                 own.name,
                 of_level(config, own.index).rule,
-                layers * by_level[own.index].number,
-                layers * by_level[own.index].elements,
+                sum(by_level[own.index].shapes.values()),
+                by_level[own.index].total,
             )
             for own in taking
         ],

@@ -27,6 +27,7 @@ from nlscale.levels.state import (
 from nlscale.model.decoder import Decoder, named_parameters
 from nlscale.model.kernels import check_kernels
 from nlscale.model.layers import megatron_config
+from nlscale.model.pattern import document_chunk
 from nlscale.model.stages import stage_blocks
 from nlscale.ops.documents import Documents
 from nlscale.ops.transfer import to_device
@@ -195,7 +196,7 @@ class Trainer:
         """
         device, documents, mask, own = self.layout.device, None, None, None
         if self.config.data.document_mask:
-            chunk = self.config.model.memory.chunk
+            chunk = document_chunk(self.config)
             targets = None if counts is None else counts[:, 1:]
             documents = Documents.of(rows[:, :-1], separator, chunk, device, targets)
         if counts is not None:

@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 
 from nlscale.config.curriculum import curriculum, stage_of
-from nlscale.config.vocabulary import Config
+from nlscale.config.vocabulary import Config, mixer_label
 from nlscale.errors import TrainingFailed
 from nlscale.parallel.consensus import SPIKE, Verdict
 
@@ -81,7 +81,7 @@ class Drops:
         spikes = [v for v in self._row if (v.dropped_because or "").startswith(SPIKE)]
         times = self._config.train.drop_spikes
         if len(spikes) < len(self._row) or times is None:
-            mixer = self._config.model.mixer
+            mixer = mixer_label(self._config.model)
             return f"{mixer} diverged: l{lower}"
         risen = statistics.median(v.loss / (v.limit / times) for v in spikes)
         if risen < _HAS_RISEN:

@@ -10,7 +10,7 @@ from typing import Any
 from nlscale.checkpoint.saver import saves
 from nlscale.config.curriculum import samples_of_cuts, tokens_until
 from nlscale.config.parts import parts_of
-from nlscale.config.vocabulary import Config
+from nlscale.config.vocabulary import Config, mixer_label
 from nlscale.errors import Stopped
 from nlscale.levels.engine import LevelOptimizer
 from nlscale.levels.spectrum import Level, periods_to_plain, said_periods, why_approximate
@@ -33,8 +33,9 @@ def describe(config: Config, prepared: Prepared, layout: Layout) -> str:
         f"{level.name} every {_periods(level)}{_outer(level)} ({count / 1e6:.2f}M)"
         for level, count in zip(prepared.levels, parameters, strict=True)
     )
+    mixer = mixer_label(config.model)
     return (
-        f"{config.model.mixer}, {sum(parameters) / 1e6:.2f}M parameters; levels: {spectrum}; "
+        f"{mixer}, {sum(parameters) / 1e6:.2f}M parameters; levels: {spectrum}; "
         f"{layout.world} rank{'s' * (layout.world > 1)} on {layout.device.type}, "
         f"{config.train.dtype.value}, {_tokens_a_step(prepared)} tokens a step"
     )

@@ -290,7 +290,7 @@ def _launches(
     if not isinstance(facts, MemoryFacts):
         raise UserError(f"mixer {name} scans no memory; --mixers knows {', '.join(MIXERS)}")
     rules = facts.rules(model_of(name, size, chunk))
-    if not takes(chunk, size.head_dim, rules.anchored, not facts.modifies_itself):
+    if not takes(rules, size.head_dim, not facts.modifies_itself):
         raise UserError(
             f"there are no kernels for {name} with heads of {size.head_dim} and --chunk {chunk}; "
             f"there are for {', '.join(MIXERS)}, heads and chunks of "

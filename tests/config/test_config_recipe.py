@@ -57,7 +57,7 @@ def message_of(call: Callable[[], Any]) -> str:
         ("model.memory.c=on", "model.memory.c", "a number"),
         ("levels.stagger=maybe", "levels.stagger", "true or false"),
         ("run.dir=null", "run.dir", "a text"),
-        ("model.mixer=hop", "model.mixer", "hope, hope-pure, hope-paper, gated-delta, attention"),
+        ("model.mixer=hop", "model.mixer", "hope, hope-pure, hope-paper, gated-delta, deltanet"),
         ("model.mixer=hope_pure", "model.mixer", "hope-pure"),
         ("model.mixer=null", "model.mixer", "gated-delta"),
         ("levels.reduction=[deferred]", "levels.reduction", "deferred, every-step"),

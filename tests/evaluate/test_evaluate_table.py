@@ -67,7 +67,7 @@ def test_an_unknown_mixer_is_never_counted_as_another() -> None:
         lambda: flops_by_part(config, 64),
         lambda: level_parameters(config, 64),
         lambda: check_sizes(config, 1),
-        batch.block,
+        lambda: batch.blocks([0]),
         batch.transient,
     ):
         with pytest.raises(UserError, match="no mixer is called 'unknown'"):

@@ -28,19 +28,23 @@ ROUNDED = 2 * torch.finfo(torch.float32).eps * (2 * PRODUCTS) ** 0.5
 """The same in fp32, 1.7e-6: a product of another number of rows adds in another order, so that both
 logits have gathered an eps a product, independent of each other; and the largest of some thousand
 differences is taken."""
+ONLY_ADD, MAGNIFIED = ("retnet", "linear-attention"), 8
+"""Memories whose sums grow as they read, and cancel in what is read before it is normalised: seen
+2.4 times as much."""
 Load = Callable[..., Model]
 
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """The model of a mixer, in a dtype."""
+    """The model of a mixer, or of a pattern of two, in a dtype."""
     runs: dict[tuple[str, ...], Path] = {}
 
     def of(mixer: str, dtype: torch.dtype = torch.float64, *overrides: str) -> Model:
         key = (mixer, *overrides)
         if key not in runs:
             runs[key] = tmp_path_factory.mktemp("run")
-            saved(runs[key], f"model.mixer={mixer}", *overrides)
+            name = "pattern" if mixer.startswith("[") else "mixer"
+            saved(runs[key], f"model.{name}={mixer}", *overrides)
         return nlscale.load(runs[key], device="cpu", dtype=dtype)
 
     return of
@@ -50,10 +54,12 @@ def far(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", [*MIXERS, "[sliding-window,hope]"])
 def test_each_row_of_a_random_schedule_is_as_if_alone(mixer: str, load: Load) -> None:
-    """Pieces of any lengths, rows moved, begun anew and saved on the way; a chunk is 4 tokens."""
-    model, draw, rows = load(mixer), random.Random(7), 4
+    """Pieces of any lengths, rows moved, begun anew and saved on the way; a chunk is 4 tokens, a
+    window 6."""
+    window = ["model.attention.window=6"] if "window" in mixer else []
+    model, draw, rows = load(mixer, torch.float64, *window), random.Random(7), 4
     torch.manual_seed(7)
     tokens = random_tokens(rows, 40)
     wanted = [model.logits(row[None])[0] for row in tokens]
@@ -92,7 +98,7 @@ def test_each_row_of_a_random_schedule_is_as_if_alone(mixer: str, load: Load) ->
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_in_fp32_too_neighbours_change_no_more_than_rounding(mixer: str, load: Load) -> None:
-    model = load(mixer, torch.float32)
+    model, bound = load(mixer, torch.float32), ROUNDED * (MAGNIFIED if mixer in ONLY_ADD else 1)
     torch.manual_seed(8)
     tokens, lengths = random_tokens(5, 30), [30, 1, 14, 7, 8]
     stream = model.stream(5)
@@ -100,8 +106,8 @@ def test_in_fp32_too_neighbours_change_no_more_than_rounding(mixer: str, load: L
     after = stream.feed(tokens[:, :1], last=True)
     for i, n in enumerate(lengths):
         alone = model.stream()
-        assert far(begun[i], alone.feed(tokens[i : i + 1, :n], last=True)[0]) < ROUNDED
-        assert far(after[i], alone.feed(tokens[i : i + 1, :1], last=True)[0]) < ROUNDED
+        assert far(begun[i], alone.feed(tokens[i : i + 1, :n], last=True)[0]) < bound
+        assert far(after[i], alone.feed(tokens[i : i + 1, :1], last=True)[0]) < bound
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nlscale.ops.memory.reference import memory_reference
-from nlscale.ops.memory.rules import MemoryRules, MemoryState, MemoryWeights
+from nlscale.ops.memory.rules import MainWeights, MemoryRules, MemoryState, MemoryWeights
 from nlscale.ops.memory.scan import memory_scan
 from nlscale.ops.pointwise import normalize
 
@@ -34,8 +34,9 @@ class Problem:
         batch: int = 2,
         dtype: torch.dtype = torch.float64,
         chunk: int = 4,
+        **rules: bool | float,
     ) -> None:
-        self.rules = replace(MODES[mode], chunk=chunk)
+        self.rules = replace(MODES[mode], chunk=chunk, **rules)
         shape = (batch, heads, length)
         a, b, q = (torch.randn(*shape, d, dtype=torch.float64) for _ in range(3))
         if case == "correlated keys":
@@ -55,6 +56,16 @@ class Problem:
             if mode == "hope":
                 for name in ("lambda_key", "lambda_value"):
                     leaves[name] = 0.3 + 0.3 * torch.randn(heads, dtype=torch.float64)
+        if self.rules.reads_state:
+            for name in ("state_key", "state_value"):
+                leaves[name] = torch.linalg.qr(torch.randn(heads, d, d, dtype=torch.float64))[0]
+            leaves["state_gates"] = torch.randn(heads, 2, d, dtype=torch.float64)
+            leaves["state_weight"] = 0.5 * torch.randn(heads, 3, dtype=torch.float64)
+        if self.rules.kalman_gain:
+            leaves["noise"] = torch.randn(heads, dtype=torch.float64) - 1
+        if self.rules.chunk_momentum:
+            leaves["momentum_decay"] = torch.randn(heads, dtype=torch.float64)
+            leaves["momentum_weight"] = 0.5 * torch.randn(heads, dtype=torch.float64)
         self.leaves = {k: v.to(dtype).requires_grad_() for k, v in leaves.items()}
 
     def cast(self, dtype: torch.dtype) -> Problem:
@@ -82,11 +93,14 @@ class Problem:
             return None
         return MemoryWeights(**{f.name: self.leaves.get(f.name) for f in fields(MemoryWeights)})
 
+    def main(self) -> MainWeights:
+        return MainWeights(**{f.name: self.leaves.get(f.name) for f in fields(MainWeights)})
+
     def scan(self, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
-        return memory_scan(*self.inputs(), self.weights(), self.rules, state)
+        return memory_scan(*self.inputs(), self.weights(), self.rules, state, main=self.main())
 
     def reference(self) -> Tensor:
-        return memory_reference(*self.inputs(), self.weights(), self.rules)
+        return memory_reference(*self.inputs(), self.weights(), self.rules, self.main())
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
         return dict(

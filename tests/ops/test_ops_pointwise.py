@@ -42,6 +42,22 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
         ),
     ),
 }  # fmt: skip
+OTHERS: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
+    "read gated by a sigmoid": lambda: (
+        pointwise.gated_read, (leaf(2, 3, 5, 8), leaf(3, 8), leaf(5, 2, 24), 1e-6, True),
+    ),
+    "inputs with queries": lambda: (
+        scan_inputs, (leaf(5, 2, 72), None, leaf(4, 72), leaf(3, 2, 72), None, 2, 3, 1e-6),
+    ),
+    "one input with queries, of documents": lambda: (
+        scan_inputs,
+        (
+            leaf(5, 2, 48), None, leaf(4, 48), leaf(3, 2, 48),
+            torch.tensor([[0, 1, 2, 3, 4], [0, 0, 1, 0, 1]]), 1, 3, 1e-6,
+        ),
+    ),
+}  # fmt: skip
+"""The same functions, compiled once already."""
 
 
 def results(function: Callable[..., Any], given: tuple[Any, ...]) -> list[Tensor]:
@@ -63,9 +79,9 @@ def test_compiled_functions_give_the_same(name: str, seed: int) -> None:
         assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [*CALLS, *OTHERS])
 def test_derivatives_by_hand_are_those_of_autograd(name: str, seed: int) -> None:
-    function, given = CALLS[name]()
+    function, given = (CALLS | OTHERS)[name]()
     before = [x.detach().clone() if isinstance(x, Tensor) else x for x in given]
     by_hand = pointwise.compiled_on_gpu(function)
     for got, want in zip(results(by_hand, given), results(function, given), strict=True):

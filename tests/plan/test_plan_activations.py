@@ -154,9 +154,7 @@ def kernels_as_on_a_gpu() -> None:
         return (lambda *given: Compiled.apply(function, *given)) if wanted else function
 
     def supports(a: Any, b: Any, q: Any, rules: Any, static: bool) -> bool:
-        fits = nlscale.ops.memory.kernels.sizes.takes(
-            rules.chunk, a.shape[-1], rules.anchored, static
-        )
+        fits = nlscale.ops.memory.kernels.sizes.takes(rules, a.shape[-1], static)
         return fits and a.dtype == torch.bfloat16
 
     for module in (cms, memory):  # a rotation keeps nothing, compiled or by hand
@@ -168,7 +166,7 @@ def kernels_as_on_a_gpu() -> None:
 
 def kept_bytes(config: Config) -> float:
     batch = Activations(config, VOCABULARY)
-    blocks = config.model.layers * batch.block()
+    blocks = batch.blocks(range(config.model.layers))
     return batch.embedding() + blocks + batch.head() + batch.gathered()
 
 
@@ -224,3 +222,36 @@ def test_the_peak_of_a_micro_batch_is_near_what_is_planned() -> None:
         planned = kept_bytes(config) + Activations(config, VOCABULARY).transient()
         # gradients on their way are left to the margin; in four layers they count for much
         assert 0.9 < planned / (alive + on_top) < 1.2, config
+
+
+STATIC = "{query_convolution: true, write: decayed, strength: 2, gate_activation: sigmoid}"
+SERIAL = "{gain: kalman, reads_state: true, chunk_momentum: true, query_convolution: true}"
+CHOICES = [(STATIC, "bf16", "true"), (STATIC, "fp32", "false")]
+CHOICES += [(SERIAL, "bf16", "true"), (SERIAL, "fp32", "true"), (SERIAL, "fp32", "false")]
+
+
+def test_what_memories_that_are_off_by_default_keep() -> None:
+    compare(
+        [
+            make(f"model.mixer={mixer}", f"model.memory={memory}", "model.memory.chunk=16",
+                 f"train.dtype={dtype}", f"train.kernels={kernels}", "data.sequence_length=60",
+                 recompute=parts)
+            for mixer, parts in (("hope", RECOMPUTE[0]), ("gated-delta", RECOMPUTE[1]),
+                                 ("gated-delta", RECOMPUTE[0]))
+            for memory, dtype, kernels in CHOICES
+        ],
+        ranks=1,
+    )  # fmt: skip
+
+
+def test_the_peak_of_memories_scanned_chunk_by_chunk_is_near_what_is_planned() -> None:
+    configs = [
+        make("model.mixer=hope", f"model.memory={SERIAL}", "model.memory.chunk=16",
+             "model.layers=4", f"train.dtype={dtype}", recompute=parts)
+        for dtype in ("bf16", "fp32")
+        for parts in RECOMPUTE[:2]
+    ]  # fmt: skip
+    real = world.run(1, live_bytes, configs, True)[0]
+    for config, (alive, on_top) in zip(configs, real, strict=True):
+        planned = kept_bytes(config) + Activations(config, VOCABULARY).transient()
+        assert 0.9 < planned / (alive + on_top) < 1.2, (planned, alive, on_top, config)

@@ -172,8 +172,8 @@ def test_a_pipeline_rank_keeps_the_micro_batches_in_flight() -> None:
     batch = Activations(config, VOCABULARY)
     first, last = memory(config, spectrum(config.levels, 1), VOCABULARY, 1, 8)
     sent, moment = batch.residual, batch.transient()
-    assert first.activations == 2 * (batch.embedding() + 2 * batch.block() + sent) + moment
-    assert last.activations == 3 * batch.block() + batch.head() + moment
+    assert first.activations == 2 * (batch.embedding() + batch.blocks(range(2)) + sent) + moment
+    assert last.activations == batch.blocks([0]) * 3 + batch.head() + moment
     assert batch.head() > 2 * 64 * VOCABULARY * batch.element
     alone = memory(config, spectrum(config.levels, 1), VOCABULARY, 1, 1)
     assert alone[0].activations - moment == (first.activations - moment) / 2

@@ -20,7 +20,7 @@ CARD_FILE = "README.md"
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [nlscale, {mixer}]
+tags: [nlscale, {tags}]
 ---
 
 # {name}
@@ -82,6 +82,7 @@ def write_card(
     for figure in figures:
         shutil.copyfile(figure, folder / figure.name)
     own, state = described["nlscale"], checkpoint.state
+    mixers = [entry["mixer"] for entry in described.get("pattern", [described])]
     rows = _training(checkpoint, run, facts["tokenizer"])
     table = _table(["", ""], [[what, text] for what, text in rows.items()])
     shown = "".join(f"\n\n![{figure.stem}]({figure.name})" for figure in figures)
@@ -96,7 +97,8 @@ def write_card(
         folder=facts["name"],
         prompt=facts["prompt"],
         modeling=facts["modeling"],
-        mixer=described["mixer"],
+        mixer="`, `".join(mixers),
+        tags=", ".join(dict.fromkeys(mixers)),
         parameters=facts["parameters"],
         version=state["versions"].get("nlscale", "of unknown version"),
         steps=state["step"],

@@ -1,6 +1,6 @@
 """The one file of Python that an export to Hugging Face carries, put together from our own modules.
 
-`nlscale.checkpoint.export.modeling`, the plain-torch class of the model's mixer and what they
+`nlscale.checkpoint.export.modeling`, the plain-torch classes of the model's mixers and what they
 import of nlscale become one module that imports torch and transformers alone. The same sources
 give the same file, byte for byte.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +25,7 @@ AUTO_MAP = {
 """In config.json: the class of that file that each of transformers' makes."""
 _MODELING = "nlscale.checkpoint.export.modeling"
 _TABLE = "nlscale.model.mixers.table"
-"""The one module that is not copied: the file carries one mixer, and says so in its place."""
+"""The one module that is not copied: the file carries some mixers, and says so in its place."""
 _HEADER = '''"""A model trained by nlscale {version}: all the code that transformers needs of it.
 
 Put together by `nlscale checkpoint export --to huggingface` from
@@ -37,31 +38,36 @@ from __future__ import annotations
 {imports}'''
 _CHOICE = '''
 def plain_mixer(name: str) -> type[PlainMixer]:
-    """The class of the mixer that this file carries."""
-    return {{"{name}": {made}}}[name]
+    """The class of a mixer that this file carries."""
+    return {{{classes}}}[name]
 '''
 
 
-def modeling_source(name: str) -> str:
-    """The file for a model of the mixer of that name, which has a class in plain torch.
+def modeling_source(names: Iterable[str]) -> str:
+    """The file for a model of the mixers of these names, which have classes in plain torch.
 
     Raises:
-        UserError: that class is made of a module that cannot be carried.
+        UserError: one of the classes is made of a module that cannot be carried.
     """
-    plain_by = mixer(name).plain_by
-    assert plain_by is not None, "nlscale.model.mixers.table.plain_mixer refuses it before"
-    module, _, made = plain_by.partition(":")
+    names = sorted(set(names))
+    made: dict[str, tuple[str, str]] = {}  # module and class
+    for name in names:
+        plain_by = mixer(name).plain_by
+        assert plain_by is not None, "nlscale.model.mixers.table.plain_mixer refuses it before"
+        module, _, class_ = plain_by.partition(":")
+        made[name] = module, class_
     parts: dict[str, _Part] = {}
-    for first in (module, _MODELING):
+    for first in (*dict.fromkeys(module for module, _ in made.values()), _MODELING):
         _collect(first, parts)
     imports = _written({line for part in parts.values() for line in part.imports})
     modules = ",\n".join(f"    {name}" for name in parts)
     head = _HEADER.format(version=version("nlscale"), modules=modules, imports=imports)
     last = parts.pop(_MODELING)
     bodies = [part.body for part in parts.values()]
-    bodies += [_CHOICE.format(name=name, made=made).strip("\n"), last.body]
+    classes = ", ".join(f'"{name}": {class_}' for name, (_, class_) in made.items())
+    bodies += [_CHOICE.format(classes=classes).strip("\n"), last.body]
     text = "\n\n\n".join([head, *bodies]) + "\n"
-    _check_names(text, plain_by)
+    _check_names(text, ", ".join(dict.fromkeys(module for module, _ in made.values())))
     return text
 
 
@@ -141,13 +147,13 @@ def _written(imports: set[tuple[str, str]]) -> str:
     return text.rstrip()
 
 
-def _check_names(text: str, plain_by: str) -> None:
+def _check_names(text: str, modules: str) -> None:
     """Raises UserError: two of the modules call different things the same."""
     kinds = (ast.FunctionDef, ast.ClassDef)
     names = [node.name for node in ast.parse(text).body if isinstance(node, kinds)]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise UserError(
-            f"{plain_by.partition(':')[0]} and a module that is carried beside it both define "
+            f"{modules} and a module that is carried beside it both define "
             f"{min(twice)}; give one another name"
         )

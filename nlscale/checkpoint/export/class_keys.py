@@ -8,7 +8,7 @@ from typing import Any
 from nlscale.config.units import declared_period
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
-from nlscale.model.mixers.table import mixer
+from nlscale.model.pattern import block_kinds
 from nlscale.model.sizes import level_hidden, places
 from nlscale.model.width import width_multiplier
 
@@ -16,15 +16,24 @@ _OF_A_LEVEL = ("name", "period", "hidden")
 
 
 def class_keys(config: Config) -> dict[str, Any]:
-    """The arguments of `nlscale.checkpoint.export.configuration.NlscaleConfig`."""
-    model = config.model
+    """The arguments of `nlscale.checkpoint.export.configuration.NlscaleConfig`.
+
+    Raises:
+        UserError: a mixer has options that nothing in plain torch knows.
+    """
+    model, kinds = config.model, block_kinds(config)
+    entries = [
+        {"mixer": (own := kind.config.model).mixer, "mixer_options": kind.facts.plain_options(own)}
+        for kind in kinds
+    ]
+    of_depth = {d: entry for kind, entry in zip(kinds, entries, strict=True) for d in kind.depths}
+    in_turn = [of_depth[i] for i in range(len(model.pattern) or 1)]
     return {
         "vocab_size": model.vocabulary,
         "hidden_size": model.d_model,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
-        "mixer": model.mixer,
-        "mixer_options": mixer(model.mixer).plain_options(model),
+        **(in_turn[0] if len(entries) == 1 else {"pattern": in_turn}),
         "levels": _levels(config),
         "cms": model.cms.value,
         "norm_eps": model.norm_eps,
@@ -47,15 +56,24 @@ def check_class_keys(described: dict[str, Any], config: Config, where: Path) -> 
     """
     for key, ours in class_keys(config).items():
         theirs = described.get(key, ours)
-        if isinstance(ours, dict) and isinstance(theirs, dict):  # another version has others
-            ours, theirs = ({k: x[k] for k in ours.keys() & theirs.keys()} for x in (ours, theirs))
-        elif key == "levels":
+        if key == "levels":
             ours, theirs = _compared(ours), _compared(theirs)
+        else:  # another version has other options
+            ours, theirs = _shared(ours, theirs), _shared(theirs, ours)
         if ours != theirs:
             raise UserError(
                 f"{where} says {key}={theirs!r}, and what it holds under nlscale makes that "
                 f"{ours!r}; correct what is wrong of both"
             )
+
+
+def _shared(own: Any, other: Any) -> Any:
+    """What a value has under keys that another has too, all the way down."""
+    if isinstance(own, dict) and isinstance(other, dict):
+        return {key: _shared(own[key], other[key]) for key in own if key in other}
+    if isinstance(own, list) and isinstance(other, list) and len(own) == len(other):
+        return [_shared(*pair) for pair in zip(own, other, strict=True)]
+    return own
 
 
 def _compared(levels: Any) -> Any:

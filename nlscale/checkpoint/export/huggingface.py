@@ -27,7 +27,7 @@ from nlscale.checkpoint.export.weights import (
 )
 from nlscale.checkpoint.store.store import Checkpoint
 from nlscale.config.units import human_count
-from nlscale.config.vocabulary import Config, Dtype
+from nlscale.config.vocabulary import Config, Dtype, mixers_of
 from nlscale.data.index import INDEX_NAME, read_index, tokenizer_of
 from nlscale.data.tokenizer import Tokenizer, load_tokenizer
 from nlscale.errors import UserError
@@ -60,8 +60,10 @@ def export_huggingface(
     """
     own = describe(checkpoint, dtype)
     config = config_of(own, checkpoint.path)
-    plain_mixer(config.model.mixer)  # refuses one that there is not
-    source = modeling_source(config.model.mixer)
+    names = mixers_of(config.model)
+    for name in names:
+        plain_mixer(name)  # refuses one that there is not
+    source = modeling_source(names)
     _refuse_another_tokenizer(checkpoint, tokenizer_folder or Path(config.data.folders()[0]))
     tokenizer = _tokenizer(config, tokenizer_folder)
     assert config.model.vocabulary is not None

@@ -94,12 +94,12 @@ class NlscaleForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: NlscaleConfig) -> None:
         super().__init__(config)
         d, eps = config.hidden_size, config.norm_eps
-        make, independent = plain_mixer(config.mixer), config.cms == "independent"
+        independent = config.cms == "independent"
         hidden = [level["hidden"] for level in config.levels if level["hidden"]]
         self.embedding = nn.Embedding(config.vocab_size, d)
         self.blocks = nn.ModuleList(
-            PlainBlock(make(d, eps, **config.mixer_options), d, hidden, independent, eps)
-            for _ in range(config.num_hidden_layers)
+            PlainBlock(plain_mixer(name)(d, eps, **options), d, hidden, independent, eps)
+            for name, options in config.mixers()
         )
         self.norm = PlainRMSNorm(d, eps)
         self.head = PlainLinear(d, config.vocab_size)

@@ -15,5 +15,5 @@ class NlscaleForCausalLM(modeling.NlscaleForCausalLM):
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         self.config.auto_map = dict(AUTO_MAP)  # one that was made anew has none
         super().save_pretrained(save_directory, *args, **kwargs)
-        source = modeling_source(self.config.mixer)
+        source = modeling_source(name for name, _ in self.config.mixers())
         (Path(save_directory) / MODELING_FILE).write_text(source, encoding="utf-8")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nlscale.config.vocabulary import mixer_label
 from nlscale.errors import LostRank, SaidElsewhere, UserError
 from nlscale.evaluate.asking.context import Context
 from nlscale.evaluate.asking.kept import Kept, home_of, named, stem
@@ -95,7 +96,7 @@ def _ask(
     whole = {
         "evaluation": name,
         "step": model.step,
-        "mixer": model.config.model.mixer,
+        "mixer": mixer_label(model.config.model),
         "options": {key: value for key, value in asked.items() if value is not None},
         "result": result,
     }

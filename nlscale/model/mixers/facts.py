@@ -84,6 +84,8 @@ class MixerFacts(ABC):
     """The part of its FLOPs that lies between the projections."""
     reads_attention: ClassVar[bool] = False
     """Whether `model.attention` says something of it."""
+    windowed: bool = False
+    """Whether that is of its window too."""
     logit_bytes: ClassVar[int] = 0
     """Of logits that the core takes beside queries, keys and values, a token and head."""
     plain_by: ClassVar[str | None] = None
@@ -145,6 +147,10 @@ class MixerFacts(ABC):
         None where there is no such kernel. A GPU runs one on each of its multiprocessors.
         """
         return None
+
+    def advice(self, batch: MicroBatch) -> list[str]:
+        """What a plan says of how this mixer runs on GPUs, a sentence each."""
+        return []
 
     @abstractmethod
     def kept(self, batch: MicroBatch, recompute: bool) -> float:

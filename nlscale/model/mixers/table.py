@@ -11,7 +11,7 @@ from typing import Any
 
 from nlscale.config.presets import MIXER_PRESETS
 from nlscale.config.schema import nearest
-from nlscale.config.vocabulary import MIXERS
+from nlscale.config.vocabulary import MIXERS, Decay
 from nlscale.errors import UserError
 from nlscale.model.mixers.attention.facts import AttentionFacts
 from nlscale.model.mixers.facts import MixerFacts
@@ -22,7 +22,11 @@ _TABLE: dict[str, MixerFacts] = {
     "hope-pure": MemoryFacts(modifies_itself=True, main_memory=False),
     "hope-paper": MemoryFacts(modifies_itself=True, main_memory=False),
     "gated-delta": MemoryFacts(modifies_itself=False, main_memory=True),
+    "deltanet": MemoryFacts(modifies_itself=False, main_memory=True, decay=Decay.none),
+    "retnet": MemoryFacts(modifies_itself=False, main_memory=True, erases=False, decay=Decay.fixed),
+    "linear-attention": MemoryFacts(modifies_itself=False, main_memory=True, erases=False),
     "attention": AttentionFacts(),
+    "sliding-window": AttentionFacts(windowed=True),
 }
 
 

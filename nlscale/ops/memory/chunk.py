@@ -50,12 +50,17 @@ class ChunkWrites(torch.autograd.Function):
 
     chunk by chunk as far as Pi needs it; what is S's follows (`nlscale.ops.memory.main`), and where
     there is no Pi keys are made for all chunks at once. T stands as a matrix because the backward
-    uses it again; its entries are bounded by 1, since every write is a contraction.
+    uses it again; its entries are bounded by the largest write strength, since no write magnifies.
+
+    A write that erases what has decayed (`MemoryRules.decayed_write`) is the same with the decay of
+    the token itself: F" in the place of F', and g_i in that of g_{i-1}.
+
+    Of writes that erase nothing (`MemoryRules.erases`) W and f are 0 and T is I: D = diag(r) v.
 
     Backward, first what is S's, and then Pi's, the chunks in reverse order:
 
         dD = n dZ'^T + (from the reads)      y = T^T dD      w = diag(r) y = dX
-        d logit of r_i = (1 - r_i) y_i . D_i             as X - W D = D / r
+        d logit of r_i = (1 - r_i / strength) y_i . D_i  as X - W D = D / r
         E = -(w D^T) * F'                    df = -w Z [ + w ]
         A_j = F_Cj (D dZ')_j + (E^T k)_j     k as what was written, A, and as what is being
         B_i = exp(g_{i-1}) df_i + (E k)_i    written, B; dk += A + B [ - w ]
@@ -101,7 +106,7 @@ class ChunkWrites(torch.autograd.Function):
             [n, N, C, d], and Z after the last chunk.
         """
         count, batch, size, d = a.shape
-        keys, made = _empty_keys(a), None
+        keys, made = _empty_keys(a, rules), None
         v, gates, v_scale, last = b, logits, None, []
         pi = pi_writes = states = writes = None
         if makers is None:
@@ -110,6 +115,7 @@ class ChunkWrites(torch.autograd.Function):
                 a.flatten(0, 1),
                 logits[..., 1].flatten(0, 1),
                 logits[..., :1].flatten(0, 1),
+                rules.strength,
             )
         else:
             pi, pi_writes = a.new_empty(count + 1, batch, d, d), a.new_empty(a.shape)
@@ -136,7 +142,7 @@ class ChunkWrites(torch.autograd.Function):
                 gates_i.copy_(fed[..., d:])
                 for_value = made_i[:, d + 2 :].mT
                 torch.baddbmm(b_i, b_i, for_value, beta=float(additive), out=v_i)
-                _fill(key, fed[..., :d], gates_i[..., 1], gates_i[..., :1])
+                _fill(key, fed[..., :d], gates_i[..., 1], gates_i[..., :1], rules.strength)
                 u = v_i
                 if v_scale is not None:
                     u = v_i * _inverse_norm(v_i, out=v_scale[i])
@@ -176,7 +182,7 @@ class ChunkWrites(torch.autograd.Function):
             *of_keys,
         ) = ctx.saved_tensors  # fmt: skip
         rules, (count, batch, size, d) = ctx.rules, a.shape
-        keys = Keys(*of_keys)
+        keys = Keys.of(of_keys, rules)
         # what was not used has no derivative: reads without the state after, or the reverse
         d_k, d_g, _, d_main, d_written, d_last = d_outputs
         d_k = torch.zeros_like(a) if d_k is None else d_k
@@ -192,27 +198,15 @@ class ChunkWrites(torch.autograd.Function):
         d_made, open_, closed = (
             a.new_empty(count, batch, size, d + 2),
             torch.sigmoid(-gates[..., 1]),
-            1 - keys.r,
+            1 - keys.r / rules.strength,
         )
         if makers is None:
             assert of_main is not None, "a static memory is S"
             torch.mul(of_main.d_r, closed, out=d_made[..., d : d + 1])
-            _fill_backward(
-                keys.flat(),
-                *(
-                    x.flatten(0, 1)
-                    for x in (
-                        of_main.pairs,
-                        of_main.past,
-                        of_main.d_faded,
-                        d_k,
-                        d_g,
-                        of_main.d_end,
-                        open_,
-                        d_made,
-                    )
-                ),
-            )
+            of_reads = (d_k, d_g, of_main.d_end, open_, d_made)
+            given: Any = (of_main.pairs, of_main.past, of_main.d_faded, *of_reads)
+            flat: Any = (None if x is None else x.flatten(0, 1) for x in given)
+            _fill_backward(keys.flat(), *flat)
             d_x, d_logits = d_made.split([d, 2], dim=-1)
             return d_x, of_main.d_v, d_logits, of_main.d_state, *(None,) * 5
         u = v if v_scale is None else v * v_scale
@@ -240,6 +234,7 @@ class ChunkWrites(torch.autograd.Function):
                 past = torch.bmm(write, d_pi)
                 pairs = torch.baddbmm(key.solve, w, write.mT, beta=0, alpha=-1)
             else:
+                assert of_main.pairs is not None and of_main.d_faded is not None, "Pi erases"
                 past = torch.baddbmm(of_main.past[i], write, d_pi)
                 pairs = torch.baddbmm(of_main.pairs[i], w, write.mT, alpha=-1)
                 d_r.add_(of_main.d_r[i])
@@ -251,7 +246,7 @@ class ChunkWrites(torch.autograd.Function):
             # its right side
             d_target = torch.bmm(w, state)
             d_faded = w - d_target if rules.anchored else d_target.neg()
-            if of_main is not None:
+            if of_main is not None and of_main.d_faded is not None:
                 d_faded.add_(of_main.d_faded[i])
             d_key = d_k[i] - w if rules.anchored else d_k[i]
             d_p, p = torch.bmm(w.mT, rest[i]), state
@@ -288,7 +283,7 @@ class ChunkWrites(torch.autograd.Function):
         return d_a, d_b, d_logits, d_current, d_start, None, d_makers, None, None
 
 
-def _empty_keys(a: Tensor) -> Keys:
+def _empty_keys(a: Tensor, rules: MemoryRules) -> Keys:
     """To be filled."""
     count, batch, size, _ = a.shape
     whole, column = (count, batch, size), (count, batch, size, 1)
@@ -299,11 +294,14 @@ def _empty_keys(a: Tensor) -> Keys:
         g=a.new_zeros(count, batch, size + 1),
         since_start=a.new_empty(count, batch, size + 1, 1),
         fade=a.new_empty(count, batch, size + 1, size),
-        solve=a.new_empty(*whole, size).mT,  # as the solver wants to leave it
+        solve=a.new_empty(*whole, size).mT  # as the solver wants to leave it
+        if rules.erases
+        else a.new_empty(count, batch, 0, 0),
+        rules=rules,
     )
 
 
-def _fill(keys: Keys, x: Tensor, alpha: Tensor, eta: Tensor) -> None:
+def _fill(keys: Keys, x: Tensor, alpha: Tensor, eta: Tensor, strength: float) -> None:
     """Keys [N, C, d] of what is to be normalised, and all that follows from them and the gates.
 
     The logits alpha are [N, C], and eta [N, C, 1].
@@ -311,12 +309,15 @@ def _fill(keys: Keys, x: Tensor, alpha: Tensor, eta: Tensor) -> None:
     size = x.shape[1]
     torch.mul(x, _inverse_norm(x, out=keys.scale), out=keys.k)
     torch.sigmoid(eta, out=keys.r)
+    keys.r.mul_(strength)
     g, fade = keys.g, keys.fade
     torch.cumsum(F.logsigmoid(alpha), -1, out=g[:, 1:])
     torch.exp(g[..., None], out=keys.since_start)
     # what lies above is masked before exp, where it may overflow
     torch.sub(g[:, :, None], g[:, None, 1:], out=fade).add_(_above(size, x.dtype, x.device)).exp_()
-    coupling = torch.bmm(keys.k, keys.k.mT).mul_(fade[:, :-1]).mul_(keys.r)
+    if not keys.rules.erases:
+        return
+    coupling = torch.bmm(keys.k, keys.k.mT).mul_(keys.fade_before).mul_(keys.r)
     eye = _eye(size, x.dtype, x.device).expand_as(coupling)
     torch.linalg.solve_triangular(
         coupling, eye, upper=False, unitriangular=True, out=keys.solve
@@ -325,9 +326,9 @@ def _fill(keys: Keys, x: Tensor, alpha: Tensor, eta: Tensor) -> None:
 
 def _fill_backward(
     keys: Keys,
-    pairs: Tensor,
+    pairs: Tensor | None,
     past: Tensor,
-    d_faded: Tensor,
+    d_faded: Tensor | None,
     d_key: Tensor,
     d_g: Tensor,
     d_end: Tensor,
@@ -340,21 +341,27 @@ def _fill_backward(
         keys: of N chunks.
         pairs: -w D^T, [N, C, C]; overwritten, as are `past`, `d_faded` and `d_g`.
         past: D dZ', [N, C, d].
-        d_faded: df, likewise.
+        d_faded: df, likewise; as `pairs` None where writes erase nothing.
         d_key: what dk is beside A and B, likewise.
         d_g: from the reads, [N, C + 1].
         d_end: what is added to dg_C, [N].
         open_: derivative of g by the logit of its decay, [N, C].
     """
     k, size, d = keys.k, *keys.k.shape[1:]
-    pairs.mul_(keys.fade[:, :-1])
-    past.mul_(keys.until_end).baddbmm_(pairs.mT, k)
-    now = d_faded.mul_(keys.before).baddbmm_(pairs, k)
-    d_g[:, :-1].add_(row_dot(k, now)[..., 0])
+    past.mul_(keys.until_end)
+    now = None
+    if pairs is not None and d_faded is not None:
+        pairs.mul_(keys.fade_before)
+        if keys.rules.decayed_write:
+            pairs.diagonal(dim1=1, dim2=2).zero_()  # F" has ones there; no write erases itself
+        past.baddbmm_(pairs.mT, k)
+        now = d_faded.mul_(keys.before).baddbmm_(pairs, k)
+        d_g[:, keys.erased].add_(row_dot(k, now)[..., 0])
     d_g[:, 1:].sub_(row_dot(k, past)[..., 0])
     d_g[:, -1].add_(d_end)
     torch.mul(d_g @ _up_to(size, k.dtype, k.device), open_, out=d_made[..., d + 1])
-    _normalize_backward(past.add_(now).add_(d_key), k, keys.scale, d_made[..., :d])
+    past = past if now is None else past.add_(now)
+    _normalize_backward(past.add_(d_key), k, keys.scale, d_made[..., :d])
 
 
 @lru_cache(maxsize=4)

@@ -11,11 +11,14 @@ all chunks at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from nlscale.ops.memory.rules import MemoryRules
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,14 @@ class Keys:
     fade: Tensor
     """F, [n, N, C + 1, C]."""
     solve: Tensor
-    """T, [n, N, C, C]."""
+    """T, [n, N, C, C]; empty where writes erase nothing, which makes it the identity."""
+    rules: MemoryRules
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor], rules: MemoryRules) -> Keys:
+        """Of `all`."""
+        fields: tuple[Any, ...] = (*tensors, rules)
+        return cls(*fields)
 
     @property
     def all(self) -> tuple[Tensor, ...]:
@@ -43,16 +53,27 @@ class Keys:
 
     def each(self) -> Iterator[Keys]:
         """Those of one chunk after the other, without the first dimension."""
-        return map(Keys, *(x.unbind(0) for x in self.all))
+        for of_chunk in zip(*(x.unbind(0) for x in self.all), strict=True):
+            yield Keys.of(of_chunk, self.rules)
 
     def flat(self) -> Keys:
         """All as if they were of one chunk of n N sequences."""
-        return Keys(*(x.flatten(0, 1) for x in self.all))
+        return Keys.of((x.flatten(0, 1) for x in self.all), self.rules)
+
+    @property
+    def erased(self) -> slice:
+        """Of g_0 .. g_C those by which what each write erases has decayed."""
+        return slice(1, None) if self.rules.decayed_write else slice(0, -1)
 
     @property
     def before(self) -> Tensor:
-        """exp(g_0 .. g_{C-1})."""
-        return self.since_start[..., :-1, :]
+        """exp of them: of g_0 .. g_{C-1}, or of g_1 .. g_C."""
+        return self.since_start[..., self.erased, :]
+
+    @property
+    def fade_before(self) -> Tensor:
+        """F', the same rows of F, [n, N, C, C]."""
+        return self.fade[..., self.erased, :]
 
     @property
     def whole(self) -> Tensor:
@@ -78,12 +99,12 @@ class Shares:
     """w = diag(r) T^T dD, [n, N, C, d]."""
     d_r: Tensor
     """Of the logits of r, but for a factor 1 - r, [n, N, C, 1]."""
-    pairs: Tensor
-    """-w D^T, [n, N, C, C]."""
+    pairs: Tensor | None
+    """-w D^T, [n, N, C, C]; None where writes erase nothing."""
     past: Tensor
     """D dS', [n, N, C, d]."""
-    d_faded: Tensor
-    """df = -w S, likewise."""
+    d_faded: Tensor | None
+    """df = -w S, likewise; None where writes erase nothing."""
     d_end: Tensor
     """S' . dS', [n, N]."""
     d_state: Tensor
@@ -93,6 +114,9 @@ class Shares:
 def write(keys: Keys, v: Tensor, carried: Tensor | None, states: Tensor, writes: Tensor) -> None:
     """Fill what is written, D [n, N, C, d], and the states [n + 1, N, d, d], of which the first is
     given."""
+    if not keys.rules.erases:
+        _add(keys, v, carried, states, writes)
+        return
     solve, whole = keys.solve * keys.r.mT, keys.whole
     faded, n = keys.faded, keys.k * keys.until_end
     parts = zip(v, faded, solve, n, whole, states, states[1:], writes, strict=False)
@@ -102,6 +126,16 @@ def write(keys: Keys, v: Tensor, carried: Tensor | None, states: Tensor, writes:
         torch.bmm(solve_i, torch.baddbmm(v_i, faded_i, state.mT, alpha=-1), out=written)
         torch.mul(state, whole_i, out=after)
         after.baddbmm_(written.mT, n_i)
+
+
+def _add(keys: Keys, v: Tensor, carried: Tensor | None, states: Tensor, writes: Tensor) -> None:
+    """The same where nothing is erased: D = diag(r) v."""
+    torch.mul(v, keys.r, out=writes)
+    added = product(writes.mT, keys.k * keys.until_end)
+    for i, whole in enumerate(keys.whole):
+        if carried is not None:
+            states[i].mul_(carried[i])
+        torch.addcmul(added[i], states[i], whole, out=states[i + 1])
 
 
 def write_backward(
@@ -114,7 +148,8 @@ def write_backward(
     d_written: Tensor | None,
 ) -> Shares:
     """From the derivatives by the last state, the states and the writes; None: there is none."""
-    faded, n, whole = keys.faded, keys.k * keys.until_end, keys.whole
+    erases, n, whole = keys.rules.erases, keys.k * keys.until_end, keys.whole
+    faded = keys.faded if erases else n
     y, d_states = writes.new_empty(writes.shape), states.new_empty(states.shape)
     if d_last is None:
         d_states[-1].zero_()
@@ -126,12 +161,16 @@ def write_backward(
             d_write = torch.bmm(n[i], d_after.mT)
         else:
             d_write = torch.baddbmm(d_written[i], n[i], d_after.mT)
-        torch.bmm(keys.solve[i].mT, d_write, out=y[i])
+        if erases:
+            torch.bmm(keys.solve[i].mT, d_write, out=y[i])
+        else:
+            y[i] = d_write
         torch.mul(d_after, whole[i], out=d_state)
         if d_main is not None:
             d_state.add_(d_main[i])
-        w = torch.mul(y[i], keys.r[i], out=d_write)
-        d_state.baddbmm_(w.mT, faded[i], alpha=-1)
+        if erases:
+            w = torch.mul(y[i], keys.r[i], out=d_write)
+            d_state.baddbmm_(w.mT, faded[i], alpha=-1)
         if carried is not None:
             d_state.mul_(carried[i])
     past = product(writes, d_states[1:], out=n)
@@ -141,9 +180,9 @@ def write_backward(
     return Shares(
         d_v=w,
         d_r=d_r,
-        pairs=product(w, writes.mT).neg_(),
+        pairs=product(w, writes.mT).neg_() if erases else None,
         past=past,
-        d_faded=product(w, states[:-1], out=faded).neg_(),
+        d_faded=product(w, states[:-1], out=faded).neg_() if erases else None,
         d_end=d_end,
         d_state=d_states[0].clone(),
     )

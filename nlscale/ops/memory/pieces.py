@@ -32,6 +32,14 @@ class Run:
     """Whether a chunk begins after the run; of each row, bool [batch, 1, 1, 1], where they differ.
     """
 
+    def ends(self, stands: Tensor | None) -> list[bool | Tensor]:
+        """Of each of its chunks, whether it ends with its last place; of each row, bool
+        [batch, 1, 1, 1], where they differ. `stands` is the piece's, of this run."""
+        if self.count == 1 or stands is None:
+            return [self.renews] * self.count
+        whole = stands[:, self.size - 1 :: self.size, None, None, None]
+        return [*whole.unbind(1)]
+
     def renewed(self, start: Tensor, pi: Tensor) -> Tensor:
         """Pi at the start of the current chunk, after the run."""
         if isinstance(self.renews, Tensor):
@@ -54,6 +62,10 @@ class Piece:
         # split, not slices: the backward of a slice fills a tensor of the whole length with zeros
         lengths = [run.count * run.size for run in self.runs]
         return zip(*(x.split(lengths, dim=2) for x in inputs), strict=True)
+
+    def stands(self) -> list[Tensor | None]:
+        """Of each run, where there is a token, bool [batch, places]; None: everywhere."""
+        return [None for _ in self.runs]
 
     def joined(self, reads: list[Tensor]) -> Tensor:
         """What the tokens read, [batch, heads, time, d], of what each run read."""
@@ -80,6 +92,9 @@ class RaggedPiece(Piece):
             alpha.masked_fill(some, _CLOSED),
         )
         return super().parts(*filled)
+
+    def stands(self) -> list[Tensor | None]:
+        return [*(~self.filling).split([run.count * run.size for run in self.runs], dim=1)]
 
     def joined(self, reads: list[Tensor]) -> Tensor:
         return _along(super().joined(reads), self.place)

@@ -8,7 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nlscale.ops.memory.rules import NORMALIZE_EPS, MemoryRules, MemoryWeights
+from nlscale.ops.memory.rules import (
+    NORMALIZE_EPS,
+    STATE_EPS,
+    MainWeights,
+    MemoryRules,
+    MemoryWeights,
+)
 
 
 def memory_reference(
@@ -19,6 +25,7 @@ def memory_reference(
     alpha: Tensor,
     weights: MemoryWeights | None,
     rules: MemoryRules,
+    main: MainWeights | None = None,
 ) -> Tensor:
     """The recurrence of docs/concepts/memory.md, Eq. 93 and what is chosen beside it, by token.
 
@@ -30,7 +37,7 @@ def memory_reference(
     rows = []
     for i in range(batch):
         for h in range(heads):
-            rows.append(_one_head(i, h, a, b, q, eta, alpha, weights, rules))
+            rows.append(_one_head(i, h, a, b, q, eta, alpha, weights, rules, main))
     return torch.stack(rows).view(batch, heads, length, d)
 
 
@@ -44,6 +51,7 @@ def _one_head(
     alpha: Tensor,
     weights: MemoryWeights | None,
     rules: MemoryRules,
+    extra: MainWeights | None,
 ) -> Tensor:
     d = a.shape[-1]
     zero = torch.zeros(d, d, dtype=torch.float64, device=a.device)
@@ -56,10 +64,18 @@ def _one_head(
         learned = torch.cat(parts).double()
     stacked = learned  # [M_k; M_v; m_eta; m_alpha; (M_m)], [rows, d]
     at_start = stacked
+    main_at_start = begun_with = momentum = zero  # S now and, faded, of the chunk's start; m
+    p = torch.ones((), dtype=torch.float64, device=a.device)
     reads = []
     for t in range(a.shape[2]):
         if t % rules.chunk == 0:
-            at_start = stacked
+            if rules.chunk_momentum and t:
+                assert extra is not None
+                assert extra.momentum_decay is not None and extra.momentum_weight is not None
+                beta = torch.sigmoid(extra.momentum_decay[h].double())
+                momentum = beta * momentum + (main - begun_with)
+                main = main + extra.momentum_weight[h].double() * momentum
+            at_start, main_at_start, begun_with = stacked, main, main
         at, bt, qt = a[i, h, t].double(), b[i, h, t].double(), q[i, h, t].double()
         eta_logit, alpha_logit = eta[i, h, t].double(), alpha[i, h, t].double()
         k, v = at, bt
@@ -71,17 +87,41 @@ def _one_head(
             if weights.lambda_key is not None and weights.lambda_value is not None:
                 k = at + weights.lambda_key[h].double() * k
                 v = bt + weights.lambda_value[h].double() * v
+        if rules.reads_state:
+            assert extra is not None and extra.state_weight is not None
+            assert extra.state_key is not None and extra.state_value is not None
+            assert extra.state_gates is not None
+            s = main_at_start @ qt
+            s = s / torch.sqrt(s @ s / d + STATE_EPS)
+            by_key, by_value, by_gates = extra.state_weight[h].double().unbind()
+            k = k + by_key * extra.state_key[h].double() @ s
+            v = v + by_value * extra.state_value[h].double() @ s
+            from_state = by_gates * extra.state_gates[h].double() @ s
+            eta_logit, alpha_logit = eta_logit + from_state[0], alpha_logit + from_state[1]
+        if rules.kalman_gain:
+            assert extra is not None and extra.noise is not None
+            expected = torch.sigmoid(alpha_logit) ** 2 * p + torch.exp(extra.noise[h].double())
+            gain = expected / (torch.exp(-eta_logit) + expected)
+            p = expected * (1 - gain / d)
+            eta_logit = eta_logit + torch.log(expected)
         k = _unit(k)
-        e, al = torch.sigmoid(eta_logit), torch.sigmoid(alpha_logit)
-        forget = al * torch.eye(d, dtype=torch.float64, device=a.device) - e * torch.outer(k, k)
+        e, al = rules.strength * torch.sigmoid(eta_logit), torch.sigmoid(alpha_logit)
+        erase = e * torch.outer(k, k) * rules.erases
+        if rules.decayed_write:
+            erase = al * erase
+        forget = al * torch.eye(d, dtype=torch.float64, device=a.device) - erase
         if stacked is not None and at_start is not None and learned is not None:
             target = _unit(v) if rules.normalize_value else v
             error = at_start @ (rules.c * k - target)  # M k - vhat, vhat = M v
             stacked = stacked @ forget - e * torch.outer(error, k)
             if rules.anchored:
-                stacked = stacked + (1 - al) * learned
+                anchor = (1 - al) * learned
+                if rules.decayed_write:  # what has decayed toward it is what is erased
+                    anchor = anchor - e * torch.outer(anchor @ k, k)
+                stacked = stacked + anchor
         if rules.main_memory:
             main = main @ forget + e * torch.outer(v, k)
+            begun_with = al * begun_with
             reads.append(main @ qt)
         else:
             assert stacked is not None

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 NORMALIZE_EPS = 1e-6
 """Added to the squared norm of k and v before the root."""
+STATE_EPS = 1e-2
+"""Added to the mean square of what is read off the state before the root: a state of next to
+nothing, as at the start of a sequence, says next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,24 @@ class MemoryRules:
     normalize_value: bool
     main_memory: bool
     """The main memory is a state of its own, S; otherwise it is read off Pi."""
+    erases: bool = True
+    """A write first erases what is stored along its key (the delta rule); else it only adds."""
+    decayed_write: bool = False
+    """A write erases what has decayed, alpha S (I - eta k k^T); else what has not,
+    alpha S - eta (S k) k^T."""
+    strength: float = 1.0
+    """The most that a write strength may be: eta = strength * sigmoid(logit)."""
+    reads_state: bool = False
+    """What the queries read off S at the start of the chunk is part of k, v and the gates."""
+    kalman_gain: bool = False
+    """The write strength is a Kalman gain."""
+    chunk_momentum: bool = False
+    """What a chunk has written to S goes on, fading from chunk to chunk."""
+
+    @property
+    def serial(self) -> bool:
+        """Whether all of a chunk waits for the one before (`nlscale.ops.memory.serial`)."""
+        return self.reads_state or self.kalman_gain or self.chunk_momentum
 
 
 @dataclass
@@ -43,6 +64,26 @@ class MemoryWeights:
 
 
 @dataclass
+class MainWeights:
+    """What is learned of how the main memory S is written; None where the rules have it off."""
+
+    state_key: Tensor | None = None
+    """W_k of what is read off S at the start of a chunk, [heads, d, d]."""
+    state_value: Tensor | None = None
+    """W_v, likewise."""
+    state_gates: Tensor | None = None
+    """W of the logits of eta and alpha, [heads, 2, d]."""
+    state_weight: Tensor | None = None
+    """gamma, the weights of these three in k, v and the logits, [heads, 3]."""
+    noise: Tensor | None = None
+    """log omega of the Kalman gain, [heads]."""
+    momentum_decay: Tensor | None = None
+    """Logit of beta, what is left of the momentum after another chunk, [heads]."""
+    momentum_weight: Tensor | None = None
+    """gamma of it in S, [heads]."""
+
+
+@dataclass
 class MemoryState:
     """What is carried from one piece of the sequences to the next; memories in at least fp32."""
 
@@ -52,3 +93,11 @@ class MemoryState:
     """Pi and S now, stacked where there are both, [batch, heads, d or 2d, d]."""
     position: Tensor
     """Tokens of its current chunk that each row has written, int64 [batch], on the CPU."""
+    main_start: Tensor | None = None
+    """S at the start of the current chunk, [batch, heads, d, d]; where k, v and gates read it."""
+    uncertainty: Tensor | None = None
+    """p of the Kalman gain, [batch, heads]."""
+    momentum: Tensor | None = None
+    """m of the momentum over chunks, [batch, heads, d, d]."""
+    since: Tensor | None = None
+    """What was written to S since the chunk began, likewise, as it is now."""

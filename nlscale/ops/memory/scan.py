@@ -14,10 +14,11 @@ does
 and the chunk form solves the triangular system that couples the d_t, so that a chunk costs a few
 matrix products. `nlscale.ops.memory.reference` is the same token by token, in float64.
 
-There are two implementations. bf16 inputs on a GPU run through the kernels of
-`nlscale.ops.memory.kernels`, in the sizes they take (`sizes.py` there says which); all else, and
-the rest of a chunk that an earlier piece of the sequence has begun, through torch, in fp32 or
-float64.
+A memory whose writes depend on S itself, or on a gain, is scanned chunk by chunk in torch
+(`nlscale.ops.memory.serial`). Of all others there are two implementations. bf16 inputs on a GPU run
+through the kernels of `nlscale.ops.memory.kernels`, in the sizes they take (`sizes.py` there says
+which); all else, and the rest of a chunk that an earlier piece of the sequence has begun, through
+torch, in fp32 or float64.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from torch import Tensor
 
 from nlscale.ops.memory.chunk import ChunkWrites
 from nlscale.ops.memory.kernels import sizes as fused_scan
-from nlscale.ops.memory.pieces import piece_of, whole_piece
+from nlscale.ops.memory.pieces import Piece, piece_of, whole_piece
 from nlscale.ops.memory.reads import ChunkReads
-from nlscale.ops.memory.rules import MemoryRules, MemoryState, MemoryWeights
+from nlscale.ops.memory.rules import MainWeights, MemoryRules, MemoryState, MemoryWeights
+from nlscale.ops.memory.serial import Course, Memories, Tokens, Weights, begin, serial_run
 
 Makers = tuple[Tensor, Tensor, Tensor]
 """lambda_k M_k, lambda_v M_v [heads, d, d], and [m_eta; m_alpha] [heads, 2, d]: what k, v and the
@@ -48,6 +50,7 @@ def memory_scan(
     carried: Tensor | None = None,
     kernels: bool = True,
     lengths: Tensor | None = None,
+    main: MainWeights | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Write and read the memory over a sequence; differentiable through every write.
 
@@ -65,6 +68,7 @@ def memory_scan(
         kernels: whether the kernels for GPUs may be used.
         lengths: how many of its tokens each row reads, int64 [batch], on the CPU; the others change
             nothing, and what is read at them has no meaning. None: all.
+        main: what is learned of the writes to S, where the rules have some of that.
 
     Returns:
         The reads [batch, heads, time, d], in the dtype of `a`, and the state after the piece.
@@ -82,6 +86,12 @@ def memory_scan(
         piece = whole_piece(len(a), length, rules.chunk)
     else:
         piece = piece_of(state.position, length, lengths, rules.chunk, a.device)
+    if rules.serial:
+        tokens = Tokens(*(x.to(wide) for x in (a, b, q, eta, alpha)))
+        assert main is not None, "the rules say that something is learned"
+        every = Weights.of(weights, main, wide)
+        out, after = _serial_scan(piece, tokens, state, carried, every, rules)
+        return out.to(dtype), after
     makers = None if weights is None else _makers(weights, wide)
     additive = weights is None or weights.lambda_key is not None
     fused = kernels and fused_scan.supports(a, b, q, rules, weights is None)
@@ -106,6 +116,43 @@ def memory_scan(
     if weights is not None and weights.read is not None:
         out = out @ weights.read.to(out.dtype).mT
     return out.to(dtype), MemoryState(start, current, piece.position)
+
+
+def _serial_scan(
+    piece: Piece,
+    tokens: Tokens,
+    state: MemoryState,
+    carried: Tensor | None,
+    weights: Weights,
+    rules: MemoryRules,
+) -> tuple[Tensor, MemoryState]:
+    """All runs of a piece, chunk by chunk."""
+    d = tokens.a.shape[-1]
+    pi = None if state.start is None else state.current[:, :, :d]
+    main = state.current[:, :, -d:]
+    start = main if state.main_start is None else state.main_start
+    memories = Memories(
+        main, start, pi, state.start, state.uncertainty, state.momentum, state.since
+    )
+    reads = []
+    parts = zip(piece.runs, piece.parts(*tokens), piece.stands(), strict=True)
+    for run, part, stands in parts:
+        course = Course(rules, run.size, run.ends(stands), stands, carried)
+        read, memories = serial_run(course, Tokens(*part), memories, weights)
+        reads.append(read)
+    main, start, pi, pi_start, uncertainty, momentum, since = memories
+    if rules.chunk_momentum and since is None:
+        since = torch.zeros_like(main)
+    after = MemoryState(
+        pi_start,
+        main if pi is None else torch.cat([pi, main], 2),
+        piece.position,
+        start if rules.reads_state else None,
+        uncertainty,
+        momentum,
+        since,
+    )
+    return piece.joined(reads) if reads else torch.zeros_like(tokens.q), after
 
 
 def _torch_run(
@@ -169,7 +216,7 @@ def _initial_state(
         parts.append(a.new_zeros(batch, heads, d, d, dtype=dtype))
     position = torch.zeros(batch, dtype=torch.long)
     start = parts[0] if weights is not None else None
-    return MemoryState(start, torch.cat(parts, dim=2), position)
+    return MemoryState(start, torch.cat(parts, dim=2), position, **begin(a, dtype, rules))
 
 
 def _makers(weights: MemoryWeights, dtype: torch.dtype) -> Makers:

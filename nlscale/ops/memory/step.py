@@ -67,25 +67,36 @@ class MemoryStep:
         if active is not None:
             opened = torch.where(active[:, None, None], opened, self.kept.to(opened.device))
         eta, alpha = opened.reshape(count, 2, 1, 1).unbind(1)
+        eta = eta * rules.strength
         v = k_v[:, :, 1]
         if rules.normalize_value:
             k, u = self.unit(k_v).unbind(2)
         else:
             k, u = self.unit(k_v[:, :, 0]), v
         k_row = k.reshape(count, 1, d)
-        error = torch.bmm(k_row, current.mT).neg_()  # [Pi k, S k]
+        if rules.decayed_write:
+            self._decay(current, alpha)
+        # [Pi k, S k]
+        error = torch.bmm(k_row, current.mT).neg_() if rules.erases else torch.zeros_like(k_row)
         if makes is not None:
             target = torch.sub(u, k, alpha=rules.c) if rules.c else u
             error[..., :d].baddbmm_(target.reshape(count, 1, d), makes)
         if rules.main_memory:
             error[..., -d:].add_(v.reshape(count, 1, d))
-        current.mul_(alpha).addcmul_(error.mul_(eta).mT, k_row)
-        if rules.anchored and makes is not None:
-            current[:, :d].diagonal(dim1=1, dim2=2).add_(1 - alpha[:, 0])
+        if not rules.decayed_write:
+            self._decay(current, alpha)
+        current.addcmul_(error.mul_(eta).mT, k_row)
         read = torch.bmm(q.reshape(count, 1, d), current[:, -d:].mT).view(batch, heads, d)
         if self.read is None:
             return read
         return torch.bmm(read.transpose(0, 1), self.read).transpose(0, 1)
+
+    def _decay(self, current: Tensor, alpha: Tensor) -> None:
+        """Of [Pi; S], in place; by alpha, [N, 1, 1]."""
+        current.mul_(alpha)
+        if self.rules.anchored and self.makers is not None:
+            pi = current[:, : current.shape[-1]]
+            pi.diagonal(dim1=1, dim2=2).add_(1 - alpha[:, 0])
 
     def _made(self, fed: Tensor, gates: Tensor, makes: Tensor) -> tuple[Tensor, Tensor]:
         """k and v before they are normalised, [batch, heads, 2, d], and the logits of the gates."""

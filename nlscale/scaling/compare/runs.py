@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nlscale.config import recipe
+from nlscale.config.pattern import text_of
 from nlscale.config.vocabulary import Purpose
 from nlscale.errors import UserError
 from nlscale.scaling.compare.finalists import Finalists
@@ -147,7 +148,9 @@ def where(runs: Sequence[Measured], key: str, value: str) -> list[Measured]:
 
 
 def _measured(folder: Path, summary: Mapping[str, Any], metric: str) -> Measured:
-    keys = flat(recipe.to_plain(Run(folder).config))
+    plain = recipe.to_plain(Run(folder).config)
+    plain["model"]["pattern"] = text_of(plain["model"])
+    keys = flat(plain)
     finalists = Finalists.read(folder.parent)
     place = finalists.places.get(folder.name) if finalists else None
     if place is not None:
@@ -166,12 +169,13 @@ def _measured(folder: Path, summary: Mapping[str, Any], metric: str) -> Measured
 
 def _implied(keys: Mapping[str, str]) -> Mapping[str, str]:
     """What its mixer says where a recipe leaves the memory's keys open."""
-    return _keys_of_mixer(keys["model.mixer"])
+    return _keys_of_mixer(keys["model.mixer"], keys["model.pattern"])
 
 
 @cache
-def _keys_of_mixer(mixer: str) -> Mapping[str, str]:
-    config = recipe.load(None, ["data.dir=none", f"model.mixer={mixer}"], trusted=True).config
+def _keys_of_mixer(mixer: str, pattern: str) -> Mapping[str, str]:
+    mixers = [f"model.mixer={mixer}", f"model.pattern={pattern}"]
+    config = recipe.load(None, ["data.dir=none", *mixers], trusted=True).config
     said = flat(recipe.to_plain(config))
     return {key: value for key, value in said.items() if key.startswith("model.memory.")}
 

@@ -19,12 +19,14 @@ from checkpoint.export.huggingface_models import (
 from transformers import DynamicCache
 
 from nlscale.checkpoint.export.modeling import CACHE, NlscaleForCausalLM
+from nlscale.errors import UserError
 from nlscale.model.init import initialize
 from nlscale.parallel.alone import alone
 
 MIXERS = ["hope", "hope-pure", "hope-paper", "gated-delta", "attention"]
 GROUPED = ["model.mixer=attention", "model.attention.kv_heads=1", "model.attention.qk_norm=true"]
 GROUPED += ["model.attention.head_dim=8", "model.tie_embeddings=true"]
+WRITES = "model.memory={write: decayed, strength: 2}"
 ATOL = 1e-5
 made = cache(pair)
 
@@ -63,11 +65,19 @@ def test_logits_are_ours(mixer: str, cms: str, width: str) -> None:
         ["model.memory.read_norm=false", "model.memory.separate_inputs=false"],
         ["model.memory.static_gates=false", "model.memory.normalize_value=false"],
         ["model.memory.anchored=false", "model.memory.convolution=1"],
+        [WRITES, "model.memory.query_convolution=true", "model.memory.separate_inputs=false"],
+        [WRITES, "model.memory.gate_activation=sigmoid", "model.mixer=gated-delta"],
+        [WRITES, "model.mixer=hope-pure"],
         ["levels=[1]", "model.cms=independent", "model.layers=1", "model.memory.chunk=64"],
         ["levels=[{parts: [head]},{parts: [cms, mixer]},{parts: [cms, norms]}]"],
         GROUPED,
         ["model.mixer=attention", "model.rope_base=100", "model.attention.kv_heads=2"],
         ["model.tie_embeddings=true", "model.mup_base_width=16"],
+        [
+            "model.layers=4",
+            "model.attention.window=5",
+            "model.pattern=[hope,sliding-window,retnet]",
+        ],
     ],
     ids=lambda options: options[-1],
 )
@@ -257,3 +267,20 @@ def test_a_new_model_begins_as_ours_does(mixer: str) -> None:
             torch.testing.assert_close(found, parameter)
     x = tokens(2, 20)
     assert float(new(x, labels=x).loss) == pytest.approx(math.log(VOCABULARY), abs=0.1)
+
+
+@torch.no_grad()
+def test_stronger_writes_in_pieces_and_token_by_token_are_those_of_the_whole() -> None:
+    models, x = pair(WRITES, "model.memory.query_convolution=true"), tokens(2, 12)
+    state, found = None, []
+    for size in (5, 1, 1, 1, 4):
+        at = sum(y.shape[1] for y in found)
+        output = models.exported(x[:, at : at + size], **{CACHE: state}, use_cache=True)
+        found.append(output.logits)
+        state = output[CACHE]
+    torch.testing.assert_close(torch.cat(found, 1), models.logits(x), rtol=0, atol=ATOL)
+
+
+def test_what_plain_torch_does_not_say_is_refused() -> None:
+    with pytest.raises(UserError, match=r"reads_state .* safetensors"):
+        pair("model.memory.reads_state=true")

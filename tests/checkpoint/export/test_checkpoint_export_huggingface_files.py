@@ -299,9 +299,9 @@ def test_symbols_are_words_there_too(exported: Path) -> None:
 
 
 def test_the_carried_code_imports_torch_and_transformers_alone() -> None:
-    for name in ("hope", "attention"):
-        text = carried.modeling_source(name)
-        assert text == carried.modeling_source(name)
+    for names in (["hope"], ["attention"], ["attention", "retnet", "hope"]):
+        text = carried.modeling_source(names)
+        assert text == carried.modeling_source(names)
         nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import | ast.ImportFrom)]
         found = {
             (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
@@ -340,7 +340,7 @@ def test_a_mixer_of_someone_else_is_carried_whole(
         plain_by = "theirs.plain:Theirs"
 
     monkeypatch.setitem(table._TABLE, "hope", Facts(modifies_itself=True, main_memory=True))
-    text = carried.modeling_source("hope")
+    text = carried.modeling_source(["hope"])
     assert "class PlainMemory" not in text and "HALF = 0.5  # of what there is" in text
     names: dict[str, Any] = {"__name__": "carried"}
     exec(compile(text, "modeling_nlscale.py", "exec"), names)
@@ -367,7 +367,7 @@ def test_a_mixer_that_cannot_be_carried_is_refused(
 
     monkeypatch.setitem(table._TABLE, "hope", Theirs(modifies_itself=True, main_memory=True))
     with pytest.raises(UserError, match=says):
-        carried.modeling_source("hope")
+        carried.modeling_source(["hope"])
 
 
 def test_the_command(

@@ -7,7 +7,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from nlscale.model.mixers.attention.state import AttentionState
 from nlscale.model.mixers.module import OneToken
 
 
@@ -20,9 +19,7 @@ class AttentionOneToken(OneToken):
         self.project, self.output = mixer.project.weight, mixer.output.weight
         self.mix = mixer._mix
 
-    def __call__(
-        self, x: Tensor, state: AttentionState, active: Tensor | None
-    ) -> tuple[Tensor, AttentionState]:
+    def __call__(self, x: Tensor, state: Any, active: Tensor | None) -> tuple[Tensor, Any]:
         projected = F.linear(x, self.project)[None]
         lengths = None if active is None else active.long()
         read, state = self.mix(projected, state, None, lengths)

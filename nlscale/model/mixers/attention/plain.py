@@ -17,6 +17,8 @@ class PlainAttention(PlainMixer):
         slots         position in its row of what stands in each slot, int64 [batch, slots];
                       -1 where nothing does, because the piece was shorter in this row
         position      tokens of each row so far, int64 [batch]
+
+    With a window each token sees that many alone, itself among them.
     """
 
     def __init__(
@@ -29,10 +31,11 @@ class PlainAttention(PlainMixer):
         head_dim: int,
         qk_norm: bool,
         rope_base: float,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.rope_base = rope_base
+        self.rope_base, self.window = rope_base, window
         self.project = PlainLinear(d_model, (heads + 2 * kv_heads) * head_dim)
         self.output = PlainLinear(heads * head_dim, d_model, into_residual=True)
         self.query_norm = PlainRMSNorm(head_dim, norm_eps) if qk_norm else None
@@ -52,16 +55,23 @@ class PlainAttention(PlainMixer):
         if state is not None:
             k, v = torch.cat([state["keys"], k], 2), torch.cat([state["values"], v], 2)
             slots = torch.cat([state["slots"], slots], 1)
-        if state is None and bool(reads.all()):
+        whole = self.window is None or time <= self.window
+        if state is None and whole and bool(reads.all()):
             mask, causal = None, True
         else:
             seen = (slots[:, None] >= 0) & (slots[:, None] <= position[..., None])
+            if self.window is not None:
+                seen = seen & (slots[:, None] > position[..., None] - self.window)
             # what is no token sees all, so that it stays finite
             mask, causal = (seen | ~reads[..., None])[:, None], False
         groups = self.heads // self.kv_heads
         each_k, each_v = (y.repeat_interleave(groups, 1) for y in (k, v))
         out = F.scaled_dot_product_attention(q, each_k, each_v, mask, is_causal=causal)
-        after = {"keys": k, "values": v, "slots": slots, "position": first + lengths}
+        end = first + lengths
+        if self.window is not None:  # what no row sees any more goes
+            held = (slots > end[:, None] - self.window).any(0)
+            k, v, slots = k[:, :, held], v[:, :, held], slots[:, held]
+        after = {"keys": k, "values": v, "slots": slots, "position": end}
         return self.output(out.transpose(1, 2).flatten(2)), after
 
     def _rotate(self, x: Tensor, position: Tensor) -> Tensor:

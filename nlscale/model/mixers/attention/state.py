@@ -101,6 +101,58 @@ class AttentionState(State):
         }
 
 
+@dataclass
+class WindowState(State):
+    """The last keys, rotated, and values of each row, as many as a window holds beside a token.
+
+    They stand at the end, and before them zeros, which are not seen.
+    """
+
+    keys: Tensor
+    """[batch, heads, window - 1, d]."""
+    values: Tensor
+    lengths: Tensor
+    """Tokens of each row so far, int64 [batch], on the CPU."""
+
+    @classmethod
+    def begun(cls, like: Tensor, window: int) -> WindowState:
+        """Of no tokens; for keys and values like these, [batch, heads, time, d]."""
+        zeros = like.new_zeros(*like.shape[:2], window - 1, like.shape[3])
+        return cls(zeros, zeros, torch.zeros(len(like), dtype=torch.long))
+
+    def past(self) -> int | Tensor:
+        """`lengths`, or the one that all rows have."""
+        first, last = (int(x) for x in self.lengths.aminmax())
+        return first if first == last else self.lengths
+
+    def add(
+        self, k: Tensor, v: Tensor, lengths: Tensor | None
+    ) -> tuple[WindowState, Tensor, Tensor]:
+        """Put the keys and values of a piece behind those of each row; this state stays.
+
+        Args:
+            k, v: [batch, heads, time, d].
+            lengths: how many of them each row has read, int64 [batch], on the CPU; None: all.
+
+        Returns:
+            The state after the piece; keys and values with those before, [batch, heads,
+            window - 1 + time, d].
+        """
+        before, time = self.keys.shape[2], k.shape[2]
+        k, v = (torch.cat(pair, 2) for pair in ((self.keys, k), (self.values, v)))
+        if lengths is None:
+            last_k, last_v = (x[:, :, time:].clone() for x in (k, v))
+        else:
+            place = (lengths[:, None] + torch.arange(before)).to(k.device)[:, None, :, None]
+            last_k, last_v = (x.take_along_dim(place, 2) for x in (k, v))
+        after = self.lengths + (time if lengths is None else lengths)
+        return WindowState(last_k, last_v, after), k, v
+
+    def fits(self, mixer: Any, lengths: Tensor) -> bool:
+        """It is of as many tokens."""
+        return torch.equal(self.lengths, lengths)
+
+
 def _after(x: Tensor, length: int, new: Tensor, place: Tensor | None) -> Tensor:
     """x up to a length, and what is new behind it, or at places [batch, 1, time, 1]."""
     if place is None:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from enum import Enum
 from typing import Any
 
-from nlscale.config.vocabulary import Config, ModelConfig, head_dim
+from nlscale.config.vocabulary import (
+    Config,
+    Decay,
+    GateActivation,
+    MemoryGain,
+    MemoryWrite,
+    ModelConfig,
+    head_dim,
+)
 from nlscale.errors import UserError
 from nlscale.model.mixers.facts import FP32, PASSES, MicroBatch, MixerFacts
 from nlscale.ops.memory.kernels.sizes import takes
@@ -26,6 +35,15 @@ class MemoryFacts(MixerFacts):
     main_memory: bool
     """The main memory is a state of its own, S, beside which k and v have a static part; else it is
     read off the transfer matrix Pi."""
+    erases: bool = True
+    """A write erases what is stored along its key, by a learned strength; else it adds as it is."""
+    decay: Decay = Decay.learned
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """Those that are learned: the write strength eta and the decay alpha."""
+        learned = {"eta": self.erases, "alpha": self.decay == Decay.learned}
+        return tuple(name for name, is_learned in learned.items() if is_learned)
 
     def check(self, model: ModelConfig) -> None:
         """Refuse a memory of which something is not said: no null means anything by itself."""
@@ -35,6 +53,29 @@ class MemoryFacts(MixerFacts):
                     f"model.memory.{f.name} is null, and model.mixer={model.mixer} has no preset "
                     f"for it; give it a value"
                 )
+        memory = model.memory
+        if memory.strength > 1 and memory.write != MemoryWrite.decayed:
+            raise UserError(
+                f"model.memory.strength={memory.strength} with model.memory.write=undecayed may "
+                f"leave alpha - {memory.strength} of the state along a key, which explodes; set "
+                f"model.memory.write=decayed"
+            )
+        if not self.erases and memory.write != MemoryWrite.undecayed:
+            raise UserError(
+                f"model.memory.write={memory.write.value} says what a write erases, and "
+                f"model.mixer={model.mixer} erases nothing; leave it out"
+            )
+        if self.rules(model).serial and len(self.gates) < 2:
+            raise UserError(
+                f"model.memory.{', '.join(_serial_keys(model))}: this is for memories that learn "
+                f"both what they erase and how they decay, and model.mixer={model.mixer} does not; "
+                f"use hope or gated-delta"
+            )
+        if self.rules(model).serial and not self.main_memory:
+            raise UserError(
+                f"model.memory.{', '.join(_serial_keys(model))}: this is how a main memory of its "
+                f"own is written, and model.mixer={model.mixer} has none; use hope or gated-delta"
+            )
 
     def rules(self, model: ModelConfig) -> MemoryRules:
         """Those of the scan."""
@@ -45,42 +86,69 @@ class MemoryFacts(MixerFacts):
             c=float(memory.c or 0.0),
             normalize_value=bool(memory.normalize_value),
             main_memory=self.main_memory,
+            erases=self.erases,
+            decayed_write=memory.write == MemoryWrite.decayed,
+            strength=float(memory.strength),
+            reads_state=memory.reads_state,
+            kalman_gain=memory.gain == MemoryGain.kalman,
+            chunk_momentum=memory.chunk_momentum,
         )
 
     def plain_options(self, model: ModelConfig) -> dict[str, Any]:
-        memory = {f.name: getattr(model.memory, f.name) for f in fields(model.memory)}
-        kind = {"modifies_itself": self.modifies_itself, "main_memory": self.main_memory}
+        if self.rules(model).serial:
+            raise UserError(
+                f"a memory with model.memory.{', '.join(_serial_keys(model))} says nothing in "
+                f"plain torch, of which models for Hugging Face are made; export with --to "
+                f"safetensors"
+            )
+        memory = {
+            f.name: _plain(getattr(model.memory, f.name))
+            for f in fields(model.memory)
+            if f.name not in _SERIAL
+        }
+        kind: dict[str, Any] = {
+            "modifies_itself": self.modifies_itself,
+            "main_memory": self.main_memory,
+        }
+        if len(self.gates) < 2:
+            kind |= {"erases": self.erases, "decay": self.decay.value}
         return {"heads": model.heads, **memory, **kind}
 
     def parameters(self, model: ModelConfig) -> int:
         d, h, n, memory = model.d_model, model.heads, head_dim(model), model.memory
         inputs = _inputs(model)
         total = d + (inputs + 1) * d * d + d * d  # norm, inputs, queries, output projection
-        total += inputs * d * memory.convolution
+        total += _convolved(model) * d * memory.convolution
         total += d * d if memory.output_gate else 0
         total += d if memory.read_norm else 0
-        total += 2 * h * d if memory.static_gates else 0
-        total += 2 * h  # gate biases
+        total += len(self.gates) * h * d if memory.static_gates else 0
+        total += len(self.gates) * h  # their biases
         if self.modifies_itself:
             total += h * (2 * n * n + 2 * n)  # M_k, M_v, m_eta, m_alpha
             total += 2 * h if self.main_memory else h * n * n  # lambdas, or M_m
-        return total
+        if memory.reads_state:
+            total += h * (2 * n * n + 2 * n + 3)  # W of k, of v and of the gates, and gammas
+        total += h * (memory.gain == MemoryGain.kalman)  # omega
+        return total + 2 * h * memory.chunk_momentum  # beta and gamma
 
     def matrices(self, model: ModelConfig) -> dict[tuple[int, int], int]:
         d, n, memory = model.d_model, head_dim(model), model.memory
         found = {(d, d): _sections(model) + 1}
-        if memory.static_gates:
-            found[model.heads, d] = found.get((model.heads, d), 0) + 2
+        if memory.static_gates and self.gates:
+            found[model.heads, d] = found.get((model.heads, d), 0) + len(self.gates)
         if self.modifies_itself:
             each = 2 if self.main_memory else 3
             found[n, n] = found.get((n, n), 0) + each * model.heads
+        if memory.reads_state:
+            found[n, n] = found.get((n, n), 0) + 2 * model.heads
         return found
 
     def flops(self, config: Config) -> dict[str, float]:
         model, memory = config.model, config.model.memory
-        columns = _sections(model) * model.d_model + 2 * model.heads * bool(memory.static_gates)
+        columns = _sections(model) * model.d_model
+        columns += len(self.gates) * model.heads * bool(memory.static_gates)
         columns += model.d_model  # the output's
-        channels = _inputs(model) * model.d_model
+        channels = _convolved(model) * model.d_model
         return {
             "projections": float(PASSES * 2 * model.d_model * columns),
             "convolution": float(PASSES * 2 * memory.convolution * channels),
@@ -92,23 +160,29 @@ class MemoryFacts(MixerFacts):
         model, length = config.model, config.data.sequence_length
         chunk, d = model.memory.chunk, head_dim(model)
         whole, rest = divmod(length, chunk)
-        flops = whole * self._chunk_flops(d, chunk) + (self._chunk_flops(d, rest) if rest else 0)
+        flops: float = whole * self._chunk_flops(d, chunk) + (
+            self._chunk_flops(d, rest) if rest else 0
+        )
         read_off = PASSES * 2 * d**2 * (not self.main_memory)  # M_m times what is read
+        if model.memory.reads_state:
+            read_off += PASSES * 2 * d * (3 * d + 2)  # off S; what that makes of k, v and the gates
         return flops / length + read_off
 
     def _chunk_flops(self, d: int, size: int) -> int:
         """One chunk of `size` tokens of one head, in the notation of `nlscale.ops.memory.chunk`."""
         rows = d * (self.main_memory + self.modifies_itself)
-        products = size * size * d  # k k^T
-        products += size * size * rows + size * rows * d  # T diag(r) X, and Z' = ... + D^T n
+        products = size * rows * d  # Z' = ... + D^T n
         products += 2 * size * size * d + size * d * d  # the read: q k^T, A D, q Z^T
-        if self.main_memory:
+        if self.erases:
+            products += size * size * (d + rows)  # k k^T, T diag(r) X
+        if self.main_memory and self.erases:
             products += size * d * d  # f Z^T
         if self.modifies_itself:
             products += d * d * (d + 2) + d**3  # what makes keys with gates, and values, now
             products += size * d * (d + 2) + size * d * d  # keys with gates; values
             products += size * d * d  # (u - c k - f) P^T
-        inverse = size**3  # T, forward only: its derivative is made of products with T
+        # T, forward only: its derivative is made of products with T
+        inverse = size**3 * self.erases
         decays = (
             2 * size * (size + 1)
         )  # derivatives of the decays are summed by a product, backward
@@ -117,27 +191,44 @@ class MemoryFacts(MixerFacts):
     def fused(self, batch: MicroBatch) -> bool:
         """Whether the scan runs through the kernels."""
         model = batch.config.model
-        anchored, static = bool(model.memory.anchored), not self.modifies_itself
-        return batch.half_kernels and takes(model.memory.chunk, head_dim(model), anchored, static)
+        static = not self.modifies_itself
+        return batch.half_kernels and takes(self.rules(model), head_dim(model), static)
 
     def serial_programs(self, batch: MicroBatch) -> int | None:
         return batch.rows * batch.heads if self.fused(batch) else None
 
+    def advice(self, batch: MicroBatch) -> list[str]:
+        model = batch.config.model
+        off = replace(
+            self.rules(model), erases=True, decayed_write=False, strength=1.0, reads_state=False,
+            kalman_gain=False, chunk_momentum=False,
+        )  # fmt: skip
+        could = batch.half_kernels and takes(off, head_dim(model), not self.modifies_itself)
+        if self.fused(batch) or not could:
+            return []
+        keys = ", ".join(_serial_keys(model) or ["write"])
+        what = f"model.memory.{keys}" if self.erases else f"model.mixer={model.mixer}"
+        return [
+            f"no kernel knows {what}: on GPUs the memory runs as torch operations, many times "
+            f"slower"
+        ]
+
     def kept(self, batch: MicroBatch, recompute: bool) -> float:
         model, memory = batch.config.model, batch.config.model.memory
-        gates = 2 * batch.heads if memory.static_gates else 0
+        gates = len(self.gates) * batch.heads if memory.static_gates else 0
         projected = _sections(model) * batch.channels + batch.tokens * gates * batch.element
         kept = batch.residual + batch.channels  # the inputs of both projections
         if recompute:
             return kept + projected
         # a view of the projection keeps all of it
-        by_view = batch.compiled or bool(memory.output_gate)
+        silu = memory.gate_activation == GateActivation.silu  # needs its input, sigmoid does not
+        by_view = batch.compiled or (bool(memory.output_gate) and silu)
         return kept + projected * by_view + self._mixed(batch)
 
     def transient(self, batch: MicroBatch, recompute: bool) -> float:
         gradients = self._scan_gradients(batch)
         return max(
-            gradients if self.fused(batch) else 0.0,
+            gradients if self.fused(batch) or self.rules(batch.config.model).serial else 0.0,
             self._mixed(batch) + gradients if recompute else 0.0,
         )
 
@@ -148,13 +239,14 @@ class MemoryFacts(MixerFacts):
     def _around_the_scan(self, batch: MicroBatch) -> float:
         """Convolution, norms and gate; norms are taken in fp32."""
         memory, inputs = batch.config.model.memory, _inputs(batch.config.model)
+        convolved = _convolved(batch.config.model)
         channels, scalars = batch.tokens * batch.width, batch.tokens * batch.heads
-        tail = inputs * batch.rows * (memory.convolution - 1) * batch.width
+        tail = convolved * batch.rows * (memory.convolution - 1) * batch.width
         if batch.compiled:
             # the tail and the read; the projection counts where it is made
             return batch.element * (tail + channels)
         # inputs of the convolution and of the SiLU
-        kept = batch.element * (2 * inputs * channels + tail)
+        kept = batch.element * (2 * convolved * channels + tail)
         # a and q before they are normalised; where b is what a was made of, it counts as b
         same = inputs == 1 and batch.element == FP32
         kept += FP32 * ((1 if same else 2) * channels + 2 * scalars)
@@ -169,11 +261,11 @@ class MemoryFacts(MixerFacts):
         d, fused, kept = head_dim(batch.config.model), self.fused(batch), 0.0
         if not self.modifies_itself:
             return kept
-        if not fused:
+        if fused:
+            kept += batch.element * batch.heads * (2 * d + 2) * d
+        elif not self.rules(batch.config.model).serial:  # which takes them as they are
             # [M_k; m_eta; m_alpha] and M_v, once a sequence
             kept += FP32 * batch.rows * batch.heads * (2 * d + 2) * d
-        else:
-            kept += batch.element * batch.heads * (2 * d + 2) * d
         if not self.main_memory:
             # M_m times the read
             number = batch.element if fused else FP32
@@ -198,11 +290,31 @@ class MemoryFacts(MixerFacts):
             return kept + 2 * FP32 * batch.tokens * batch.heads
         kept = 0.0
         sequences = batch.rows * batch.heads
+        if self.rules(model).serial:
+            return FP32 * sequences * self._begins(model, length) + self._widened(batch)
         whole, rest = divmod(length, chunk)
         for count, size in ((whole, chunk), (1, rest)):
             if count * size:
                 kept += FP32 * sequences * self._chunks(model, count, size)
         return kept
+
+    def _begins(self, model: ModelConfig, length: int) -> int:
+        """Numbers that `SerialRun` keeps of one sequence: tokens, and what each chunk begins
+        with."""
+        memory, d = model.memory, head_dim(model)
+        states = d * d * (self.modifies_itself + 1 + memory.chunk_momentum)
+        states += memory.gain == MemoryGain.kalman
+        whole, rest = divmod(length, memory.chunk)
+        return length * (3 * d + 2) + (whole + bool(rest)) * states
+
+    def _widened(self, batch: MicroBatch) -> float:
+        """Weights of the scan in fp32, where they are not."""
+        d, memory = head_dim(batch.config.model), batch.config.model.memory
+        if batch.element == FP32:
+            return 0.0
+        each = memory.reads_state * (2 * d * d + 2 * d + 3) + 2 * memory.chunk_momentum
+        each += memory.gain == MemoryGain.kalman
+        return FP32 * batch.heads * each
 
     def _chunks(self, model: ModelConfig, count: int, size: int) -> int:
         """Numbers that `ChunkWrites` and `ChunkReads` keep of equal chunks of one sequence."""
@@ -211,7 +323,7 @@ class MemoryFacts(MixerFacts):
         rows = d * (self.modifies_itself + self.main_memory)
         kept = 4 * size * d  # a, b, q, k
         kept += 2 * (size + 1) + (size + 1) * size  # decays: g, its exp, F
-        kept += 2 * size * size  # the inverse of the triangular system; the scores
+        kept += (1 + self.erases) * size * size  # the scores; the inverse of the system
         kept += size * rows + rows * d  # writes, states
         kept += size * (1 + 1 + 2)  # 1 / |x|, write strengths, logits of the gates
         if self.modifies_itself:
@@ -223,6 +335,11 @@ class MemoryFacts(MixerFacts):
         """What the backward pass of the scan has at once."""
         model = batch.config.model
         states = head_dim(model) / model.memory.chunk
+        if self.rules(model).serial:
+            # gradients of a, b and q, in parts and joined; one chunk, made again
+            d, size = head_dim(model), min(model.memory.chunk, batch.config.data.sequence_length)
+            again = 12 * size * d + 8 * size * size + 8 * d * d
+            return FP32 * (6.0 * batch.tokens * batch.width + batch.rows * batch.heads * again)
         if not self.fused(batch):
             # gradients of k, of the writes, of a, and of the states
             return FP32 * batch.tokens * batch.width * (3 + states)
@@ -241,6 +358,27 @@ def _inputs(model: ModelConfig) -> int:
     return 2 if model.memory.separate_inputs else 1
 
 
+def _convolved(model: ModelConfig) -> int:
+    """Sections of the projection that the convolution takes."""
+    return _inputs(model) + model.memory.query_convolution
+
+
 def _sections(model: ModelConfig) -> int:
     """Of the projection: what feeds keys and values, queries, and the gate of the output."""
     return _inputs(model) + 1 + bool(model.memory.output_gate)
+
+
+_SERIAL = ("gain", "reads_state", "chunk_momentum")
+"""Keys of what the scan does chunk by chunk."""
+
+
+def _serial_keys(model: ModelConfig) -> list[str]:
+    """Those of them that are on."""
+    memory = model.memory
+    on = (memory.gain == MemoryGain.kalman, memory.reads_state, memory.chunk_momentum)
+    return [name for name, is_on in zip(_SERIAL, on, strict=True) if is_on]
+
+
+def _plain(value: Any) -> Any:
+    """A name as text, and all else as it is."""
+    return value.value if isinstance(value, Enum) else value

@@ -28,11 +28,18 @@ class MemoryOneToken(OneToken):
         local = mixer.heads * size
         self.static = bool(mixer.static_gates)
         self.gated = bool(mixer.gated)
-        self.sizes = [mixer.inputs * local, local, *[local] * self.gated, -1]
-        self.sizes[-1] = 2 * mixer.heads * self.static
+        self.activation = torch.sigmoid if mixer.sigmoid_gate else F.silu
+        self.convolved = mixer.inputs + mixer.query_convolution
+        queries = 1 - mixer.query_convolution
+        self.sizes = [self.convolved * local, local * queries, *[local] * self.gated, -1]
+        self.gates = len(mixer.gates)
+        self.sizes[-1] = self.gates * mixer.heads * self.static
+        # logits of one learned gate stand in the place of both
+        self.beside = [int(gate not in mixer.gates) for gate in ("eta", "alpha")]
         self.dtype = dtype = wide(self.project)
         self.convolution = mixer.convolution.to(dtype)
-        self.bias = torch.stack([mixer.eta_bias, mixer.alpha_bias], 1).to(dtype)
+        bias = mixer.gate_biases()
+        self.bias = torch.stack([bias["eta"], bias["alpha"]], 1).to(dtype)
         self.input_norm, self.unit = RMSNorm(size, mixer.norm_eps, None, dtype), unit(dtype)
         norm = mixer.read_norm
         self.read_norm = None if norm is None else RMSNorm(size, mixer.norm_eps, norm, dtype)
@@ -45,18 +52,19 @@ class MemoryOneToken(OneToken):
         if active is not None:
             active = active.to(x.device)
         fed, q, *gate, static = torch.mm(x, self.project).split(self.sizes, dim=-1)
-        mixed = self._convolved(fed, state.tail, active).view(batch, self.inputs, heads, -1)
-        a_b = torch.stack([self.input_norm(mixed[:, 0]), mixed[:, -1]], 2)
-        q = self.unit(q.view(batch, heads, -1))
+        mixed = self._convolved(fed, state.tail, active).view(batch, self.convolved, heads, -1)
+        a_b = torch.stack([self.input_norm(mixed[:, 0]), mixed[:, self.inputs - 1]], 2)
+        q = self.unit(mixed[:, -1] if self.convolved > self.inputs else q.view(batch, heads, -1))
         gates = self.bias.expand(batch, heads, 2)
-        if self.static:
-            gates = gates + static.view(batch, 2, heads).mT
+        if self.static and self.gates:
+            logits = static.view(batch, self.gates, heads).mT
+            gates = gates + (logits if self.gates == 2 else F.pad(logits, self.beside))
         read = self.step(a_b, q, gates, state.memory, active)
         if self.read_norm is not None:
             read = self.read_norm(read)
         read = read.reshape(batch, -1)
         if self.gated:
-            read.mul_(F.silu(gate[0].to(self.dtype)))
+            read.mul_(self.activation(gate[0].to(self.dtype)))
         return torch.mm(read.to(x.dtype), self.output), state
 
     def _convolved(self, fed: Tensor, tail: Tensor, active: Tensor | None) -> Tensor:

@@ -20,6 +20,8 @@ class PlainMemory(PlainMixer):
     q     = normalize(W_q x)                                       static queries
     y     = W_o ( RMSNorm(read) * SiLU(W_g x) )                    each if configured
 
+    The queries may go through the convolution and SiLU too, and the gate be a sigmoid.
+
     Its state, fp32 but for the tail:
         tail      the last inputs of the convolution, [batch, window - 1, channels]
         pi, main  the transfer matrix Pi and the main memory S, [batch, heads, d, d], where there is
@@ -28,6 +30,8 @@ class PlainMemory(PlainMixer):
         position  tokens of the current chunk that are written, int64 [batch]
     """
 
+    eta_bias: nn.Parameter
+    alpha_bias: nn.Parameter
     read_norm: nn.Parameter | None
     memory_key: nn.Parameter
     memory_value: nn.Parameter
@@ -44,8 +48,14 @@ class PlainMemory(PlainMixer):
         heads: int,
         chunk: int,
         convolution: int,
+        query_convolution: bool = False,
+        write: str = "undecayed",
+        strength: int = 1,
+        gate_activation: str = "silu",
         modifies_itself: bool,
         main_memory: bool,
+        erases: bool = True,
+        decay: str = "learned",
         anchored: bool,
         c: float,
         normalize_value: bool,
@@ -63,14 +73,20 @@ class PlainMemory(PlainMixer):
         self.inputs, self.gated, self.static_gates = 1 + separate_inputs, output_gate, static_gates
         self.modifies_itself, self.main_memory = modifies_itself, main_memory
         self.anchored, self.c, self.normalize_value = anchored, c, normalize_value
+        self.decayed_write, self.strength = write == "decayed", strength
+        self.activation = torch.sigmoid if gate_activation == "sigmoid" else F.silu
         self.starts = lambda_init, eta_bias, alpha_bias
-        self.sizes = [self.inputs * d_model, d_model, d_model * output_gate]
-        self.sizes.append(2 * heads * static_gates)
+        self.convolved = self.inputs + query_convolution
+        self.sizes = [self.convolved * d_model, d_model * (not query_convolution)]
+        self.sizes.append(d_model * output_gate)
+        learned = {"eta": erases, "alpha": decay == "learned"}
+        self.gates, self.erases, self.decay = [g for g in learned if learned[g]], erases, decay
+        self.sizes.append(len(self.gates) * heads * static_gates)
         self.project = PlainLinear(d_model, sum(self.sizes))
         self.output = PlainLinear(d_model, d_model, into_residual=True)
-        self.convolution = nn.Parameter(torch.empty(convolution, self.inputs * d_model))
-        self.eta_bias = nn.Parameter(torch.empty(heads))
-        self.alpha_bias = nn.Parameter(torch.empty(heads))
+        self.convolution = nn.Parameter(torch.empty(convolution, self.convolved * d_model))
+        for gate in self.gates:
+            self.register_parameter(f"{gate}_bias", nn.Parameter(torch.empty(heads)))
         own: dict[str, tuple[int, ...]] = {}
         if read_norm:
             own["read_norm"] = (heads, d)
@@ -92,10 +108,11 @@ class PlainMemory(PlainMixer):
         if state is None:
             state = self._begin(fed)
         fed, tail = self._convolve(fed, state["tail"], lengths)
-        a, *b = (self._by_head(part) for part in fed.chunk(self.inputs, dim=-1))
+        a, *b = (self._by_head(part) for part in fed.chunk(self.convolved, dim=-1))
+        q = b.pop() if self.convolved > self.inputs else self._by_head(q)
         eta, alpha = self._gate_logits(static)
         unit = wide(a) * torch.rsqrt(wide(a).square().mean(-1, True) + self.norm_eps)
-        q = normalize(self._by_head(q))
+        q = normalize(q)
         inputs = (wide(unit.to(a.dtype)), wide(b[0] if b else a), wide(q), eta, alpha)
         if x.shape[1] == 1:
             read, after = self._token(*inputs, state, lengths)
@@ -108,7 +125,7 @@ class PlainMemory(PlainMixer):
             read = F.rms_norm(read, read.shape[-1:], None, self.norm_eps) * self.read_norm[:, None]
         read = read.transpose(1, 2).flatten(2).to(projected.dtype)
         if self.gated:
-            read = read * F.silu(gate)
+            read = read * self.activation(gate)
         return self.output(read), {**after, "tail": tail}
 
     def _begin(self, fed: Tensor) -> State:
@@ -142,12 +159,20 @@ class PlainMemory(PlainMixer):
 
     def _gate_logits(self, static: Tensor) -> tuple[Tensor, Tensor]:
         """Static logits of the write strength and of the decay, [batch, heads, time]."""
-        eta, alpha = wide(self.eta_bias)[:, None], wide(self.alpha_bias)[:, None]
-        if not self.static_gates:
-            shape = (len(static), self.heads, static.shape[1])
-            return eta.expand(shape), alpha.expand(shape)
-        from_x = wide(static).transpose(1, 2).chunk(2, dim=1)
-        return from_x[0] + eta, from_x[1] + alpha
+        # of a gate that is not learned, a logit: open, or a decay of 1 - 2^(-5 - head)
+        fixed = wide(static.new_full((self.heads,), 1e4))
+        biases = {"eta": fixed, "alpha": fixed}
+        if self.decay == "fixed":
+            head = torch.arange(self.heads, dtype=fixed.dtype, device=fixed.device)
+            biases["alpha"] = torch.log(2 ** (5 + head) - 1)
+        biases |= {gate: wide(getattr(self, f"{gate}_bias")) for gate in self.gates}
+        shape = (len(static), self.heads, static.shape[1])
+        logits = {gate: bias[:, None].expand(shape) for gate, bias in biases.items()}
+        if self.static_gates and self.gates:
+            from_x = wide(static).transpose(1, 2).chunk(len(self.gates), dim=1)
+            for gate, given in zip(self.gates, from_x, strict=True):
+                logits[gate] = given + logits[gate]
+        return logits["eta"], logits["alpha"]
 
     def _made(
         self, a: Tensor, b: Tensor, eta: Tensor, alpha: Tensor, start: Tensor | None
@@ -185,22 +210,28 @@ class PlainMemory(PlainMixer):
 
         Pi = alpha Pi + (1 - alpha) I + eta ( Pi_s (u - c k) - Pi k ) k^T       (anchored)
         S  = alpha S + eta ( v - S k ) k^T
+
+        or, of decayed writes, with alpha Pi + (1 - alpha) I and alpha S in the place of Pi and S.
         """
         reads, after, main = (lengths > 0)[:, None, None, None], dict(state), state.get("main")
         k, v, eta, alpha = self._made(a, b, eta, alpha, state.get("start"))
-        r = torch.where(reads, torch.sigmoid(eta)[..., None], 0.0)
+        r = torch.where(reads, self.strength * torch.sigmoid(eta)[..., None], 0.0)
         keep = torch.where(reads, torch.sigmoid(alpha)[..., None], 1.0)
         after["position"] = (state["position"] + lengths) % self.chunk
         if self.modifies_itself:
             pi, start = state["pi"], state["start"]
-            write = r * (self._target(k, v, start) - k @ pi.mT)
-            pi = keep * pi + write.mT @ k
+            decayed = keep * pi
             if self.anchored:
-                pi = pi + (1 - keep) * torch.eye(self.head_dim, dtype=pi.dtype, device=pi.device)
+                eye = torch.eye(self.head_dim, dtype=pi.dtype, device=pi.device)
+                decayed = decayed + (1 - keep) * eye
+            erased = decayed if self.decayed_write else pi
+            pi = decayed + (r * (self._target(k, v, start) - k @ erased.mT)).mT @ k
             ends = reads & (after["position"] == 0)[:, None, None, None]
             after |= {"pi": pi, "start": torch.where(ends, pi, start)}
         if main is not None:
-            after["main"] = keep * main + (r * (v - k @ main.mT)).mT @ k
+            erased = keep * main if self.decayed_write else main
+            erased = erased * self.erases
+            after["main"] = keep * main + (r * (v - k @ erased.mT)).mT @ k
         return q @ after["main" if self.main_memory else "pi"].mT, after
 
     def _chunks(
@@ -247,18 +278,20 @@ class PlainMemory(PlainMixer):
             D_i = r_i ( X_i - sum_{j<i} F_{i-1,j} (k_j . k_i) D_j )        one triangular system
             X_i = v_i - exp(g_{i-1}) S k_i,   or for Pi   Pi_s (u_i - c k_i) - Pi_{i-1} k_i
             Z_i = exp(g_i) Z + sum_{j<=i} F_ij D_j k_j^T [ + (1 - exp(g_i)) I ]
+
+        Of decayed writes the sums and X have g_i and F_ij in the place of g_{i-1} and F_{i-1,j}.
         """
         a, b, q, eta, alpha, stands = tokens
         k, v, eta, alpha = self._made(a, b, eta, alpha, state.get("start"))
-        r = torch.where(stands, torch.sigmoid(eta), 0.0)[..., None]
+        r = torch.where(stands, self.strength * torch.sigmoid(eta), 0.0)[..., None]
         log_decay = torch.where(stands, F.logsigmoid(alpha), 0.0)
         g = log_decay.cumsum(-1)
-        before = g - log_decay
+        before = g if self.decayed_write else g - log_decay
         decayed, decayed_before = torch.exp(g)[..., None], torch.exp(before)[..., None]
         # what lies above the diagonal is masked before exp, where it may overflow
         left = torch.exp(_below(g[..., :, None] - g[..., None, :], 0))
         left_before = torch.exp(_below(before[..., :, None] - g[..., None, :], -1))
-        coupling, scores = r * left_before * (k @ k.mT), left * (q @ k.mT)
+        coupling, scores = r * left_before * (k @ k.mT) * self.erases, left * (q @ k.mT)
         end = left[..., -1, :, None] * k  # F_Cj k_j
         whole = decayed[..., -1:, :]  # exp(g_C)
 
@@ -278,7 +311,7 @@ class PlainMemory(PlainMixer):
                 after["pi"] = after["pi"] + (1 - whole) * eye
                 read = read + (1 - decayed) * q
         if self.main_memory:
-            written = write(v - decayed_before * (k @ state["main"].mT))
+            written = write(v - self.erases * decayed_before * (k @ state["main"].mT))
             after["main"] = whole * state["main"] + written.mT @ end
             read = decayed * (q @ state["main"].mT) + scores @ written
         return read, after
@@ -286,10 +319,12 @@ class PlainMemory(PlainMixer):
     def initialize(self, std: float, residual_std: float) -> None:
         lambda_init, eta_bias, alpha_bias = self.starts
         nn.init.normal_(self.convolution, std=len(self.convolution) ** -0.5)
-        nn.init.constant_(self.eta_bias, eta_bias)
-        with torch.no_grad():
-            spread = torch.linspace(-1, 1, self.heads, device=self.alpha_bias.device)
-            self.alpha_bias.copy_(alpha_bias + spread)  # memories of different reach
+        if "eta" in self.gates:
+            nn.init.constant_(self.eta_bias, eta_bias)
+        if "alpha" in self.gates:
+            with torch.no_grad():
+                spread = torch.linspace(-1, 1, self.heads, device=self.alpha_bias.device)
+                self.alpha_bias.copy_(alpha_bias + spread)  # memories of different reach
         if self.read_norm is not None:
             nn.init.ones_(self.read_norm)
         if not self.modifies_itself:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -21,6 +21,10 @@ class MixerState(State):
     start: Tensor | None
     current: Tensor
     position: Tensor
+    main_start: Tensor | None = None
+    uncertainty: Tensor | None = None
+    momentum: Tensor | None = None
+    since: Tensor | None = None
 
     @classmethod
     def after(
@@ -41,19 +45,21 @@ class MixerState(State):
         else:
             place = (lengths[:, None] + torch.arange(before)).to(fed.device)
             last = torch.cat([tail, fed]).transpose(0, 1).take_along_dim(place[..., None], 1)
-        return cls(last, memory.start, memory.current, memory.position)
+        return cls(last, **{f.name: getattr(memory, f.name) for f in fields(memory)})
 
     @property
     def memory(self) -> MemoryState:
-        return MemoryState(self.start, self.current, self.position)
+        return MemoryState(**{f.name: getattr(self, f.name) for f in fields(MemoryState)})
 
     def fits(self, mixer: Any, lengths: Tensor) -> bool:
         """Chunks begin where their length divides what a row has read."""
         return torch.equal(self.position, lengths % mixer.rules.chunk)
 
     def reset(self, rows: Tensor) -> None:
-        """Pi begins as I, and all else as zeros."""
+        """Pi begins as I, the gain's uncertainty at 1, and all else as zeros."""
         super().reset(rows)
+        if self.uncertainty is not None:
+            self.uncertainty[rows.to(self.uncertainty.device)] = 1
         if self.start is None:
             return
         d = self.start.shape[-1]

@@ -92,13 +92,15 @@ def launches(d: int, generation: int) -> dict[str, Launch]:
     return {**_BY_HEAD[d], **own}
 
 
-def takes(chunk: int, d: int, anchored: bool, static: bool) -> bool:
-    """Whether there are kernels for such a memory, for bf16.
+def takes(rules: MemoryRules, d: int, static: bool) -> bool:
+    """Whether there are kernels for such a memory with heads of d, for bf16.
 
     In `SIZES`, for every memory but one that decays toward zero (`hope-paper`),
-    which needs all of fp32.
+    which needs all of fp32; and for writes of strength up to 1 that erase what has not decayed
+    and depend on tokens and Pi alone. One that does not decay has logits of 1e4 for its gate.
     """
-    return (static or anchored) and (chunk, d) in SIZES
+    plain = rules.erases and not rules.decayed_write and rules.strength == 1 and not rules.serial
+    return plain and (static or rules.anchored) and (rules.chunk, d) in SIZES
 
 
 def supports(a: Tensor, b: Tensor, q: Tensor, rules: MemoryRules, static: bool) -> bool:
@@ -112,6 +114,6 @@ def supports(a: Tensor, b: Tensor, q: Tensor, rules: MemoryRules, static: bool) 
     return (
         a.is_cuda
         and a.dtype == b.dtype == q.dtype == torch.bfloat16
-        and takes(rules.chunk, a.shape[-1], rules.anchored, static)
+        and takes(rules, a.shape[-1], static)
         and find_spec("triton") is not None
     )
