@@ -156,7 +156,7 @@ def scan_results(
         read = memory_reference(a, b, q, eta, alpha, weights, rules, inputs.main())
     else:
         read, _ = memory_scan(
-            a, b, q, eta, alpha, weights, rules, None, carried, main=inputs.main()
+            a, b, q, eta, alpha, weights, rules, None, carried, True, None, inputs.main()
         )
     weight = weight.to(read.device, read.dtype)
     gradients = torch.autograd.grad(read, [*inputs.leaves.values()], weight)
