@@ -40,8 +40,8 @@ ORDER = (
     "train",
     "bench",
     "verify",
-    "continual",
     "scaling",
+    "continual",
     "cli",
 )
 """The rooms from the ground up. A module belongs to the longest name that it begins with, and may
