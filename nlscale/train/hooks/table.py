@@ -35,7 +35,12 @@ class _Known:
             UserError: it has none of that name, or a value is none.
         """
         kind = schema.Kind(
-            f"hook {given.name}", self.options, "options of a hook", "", "{} not set"
+            f"hook {given.name}",
+            self.options,
+            "options of a hook",
+            folder="",
+            unset="{} not set",
+            interpolates=True,  # lists of sections are made by what does that
         )
         try:
             return schema.build(_typed(given.options), kind, {})
