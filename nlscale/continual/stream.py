@@ -156,7 +156,9 @@ def read_stream(given: str | Path, imports: list[str] | None = None) -> Stream:
         values.append(
             Value(folder_name(name), {"hooks": [*hooks, *made.hooks], **keys, **made.keys})
         )
-        helps[values[-1].name] = ", ".join([*given_methods, *(f"{k}={v}" for k, v in keys.items())])
+        helps[values[-1].name] = ", ".join(
+            [*given_methods, *(f"{key}={trees.dump(value)}" for key, value in keys.items())]
+        )
     if len({value.name for value in values}) < len(values):
         raise UserError(f"{path}: methods: two are called alike; rename one")
     seeds = file.seeds or [Config().run.seed]
@@ -195,7 +197,7 @@ def _tasks(
             f"{{en: {{data: data/en, steps: 200}}, de: {{data: data/de, steps: 200}}}}"
         )
     mixtures: dict[str, list[dict[str, Any]]] = {}
-    lengths = []
+    lengths: list[int] = []
     for name, tree in file.tasks.items():
         where = f"{path}: tasks.{name}"
         if "/" in str(name):
@@ -208,15 +210,16 @@ def _tasks(
             raise UserError(f"{where}: {error}") from None
         if (task.steps is None) == (task.tokens is None):
             raise UserError(f"{where}: give its steps, or its tokens such as 1M, and not both")
+        steps = task.steps or 0
         if task.tokens is not None:
             config = _load(file.recipe, {**common, "data.dir": "none"}, path)
             each = tokens_per_step(config)
             if each is None:
                 raise UserError(f"{where}: a step has not always as many tokens; give its steps")
-            task.steps = round(read_count(task.tokens, f"{where}.tokens") / each)
-            if not task.steps:
+            steps = round(read_count(task.tokens, f"{where}.tokens") / each)
+            if not steps:
                 raise UserError(f"{where}: {task.tokens} tokens are less than a step of {each:,}")
-        lengths.append(task.steps)
+        lengths.append(steps)
     return mixtures, list(accumulate(lengths))
 
 

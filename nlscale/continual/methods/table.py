@@ -170,7 +170,9 @@ def changes_of(given: Mapping[str, Any], course: Course, where: str) -> Changes:
                 f"{where}: no method is called {name!r}; {schema.nearest(name, METHODS)}"
             )
         one = METHODS[name]
-        kind = schema.Kind(f"method {name}", one.options, "options of a method", "", "{} not set")
+        kind: schema.Kind[Any] = schema.Kind(
+            f"method {name}", one.options, "options of a method", "", "{} not set"
+        )
         try:
             new = one.changes(course, schema.build(options or {}, kind, {}))
         except UserError as error:

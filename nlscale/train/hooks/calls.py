@@ -43,8 +43,8 @@ class Hooks:
                 self._updates[level] = self._run.trainer.optimizer.counts(level)[0]
                 if self._updates[level] > before:
                     begun.add(level)
-        for hook, level in self._hooks:
-            if level in begun or self._run.step in hook.given.steps:
+        for hook, own in self._hooks:
+            if own in begun or self._run.step in hook.given.steps:
                 with doing(f"hook {hook.given.name}"):
                     hook.on_update()
         if self._hooks:

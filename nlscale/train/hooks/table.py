@@ -34,7 +34,7 @@ class _Known:
         Raises:
             UserError: it has none of that name, or a value is none.
         """
-        kind = schema.Kind(
+        kind: schema.Kind[Any] = schema.Kind(
             f"hook {given.name}",
             self.options,
             "options of a hook",
