@@ -71,7 +71,7 @@ _VERBS = (
         "recipe",
         recipe,
         "list, show and copy the recipes that come with nlscale",
-        "The recipes, cluster files and sweep files that come with nlscale, by name.",
+        "The recipes, cluster, sweep and stream files that come with nlscale, by name.",
     ),
     _Verb(
         "data",

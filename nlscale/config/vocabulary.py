@@ -402,4 +402,6 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     hooks: list[HookConfig] = field(default_factory=list)
+    """What is called each time that a level updates, or after some steps, such as [{name: replay,
+    level: slow}]; `run.imports` add more."""
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -128,6 +128,11 @@ def read_stream(given: str | Path, imports: list[str] | None = None) -> Stream:
     }
     hooks = [scores, *hooks]
     if file.optimizer == "reset":
+        if file.boundaries == "unknown":
+            raise UserError(
+                f"{path}: optimizer: reset is at boundaries, which are unknown; keep it, or let "
+                f"boundaries be known"
+            )
         hooks.append({"name": "reset-optimizer", "steps": ends[:-1]})
     common |= {
         "data.dir": None,

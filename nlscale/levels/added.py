@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from nlscale.levels.optimizers import GroupOptimizer
-
-if TYPE_CHECKING:
-    from nlscale.levels.engine import LevelOptimizer
 
 Term = Callable[[GroupOptimizer, Tensor], None]
 """Adds to the `grad` of a group's `main_parameters`, which holds the sum over targets of a window,
@@ -37,12 +33,3 @@ class Added:
     def factor(self, level: int) -> float:
         """On the learning rate of a level."""
         return 0.0 if level in self.frozen else 1.0
-
-
-def begin_optimizers(optimizer: LevelOptimizer) -> None:
-    """Forget what the rules keep of gradients, as if none had been seen; weights, windows and what
-    outer steps keep stay. Bias corrections begin anew as well."""
-    for group in optimizer.groups:
-        group.optimizer.optimizer.state.clear()
-    for progress in optimizer.progress.values():
-        progress.begin_state()

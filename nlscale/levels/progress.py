@@ -26,7 +26,7 @@ class Progress:
     short: int = 0
     """Steps by which the periods of its updates were shorter than the longest, together."""
     before_state: int = 0
-    """Updates before the optimizer's state was begun anew (`nlscale.levels.added`)."""
+    """Updates before the optimizer's state was begun anew (`nlscale.levels.anew`)."""
     owed_tokens: int = 0
     """W_0 of `nlscale.levels.feedback`: tokens of the window in whose sums it is counted what
     rounding has left; 0: nothing is."""

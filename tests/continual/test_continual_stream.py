@@ -93,6 +93,20 @@ def test_a_frozen_level_keeps_its_weights(undisturbed: Path) -> None:
         assert torch.equal(*found) == same
 
 
+def test_optimizers_begin_anew_at_a_boundary(undisturbed: Path) -> None:
+    checkpoints = Store(undisturbed.parent / "runs/naive-seed1234/checkpoints").checkpoints()
+    at = {checkpoint.step: checkpoint for checkpoint in checkpoints}
+    moments = {
+        step: {name for name in at[step].tensors() if name.startswith("exp_avg/")}
+        for step in (4, 5, 6)
+    }
+    assert moments[4] and not moments[5]
+    # what has been updated since has moments again: the first level whole, of others a part
+    assert "exp_avg/embedding.weight" in moments[6] and moments[6] < moments[4]
+    for group in at[9].state["levels"]:
+        assert 0 < group["before_state"] < group["updates"]
+
+
 def test_a_stream_that_is_killed_ends_in_the_same_matrix(
     data: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +179,7 @@ def test_methods_change_what_they_say_and_nothing_else(tmp_path: Path) -> None:
         ({"methods": {"a": {"set": {"train.steps": 3}, "naive": None}}}, "a stream sets itself"),
         ({"set": {"data.dir": "x"}}, "data.dir is what a stream sets itself"),
         ({"metric": "bits"}, "metric: 'bits' is not one of bits_per_byte, loss, accuracy"),
+        ({"optimizer": "reset", "boundaries": "unknown"}, "optimizer: reset is at boundaries"),
         ({"seeds": [1, 1]}, "seeds: one is there twice"),
     ],
 )

@@ -9,7 +9,7 @@ from nlscale.continual.methods.options import (
     LwfOptions,
     ScoresOptions,
 )
-from nlscale.train.hooks.hook import NoOptions
+from nlscale.train.hooks.options import NoOptions
 from nlscale.train.hooks.table import register
 
 register("task-scores", "nlscale.continual.methods.scores:Scores", ScoresOptions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nlscale.levels.added import begin_optimizers
+from nlscale.levels.anew import begin_optimizers
 from nlscale.train.hooks.hook import Hook
 
 

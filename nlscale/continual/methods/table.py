@@ -15,8 +15,7 @@ from nlscale.config import schema
 from nlscale.config.fields import within
 from nlscale.continual.methods.options import EwcOptions, FreezeOptions, LwfOptions
 from nlscale.errors import UserError
-from nlscale.train.hooks.hook import NoOptions
-from nlscale.train.hooks.options import ReplayOptions
+from nlscale.train.hooks.options import NoOptions, ReplayOptions
 
 Keys = dict[str, Any]
 """Of a recipe, dotted."""

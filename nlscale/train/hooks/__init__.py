@@ -10,7 +10,7 @@
 docs/how-to/hook-into-a-run.md has an example.
 """
 
-from nlscale.train.hooks.hook import Hook, NoOptions, Running
+from nlscale.train.hooks.hook import Hook, Running
 from nlscale.train.hooks.table import register
 
-__all__ = ["Hook", "NoOptions", "Running", "register"]
+__all__ = ["Hook", "Running", "register"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nlscale.config.vocabulary import Config, HookConfig
+from nlscale.train.hooks.options import NoOptions
 
 if TYPE_CHECKING:
     from nlscale.step.micro_batches import Batch
@@ -77,11 +78,6 @@ class Running:
                 **figures,
             },
         )
-
-
-@dataclass
-class NoOptions:
-    """Of a hook that takes none."""
 
 
 class Hook:

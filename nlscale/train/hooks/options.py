@@ -11,6 +11,11 @@ MOST_SAMPLES = 10_000_000
 
 
 @dataclass
+class NoOptions:
+    """Of a hook that takes none."""
+
+
+@dataclass
 class EvaluateOptions:
     """Of `evaluate`."""
 

@@ -14,16 +14,16 @@ from nlscale.config import schema
 from nlscale.config.scalars import Plain
 from nlscale.config.vocabulary import Config, HookConfig
 from nlscale.errors import UserError
-from nlscale.train.hooks.hook import Hook, NoOptions
-from nlscale.train.hooks.options import AverageOptions, EvaluateOptions, ReplayOptions
+from nlscale.train.hooks.options import AverageOptions, EvaluateOptions, NoOptions, ReplayOptions
 
 
 @dataclass(frozen=True)
 class _Known:
     """A hook that a recipe can name."""
 
-    made_by: str | type[Hook]
-    """The class, or `package.module:Class`, imported when a run begins."""
+    made_by: str | type[Any]
+    """The class, a `nlscale.train.hooks.hook.Hook`; or `package.module:Class`, imported when a run
+    begins."""
     options: type
     """A dataclass."""
     one_length: bool
@@ -47,11 +47,11 @@ class _Known:
         except UserError as error:
             raise UserError(f"{at}.options ({given.name}): {error}") from None
 
-    def load(self) -> type[Hook]:
+    def load(self) -> type[Any]:
         if not isinstance(self.made_by, str):
             return self.made_by
         module, _, name = self.made_by.partition(":")
-        found: type[Hook] = getattr(importlib.import_module(module), name)
+        found: type[Any] = getattr(importlib.import_module(module), name)
         return found
 
 
@@ -64,7 +64,7 @@ _TABLE: dict[str, _Known] = {
 
 def register(
     name: str,
-    made_by: str | type[Hook],
+    made_by: str | type[Any],
     options: type | None = None,
     one_length: bool | None = None,
 ) -> None:
@@ -72,8 +72,8 @@ def register(
 
     Args:
         name: of it.
-        made_by: its class; or `package.module:Class`, imported when a run begins, with its
-            `options` and `one_length` beside it.
+        made_by: its class, a `Hook`; or `package.module:Class`, imported when a run begins, with
+            its `options` and `one_length` beside it.
         options: of such a one, the dataclass of its options.
         one_length: likewise, see `Hook.one_length`.
 
