@@ -20,7 +20,8 @@ _MOST_TICKS = 400
 def draw_matrices(stream: Stream, plain: Mapping[str, Any], out: Path) -> Path:
     """Draw R of each method as a heat map, the mean over seeds, with the untrained model above.
 
-    All have one scale of colours: darker is better.
+    All have one scale of colours, of the scores of tasks that have been learned; the lightest is
+    the best, and what is worse than all of them has the darkest.
 
     Returns:
         The path written.
@@ -30,7 +31,8 @@ def draw_matrices(stream: Stream, plain: Mapping[str, Any], out: Path) -> Path:
 
     methods, tasks = plain["methods"], stream.tasks
     values = {name: np.array([m["before"], *m["matrix"]]) for name, m in methods.items()}
-    learned = np.concatenate([each[1:].ravel() for each in values.values()])
+    below = np.tril_indices(len(tasks))
+    learned = np.concatenate([each[1:][below] for each in values.values()])
     low, high = float(learned.min()), float(learned.max())
     columns = min(_COLUMNS, len(methods))
     lines = -(-len(methods) // columns)

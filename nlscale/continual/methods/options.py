@@ -16,7 +16,7 @@ _MOST = 1e12
 class EwcOptions:
     """Of `ewc`."""
 
-    strength: float = within(10.0, least=0, most=_MOST)
+    strength: float = within(1.0, least=0, most=_MOST)
     """lambda: the loss has strength * sum of F (theta - theta*)^2 added, nats a token."""
     sequences: int = within(64, above=0, most=1_000_000)
     """Of the end of a task, from which F is estimated."""
