@@ -102,10 +102,14 @@ def oracle() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("ranks", "per_node", "layout"),
     [
-        (4, 2, ["parallel.shard_optimizer=all"]),
-        (4, 2, ["parallel.tensor=2", "levels.reduction=every-step"]),
+        (2, 2, []),
+        (
+            4,
+            2,
+            ["parallel.tensor=2", "parallel.shard_optimizer=all", "levels.reduction=every-step"],
+        ),
     ],
-    ids=["sharded", "tensor"],
+    ids=["data", "tensor-nodes"],
 )
 def test_squares_and_penalty_are_the_plain_ones(
     oracle: dict[str, Any], ranks: int, per_node: int, layout: list[str]
