@@ -20,7 +20,6 @@ class Metric:
 METRICS = {
     "bits_per_byte": Metric("loss", "bits_per_byte", higher=False, label="bits a byte"),
     "loss": Metric("loss", "loss", higher=False, label="loss (nats a token)"),
-    "accuracy": Metric("task", "accuracy", higher=True, label="accuracy"),
 }
 RECORD = "task-scores"
 """The hook that takes scores, and the name of its records in metrics.jsonl."""
