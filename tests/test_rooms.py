@@ -40,8 +40,8 @@ ORDER = (
     "train",
     "bench",
     "verify",
-    "continual",
     "scaling",
+    "continual",
     "cli",
 )
 """The rooms from the ground up. A module belongs to the longest name that it begins with, and may
@@ -199,6 +199,7 @@ main(sys.argv[1:])
         "launch torchrun recipes/quickstart.yaml --cluster recipes/clusters/test.yaml --dry-run "
         "--node-rank 1 model.vocabulary=256",
         "sweep recipes/sweeps/hope-ladder.yaml --dry-run",
+        "continual recipes/streams/languages.yaml --dry-run",
         "checkpoint --help",
         "doctor --help",
         "bench --help",

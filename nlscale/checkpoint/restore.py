@@ -9,9 +9,11 @@ gathering inside the node as after an update.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -59,6 +61,11 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if state["pending"] != trainer.config.checkpoint.pending.value:
         canonical = state["pending"] == Pending.canonical.value
     _make_room_for_errors(trainer, checkpoint)
+    trainer.noted = deepcopy(state.get("noted", {}))
+    trainer.kept = {
+        kind: {shard.weights: torch.zeros_like(shard.weights) for shard in trainer.shards()}
+        for kind in state.get("kept", [])
+    }
     held = _without_new_errors(held_of(trainer, canonical, _kept(trainer, checkpoint)), checkpoint)
     if held.own and state["layout"]["nodes"] != layout.nodes:
         read_own(checkpoint, held.own, layout)

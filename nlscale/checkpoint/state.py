@@ -13,6 +13,7 @@ Tensors, each whole and under its parameter's own name, whatever rank holds whic
     owner_error/NAME               those of the owners (checkpoint.pending=exact)
     outer_weights/NAME             fp32, as after the last outer step, where updates were made since
     outer_momentum/NAME            fp32; absent before the first outer step
+    KIND/NAME                      fp32, what a hook keeps of each parameter (`nlscale.train.hooks`)
 
 Of a local level `weights/NAME` are those of the last outer step, which all nodes share, and each
 node stores its own of the rest: `exp_avg/NAME@3`, `window/NAME@3`, and `local_weights/NAME@3` where
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -130,6 +132,13 @@ def held_of(
             Own(flat(f"{kind}/{shard.name}", shard, tensor), shard.group)
             for kind, tensor in own.items()
         )
+    for kind, of_shards in trainer.kept.items():
+        for shard in trainer.shards():
+            one = flat(f"{kind}/{shard.name}", shard, of_shards[shard.weights])
+            if shard.local:
+                held.own.append(Own(one, shard.group))
+            else:
+                alike.append(one)
     windows = held.everywhere if canonical else held.here
     node = "" if canonical else f"@{layout.node_rank}"
     for mine in trainer.windows():
@@ -152,7 +161,7 @@ def _of_shard(
     shard: Shard, progress: Progress, kept: Callable[[Shard, int], dict[str, Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What is held of a shard by the class of tensor: what nodes share, and what each has."""
-    rule = kept(shard, progress.updates)
+    rule = kept(shard, progress.state_updates)
     shared, outer = {"weights": shard.weights}, shard.outer
     if outer is None:
         return {**shared, **rule}, {}
@@ -199,7 +208,14 @@ def trainer_state(trainer: Trainer, data: dict[str, Any], wandb_id: str | None) 
         "layout": layout_of(layout),
         "pending": trainer.config.checkpoint.pending.value,
         "wandb_id": wandb_id,
+        **({"kept": [*trainer.kept]} if trainer.kept else {}),
+        **({"noted": noted} if (noted := _noted(trainer)) else {}),
     }
+
+
+def _noted(trainer: Trainer) -> dict[str, Any]:
+    """What hooks have noted, of those that have; as it is now, as it is written later."""
+    return {name: deepcopy(of_hook) for name, of_hook in trainer.noted.items() if of_hook}
 
 
 def flat(name: str, shard: Shard | WindowShard | OwedShard, tensor: Tensor) -> Flat:

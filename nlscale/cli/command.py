@@ -14,6 +14,7 @@ from nlscale.cli import (
     checkpoint,
     compare,
     config,
+    continual,
     data,
     doctor,
     eval,
@@ -70,7 +71,7 @@ _VERBS = (
         "recipe",
         recipe,
         "list, show and copy the recipes that come with nlscale",
-        "The recipes, cluster files and sweep files that come with nlscale, by name.",
+        "The recipes, cluster, sweep and stream files that come with nlscale, by name.",
     ),
     _Verb(
         "data",
@@ -162,6 +163,16 @@ _VERBS = (
         "train many runs from one file: sizes, lengths, mixers, seeds",
         "List the runs that a file of axes gives, with what they cost, and train those that have "
         "not finished. The same command goes on where it was stopped.",
+        stops_itself=True,
+        one_process=True,
+    ),
+    _Verb(
+        "continual",
+        continual,
+        "learn tasks one after the other, and measure what is forgotten",
+        "Train the runs of a stream file: tasks in order, under each of its methods, with each "
+        "seed. Print the matrix of the scores of every task after every task, forgetting and "
+        "transfer. The same command goes on where it was stopped.",
         stops_itself=True,
         one_process=True,
     ),

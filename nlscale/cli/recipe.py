@@ -1,4 +1,4 @@
-"""`nlscale recipe list|show|copy`: the recipes, clusters and sweeps that come with nlscale."""
+"""`nlscale recipe list|show|copy`: what lies in recipes/, by name."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing = verbs.add_parser(
         "list",
         help="their names, and what each is",
-        description="List the recipes, cluster files and sweep files that come with nlscale. Their "
-        "names stand wherever a path does: nlscale train quickstart.",
+        description="List the recipes, cluster, sweep and stream files that come with nlscale. "
+        "Their names stand wherever a path does: nlscale train quickstart.",
     )
     listing.set_defaults(func=_list)
     show = verbs.add_parser("show", help="print one", description="Print one as it is.")

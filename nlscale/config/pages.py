@@ -122,6 +122,7 @@ PAGES = {
     "checkpoint.pending": "concepts/checkpoints.md#pending-windows",
     "resume": "concepts/checkpoints.md#what-may-change",
     "resume.start": "concepts/scaling.md#runs-that-share-their-stable-phase",
+    "hooks": "how-to/hook-into-a-run.md",
     "wandb": "how-to/launch.md",
 }
 """Page, and heading where one is meant, by the beginning of a key; the longest that fits counts.

@@ -281,7 +281,7 @@ def _guess(key: str, known: list[str]) -> str | None:
 def _texts(value: Any) -> Any:
     """What was typed as texts, all the way down."""
     if isinstance(value, dict):
-        return {name: _texts(item) for name, item in value.items()}
+        return {str(name): _texts(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_texts(item) for item in value]
     return str(value) if isinstance(value, Plain) else value
@@ -378,7 +378,9 @@ class _Checker:
         if not isinstance(value, dict):
             self._misshapen(key, value, "a mapping such as {NAME: value}")
         item = typing.get_args(hint)[1]
-        return {name: self._value(each, item, f"{key}.{name}", f) for name, each in value.items()}
+        return {
+            str(name): self._value(each, item, f"{key}.{name}", f) for name, each in value.items()
+        }
 
     def _scalar(self, value: Any, hint: type, key: str) -> Any:
         self._scalars[key] = value, hint

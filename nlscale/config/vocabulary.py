@@ -30,6 +30,7 @@ from nlscale.config.choices import Sharding as Sharding
 from nlscale.config.choices import WireFormat as WireFormat
 from nlscale.config.fields import MOST as MOST
 from nlscale.config.fields import one_of, or_list, path, within
+from nlscale.config.hooks import HookConfig as HookConfig
 from nlscale.config.levels import LevelConfig as LevelConfig
 from nlscale.config.levels import LevelsConfig as LevelsConfig
 from nlscale.config.optimizer import RULES as RULES
@@ -442,4 +443,7 @@ class Config:
     timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
+    hooks: list[HookConfig] = field(default_factory=list)
+    """What is called each time that a level updates, or after some steps, such as [{name: replay,
+    level: slow}]; `run.imports` add more."""
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -18,6 +18,7 @@ from torch import Tensor
 from nlscale.cluster.life.watch import doing
 from nlscale.config.level_optimizer import of_level
 from nlscale.config.vocabulary import Config, Reduction, Sharding
+from nlscale.levels.added import Added
 from nlscale.levels.groups import group_parameters
 from nlscale.levels.homes import homes
 from nlscale.levels.noise import GradientNoise, StepSquares, noise_record, see_windows
@@ -109,6 +110,7 @@ class LevelOptimizer:
         parameters: dict[str, Any] = named_parameters(stages)
         self._partial = [p for p in parameters.values() if p.partial_gradient]
         self._owing = Owing(config, levels, layout.nodes, self.windows, self.progress)
+        self.added = Added()
         self._waited: list[Waited] = []
         self._crossed: set[SyncGroup] = set()
         """The groups whose gradients, or outer steps, crossed at the last step."""
@@ -284,6 +286,7 @@ class LevelOptimizer:
         for g in due:
             with cpu.cuda_by_name():
                 g.optimizer.prepare_grads()
+            self.added.to_gradients(g, counted[g.group].here)
         norms = self._norms.of_windows(due, counted)
         norms_for_host = HostCopy(norms)
         compared = {g for g in counted if self.progress[g].updates % _RATIO_EVERY == 0}
@@ -322,6 +325,7 @@ class LevelOptimizer:
         rule = self.rules[group.level]
         rate = learning_rate(rule, step, self.config.train.steps)
         warmup = update_warmup(rule, self.progress[group].updates)
+        warmup *= self.added.factor(group.level)
         return rate * self.levels[group.level].scale_at(group.period_at(step)) * warmup
 
     def _set_memories(self, g: GroupOptimizer, period: int) -> None:

@@ -25,6 +25,8 @@ class Progress:
     """Across nodes; fewer than steps only where they are deferred."""
     short: int = 0
     """Steps by which the periods of its updates were shorter than the longest, together."""
+    before_state: int = 0
+    """Updates before the optimizer's state was begun anew (`nlscale.levels.anew`)."""
     owed_tokens: int = 0
     """W_0 of `nlscale.levels.feedback`: tokens of the window in whose sums it is counted what
     rounding has left; 0: nothing is."""
@@ -63,7 +65,16 @@ class Progress:
             longest: period of the group.
             period: in steps.
         """
-        return (self.updates * longest - self.short) / period
+        return (self.state_updates * longest - self.short) / period
+
+    @property
+    def state_updates(self) -> int:
+        """Updates that the optimizer's state knows of: the step count of a rule."""
+        return self.updates - self.before_state
+
+    def begin_state(self) -> None:
+        """The optimizer's state begins anew."""
+        self.before_state, self.short = self.updates, 0
 
     def take(self, verdict: Verdict) -> None:
         """A step that was admitted is in the window."""

@@ -124,10 +124,13 @@ class Window:
                 if not any(map(_is_partial, bucket.params_list)):
                     self._send_behind(groups[bucket.params_list[0]], i)
 
-    def start_step(self, closes: bool) -> None:
-        """Before the first backward pass of a step, at the end of which the window may close."""
+    def start_step(self, closes: bool, apart: bool = False) -> None:
+        """Before the first backward pass of a step, at the end of which the window may close.
+
+        `apart`: of a pass that is no step, between two of them: nothing is to cross.
+        """
         self._closes = closes
-        joins = self._wire.joins_nodes and not self.local
+        joins = self._wire.joins_nodes and not self.local and not apart
         self._crosses = joins and (closes or self._every_step)
         self._unsettled = self._crosses
         self._sent.clear()

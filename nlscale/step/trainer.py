@@ -6,10 +6,11 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from nlscale.cluster.life.watch import doing
 from nlscale.config.curriculum import TrainingStage, at_stage, curriculum, stage_of
@@ -91,6 +92,13 @@ class Trainer:
     counters: Counters = field(default_factory=Counters)
     waits: Waits = field(default_factory=Waits)
     """Of the last step."""
+    asked: list[Decoder] | None = None
+    """What stands in for the stages in a training step, with their parameters; None: nothing."""
+    kept: dict[str, dict[Any, Tensor]] = field(default_factory=dict)
+    """What hooks keep of each parameter, by kind, and by the weights of its `shards`: fp32 of their
+    length. Checkpoints hold it."""
+    noted: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What hooks note, by their name, as JSON holds it; the same on every rank. Likewise."""
 
     @classmethod
     def build(
@@ -155,7 +163,8 @@ class Trainer:
         self.optimizer.start_step(counters.step)
         with doing("forward and backward pass"):
             by_source = sums_by_source(batches)
-            seen = run_micro_batches(self.stages, batches, self.optimizer.windows, by_source)
+            stages = self.asked or self.stages
+            seen = run_micro_batches(stages, batches, self.optimizer.windows, by_source)
         self.busy.stop()
         with doing("reduction inside the node"):
             self.optimizer.finish_backward()

@@ -266,7 +266,9 @@ METRICS: Mapping[str, Mapping[str, Field]] = {
         "not_finite": _NOT_FINITE,
     },
     "evaluation": {
-        "name": Field("text", "", "which of those that `evaluate` names"),
+        "name": Field(
+            "text", "", "which of those that `evaluate` names, or the hook that records it"
+        ),
         "kind": Field("text", "", "`evaluation`"),
         "step": Field("integer", "steps", "taken so far"),
         "time": Field("number", "Unix s", "when it was over"),

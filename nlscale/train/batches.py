@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from itertools import chain
+from typing import Any
+
+import numpy as np
 
 from nlscale.config.curriculum import TrainingStage, stage_of
+from nlscale.data import BatchReader
+from nlscale.data.reader import MixtureReader
 from nlscale.step.micro_batches import Batch
 from nlscale.step.trainer import Trainer
 from nlscale.train.prepare import Prepared
+from nlscale.train.replay import Replay
 
 STEPS_EXPECTED = 8
 """Steps whose shards are fetched ahead where they lie on another service."""
@@ -24,16 +30,20 @@ class StepReader:
     step reads does not. What is read ahead follows from where the run stands, and is no state.
     """
 
-    def __init__(self, trainer: Trainer, prepared: Prepared) -> None:
+    def __init__(self, trainer: Trainer, prepared: Prepared, replay: Replay | None = None) -> None:
         self._trainer, self._prepared = trainer, prepared
+        self._replay = replay or Replay({}, seed=0)
+        self._version = self._replay.version
         self._ahead: Future[list[Batch]] | None = None
 
     def take(self) -> list[Batch]:
         """Of the step that is about to be taken; what kept them from being read is raised here."""
         counters, train = self._trainer.counters, self._trainer.config.train
         step, first = counters.step + 1, counters.samples
-        batches = self._ahead.result() if self._ahead is not None else self._read(step, first)
-        self._ahead = None
+        batches = self._ahead.result() if self._ahead is not None else None
+        if batches is None or self._version != self._replay.version:
+            batches = self._read(step, first)
+        self._ahead, self._version = None, self._replay.version
         if step < train.steps:
             following = first + stage_of(self._prepared.stages, step).global_batch
             self._ahead = _in_background(partial(self._read, step + 1, following))
@@ -66,10 +76,25 @@ class StepReader:
         stage, batches = stage_of(self._prepared.stages, step), []
         reader = self._prepared.readers[stage.cut]
         for number, size in self._numbers(stage, sample):
-            rows, counts = reader.read(number, size), reader.masks(number, size)
-            of = reader.sources(number, size)
-            batches.append(self._trainer.to_batch(rows, reader.separator, size, counts, of))
+            numbers = self._replay.instead_of(range(number, number + size))
+            batches.append(self._trainer.to_batch(*read(reader, numbers)))
         return batches
+
+
+def read(
+    reader: BatchReader | MixtureReader, numbers: Sequence[int]
+) -> tuple[Any, int, int, Any, Any]:
+    """What `Trainer.to_batch` takes, of samples by their numbers in the reader's cut."""
+    if isinstance(numbers, range) and numbers.step == 1:
+        parts = [(numbers.start, len(numbers))]
+    else:
+        parts = [(number, 1) for number in numbers]
+    rows = np.concatenate([reader.read(*part) for part in parts])
+    masks = [mask for part in parts if (mask := reader.masks(*part)) is not None]
+    sources = [of for part in parts if (of := reader.sources(*part)) is not None]
+    counts = np.concatenate(masks) if masks else None
+    of = (np.concatenate([each for each, _ in sources]), sources[0][1]) if sources else None
+    return rows, reader.separator, len(numbers), counts, of
 
 
 def _in_background(work: Callable[[], list[Batch]]) -> Future[list[Batch]]:

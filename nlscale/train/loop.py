@@ -45,8 +45,11 @@ from nlscale.train.claim import Claim
 from nlscale.train.costs import Costs
 from nlscale.train.dropped import Drops
 from nlscale.train.found import look
+from nlscale.train.hooks.calls import Hooks
+from nlscale.train.hooks.hook import Running
 from nlscale.train.mix_plan import lines as mixture_lines
 from nlscale.train.prepare import Prepared, go_on
+from nlscale.train.replay import BUFFER, Replay
 from nlscale.train.summary import (
     describe,
     hardly_moves,
@@ -142,17 +145,20 @@ def _run(
         if checkpoint is not None and checkpoint.path.parent == store.folder:
             copier.offer(checkpoint)
         counters, optimizer = trainer.counters, trainer.optimizer
-        reader = StepReader(trainer, prepared)
+        replay = Replay(trainer.noted.setdefault(BUFFER, {}), config.run.seed)
+        reader = StepReader(trainer, prepared, replay)
         deadline, drops = Deadline(), Drops(config)
         warned: set[int] = set()
         slow_ranks: set[int] = set()
         costs = Costs(config, prepared, layout)
         validation = Validation(prepared, trainer, telemetry, claim)
         planned = partial(tokens_until, prepared.stages)
+        hooks = Hooks(Running(trainer, prepared, telemetry, claim, replay))
         pace = 0.0  # seconds a token of the last step
         signals.training()
         if counters.step in (0, config.train.steps):
             validation.run()
+        hooks.begin()
         while counters.step < config.train.steps:
             started, stalled = time.monotonic(), saver.take_stalled()
             stage = stage_of(prepared.stages, counters.step + 1)
@@ -173,7 +179,7 @@ def _run(
             if verdict.asked.failed:
                 saver.give_up()
             drops.see(verdict, step, counters.dropped_in_a_row)
-            for level in standing_still(updated) - warned:
+            for level in standing_still(updated) - warned - optimizer.added.frozen:
                 telemetry.warn(hardly_moves(prepared.levels[level].name, step, updated[level]))
                 warned.add(level)
             _check_replicas(trainer)
@@ -200,6 +206,7 @@ def _run(
                     **_ranks(trainer, telemetry, slow_ranks),
                 }
             )
+            hooks.after_step(updated)
             last = step == config.train.steps
             if validation.due(step):
                 validation.run()

@@ -23,6 +23,7 @@ from nlscale.evaluate.table import check as check_evaluations
 from nlscale.levels.spectrum import Level, levels_of
 from nlscale.plan.checks import check_sizes, not_divisible
 from nlscale.train.cached import check_cache
+from nlscale.train.hooks.table import check as check_hooks
 from nlscale.train.mixed import HeldOut, data_from, held_out, order_of, readers_of
 
 
@@ -69,6 +70,7 @@ def prepare(config: Config) -> Prepared:
     levels = levels_of(config)
     check_evaluations(config.evaluate)
     folders, notes, cuts = open_folders(config.data), [], lengths(stages)
+    check_hooks(config, len(cuts))
     shards = folders[0].train
     for folder in folders:
         for length in cuts:

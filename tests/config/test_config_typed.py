@@ -303,6 +303,7 @@ NEEDED = {
     "data.temperature": _MIXED,
     "data.stages.": ["data.stages=[{from: 50%, sequence_length: 8, mixture: [{dir: x}]}]"],
     "train.global_batch.": ["train.global_batch=[{from: 0, size: 8}]"],
+    "hooks.": ["hooks=[{name: replay}]"],
 }
 """What a run has to have beside keys that begin so, of which it has none by itself."""
 
@@ -316,7 +317,7 @@ def test_the_edges_of_every_range(key: str, item: type, field: dataclasses.Field
 
     def override(value: float) -> str:
         number = repr(value) if math.isfinite(value) else f".{value}".replace(".-", "-.")
-        listed = key in ("parallel.stages", "checkpoint.steps")
+        listed = key in ("parallel.stages", "checkpoint.steps", "hooks.0.steps")
         return f"{key}=[{number}]" if listed else f"{key}={number}"
 
     entries = [text for begin, given in NEEDED.items() if key.startswith(begin) for text in given]

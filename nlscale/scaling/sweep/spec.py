@@ -135,7 +135,7 @@ def read_sweep(given: str | Path) -> Sweep:
         ladder=ladder,
         workers=file.workers,
         ranks=file.ranks,
-        build_data=_commands(file.build_data, f"{path}: build_data"),
+        build_data=commands(file.build_data, f"{path}: build_data"),
         compare=_question(file.compare, f"{path}: compare") if file.compare is not None else None,
         search=_search(file.search, axes, f"{path}: search") if file.search is not None else None,
     )
@@ -170,7 +170,12 @@ def _axes(tree: Any, path: Path) -> tuple[dict[str, list[Value]], Ladder | None]
     return axes, ladder
 
 
-def _commands(tree: Any, where: str) -> tuple[str, ...]:
+def commands(tree: Any, where: str) -> tuple[str, ...]:
+    """What `build_data` holds: a command or a list of them.
+
+    Raises:
+        UserError: one is no text.
+    """
     given = tree if isinstance(tree, list) else [tree] if tree else []
     for command in given:
         if not isinstance(command, str):
