@@ -13,6 +13,8 @@ from omegaconf import MISSING
 
 from nlscale.config.choices import ClipScope as ClipScope
 from nlscale.config.choices import CmsForm as CmsForm
+from nlscale.config.choices import ContextObjective as ContextObjective
+from nlscale.config.choices import ContextReset as ContextReset
 from nlscale.config.choices import Dtype as Dtype
 from nlscale.config.choices import Part as Part
 from nlscale.config.choices import Pending as Pending
@@ -23,6 +25,7 @@ from nlscale.config.choices import Reduction as Reduction
 from nlscale.config.choices import Schedule as Schedule
 from nlscale.config.choices import Sharding as Sharding
 from nlscale.config.choices import WireFormat as WireFormat
+from nlscale.config.context import ContextConfig as ContextConfig
 from nlscale.config.fields import MOST as MOST
 from nlscale.config.fields import one_of, or_list, path, within
 from nlscale.config.levels import LevelConfig as LevelConfig

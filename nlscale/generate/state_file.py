@@ -145,6 +145,9 @@ def _described(model: Model) -> str:
 def _digest(model: Model) -> str:
     """Of what a state depends on: the same for a run and for its export in the same dtype."""
     sections = {"model": asdict(model.config.model), "levels": asdict(model.config.levels)}
+    for level in sections["levels"]["spectrum"]:
+        if level["context"]["chunk"] is None:  # as before there was such a key
+            del level["context"]
     config = json.dumps(sections, sort_keys=True, default=str)
     found = hashlib.sha256(f"{config}\n{model.step}\n".encode())
     for name, weight in model._decoder.named_parameters():

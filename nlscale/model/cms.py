@@ -5,13 +5,16 @@ More of it in docs/concepts/cms.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from nlscale.config.in_context import InContext
 from nlscale.config.vocabulary import CmsForm, ModelConfig
+from nlscale.model.context import ContextState, LocalChange
 from nlscale.model.init import constant, normal, tag
 from nlscale.model.layers import (
     RMSNorm,
@@ -23,6 +26,7 @@ from nlscale.model.layers import (
     row_linear,
 )
 from nlscale.model.width import width_multiplier
+from nlscale.ops.documents import Documents
 from nlscale.ops.pointwise import compiled_on_gpu, swiglu
 
 
@@ -56,8 +60,15 @@ class LevelMLP(nn.Module):
 
         To be summed over the levels and then, once, over the tensor group.
         """
-        hidden = self._hidden(lambda x: product(self.up, x), x)
-        return product(self.down, weight * hidden)
+        return self.product_down(self.hidden(x), weight)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """This rank's hidden units, for x that `gather_input` returned."""
+        return self._hidden(lambda x: product(self.up, x), x)
+
+    def product_down(self, hidden: Tensor, weight: Tensor | None) -> Tensor:
+        """This rank's part of the output, of weight * hidden; a weight of None is 1."""
+        return product(self.down, hidden if weight is None else weight * hidden)
 
     def _hidden(self, up_projection: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         def hidden(x: Tensor) -> Tensor:
@@ -71,6 +82,7 @@ class CMS(nn.Module):
 
     sequential (Eq. 70): x <- x + MLP_l(norm_l(x)) for each level in turn.
     independent: x + sum_l w_l MLP_l(norm(x)), w = softmax of learned logits, one reduction in all.
+    Some of them may change while a sequence is read (`nlscale.model.context`).
     """
 
     def __init__(
@@ -81,6 +93,7 @@ class CMS(nn.Module):
         residual_std: float,
         recompute: bool,
         kernels: bool,
+        contexts: Sequence[InContext] = (),
     ) -> None:
         super().__init__()
         self.megatron, self.independent = megatron, model.cms == CmsForm.independent
@@ -101,19 +114,64 @@ class CMS(nn.Module):
             )
         else:
             self.register_parameter("mixture", None)
+        self.contexts = nn.ModuleDict(
+            {str(c.mlp): LocalChange(model, megatron, c, residual_std, recompute) for c in contexts}
+        )
 
-    def forward(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual stream and what is to be added to it, before and after."""
+    @property
+    def chunks(self) -> dict[str, int]:
+        """Tokens between two changes of the MLPs that change, by their places."""
+        return {place: change.chunk for place, change in self.contexts.items()}  # type: ignore[misc]
+
+    def forward(
+        self,
+        x: Tensor,
+        update: Tensor,
+        states: dict[str, ContextState] | None = None,
+        documents: Documents | None = None,
+        lengths: Tensor | None = None,
+        carry: bool = False,
+    ) -> tuple[Tensor, Tensor, dict[str, ContextState]]:
+        """Residual stream and what is to be added to it, before and after.
+
+        Args:
+            x, update: [sequence, batch, d_model].
+            states: where an earlier piece ended, of the MLPs that change, by their places.
+            documents, lengths: as a mixer takes them.
+            carry: whether to return where this piece ends, of these MLPs; else of none.
+        """
+        ends: dict[str, ContextState] = {}
+
+        def change(place: int, name: str) -> Callable[..., Tensor] | None:
+            """The method of what changes this MLP, which takes what is read of it; None: nothing."""
+            key = str(place)
+            if key not in self.contexts:
+                return None
+
+            def read(*given: Any) -> Tensor:
+                state = None if states is None else states[key]
+                method = getattr(self.contexts[key], name)
+                y, end = method(*given, state, documents, lengths, carry)
+                if end is not None:
+                    ends[key] = end
+                return y  # type: ignore[no-any-return]
+
+            return read
+
         if self.mixture is None:
-            for norm, mlp in zip(self.norms, self.mlps, strict=True):
+            for place, (norm, mlp) in enumerate(zip(self.norms, self.mlps, strict=True)):
                 x, normed = norm.after(x, update)  # type: ignore[operator]
-                update = mlp(normed)
-            return x, update
+                changing = change(place, "forward")
+                update = mlp(normed) if changing is None else changing(mlp, normed)
+            return x, update, ends
         x, normed = self.norms[0].after(x, update)  # type: ignore[operator]
         normed = gather_input(self.megatron, normed)
         weights = torch.softmax(self.mixture, 0)
-        partials = [
-            mlp.partial(weight, normed)  # type: ignore[operator]
-            for weight, mlp in zip(weights, self.mlps, strict=True)
-        ]
-        return x, reduce_output(self.megatron, torch.stack(partials).sum(0))
+        partials = []
+        for place, (weight, mlp) in enumerate(zip(weights, self.mlps, strict=True)):
+            changing = change(place, "partial")
+            plain: Any = mlp.partial
+            partials.append(
+                plain(weight, normed) if changing is None else changing(mlp, weight, normed)
+            )
+        return x, reduce_output(self.megatron, torch.stack(partials).sum(0)), ends

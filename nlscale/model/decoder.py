@@ -8,6 +8,7 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from nlscale.config.in_context import local_at
 from nlscale.config.vocabulary import Config
 from nlscale.model.block import Block
 from nlscale.model.layers import RMSNorm, embedding, head, vocabulary_group
@@ -43,7 +44,9 @@ class Decoder(nn.Module):
         self.is_first, self.is_last = blocks.start == 0, blocks.stop == model.layers
         self.embedding = embedding(megatron, vocabulary, model.init_std) if self.is_first else None
         train = config.train
-        self.blocks = nn.ModuleDict({str(i): Block(model, megatron, hidden, train) for i in blocks})
+        self.blocks = nn.ModuleDict(
+            {str(i): Block(model, megatron, hidden, train, local_at(config, i)) for i in blocks}
+        )
         if self.is_last:
             self.norm = RMSNorm(megatron, model.d_model, model.norm_eps, train.kernels)
             tied = self.embedding if model.tie_embeddings else None
@@ -91,7 +94,7 @@ class Decoder(nn.Module):
         update: Tensor | None = None
         for index, block in self.blocks.items():
             state = None if states is None else states[index]
-            x, update, state = block(x, update, state, documents, lengths)
+            x, update, state = block(x, update, state, documents, lengths, carry)
             if carry:
                 carried[index] = state
         return x if update is None else x + update, carried

@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from nlscale.config.in_context import in_context
 from nlscale.config.parts import depths_of, parts_of
-from nlscale.config.vocabulary import CmsForm, Config, Part
+from nlscale.config.vocabulary import CmsForm, Config, ContextObjective, Part
 from nlscale.errors import UserError
 from nlscale.model.mixers.table import mixer
 
@@ -18,6 +19,8 @@ Shape = tuple[int, int]
 """[out, in]."""
 
 _BLOCK_BUDGET = 12  # a Transformer block: 4 d^2 of attention and 8 d^2 of feed-forward
+CONTEXT_WINDOW = 4
+"""Tokens of the convolution that makes targets of a level inside the context **[choice]**."""
 _HIDDEN_MULTIPLE = 8  # hidden widths are rounded to this
 _NUMBER = re.compile(r"^(blocks)\.\d+\.")
 
@@ -70,6 +73,10 @@ def places(config: Config, vocabulary: int) -> list[Place]:
             found.append(norm(f"blocks.*.cms.norms.{i}.*", level, blocks))
     if independent and (mlps := len(parts.mlps)) > 1:
         found.append(Place("blocks.*.cms.mixture", parts.mlps[0], blocks, mlps, whole=mlps))
+    for each in in_context(config, ContextObjective.local):
+        name, window = f"blocks.*.cms.contexts.{each.mlp}.*", CONTEXT_WINDOW * d
+        square = {(d, d): 1}
+        found.append(Place(name, each.level, each.depths, d * d + window, window, square))
     # the facts of a mixer count the norm before it
     of_mixer, whole = facts.parameters(model) - d, facts.whole(model) - d
     found += [

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nlscale.config.in_context import local_at
 from nlscale.config.vocabulary import CmsForm, Recompute
 from nlscale.model.mixers.facts import FP32, MicroBatch
 from nlscale.model.mixers.table import mixer
@@ -31,6 +32,20 @@ class Activations(MicroBatch):
         recompute, model = self.config.train.recompute, self.config.model
         kept = self._norm() + mixer(model.mixer).kept(self, Recompute.mixer in recompute)
         return kept + self._cms(Recompute.cms in recompute)
+
+    def in_context(self, depth: int) -> float:
+        """Kept by what changes the MLPs of a block inside the context, beside `block`."""
+        model, kept = self.config.model, 0.0
+        channels = self.tokens * self.element * model.d_model
+        recompute = Recompute.cms in self.config.train.recompute
+        for _ in local_at(self.config, depth):
+            # the targets; what they are made of is what the convolution takes, and makes
+            kept += channels if recompute else channels * (2 + 1)
+            # the input of the MLP whole, where only a part of it is kept otherwise
+            kept += channels if self.config.parallel.sequence and not self._mixes_levels else 0.0
+            # which `rate * y` keeps, where there is a weight in the rate
+            kept += channels if self._mixes_levels else 0.0
+        return kept
 
     def embedding(self) -> float:
         """Kept by the embedding: the token ids."""

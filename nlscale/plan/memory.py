@@ -189,7 +189,7 @@ def _comparison(config: Config, vocabulary: int) -> float:
 
 def _stage(batch: Activations, blocks: range) -> float:
     """Bytes that one micro batch keeps in a model stage."""
-    kept = len(blocks) * batch.block()
+    kept = len(blocks) * batch.block() + sum(batch.in_context(depth) for depth in blocks)
     if blocks.start == 0:
         kept += batch.embedding()
     # the schedule holds on to what an earlier stage has sent
