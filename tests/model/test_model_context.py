@@ -157,7 +157,7 @@ def losses_on(layouts: list[list[str]]) -> list[tuple[list[float], dict[str, flo
     for overrides in layouts:
         config = tiny(*overrides)
         with process_groups(config) as layout:
-            model = Decoder(config, megatron_config(config), VOCABULARY)
+            model = Decoder(config, megatron_config(config), VOCABULARY + 1)
             initialize(model, 1, layout.tensor_rank, layout.tensor_size)
             generator = torch.Generator().manual_seed(3)
             tokens = torch.randint(VOCABULARY, (2, 25), generator=generator)

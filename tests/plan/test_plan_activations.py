@@ -168,7 +168,8 @@ def kernels_as_on_a_gpu() -> None:
 
 def kept_bytes(config: Config) -> float:
     batch = Activations(config, VOCABULARY)
-    blocks = config.model.layers * batch.block()
+    layers = config.model.layers
+    blocks = layers * batch.block() + sum(batch.in_context(depth) for depth in range(layers))
     return batch.embedding() + blocks + batch.head() + batch.gathered()
 
 
@@ -198,6 +199,22 @@ def test_what_shared_and_normalised_heads_keep(kernels: str) -> None:
         ],
         ranks=1,
     )  # fmt: skip
+
+
+def in_context() -> list[Config]:
+    """Levels in turn and mixed that change inside the context, recomputed or not."""
+    return [
+        make(
+            "levels=[{context: {chunk: 16, blocks: 1}},{period: 4, context: {chunk: 8, blocks: 2}}]",
+            f"model.cms={form}", f"train.dtype={dtype}", recompute=parts,
+        )
+        for form, dtype in (("sequential", "fp32"), ("independent", "bf16"))
+        for parts in (RECOMPUTE[0], RECOMPUTE[2])
+    ]  # fmt: skip
+
+
+def test_what_changes_inside_the_context_keep() -> None:
+    compare(in_context(), ranks=1)
 
 
 @pytest.mark.parametrize("sequence", ["false", "true"])
