@@ -26,8 +26,9 @@ from nlscale.checkpoint.export.weights import (
     export,
 )
 from nlscale.checkpoint.store.store import Checkpoint
+from nlscale.config.in_context import in_context
 from nlscale.config.units import human_count
-from nlscale.config.vocabulary import Config, Dtype
+from nlscale.config.vocabulary import Config, ContextObjective, Dtype
 from nlscale.data.index import INDEX_NAME, read_index, tokenizer_of
 from nlscale.data.tokenizer import Tokenizer, load_tokenizer
 from nlscale.errors import UserError
@@ -55,12 +56,19 @@ def export_huggingface(
         max_file_bytes: size of a file of weights, as `export` takes it.
 
     Raises:
-        UserError: as `export`; or the mixer has nothing in plain torch, or there is no tokenizer.
+        UserError: as `export`; or the mixer has nothing in plain torch, or a level changes inside
+            the context; or there is no tokenizer.
         CheckpointError: the checkpoint is broken.
     """
     own = describe(checkpoint, dtype)
     config = config_of(own, checkpoint.path)
     plain_mixer(config.model.mixer)  # refuses one that there is not
+    if changing := in_context(config, ContextObjective.local):
+        raise UserError(
+            f"levels.spectrum.{changing[0].level}.context: what changes inside the context has "
+            f"nothing in plain torch, of which an export to Hugging Face is made; export with --to "
+            f"safetensors"
+        )
     source = modeling_source(config.model.mixer)
     _refuse_another_tokenizer(checkpoint, tokenizer_folder or Path(config.data.folders()[0]))
     tokenizer = _tokenizer(config, tokenizer_folder)
