@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
+import yaml
+
+from nlscale.config import schema, trees
 from nlscale.config.context import ContextConfig
 from nlscale.config.curriculum import largest
 from nlscale.config.parts import parts_of
 from nlscale.config.vocabulary import Config, ContextObjective
 from nlscale.errors import UserError
 
+_KEYS = schema.Kind(
+    name="context",
+    schema=ContextConfig,
+    form="it is keys of a level's context, such as chunk",
+    folder="recipes",
+    unset="{} is not given",
+)
 _ONLY = {
     ContextObjective.local: ("decay",),
     ContextObjective.ntp: ("clip", "pull", "reset"),
@@ -48,6 +61,60 @@ def in_context(config: Config, objective: ContextObjective) -> list[InContext]:
 def local_at(config: Config, depth: int) -> list[InContext]:
     """Those of `local` that a block has."""
     return [each for each in in_context(config, ContextObjective.local) if depth in each.depths]
+
+
+def learning(config: Config, overrides: Sequence[str] = ()) -> list[InContext]:
+    """The levels that learn from what a trained model reads, by objective `ntp`, fastest first.
+
+    Args:
+        config: of the model.
+        overrides: LEVEL.KEY=VALUE, of the keys of `context` of a level, by its name: they are added
+            to those of the model, or take their place.
+
+    Raises:
+        UserError: no such level or key; a wrong value; what does not go together, as
+            `check_contexts`; or no level is left that learns.
+    """
+    config = copy.deepcopy(config)
+    levels = {level.name: level for level in config.levels.spectrum}
+    trees_of: dict[str, dict[str, Any]] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        name, _, key = key.strip().rpartition(".")
+        if not equals or name not in levels:
+            raise UserError(
+                f"context {text!r} is not LEVEL.KEY=VALUE, of a level of the model: "
+                f"{', '.join(levels)}; such as {next(iter(levels))}.chunk=256"
+            )
+        try:
+            trees_of.setdefault(name, {})[key] = trees.load(value)
+        except (yaml.YAMLError, ValueError):
+            raise UserError(f"context {text!r}: {value!r} is not a YAML value") from None
+    for name, tree in trees_of.items():
+        own = levels[name].context
+        if own.chunk is not None and own.objective != ContextObjective.ntp:
+            raise UserError(
+                f"level {name!r} of the model changes inside the context by objective "
+                f"{own.objective.value}, which it was trained with; have another level learn"
+            )
+        given = schema.build(tree, _KEYS, {})
+        for f in fields(given):
+            if f.name in tree:
+                setattr(own, f.name, getattr(given, f.name))
+        own.objective = given.objective if "objective" in tree else ContextObjective.ntp
+        if own.objective != ContextObjective.ntp:
+            raise UserError(
+                f"context {name}.objective={own.objective.value}: a trained model learns by ntp; "
+                f"train one with levels that are {own.objective.value}"
+            )
+    check_contexts(config)
+    found = in_context(config, ContextObjective.ntp)
+    if not found:
+        raise UserError(
+            f"no level of the model learns inside the context; give LEVEL.chunk=TOKENS, such as "
+            f"{next(iter(levels))}.chunk=256"
+        )
+    return found
 
 
 def check_contexts(config: Config) -> None:

@@ -56,7 +56,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Any]:
         """Residual stream x, what is still to be added to it, and the mixer's state.
 
-        With `carry` the state is also that of MLPs that change, where there are some. An update is added where it is normalised, so that both are one pass over memory.
+        With `carry` the state is also that of MLPs that change, where there are some. An update is
+        added where it is normalised, so that both are one pass over memory.
         """
         contexts = None
         if isinstance(state, BlockState):

@@ -51,9 +51,13 @@ class LevelMLP(nn.Module):
             # The second time, autograd hands on a copy of the weight that knows of no buffer.
             self.up.gradient_accumulation_fusion = False
         self.swiglu = compiled_on_gpu(swiglu, kernels)
+        self.changes: tuple[Tensor, Tensor] | None = None
+        """What each row's sequence adds to the weights, `up` and `down` as they are stored, behind
+        a batch dimension; in a process alone (`nlscale.model.changing`)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self._hidden(lambda x: self.up(x)[0], x))[0]
+        hidden = self._hidden(lambda x: self.up(x)[0], x)
+        return self._changed(self.down(hidden)[0], hidden, 1)
 
     def partial(self, weight: Tensor, x: Tensor) -> Tensor:
         """This rank's part of weight * MLP(x), for x that `gather_input` returned.
@@ -68,11 +72,18 @@ class LevelMLP(nn.Module):
 
     def product_down(self, hidden: Tensor, weight: Tensor | None) -> Tensor:
         """This rank's part of the output, of weight * hidden; a weight of None is 1."""
-        return product(self.down, hidden if weight is None else weight * hidden)
+        hidden = hidden if weight is None else weight * hidden
+        return self._changed(product(self.down, hidden), hidden, 1)
+
+    def _changed(self, y: Tensor, x: Tensor, place: int) -> Tensor:
+        """y, the product of a weight with x [sequence, batch, inputs], and of its change."""
+        if self.changes is None:
+            return y
+        return y + (x.transpose(0, 1) @ self.changes[place].mT).transpose(0, 1)
 
     def _hidden(self, up_projection: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         def hidden(x: Tensor) -> Tensor:
-            return self.swiglu(up_projection(x))
+            return self.swiglu(self._changed(up_projection(x), x, 0))
 
         return recomputed(hidden, x) if self.recompute else hidden(x)
 
@@ -143,7 +154,7 @@ class CMS(nn.Module):
         ends: dict[str, ContextState] = {}
 
         def change(place: int, name: str) -> Callable[..., Tensor] | None:
-            """The method of what changes this MLP, which takes what is read of it; None: nothing."""
+            """Of what changes this MLP the method of that name; None: nothing does."""
             key = str(place)
             if key not in self.contexts:
                 return None

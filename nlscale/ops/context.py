@@ -31,8 +31,8 @@ from nlscale.ops.documents import Documents
 
 @dataclass(frozen=True)
 class Offset:
-    """Where tokens stand in rows of whole chunks, as `Documents` has it, of a piece whose rows go on
-    inside a chunk, each elsewhere."""
+    """Where the tokens of a piece, whose rows go on inside a chunk, each elsewhere, stand in rows
+    of whole chunks; as `Documents` has it."""
 
     source: Tensor
     filling: Tensor

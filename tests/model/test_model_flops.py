@@ -110,8 +110,8 @@ def test_a_change_inside_the_context_costs_its_products_and_one_sum_made_again()
     static = make("levels=[1,4]", "data.sequence_length=75", "model.hidden=48")
     real, without = world.run(1, profiled, [changing, static])[0]
     planned = in_context_flops(changing)
-    # 24 hidden units a level, 4 chunks of 24 in one block and 3 of 32 in two; the sums of those that
-    # are read are made again in the backward pass
+    # 24 hidden units a level, 4 chunks of 24 in one block and 3 of 32 in two; the sums of those
+    # that are read are made again in the backward pass
     again = 2 * 64 * 24 * (3 * 24 + 2 * (2 * 32)) / 75
     convolution = 3 * 3 * 2 * 4 * 64
     assert real - without == pytest.approx(planned - convolution + again, rel=1e-9)

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def by_token(h: Tensor, v: Tensor, chunk: int, decay: float) -> Tensor:
-    """Of one sequence, [time, ...]: each token reads what whole chunks before its own have added."""
+    """Of one sequence, [time, ...]: each token reads what whole chunks before its own added."""
     change, opened, found = torch.zeros(OUT, HIDDEN).double(), 0.0, []
     for t in range(len(h)):
         if t and t % chunk == 0:

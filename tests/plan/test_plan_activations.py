@@ -203,9 +203,10 @@ def test_what_shared_and_normalised_heads_keep(kernels: str) -> None:
 
 def in_context() -> list[Config]:
     """Levels in turn and mixed that change inside the context, recomputed or not."""
+    spectrum = "[{context: {chunk: 16, blocks: 1}},{period: 4, context: {chunk: 8, blocks: 2}}]"
     return [
         make(
-            "levels=[{context: {chunk: 16, blocks: 1}},{period: 4, context: {chunk: 8, blocks: 2}}]",
+            f"levels={spectrum}",
             f"model.cms={form}", f"train.dtype={dtype}", recompute=parts,
         )
         for form, dtype in (("sequential", "fp32"), ("independent", "bf16"))
