@@ -31,6 +31,7 @@ class LearningStream:
 
     Attributes:
         batch: sequences
+        levels: those that learn
         length: tokens that each has read since `begin`
     """
 
@@ -43,6 +44,7 @@ class LearningStream:
         self.batch, self.length = batch, 0
         self.chunk = min(each.chunk for each in levels)
         """Tokens of which a gradient is taken at once: those of the shortest chunk."""
+        self.levels = list(levels)
         self._decoder, self._vocabulary = decoder, vocabulary
         self._device = next(decoder.parameters()).device
         self._levels = [LevelChange(decoder, each, batch) for each in levels]
@@ -125,9 +127,7 @@ class LearningStream:
         Raises:
             UserError: they are of another.
         """
-        like = LearningStream(
-            self._decoder, self._vocabulary, self.batch, [x.of for x in self._levels]
-        )
+        like = LearningStream(self._decoder, self._vocabulary, self.batch, self.levels)
         wanted = [set(like.tensors())]
         like.feed(torch.zeros(self.batch, self.chunk + 1, dtype=torch.long))
         wanted.append(set(like.tensors()))  # the states of mixers are there once a chunk is over

@@ -87,7 +87,7 @@ def load(path: str | Path, model: Model) -> Begun:
             f"{path} is a state in {facts.dtype}, and the model is in {model.dtype}; take the "
             f"model that it was made with, or another file"
         )
-    if facts.model != _digest(model):
+    if facts.model != digest(model):
         raise UserError(
             f"{path} is a state of another model ({facts.described}), not of {_described(model)}; "
             f"name the run or checkpoint that it was made with, or another file"
@@ -118,7 +118,7 @@ def save(path: str | Path, begun: Begun, model: Model) -> None:
     """
     path = path_of(path)
     facts = Facts(
-        _digest(model), _described(model), str(model.dtype), _digest_of(model.tokenizer),
+        digest(model), _described(model), str(model.dtype), _digest_of(model.tokenizer),
         begun.tokens, begun.recent,
     )  # fmt: skip
     tensors: dict[str, Tensor] = {_SEEN: begun.seen.to(torch.uint8)}
@@ -142,7 +142,7 @@ def _described(model: Model) -> str:
     return f"{model.config.model.mixer}, step {model.step}"
 
 
-def _digest(model: Model) -> str:
+def digest(model: Model) -> str:
     """Of what a state depends on: the same for a run and for its export in the same dtype."""
     sections = {"model": asdict(model.config.model), "levels": asdict(model.config.levels)}
     for level in sections["levels"]["spectrum"]:
