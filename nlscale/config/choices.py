@@ -97,6 +97,24 @@ class WireFormat(str, Enum):
     """The same in 4 bits."""
 
 
+class ContextObjective(str, Enum):
+    """What a level learns by while a sequence is read (docs/concepts/context.md)."""
+
+    local = "local"
+    """Outer products of its own hidden units with a learned target, which training learns through.
+    """
+    ntp = "ntp"
+    """The gradient of the loss of the next tokens, first order, when a trained model is evaluated.
+    """
+
+
+class ContextReset(str, Enum):
+    """When what a level has learned in the context is forgotten."""
+
+    sequence = "sequence"
+    never = "never"
+
+
 class Part(str, Enum):
     """A part of the model, which belongs to a level (docs/concepts/levels.md)."""
 

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from nlscale.config.choices import Part, PeriodRule, Reduction, WireFormat
+from nlscale.config.context import ContextConfig
 from nlscale.config.fields import MOST, within
 from nlscale.config.outer import OuterConfig
 from nlscale.config.period_warmup import PeriodWarmupConfig
@@ -41,6 +42,7 @@ class LevelConfig:
     local: bool = False
     """Approximate: each node updates the level by its own gradient (DiLoCo); what crosses, as
     `wire` says, is what its updates have made, once an outer step. Needs outer.every."""
+    context: ContextConfig = field(default_factory=ContextConfig)
 
 
 @dataclass

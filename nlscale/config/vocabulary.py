@@ -14,6 +14,8 @@ from omegaconf import MISSING
 from nlscale.config.attention import AttentionConfig as AttentionConfig
 from nlscale.config.choices import ClipScope as ClipScope
 from nlscale.config.choices import CmsForm as CmsForm
+from nlscale.config.choices import ContextObjective as ContextObjective
+from nlscale.config.choices import ContextReset as ContextReset
 from nlscale.config.choices import Decay as Decay
 from nlscale.config.choices import Dtype as Dtype
 from nlscale.config.choices import GateActivation as GateActivation
@@ -28,6 +30,7 @@ from nlscale.config.choices import Reduction as Reduction
 from nlscale.config.choices import Schedule as Schedule
 from nlscale.config.choices import Sharding as Sharding
 from nlscale.config.choices import WireFormat as WireFormat
+from nlscale.config.context import ContextConfig as ContextConfig
 from nlscale.config.fields import MOST as MOST
 from nlscale.config.fields import one_of, or_list, path, within
 from nlscale.config.hooks import HookConfig as HookConfig

@@ -56,6 +56,17 @@ _RANGE = {
     ),
 }
 
+_LEARNS = {
+    "level": Field("text", "", "its name"),
+    "chunk": Field("integer", "tokens", "between two changes"),
+    "objective": Field("text", "", "`ntp`"),
+    "learning_rate": Field("number", "", "of a change"),
+    "clip": Field("number", "", "the largest norm of a gradient", null="any"),
+    "pull": Field("number", "", "toward the trained weights"),
+    "reset": Field("text", "", "`sequence`, or `never`"),
+    "blocks": Field("integer", "blocks", "the last ones, which learn"),
+}
+
 _LOSS = {
     "text": Field("text", "", "what was read"),
     "tokens": Field("integer", "tokens", "that it has"),
@@ -73,6 +84,12 @@ _LOSS = {
         "",
         "`data.document_mask` of the training: whether no document saw those before it, as it does "
         "here",
+    ),
+    "context": Field(
+        "list of objects",
+        "",
+        "the levels that learned from what was read; none: the weights stayed as they were",
+        fields=_LEARNS,
     ),
     "positions": Field(
         "list of objects", "", "the ranges of `--lengths`, which the table shows", fields=_RANGE

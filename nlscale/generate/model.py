@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from nlscale.checkpoint.export import NO_DATA
+from nlscale.config.in_context import learning
 from nlscale.config.urls import location_of
 from nlscale.config.vocabulary import Config, mixer_label
 from nlscale.data.tokenizer import TOKENIZER_NAME, Tokenizer, load_tokenizer
 from nlscale.errors import UserError
+from nlscale.generate.learning import LearningStream
 from nlscale.generate.sampling import Sampling
 from nlscale.generate.stream import Stream as Stream
 from nlscale.generate.text import TOKENS, Continuation, Prompt, generate
@@ -101,6 +103,32 @@ class Model:
                 or dtype: shapes and lengths are compared, and not what is in them.
         """
         return Stream.of(self._decoder, self.vocabulary, tensors)
+
+    def learning(
+        self,
+        batch: int = 1,
+        context: Sequence[str] = (),
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> LearningStream:
+        """Sequences from their start, from which levels of objective `ntp` go on learning.
+
+        The weights of the model stay as they are: what changes belongs to the stream.
+
+        Args:
+            batch: sequences, each of which changes weights of its own.
+            context: LEVEL.KEY=VALUE, keys of `context` of a level beside those of the model, such
+                as ["base.chunk=256", "base.learning_rate=0.1"].
+            tensors: of a stream of the same keys and batch (`LearningStream.tensors`), to go on
+                from it.
+
+        Raises:
+            UserError: keys or tensors that do not fit the model; no level learns.
+        """
+        levels = learning(self.config, context)
+        stream = LearningStream(self._decoder, self.vocabulary, batch, levels)
+        if tensors is not None:
+            stream.restore(tensors)
+        return stream
 
     def logits(self, tokens: Tokens) -> Tensor:
         """What follows each token of whole sequences.

@@ -88,7 +88,7 @@ def load(path: str | Path, model: Model) -> Begun:
             f"{path} is a state in {facts.dtype}, and the model is in {model.dtype}; take the "
             f"model that it was made with, or another file"
         )
-    if facts.model != _digest(model):
+    if facts.model != digest(model):
         raise UserError(
             f"{path} is a state of another model ({facts.described}), not of {_described(model)}; "
             f"name the run or checkpoint that it was made with, or another file"
@@ -119,7 +119,7 @@ def save(path: str | Path, begun: Begun, model: Model) -> None:
     """
     path = path_of(path)
     facts = Facts(
-        _digest(model), _described(model), str(model.dtype), _digest_of(model.tokenizer),
+        digest(model), _described(model), str(model.dtype), _digest_of(model.tokenizer),
         begun.tokens, begun.recent,
     )  # fmt: skip
     tensors: dict[str, Tensor] = {_SEEN: begun.seen.to(torch.uint8)}
@@ -143,9 +143,12 @@ def _described(model: Model) -> str:
     return f"{mixer_label(model.config.model)}, step {model.step}"
 
 
-def _digest(model: Model) -> str:
+def digest(model: Model) -> str:
     """Of what a state depends on: the same for a run and for its export in the same dtype."""
     sections = {"model": asdict(model.config.model), "levels": asdict(model.config.levels)}
+    for level in sections["levels"]["spectrum"]:
+        if level["context"]["chunk"] is None:  # as before there was such a key
+            del level["context"]
     config = json.dumps(sections, sort_keys=True, default=str)
     found = hashlib.sha256(f"{config}\n{model.step}\n".encode())
     for name, weight in model._decoder.named_parameters():

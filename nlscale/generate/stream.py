@@ -275,7 +275,7 @@ def _restored(like: State, name: str, tensors: Mapping[str, Tensor], stream: Str
         if x is None:
             raise UserError(f"the tensors are of a stream of another model: no blocks.{name}.{key}")
         found[key] = x
-    state = type(like).of(found, stream._device)
+    state = like.restored(found, stream._device)
     for key, form in state.form().items():
         if form != like.form()[key] or len(found[key]) != stream.batch:
             raise UserError(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from nlscale.config.in_context import InContext
 from nlscale.config.vocabulary import ModelConfig, Recompute, TrainConfig
 from nlscale.errors import UserError
 from nlscale.model.cms import CMS
+from nlscale.model.context import BlockState
 from nlscale.model.init import full_shape
 from nlscale.model.layers import RMSNorm
 from nlscale.model.mixers.module import check_takes_lengths
@@ -29,6 +32,7 @@ class Block(nn.Module):
         hidden: list[int],
         train: TrainConfig,
         depth: int = 0,
+        contexts: Sequence[InContext] = (),
     ) -> None:
         super().__init__()
         model = model_of(model, depth)
@@ -40,7 +44,9 @@ class Block(nn.Module):
             model, megatron, residual_std, Recompute.mixer in recompute, kernels
         )
         _check_counts(self.norm, self.mixer, model, megatron.tensor_model_parallel_size)
-        self.cms = CMS(model, megatron, hidden, residual_std, Recompute.cms in recompute, kernels)
+        self.cms = CMS(
+            model, megatron, hidden, residual_std, Recompute.cms in recompute, kernels, contexts
+        )
 
     def forward(
         self,
@@ -49,18 +55,24 @@ class Block(nn.Module):
         state: Any = None,
         documents: Documents | None = None,
         lengths: Tensor | None = None,
+        carry: bool = False,
     ) -> tuple[Tensor, Tensor, Any]:
         """Residual stream x, what is still to be added to it, and the mixer's state.
 
-        An update is added where it is normalised, so that both are one pass over memory.
+        With `carry` the state is also that of MLPs that change, where there are some. An update is
+        added where it is normalised, so that both are one pass over memory.
         """
+        contexts = None
+        if isinstance(state, BlockState):
+            state, contexts = state.mixer, state.contexts
         x, normed = self.norm.after(x, update)
         if lengths is None:  # not all mixers know of it
             mixed, state = self.mixer(normed, state, documents)
         else:
             check_takes_lengths(self.mixer)
             mixed, state = self.mixer(normed, state, documents, lengths)
-        return *self.cms(x, mixed), state
+        x, update, ends = self.cms(x, mixed, contexts, documents, lengths, carry)
+        return x, update, BlockState(state, ends, self.cms.chunks) if ends else state
 
 
 def _check_counts(norm: RMSNorm, mixer_: nn.Module, model: ModelConfig, tensor_size: int) -> None:

@@ -8,6 +8,7 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from nlscale.config.in_context import local_at
 from nlscale.config.vocabulary import Config
 from nlscale.model.block import Block
 from nlscale.model.layers import RMSNorm, embedding, head, vocabulary_group
@@ -44,7 +45,7 @@ class Decoder(nn.Module):
         self.embedding = embedding(megatron, vocabulary, model.init_std) if self.is_first else None
         train = config.train
         self.blocks = nn.ModuleDict(
-            {str(i): Block(model, megatron, hidden, train, i) for i in blocks}
+            {str(i): Block(model, megatron, hidden, train, i, local_at(config, i)) for i in blocks}
         )
         if self.is_last:
             self.norm = RMSNorm(megatron, model.d_model, model.norm_eps, train.kernels)
@@ -93,7 +94,7 @@ class Decoder(nn.Module):
         update: Tensor | None = None
         for index, block in self.blocks.items():
             state = None if states is None else states[index]
-            x, update, state = block(x, update, state, documents, lengths)
+            x, update, state = block(x, update, state, documents, lengths, carry)
             if carry:
                 carried[index] = state
         return x if update is None else x + update, carried

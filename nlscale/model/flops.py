@@ -19,10 +19,11 @@ in a real forward and backward pass.
 from __future__ import annotations
 
 from nlscale.config.curriculum import at_stage, curriculum, lengths, total_tokens
-from nlscale.config.vocabulary import Config
+from nlscale.config.in_context import in_context
+from nlscale.config.vocabulary import Config, ContextObjective
 from nlscale.model.mixers.facts import PASSES
 from nlscale.model.pattern import block_kinds
-from nlscale.model.sizes import level_hidden
+from nlscale.model.sizes import CONTEXT_WINDOW, level_hidden
 
 
 def flops_per_token(config: Config, vocabulary: int) -> float:
@@ -58,7 +59,8 @@ def flops_by_part(config: Config, vocabulary: int) -> dict[str, float]:
     """The same by part: those of the mixer, `levels`, `head`.
 
     Of the mixers, `projections` are those into and out of them, and the rest is their own:
-    `convolution` and `memory`, or `attention`. `levels` are the MLPs of the CMS.
+    `convolution` and `memory`, or `attention`. `levels` are the MLPs of the CMS, and what changes
+    them inside the context.
     """
     model = config.model
     parts: dict[str, float] = {}
@@ -66,5 +68,18 @@ def flops_by_part(config: Config, vocabulary: int) -> dict[str, float]:
         for name, flops in kind.facts.flops(kind.config).items():
             parts[name] = parts.get(name, 0.0) + len(kind.depths) * flops
     of_levels = float(PASSES * 2 * 3 * model.d_model * sum(level_hidden(config)))
-    parts["levels"] = model.layers * of_levels
+    parts["levels"] = model.layers * of_levels + in_context_flops(config)
     return parts | {"head": float(PASSES * 2 * model.d_model * vocabulary)}
+
+
+def in_context_flops(config: Config) -> float:
+    """Of the changes of MLPs inside the context, a token: their targets, the sums of the chunks
+    that are read from, and the products with those."""
+    d, length, found = config.model.d_model, config.data.sequence_length, 0.0
+    widths = level_hidden(config)
+    for each in in_context(config, ContextObjective.local):
+        chunks = -(-length // each.chunk)
+        # whole chunks, of which the first reads nothing and the last is not read
+        scanned = 2 * 2 * d * widths[each.level] * (chunks - 1) * each.chunk / length
+        found += PASSES * len(each.depths) * (2 * d * d + 2 * CONTEXT_WINDOW * d + scanned)
+    return found

@@ -158,6 +158,12 @@ def product(layer: ColumnParallelLinear | RowParallelLinear, x: Tensor) -> Tenso
     )
 
 
+def gather_channels(x: Tensor) -> Tensor:
+    """All outputs of `column_linear`, of which this rank has a part; a rank may use them for a part
+    of the result alone: the gradient is summed over the tensor-parallel group."""
+    return mappings.all_gather_last_dim_from_tensor_parallel_region(x)
+
+
 def reduce_output(megatron: TransformerConfig, partial: Tensor) -> Tensor:
     """The reduction of `row_linear` alone, for a sum of several partial products."""
     reduce: Callable[[Tensor], Tensor] = (

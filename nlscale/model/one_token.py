@@ -9,19 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nlscale.model.context import BlockState, ContextState
 from nlscale.model.decoder import Decoder
 from nlscale.model.mixers.module import OneToken
 from nlscale.ops.by_hand import wide
 from nlscale.ops.one_token import RMSNorm, swiglu
 
-Level = Callable[[Tensor], None]
+Level = Callable[[Tensor, "Reading"], None]
 """Adds what it makes of the residual stream, [batch, d_model], to it, in place."""
+
+
+class Reading(NamedTuple):
+    """What the MLPs of a block are given beside the residual stream."""
+
+    contexts: dict[str, ContextState]
+    """Of those that change, by their places; written to."""
+    active: Tensor | None
+    """Rows that read their token; None: all."""
 
 
 class DecoderOneToken:
@@ -31,6 +41,7 @@ class DecoderOneToken:
         assert decoder.embedding is not None and decoder.is_last, "the whole model"
         self.embedding = decoder.embedding.weight
         self.blocks: list[tuple[str, _Norm, OneToken, list[Level]]] = []
+        self.changes = any(block.cms.chunks for block in decoder.blocks.values())  # type: ignore
         for index, module in decoder.blocks.items():
             block: Any = module
             levels = _levels(block.cms)
@@ -42,7 +53,7 @@ class DecoderOneToken:
     @property
     def capturable(self) -> bool:
         """Whether a CUDA graph may hold `logits`."""
-        return all(mixer.capturable for _, _, mixer, _ in self.blocks)
+        return not self.changes and all(mixer.capturable for _, _, mixer, _ in self.blocks)
 
     def logits(self, tokens: Tensor, states: dict[str, Any], active: Tensor | None) -> Tensor:
         """tokens [batch] -> logits [batch, vocabulary].
@@ -54,16 +65,18 @@ class DecoderOneToken:
         """
         x = F.embedding(tokens, self.embedding)
         for index, norm, mixer, levels in self.blocks:
-            update, states[index] = mixer(norm(x), states[index], active)
+            state, contexts = _apart(states[index])
+            update, state = mixer(norm(x), state, active)
+            states[index] = _together(states[index], state)
             x.add_(update)
             for level in levels:
-                level(x)
+                level(x, Reading(contexts, active))
         return torch.mm(self.norm(x), self.head)
 
     def advance(self, states: dict[str, Any], active: Tensor | None) -> None:
         """What the host keeps account of, after `logits`."""
         for index, _, mixer, _ in self.blocks:
-            mixer.advance(states[index], active)
+            mixer.advance(_apart(states[index])[0], active)
 
 
 class _Norm:
@@ -79,23 +92,71 @@ class _Norm:
         return self.norm(x).to(self.dtype)
 
 
+def _apart(state: Any) -> tuple[Any, dict[str, ContextState]]:
+    """The state of a block's mixer, and those of its MLPs that change."""
+    return (state.mixer, state.contexts) if isinstance(state, BlockState) else (state, {})
+
+
+def _together(before: Any, mixer: Any) -> Any:
+    """The state of a block, whose mixer has gone on."""
+    if not isinstance(before, BlockState):
+        return mixer
+    return BlockState(mixer, before.contexts, before.chunks)
+
+
 def _levels(cms: Any) -> list[Level]:
     """Of the levels one after another, or of all of them side by side."""
     norms = [_Norm(norm) for norm in cms.norms]
-    weights = [(mlp.up.weight.mT, mlp.down.weight.mT) for mlp in cms.mlps]
+    weights = [
+        (mlp.up.weight.mT, mlp.down.weight.mT, _change(cms, place))
+        for place, mlp in enumerate(cms.mlps)
+    ]
     if cms.mixture is None:
-        return [
-            partial(_level, norm, up, down) for norm, (up, down) in zip(norms, weights, strict=True)
-        ]
+        return [partial(_level, norm, *of) for norm, of in zip(norms, weights, strict=True)]
     share = torch.softmax(cms.mixture, 0).unbind()
 
-    def side_by_side(x: Tensor) -> None:
+    def side_by_side(x: Tensor, reading: Reading) -> None:
         normed = norms[0](x)
-        for part, (up, down) in zip(share, weights, strict=True):
-            x.addmm_(swiglu(torch.mm(normed, up)).mul_(part), down)
+        for part, (up, down, change) in zip(share, weights, strict=True):
+            hidden = swiglu(torch.mm(normed, up))
+            if change is not None:
+                x.add_(part * change(normed, hidden, reading))
+            x.addmm_(hidden.mul_(part), down)
 
     return [side_by_side]
 
 
-def _level(norm: _Norm, up: Tensor, down: Tensor, x: Tensor) -> None:
-    x.addmm_(swiglu(torch.mm(norm(x), up)), down)
+def _level(
+    norm: _Norm, up: Tensor, down: Tensor, change: Change | None, x: Tensor, reading: Reading
+) -> None:
+    normed = norm(x)
+    hidden = swiglu(torch.mm(normed, up))
+    x.addmm_(hidden, down)
+    if change is not None:
+        x.add_(change(normed, hidden, reading))
+
+
+Change = Callable[[Tensor, Tensor, Reading], Tensor]
+"""What the change of an MLP adds to its output, of its input and hidden units."""
+
+
+def _change(cms: Any, place: int) -> Change | None:
+    """Of an MLP that changes inside the context; None: it does not."""
+    key = str(place)
+    if key not in cms.contexts:
+        return None
+    module = cms.contexts[key]
+    window, target = module.convolution, module.target.weight.mT
+
+    def change(x: Tensor, hidden: Tensor, reading: Reading) -> Tensor:
+        state = reading.contexts[key]
+        seen = torch.cat([state.tail, x[:, None]], 1)
+        v = torch.mm((seen * window).sum(1), target)
+        if reading.active is None:
+            state.tail = seen[:, 1:]
+        else:
+            state.tail = seen[:, 1:].where(reading.active.to(x.device)[:, None, None], state.tail)
+        y = state.add(hidden, v, module.chunk, module.decay, reading.active)
+        return module.rate * y
+
+    return change

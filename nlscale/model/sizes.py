@@ -10,8 +10,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from nlscale.config.in_context import in_context
 from nlscale.config.parts import depths_of, parts_of
-from nlscale.config.vocabulary import CmsForm, Config, Part
+from nlscale.config.vocabulary import CmsForm, Config, ContextObjective, Part
 from nlscale.errors import UserError
 from nlscale.model.pattern import block_kinds
 
@@ -19,6 +20,8 @@ Shape = tuple[int, int]
 """[out, in]."""
 
 _BLOCK_BUDGET = 12  # a Transformer block: 4 d^2 of attention and 8 d^2 of feed-forward
+CONTEXT_WINDOW = 4
+"""Tokens of the convolution that makes targets of a level inside the context **[choice]**."""
 _HIDDEN_MULTIPLE = 8  # hidden widths are rounded to this
 _NUMBER = re.compile(r"^blocks\.(\d+)\.")
 
@@ -75,6 +78,9 @@ def places(config: Config, vocabulary: int) -> list[Place]:
             found.append(norm(f"blocks.*.cms.norms.{i}.*", level, blocks))
     if independent and (mlps := len(parts.mlps)) > 1:
         found.append(Place("blocks.*.cms.mixture", parts.mlps[0], blocks, mlps, whole=mlps))
+    for each in in_context(config, ContextObjective.local):
+        name, window = f"blocks.*.cms.contexts.{each.mlp}.*", CONTEXT_WINDOW * d
+        found.append(Place(name, each.level, each.depths, d * d + window, window, {(d, d): 1}))
     found.append(norm("blocks.*.norm.*", parts.mixer, blocks))
     for kind in block_kinds(config):
         facts, own = kind.facts, kind.config.model

@@ -8,7 +8,8 @@ is worked out on the host, from the tokens; a step waits for nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ class Documents:
     """Where documents begin in the rows one after the other, and the end; int32 [documents + 1]."""
     longest: int
     """Tokens of the longest document."""
+    in_chunks: Mapping[int, Documents] = field(default_factory=dict)
+    """The same in chunks of other lengths, by these."""
 
     @classmethod
     def of(
@@ -46,6 +49,7 @@ class Documents:
         chunk: int,
         device: torch.device,
         counts: NDArray[np.bool_] | None = None,
+        others: Collection[int] = (),
     ) -> Documents:
         """Documents that begin with a row or with a separator, whose first token that then is.
 
@@ -57,6 +61,7 @@ class Documents:
             counts: which tokens have a target that counts, [batch, sequence]; None: all. Separators
                 after the last of a row that has one fill the row up, and begin no documents: each
                 would take a chunk.
+            others: tokens of other chunks, by which they are had `in_chunks`, too.
         """
         batch, length = tokens.shape
         begins = tokens == separator
@@ -87,7 +92,7 @@ class Documents:
         def put(array: NDArray[Any]) -> Tensor:
             return to_device(array, device)
 
-        return cls(
+        made = cls(
             position=put(time - began),
             source=put(source),
             filling=put(filling),
@@ -96,6 +101,10 @@ class Documents:
             bounds=put(bounds),
             longest=int(np.diff(bounds).max()),
         )
+        if not others:
+            return made
+        same = {length: cls.of(tokens, separator, length, device, counts) for length in others}
+        return replace(made, in_chunks=same)
 
     def fill(self, x: Tensor) -> Tensor:
         """[batch, heads, sequence, ...] -> [batch, heads, filled, ...], zero where none stands."""

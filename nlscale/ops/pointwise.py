@@ -75,7 +75,14 @@ def add_and_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple
 
 
 def convolve(x: Tensor, weight: Tensor, tail: Tensor, position: Tensor | None = None) -> Tensor:
-    """SiLU of a causal depthwise convolution.
+    """SiLU of `short_convolution`."""
+    return F.silu(short_convolution(x, weight, tail, position))
+
+
+def short_convolution(
+    x: Tensor, weight: Tensor, tail: Tensor, position: Tensor | None = None
+) -> Tensor:
+    """A causal depthwise convolution.
 
     Args:
         x: [sequence, batch, channels].
@@ -93,7 +100,7 @@ def convolve(x: Tensor, weight: Tensor, tail: Tensor, position: Tensor | None = 
             seen = torch.where((position >= window - 1 - i).T[..., None], seen, 0)
         mixed = seen * weight[i] if mixed is None else torch.addcmul(mixed, seen, weight[i])
     assert mixed is not None, "a window of at least one token"
-    return F.silu(mixed)
+    return mixed
 
 
 def gated_read(

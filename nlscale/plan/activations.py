@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nlscale.config.vocabulary import CmsForm, Recompute
+from nlscale.config.in_context import in_context, local_at
+from nlscale.config.vocabulary import CmsForm, ContextObjective, Recompute
 from nlscale.model.mixers.facts import FP32, MicroBatch
 from nlscale.model.pattern import block_kinds
 from nlscale.model.sizes import mlp_hidden
@@ -31,10 +32,24 @@ class Activations(MicroBatch):
         """Kept by these blocks."""
         recompute, wanted = self.config.train.recompute, set(depths)
         beside = self._norm() + self._cms(Recompute.cms in recompute)
-        kept = 0.0
+        kept = sum(self._in_context(depth) for depth in wanted)
         for kind in block_kinds(self.config):
             own = kind.facts.kept(MicroBatch(kind.config), Recompute.mixer in recompute)
             kept += len(wanted.intersection(kind.depths)) * (beside + own)
+        return kept
+
+    def _in_context(self, depth: int) -> float:
+        """Kept by what changes the MLPs of a block inside the context."""
+        model, kept = self.config.model, 0.0
+        channels = self.tokens * self.element * model.d_model
+        recompute = Recompute.cms in self.config.train.recompute
+        for _ in local_at(self.config, depth):
+            # the targets; and what the convolution takes, and makes
+            kept += channels if recompute else channels * (2 + 1)
+            # the input of the MLP, whole where otherwise this rank's part of it is kept
+            kept += 0.0 if self._mixes_levels else channels - self.residual
+            # which `rate * y` keeps, where there is a weight in the rate
+            kept += channels if self._mixes_levels else 0.0
         return kept
 
     def embedding(self) -> float:
@@ -78,6 +93,12 @@ class Activations(MicroBatch):
         ]
         if Recompute.cms in recompute:
             parts.append(max(self._hidden(h) for h in self._mlp_hidden()))
+        for each in in_context(self.config, ContextObjective.local):
+            hidden = mlp_hidden(self.config)[each.mlp] // self.config.parallel.tensor
+            # gradients of targets and hidden units, cut into chunks and whole; the change and its
+            # gradient, and what is added to each
+            channels = 2 * self.tokens * self.element * (hidden + model.d_model)
+            parts.append(channels + 4 * self.rows * FP32 * hidden * model.d_model)
         if self._mixes_levels:
             # what each level adds to the residual stream, once by itself and once stacked
             parts.append(2 * len(self._mlp_hidden()) * self.tokens * model.d_model * self.element)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from nlscale.config.curriculum import TrainingStage, curriculum
+from nlscale.config.in_context import check_contexts
 from nlscale.config.units import Interval
 from nlscale.config.vocabulary import (
     AttentionConfig,
@@ -121,6 +122,7 @@ def _divides(config: Config) -> None:
     for index, hidden in enumerate(level_hidden(config)):
         if hidden % tensor:
             raise UserError(not_divisible(f"levels.spectrum.{index}.hidden", hidden, tensor))
+    check_contexts(config)
     _sequence_parallel(config)
     _pipeline(config)
     _sharding(config)

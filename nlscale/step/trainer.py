@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from nlscale.cluster.life.watch import doing
 from nlscale.config.curriculum import TrainingStage, at_stage, curriculum, stage_of
-from nlscale.config.vocabulary import Config, Dtype
+from nlscale.config.in_context import in_context
+from nlscale.config.vocabulary import Config, ContextObjective, Dtype
 from nlscale.levels.engine import LevelOptimizer
 from nlscale.levels.spectrum import Level
 from nlscale.levels.state import (
@@ -207,7 +208,8 @@ class Trainer:
         if self.config.data.document_mask:
             chunk = document_chunk(self.config)
             targets = None if counts is None else counts[:, 1:]
-            documents = Documents.of(rows[:, :-1], separator, chunk, device, targets)
+            others = {each.chunk for each in in_context(self.config, ContextObjective.local)}
+            documents = Documents.of(rows[:, :-1], separator, chunk, device, targets, others)
         if counts is not None:
             mask = LossMask.of(counts[:, 1:], counted, device)
         if sources is not None:

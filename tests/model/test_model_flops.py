@@ -9,7 +9,7 @@ import world
 
 from nlscale.config import recipe
 from nlscale.config.vocabulary import MIXERS, Config
-from nlscale.model.flops import flops_by_part, flops_per_token
+from nlscale.model.flops import flops_by_part, flops_per_token, in_context_flops
 
 VOCABULARY = 96
 SHAPES = {
@@ -100,6 +100,24 @@ def test_a_training_token_costs_what_a_profiler_counts() -> None:
         once = make(f"model.mixer={config.model.mixer}")
         assert flops_per_token(config, VOCABULARY) == flops_per_token(once, VOCABULARY)
         assert flops > 1.05 * in_products(config)
+
+
+def test_a_change_inside_the_context_costs_its_products_and_one_sum_made_again() -> None:
+    levels = (
+        "levels=[{context: {chunk: 24, blocks: 1}},{period: 4, context: {chunk: 32, blocks: 2}}]"
+    )
+    changing = make(levels, "data.sequence_length=75", "model.hidden=48")
+    static = make("levels=[1,4]", "data.sequence_length=75", "model.hidden=48")
+    real, without = world.run(1, profiled, [changing, static])[0]
+    planned = in_context_flops(changing)
+    # 24 hidden units a level, 4 chunks of 24 in one block and 3 of 32 in two; the sums of those
+    # that are read are made again in the backward pass
+    again = 2 * 64 * 24 * (3 * 24 + 2 * (2 * 32)) / 75
+    convolution = 3 * 3 * 2 * 4 * 64
+    assert real - without == pytest.approx(planned - convolution + again, rel=1e-9)
+    assert planned == pytest.approx(
+        flops_per_token(changing, VOCABULARY) - flops_per_token(static, VOCABULARY)
+    )
 
 
 @pytest.mark.parametrize(("kind", "inputs"), [("hope", 2), ("hope-paper", 1)])

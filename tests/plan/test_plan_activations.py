@@ -198,6 +198,23 @@ def test_what_shared_and_normalised_heads_keep(kernels: str) -> None:
     )  # fmt: skip
 
 
+def in_context() -> list[Config]:
+    """Levels in turn and mixed that change inside the context, recomputed or not."""
+    spectrum = "[{context: {chunk: 16, blocks: 1}},{period: 4, context: {chunk: 8, blocks: 2}}]"
+    return [
+        make(
+            f"levels={spectrum}",
+            f"model.cms={form}", f"train.dtype={dtype}", recompute=parts,
+        )
+        for form, dtype in (("sequential", "fp32"), ("independent", "bf16"))
+        for parts in (RECOMPUTE[0], RECOMPUTE[2])
+    ]  # fmt: skip
+
+
+def test_what_changes_inside_the_context_keep() -> None:
+    compare(in_context(), ranks=1)
+
+
 @pytest.mark.parametrize("sequence", ["false", "true"])
 def test_what_it_keeps_on_a_tensor_parallel_rank(sequence: str) -> None:
     spread = ("parallel.tensor=2", f"parallel.sequence={sequence}")

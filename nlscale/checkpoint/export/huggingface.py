@@ -26,8 +26,9 @@ from nlscale.checkpoint.export.weights import (
     export,
 )
 from nlscale.checkpoint.store.store import Checkpoint
+from nlscale.config.in_context import in_context
 from nlscale.config.units import human_count
-from nlscale.config.vocabulary import Config, Dtype, mixers_of
+from nlscale.config.vocabulary import Config, ContextObjective, Dtype, mixers_of
 from nlscale.data.index import INDEX_NAME, read_index, tokenizer_of
 from nlscale.data.tokenizer import Tokenizer, load_tokenizer
 from nlscale.errors import UserError
@@ -55,7 +56,8 @@ def export_huggingface(
         max_file_bytes: size of a file of weights, as `export` takes it.
 
     Raises:
-        UserError: as `export`; or the mixer has nothing in plain torch, or there is no tokenizer.
+        UserError: as `export`; or the mixer has nothing in plain torch, or a level changes inside
+            the context; or there is no tokenizer.
         CheckpointError: the checkpoint is broken.
     """
     own = describe(checkpoint, dtype)
@@ -63,6 +65,12 @@ def export_huggingface(
     names = mixers_of(config.model)
     for name in names:
         plain_mixer(name)  # refuses one that there is not
+    if changing := in_context(config, ContextObjective.local):
+        raise UserError(
+            f"levels.spectrum.{changing[0].level}.context: what changes inside the context has "
+            f"nothing in plain torch, of which an export to Hugging Face is made; export with --to "
+            f"safetensors"
+        )
     source = modeling_source(names)
     _refuse_another_tokenizer(checkpoint, tokenizer_folder or Path(config.data.folders()[0]))
     tokenizer = _tokenizer(config, tokenizer_folder)

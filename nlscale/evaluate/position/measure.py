@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from nlscale.config.curriculum import largest
+from nlscale.config.vocabulary import ContextReset
 from nlscale.errors import UserError
 from nlscale.evaluate.asking.context import Advance, Context, Part
 from nlscale.evaluate.asking.sizes import shown
-from nlscale.evaluate.finite import finite
 from nlscale.evaluate.intervals import Ratio
+from nlscale.evaluate.position.reader import Learning, Reader, Static, described, learning_levels
 from nlscale.evaluate.position.text import Text, text_of
 from nlscale.evaluate.trained import Result
 from nlscale.generate.model import Model
@@ -44,15 +43,30 @@ def evaluate(model: Model, options: argparse.Namespace, context: Context) -> Res
     ends: list[int] = options.lengths
     contexts = contexts_of(text, ends, options.contexts)
     fine = _curve(ends)
-    parts = [
-        Part(f"{length}-{i}", len(starts[i : i + _ROWS]) * length, (starts[i : i + _ROWS], length))
-        for length, starts in contexts.items()
-        for i in range(0, len(starts), _ROWS)
-    ]
+    levels = learning_levels(model, options.context, options.learned)
+    if any(each.keys.reset == ContextReset.never for each in levels):
+        parts = [_in_turn(contexts)]
+    else:
+        parts = [
+            Part(f"{length}-{i}", len(some) * length, [(some, length)])
+            for length, starts in contexts.items()
+            for i in range(0, len(starts), _ROWS)
+            if (some := starts[i : i + _ROWS])
+        ]
 
     def work(part: Part, advance: Advance) -> list[list[list[float]]]:
-        starts, length = part.of
-        return _read(model, text, starts, [end for end in fine if end <= length], advance)
+        rows = len(part.of[0][0])
+        reader = (
+            Learning(model, rows, options.context, options.learned)
+            if levels
+            else Static(model, rows)
+        )
+        found: list[list[list[float]]] = []
+        for starts, length in part.of:
+            ends = [end for end in fine if end <= length]
+            found += _read(model, text, starts, ends, advance, reader)
+        reader.end()
+        return found
 
     found = context.parts(parts, work)
 
@@ -71,6 +85,7 @@ def evaluate(model: Model, options: argparse.Namespace, context: Context) -> Res
         "contexts": {str(length): len(starts) for length, starts in contexts.items()},
         "trained_length": largest(model.config).sequence_length,
         "document_mask": model.config.data.document_mask,
+        "context": [described(each, model.config) for each in levels],
         "positions": positions,
         "all": whole,
         "curve": [figures(low, high) for low, high in zip([0, *fine[:-1]], fine, strict=True)],
@@ -115,12 +130,20 @@ def _curve(ends: Sequence[int]) -> list[int]:
     return sorted({*ends, *(end for end in between if end < ends[-1])})
 
 
+def _in_turn(contexts: dict[int, list[int]]) -> Part:
+    """All contexts as one part, a row at a time, in the order of the text."""
+    each = sorted((start, length) for length, starts in contexts.items() for start in starts)
+    size = sum(length for _, length in each)
+    return Part("in-turn", size, [([start], length) for start, length in each])
+
+
 def _read(
     model: Model,
     text: Text,
     starts: Sequence[int],
     ends: Sequence[int],
     advance: Advance,
+    reader: Reader,
 ) -> list[list[list[float]]]:
     """Nats, targets that count and bytes of text, [contexts, ranges, 3]."""
     length, rows = ends[-1], len(starts)
@@ -134,24 +157,15 @@ def _read(
             counted[row] = torch.from_numpy(mask)
     size = torch.from_numpy(text.bytes)[ids[:, 1:]].double() * counted
     sums = torch.zeros(rows, len(ends), 3, dtype=torch.float64)
-    stream = model.stream(rows)
+    reader.begin()
     step = max(1, min(_PIECE, _LOGITS // (rows * model.vocabulary)))
     for first in range(0, length, step):
         here = slice(first, min(first + step, length))
-        logits = finite(stream.feed(ids[:, here]))
-        nats = _nats(logits, ids[:, 1:][:, here]) * counted[:, here]
+        nats = reader.nats(ids[:, here], ids[:, 1:][:, here]) * counted[:, here]
         for kind, values in enumerate((nats, counted[:, here], size[:, here])):
             sums[:, :, kind].index_add_(1, range_of[here], values)
         advance(rows * (here.stop - here.start))
     return sums.tolist()
-
-
-def _nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log p of each target, float64 [rows, n] on the CPU."""
-    nats = cross_entropy(
-        logits.flatten(0, 1), targets.to(logits.device).flatten(), reduction="none"
-    )
-    return nats.view(targets.shape).double().cpu()
 
 
 def _figures(sums: np.ndarray, low: int, high: int) -> Result:

@@ -42,4 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a file to read instead: text, or documents as `nlscale data build` takes them",
     )
+    parser.add_argument(
+        "--context",
+        nargs="+",
+        metavar="LEVEL.KEY=VALUE",
+        help="have levels learn from what they read, beside those whose context has the objective "
+        "ntp: keys of that, such as base.chunk=256 base.learning_rate=0.1. Each loss is that "
+        "before anything was learned from its token",
+    )
+    parser.add_argument(
+        "--learned",
+        type=path,
+        metavar="FILE",
+        help="what levels with reset=never have learned: read, if it is there, and written at the "
+        "end, to go on from",
+    )
     add_tokenizer(parser)

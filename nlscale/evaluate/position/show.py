@@ -33,6 +33,11 @@ def show(console: Console, answers: Sequence[Answer]) -> None:
     for answer in answers if several else answers[:1]:
         console.print(_about(answer, several))
     for answer in answers:
+        for level in answer.result.get("context", ()):
+            keys = ", ".join(f"{key} {value}" for key, value in level.items() if key != "level")
+            console.print(
+                f"{answer.label}: level {level['level']} learns from what is read: {keys}"
+            )
         if answer.result.get("document_mask"):  # results that were kept before do not say it
             console.print(_masked(answer))
     console.print(

@@ -43,6 +43,10 @@ class State:
         moved = {k: x.to(device if x.is_floating_point() else "cpu") for k, x in tensors.items()}
         return cls(**{f.name: moved.get(f.name) for f in fields(cls)})
 
+    def restored(self: _State, tensors: dict[str, Tensor], device: torch.device) -> _State:
+        """A state like this one of what the `tensors` of another returned."""
+        return type(self).of(tensors, device)
+
     def form(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Of each of `tensors` the dtype, and the sizes that are the same for any rows."""
         return {k: (x.dtype, tuple(x.shape[1:])) for k, x in self.tensors().items()}
@@ -58,6 +62,22 @@ class State:
 
     def _fields(self) -> dict[str, Tensor | None]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def last_inputs(tail: Tensor, fed: Tensor, lengths: Tensor | None) -> Tensor:
+    """The last inputs of a convolution after a piece, [batch, window - 1, channels].
+
+    Args:
+        tail: those before it, [window - 1, batch, channels].
+        fed: what the convolution was fed with, [sequence, batch, channels].
+        lengths: how many of them each row reads, int64 [batch], on the CPU; None: all.
+    """
+    before, length = len(tail), len(fed)
+    if lengths is None:
+        last = torch.cat([tail, fed[max(0, length - before) :]])
+        return last[len(last) - before :].transpose(0, 1)
+    place = (lengths[:, None] + torch.arange(before)).to(fed.device)
+    return torch.cat([tail, fed]).transpose(0, 1).take_along_dim(place[..., None], 1)
 
 
 def _rows(x: Tensor | None, rows: Tensor) -> Tensor | None:

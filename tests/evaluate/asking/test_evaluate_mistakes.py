@@ -92,6 +92,7 @@ def test_ranks_that_read_other_steps_are_refused(
     ranks = alone("loss").ranks
     monkeypatch.setattr(ranks, "gather", lambda step: [step, step + 2])
     options = argparse.Namespace(lengths=[8], contexts=1, data=None, text=None, tokenizer=None)
+    options.context = options.learned = None
     with pytest.raises(UserError, match=r"at steps 6, 8: it is being trained"):
         session.ask_all("loss", [trained[0]], options, ranks, tmp_path)
 

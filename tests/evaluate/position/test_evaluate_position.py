@@ -53,6 +53,7 @@ def model(run: Path) -> Model:
 
 def asked(**changes: Any) -> argparse.Namespace:
     options = {"lengths": ENDS, "contexts": 3, "data": None, "text": None, "tokenizer": None}
+    options |= {"context": None, "learned": None}
     return argparse.Namespace(**options | changes)
 
 
@@ -96,6 +97,45 @@ def test_it_is_the_loss_of_whole_sequences_by_position(
     curve = found["curve"]
     assert [one["to"] for one in curve] == [8, 16, 23, 24, 32, 45, 64]
     assert sum(one["targets"] for one in curve) == found["all"]["targets"]
+
+
+KEYS = ["level0.chunk=16", "level0.learning_rate=0.5", "level0.blocks=2"]
+
+
+def test_levels_learn_from_what_they_read_in_each_context(model: Model, data: Path) -> None:
+    static = measure.evaluate(model, asked(), alone("loss"))
+    found = measure.evaluate(model, asked(context=KEYS), alone("loss"))
+    assert not static["context"] and found["context"][0]["level"] == "level0"
+    first, last = (found["positions"][i]["loss"]["value"] for i in (0, 2))
+    assert first == pytest.approx(static["positions"][0]["loss"]["value"], rel=1e-5)
+    assert last < static["positions"][2]["loss"]["value"] - 1e-3
+    shards = TokenShards(data, "validation")
+    starts = measure.contexts_of(
+        Text("", shards.tokens, shards.read, shards.read_mask, np.zeros(1)), ENDS, 3
+    )[64]
+    rows = torch.from_numpy(np.stack([shards.read(start, 65) for start in starts]))
+    losses = model.learning(3, KEYS).feed(rows)[:, 1:]
+    assert found["all"]["loss"]["value"] == pytest.approx(float(losses.mean()), rel=1e-5)
+
+
+def test_what_levels_have_learned_is_gone_on_from(model: Model, tmp_path: Path) -> None:
+    keys, file = [*KEYS, "level0.reset=never"], tmp_path / "learned"
+    losses = [
+        measure.evaluate(model, asked(context=keys, learned=file), alone("loss"))["all"]["loss"][
+            "value"
+        ]
+        for _ in range(2)
+    ]
+    assert losses[1] < losses[0] - 1e-3 and [*tmp_path.iterdir()] == [file]
+    with pytest.raises(UserError, match="learned with another context"):
+        measure.evaluate(
+            model, asked(context=[*keys, "level0.pull=0.1"], learned=file), alone("loss")
+        )
+    with pytest.raises(UserError, match="reset=never"):
+        measure.evaluate(model, asked(context=KEYS, learned=file), alone("loss"))
+    (tmp_path / "text").write_text("no such thing")
+    with pytest.raises(UserError, match="is not what levels have learned"):
+        measure.evaluate(model, asked(context=keys, learned=tmp_path / "text"), alone("loss"))
 
 
 def test_shorter_contexts_make_up_for_long_ones_that_the_text_is_too_short_for() -> None:
@@ -147,9 +187,12 @@ def test_one_context_has_no_interval_and_is_shown(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figure, out = tmp_path / "loss.png", tmp_path / "loss.json"
-    asked = ["eval", "loss", str(run), "--lengths", "8,64", "--contexts", "1", "--cache"]
-    assert nlscale(*asked, str(tmp_path), "--figure", str(figure), "--json", str(out)) == 0
+    asked = ["eval", "loss", str(run), "--lengths", "8,64", "--contexts", "1", "--context", *KEYS]
+    assert (
+        nlscale(*asked, "--cache", str(tmp_path), "--figure", str(figure), "--json", str(out)) == 0
+    )
     printed = capsys.readouterr().out
+    assert "level level0 learns from what is read: chunk 16, objective ntp" in printed
     assert "8 - 64" in printed and f"figure: {figure}" in printed
     assert figure.stat().st_size > 10_000
     said = json.loads(out.read_text())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlscale.model.mixers.state import State
+from nlscale.model.mixers.state import State, last_inputs
 from nlscale.ops.memory.rules import MemoryState
 
 
@@ -38,13 +38,7 @@ class MixerState(State):
             lengths: how many of them each row reads, int64 [batch], on the CPU; None: all.
             memory: after it.
         """
-        before, length = len(tail), len(fed)
-        if lengths is None:
-            last = torch.cat([tail, fed[max(0, length - before) :]])
-            last = last[len(last) - before :].transpose(0, 1)
-        else:
-            place = (lengths[:, None] + torch.arange(before)).to(fed.device)
-            last = torch.cat([tail, fed]).transpose(0, 1).take_along_dim(place[..., None], 1)
+        last = last_inputs(tail, fed, lengths)
         return cls(last, **{f.name: getattr(memory, f.name) for f in fields(memory)})
 
     @property
