@@ -17,6 +17,7 @@ from nlscale.config.vocabulary import (
     kv_heads,
 )
 from nlscale.errors import UserError
+from nlscale.levels.ring_pieces import check_tiers
 from nlscale.model.mixers.table import mixer
 from nlscale.model.sizes import level_hidden
 from nlscale.model.stages import stage_blocks
@@ -118,6 +119,7 @@ def _divides(config: Config) -> None:
     _sequence_parallel(config)
     _pipeline(config)
     _sharding(config)
+    check_tiers(config)
 
 
 def _attention_keys(model: ModelConfig) -> None:
