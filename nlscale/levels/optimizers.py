@@ -126,7 +126,8 @@ class ShardedOptimizer(DistributedOptimizer):
             first_tensor_rank: whether norms count here what every tensor rank holds.
         """
         places = dict(zip(self._mains, self._places, strict=True))
-        counted = {p: p.tensor_model_parallel or first_tensor_rank for p in places}
+        mains: list[Any] = [*places]
+        counted = {p: p.tensor_model_parallel or first_tensor_rank for p in mains}
         self.tier = HostTier(self.optimizer, kept, ring, places, counted)
 
     @cached_property
