@@ -40,6 +40,9 @@ from nlscale.model.init import full_shape
 from nlscale.parallel.layout import Layout
 from nlscale.step.trainer import Counters, Trainer
 
+_SPREAD_AT_ONCE = 2**26
+"""Elements that go to the other nodes at a time."""
+
 
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Put a freshly built trainer where the checkpoint's was, on whatever layout.
@@ -164,7 +167,11 @@ def _spread(flats: list[Flat], layout: Layout) -> None:
         return
     for node in range(layout.nodes):
         for part in cut(flats, layout.nodes, node):
-            dist.broadcast(part.data, group=layout.across_nodes, group_src=node)
+            for piece in part.data.split(_SPREAD_AT_ONCE):
+                there = piece.to(layout.device)  # itself, but where it lies in host memory
+                dist.broadcast(there, group=layout.across_nodes, group_src=node)
+                if there is not piece:
+                    piece.copy_(there)
 
 
 def _restore_progress(trainer: Trainer, state: dict[str, Any]) -> None:

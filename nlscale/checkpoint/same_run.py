@@ -34,6 +34,8 @@ _FREE = (
     "data.mixture",
     "data.temperature",
     "data.stages.N.mixture",
+    "levels.spectrum.N.memory",
+    "tiers.",
     "parallel.",
     "timeouts.",
     "checkpoint.",

@@ -87,6 +87,11 @@ class Cluster:
     gpu_tflops: float | None = within(None, above=0)
     """Dense bf16 peak of one GPU, TFLOP/s (10^12 FLOPs a second), for what a step computes and what
     runs cost."""
+    pcie_gbyte: float = within(55.0, above=0)
+    """What a GPU can copy from its node's memory, and at the same time as much to it, GB/s (10^9
+    bytes a second); the default is of 16 lanes of PCIe 5."""
+    host_memory_gib: float | None = within(None, above=0)
+    """Memory of one node, GiB; null: not known, and what `memory: host` takes of it not checked."""
     launch: Launch = field(default_factory=Launch)
     """How runs are started there; what only plans does not need it."""
 
@@ -101,6 +106,11 @@ class Cluster:
             UserError: see `nlscale.cluster.spread.nodes_of_a_data_group`.
         """
         return nodes_of_a_data_group(self.ranks, self.gpus_per_node, tensor, pipeline)
+
+    def holds(self, size: float) -> bool:
+        """Whether a node has memory for that many bytes, as far as is known; a tenth is for the
+        rest."""
+        return self.host_memory_gib is None or size <= 0.9 * self.host_memory_gib * 2**30
 
     def link_seconds(self, bytes_leaving: float) -> float:
         """Seconds a node needs to send that many bytes at the full rate of its links."""

@@ -115,6 +115,15 @@ class ContextReset(str, Enum):
     never = "never"
 
 
+class Tier(str, Enum):
+    """The memory in which what updates a level lies between its updates."""
+
+    hbm = "hbm"
+    """The GPU's."""
+    host = "host"
+    """The node's; an update streams it through the GPU."""
+
+
 class Part(str, Enum):
     """A part of the model, which belongs to a level (docs/concepts/levels.md)."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nlscale.config.choices import Part, PeriodRule, Reduction, WireFormat
+from nlscale.config.choices import Part, PeriodRule, Reduction, Tier, WireFormat
 from nlscale.config.context import ContextConfig
 from nlscale.config.fields import MOST, within
 from nlscale.config.outer import OuterConfig
@@ -38,6 +38,10 @@ class LevelConfig:
     sum, and then the sum of all, being rounded. bf16: half the bytes; the error is not kept. int8
     and int4: a quarter and an eighth, and a scale for each block of values; the error is kept, and
     sent with the next sums."""
+    memory: Tier = Tier.hbm
+    """Where its fp32 weights and its rule's state lie between its updates. hbm: on the GPU. host:
+    in the node's memory; an update streams them through a ring, and makes the same bits. Not
+    of rules over whole matrices, nor with outer steps."""
     outer: OuterConfig = field(default_factory=OuterConfig)
     local: bool = False
     """Approximate: each node updates the level by its own gradient (DiLoCo); what crosses, as
@@ -66,3 +70,12 @@ class LevelsConfig:
     with the same updates; only for measuring what deferral saves."""
     period_warmup: PeriodWarmupConfig = field(default_factory=PeriodWarmupConfig)
     """Periods that grow to those of the spectrum."""
+
+
+@dataclass
+class TiersConfig:
+    """Memory beside the GPU's in which what updates slow levels lies."""
+
+    ring_mib: float = within(256.0, least=0.0625, most=2**16)
+    """GPU memory, MiB, through which levels of `memory: host` are streamed, in three slots: while
+    one is updated the next comes in and the one before goes out."""

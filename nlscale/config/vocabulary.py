@@ -29,6 +29,7 @@ from nlscale.config.choices import Recompute as Recompute
 from nlscale.config.choices import Reduction as Reduction
 from nlscale.config.choices import Schedule as Schedule
 from nlscale.config.choices import Sharding as Sharding
+from nlscale.config.choices import Tier as Tier
 from nlscale.config.choices import WireFormat as WireFormat
 from nlscale.config.context import ContextConfig as ContextConfig
 from nlscale.config.fields import MOST as MOST
@@ -36,6 +37,7 @@ from nlscale.config.fields import one_of, or_list, path, within
 from nlscale.config.hooks import HookConfig as HookConfig
 from nlscale.config.levels import LevelConfig as LevelConfig
 from nlscale.config.levels import LevelsConfig as LevelsConfig
+from nlscale.config.levels import TiersConfig as TiersConfig
 from nlscale.config.optimizer import RULES as RULES
 from nlscale.config.optimizer import OptimizerConfig as OptimizerConfig
 from nlscale.config.outer import OuterConfig as OuterConfig
@@ -440,6 +442,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     levels: LevelsConfig = field(default_factory=LevelsConfig)
+    tiers: TiersConfig = field(default_factory=TiersConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -25,7 +25,6 @@ from nlscale.levels.noise import GradientNoise, StepSquares, noise_record, see_w
 from nlscale.levels.norms import Norms
 from nlscale.levels.optimizers import (
     GroupOptimizer,
-    main_parameters,
     make_group_optimizer,
     split_by_group,
 )
@@ -36,6 +35,7 @@ from nlscale.levels.progress import Counted, Progress
 from nlscale.levels.replicas import parameter_difference, state_difference
 from nlscale.levels.sent import Sent
 from nlscale.levels.spectrum import Level, SyncGroup, gathered_bytes
+from nlscale.levels.tiers import rings_of_levels
 from nlscale.levels.window import Window, shard_norms, take_step
 from nlscale.levels.wire import Waited, Wire
 from nlscale.model.decoder import Decoder, named_parameters
@@ -84,6 +84,7 @@ class LevelOptimizer:
         self._norms = Norms(config, levels, self.rules, layout)
         where = homes(config, self.rules, groups, layout.nodes)
         self.wire = Wire(layout, gathered_bytes(config), where)
+        rings = rings_of_levels(config, groups, layout.device)
         self.groups = [
             make_group_optimizer(
                 group,
@@ -94,6 +95,7 @@ class LevelOptimizer:
                 layout,
                 self.wire,
                 levels[group.level].wire,
+                rings[group.level],
             )
             for group, parameters in groups.items()
         ]
@@ -291,7 +293,7 @@ class LevelOptimizer:
         norms_for_host = HostCopy(norms)
         compared = {g for g in counted if self.progress[g].updates % _RATIO_EVERY == 0}
         measured = [g for g in due if g.group in compared]
-        before = [[p.detach().clone() for p in main_parameters(g)] for g in measured]
+        before = [g.keep_weights() for g in measured]
         rates = {group: self._rate(group, step) for group in counted}
         outer_due = self._outer_due(step)
         for g in due:

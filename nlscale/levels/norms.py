@@ -46,7 +46,11 @@ class Norms:
             square = g.window.square()
             if self._layout.tensor_rank > 0:
                 # what every tensor-parallel rank holds counts once, on the first of them
-                shared = [p.grad for p in main_parameters(g) if not p.tensor_model_parallel]
+                shared = [
+                    g.optimizer.gradient(p)
+                    for p in main_parameters(g)
+                    if not p.tensor_model_parallel
+                ]
                 square -= sum(sum_of_squares(grad) for grad in shared)
             count = counted[g.group].here
             squares[g.group.level] += torch.where(count > 0, square / count.square(), 0.0)
@@ -61,6 +65,9 @@ class Norms:
         """
         squares = torch.zeros(2, self._count, dtype=torch.float64, device=self._layout.device)
         for g, old in zip(due, before, strict=True):
+            if (tier := g.optimizer.tier) is not None:
+                squares[:, g.group.level] += tier.moved
+                continue
             squares[1, g.group.level] += self._square(old, g)
             if old:
                 torch._foreach_sub_(old, main_parameters(g))

@@ -18,6 +18,7 @@ from nlscale.config.vocabulary import Config, Dtype, OptimizerConfig, WireFormat
 from nlscale.levels.exchange import MatrixExchange, MatrixRange
 from nlscale.levels.homes import Cut
 from nlscale.levels.spectrum import Level, SyncGroup, sync_group
+from nlscale.levels.tiers import HostTier, Ring
 from nlscale.levels.window import Window, bucket_range
 from nlscale.levels.wire import Wire
 from nlscale.model.decoder import Decoder, depth_of
@@ -36,6 +37,8 @@ class ShardedOptimizer(DistributedOptimizer):
 
     def __init__(self, wire: Wire, *args: Any, **kwargs: Any) -> None:
         self._wire = wire
+        self.tier: HostTier | None = None
+        """Where the shards lie between updates; None: on the device."""
         super().__init__(*args, **kwargs)
 
     def _build_gbuf_range_map(self, param_and_grad_buffer: Any) -> dict[Any, list[Any]]:
@@ -46,6 +49,7 @@ class ShardedOptimizer(DistributedOptimizer):
     def held(self) -> Iterator[tuple[nn.Parameter, int, Any]]:
         """Of each parameter of which this rank holds a range: where that begins in its flattened
         part, and the fp32 range that the inner optimizer updates."""
+        self.settle()
         for parameter, (index, order) in self.model_param_group_index_map.items():
             buffer, dtype, bucket = self.model_param_gbuf_map[parameter]
             ranges = self.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]
@@ -72,6 +76,27 @@ class ShardedOptimizer(DistributedOptimizer):
             buffer.param_index_map, Range(begin, end), bucket.offset
         )
 
+    def _copy_model_grads_to_main_grads(self) -> None:
+        if self.tier is None:
+            super()._copy_model_grads_to_main_grads()
+            return
+        for models, mains in self._pairs:
+            for model, main in zip(models, mains, strict=True):
+                own = self._get_model_param_range_map(model)["param"]
+                self.tier.gradients[main] = model.main_grad.view(-1)[own.start : own.end]
+
+    def gradient(self, main: Any) -> Tensor:
+        """Of a fp32 shard, of the group's window, once it is prepared."""
+        return main.grad if self.tier is None else self.tier.gradients[main]  # type: ignore[no-any-return]
+
+    def step_with_ready_grads(self) -> bool:
+        if self.tier is None:
+            return super().step_with_ready_grads()  # type: ignore[no-any-return]
+        self.tier.step()
+        self._wire.gather(self._parameter_shards, self._cuts)
+        self._share_parameters()
+        return True
+
     def _copy_main_params_to_model_params(self) -> None:
         if self._mains:  # of a small group a rank may have nothing
             torch._foreach_copy_(self._places, self._mains)
@@ -79,9 +104,31 @@ class ShardedOptimizer(DistributedOptimizer):
 
     def gather_parameters(self) -> None:
         """What `step` does after the update: the ranks of the node gather each other's shards."""
+        self.settle()
         self._copy_main_params_to_model_params()
+        self._share_parameters()
+
+    def _share_parameters(self) -> None:
         for ddp in self.model_chunks:
             ddp.start_param_sync()
+
+    def settle(self) -> None:
+        """Wait until the shards are what the last update has made of them, wherever they lie."""
+        if self.tier is not None:
+            self.tier.settle()
+
+    def move_to_host(self, kept: tuple[str, ...], ring: Ring, first_tensor_rank: bool) -> None:
+        """Let the shards and what is kept of them lie in host memory from now on.
+
+        Args:
+            kept: names of what the rule keeps of each shard.
+            ring: of this rank.
+            first_tensor_rank: whether norms count here what every tensor rank holds.
+        """
+        places = dict(zip(self._mains, self._places, strict=True))
+        mains: list[Any] = [*places]
+        counted = {p: p.tensor_model_parallel or first_tensor_rank for p in mains}
+        self.tier = HostTier(self.optimizer, kept, ring, places, counted)
 
     @cached_property
     def _parameter_shards(self) -> list[Tensor]:
@@ -111,8 +158,13 @@ class ShardedOptimizer(DistributedOptimizer):
     @cached_property
     def _places(self) -> list[Tensor]:
         """Where each belongs in the buffer from which the ranks of the node gather."""
-        models = (self.model_float16_groups, self.model_fp32_groups)
-        return [self._place(p) for groups in models for group in groups for p in group]
+        return [self._place(p) for models, _ in self._pairs for p in models]
+
+    @property
+    def _pairs(self) -> Iterator[tuple[list[Any], list[Any]]]:
+        """Parameters and their fp32 shards, in the order of `_mains`."""
+        yield from zip(self.model_float16_groups, self.shard_fp32_from_float16_groups, strict=True)
+        yield from zip(self.model_fp32_groups, self.shard_fp32_groups, strict=True)
 
     def _place(self, parameter: nn.Parameter) -> Tensor:
         index, _, bucket = self.model_param_gbuf_map[parameter]
@@ -130,6 +182,14 @@ class GroupOptimizer:
     @property
     def group(self) -> SyncGroup:
         return self.window.group
+
+    def keep_weights(self) -> list[Tensor]:
+        """Before an update that is to be measured: copies of the weights, but of what is streamed,
+        which is measured as it passes."""
+        if self.optimizer.tier is None:
+            return [p.detach().clone() for p in main_parameters(self)]
+        self.optimizer.tier.measures = True
+        return []
 
 
 def main_parameters(g: GroupOptimizer) -> list[Any]:
@@ -159,6 +219,7 @@ def make_group_optimizer(
     layout: Layout,
     wire: Wire,
     wire_format: WireFormat,
+    ring: Ring | None = None,
 ) -> GroupOptimizer:
     """The window and the optimizer of a sync group; all ranks of a stage make it alike.
 
@@ -171,6 +232,7 @@ def make_group_optimizer(
         layout: this rank's place.
         wire: between the nodes.
         wire_format: how the level crosses.
+        ring: through which its state is streamed; None: that stays on the device.
     """
     window = Window(group, parameters, megatron, layout, wire, wire_format, config)
     inner: Any = rule(own.rule).make(own, width_multiplier(config.model), [*parameters.values()])
@@ -200,6 +262,8 @@ def make_group_optimizer(
     if rule(own.rule).whole_matrices:
         inner.layers = config.model.layers
         inner.exchange = _exchange(parameters, optimizer, config, layout, wire)
+    if ring is not None:
+        optimizer.move_to_host(rule(own.rule).state, ring, layout.tensor_rank == 0)
     return GroupOptimizer(window, optimizer)
 
 

@@ -64,6 +64,7 @@ def state_difference(
     state: dict[str, Tensor] = {}
     for g in groups:
         group, outer = g.group, outers.get(g.group)
+        g.optimizer.settle()
         of = f"level {group.level} phase {group.phase}"
         if group.outer_phase:  # of one phase there are then several groups
             of = f"{of} outer phase {group.outer_phase}"

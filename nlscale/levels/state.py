@@ -59,6 +59,11 @@ class Shard:
     def begin_state(self, updates: int) -> dict[str, Tensor]:
         """The same, of zeros, after that many updates, to be filled."""
         state = self.inner.state[self.weights]
+        if state:  # what lies in host memory does from the beginning
+            state["step"].fill_(updates)
+            for name in self.kept:
+                state[name].zero_()
+            return self.state()
         state["step"] = torch.tensor(float(updates), device=self.weights.device)
         for name in self.kept:
             state[name] = torch.zeros_like(self.weights)

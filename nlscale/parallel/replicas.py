@@ -26,7 +26,7 @@ def first_difference(
     Returns:
         The name, or None; the same answer on every rank of the group.
     """
-    sums = torch.stack([checksum(tensor) for tensor in state.values()]).to(layout.device)
+    sums = torch.stack([checksum(x, layout.device) for x in state.values()])
     lowest, highest = sums.clone(), sums
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
@@ -34,19 +34,24 @@ def first_difference(
     return list(state)[int(differing[0])] if len(differing) else None
 
 
-def checksum(tensor: Tensor) -> Tensor:
+def checksum(tensor: Tensor, device: torch.device | None = None) -> Tensor:
     """An int64 that changes with any bit and with the order of the elements.
 
     In pieces, so that what it takes in passing does not grow with the tensor.
+
+    Args:
+        tensor: anywhere.
+        device: where it is computed; None: where the tensor is.
     """
+    device = tensor.device if device is None else device
     size = tensor.element_size()
     words = tensor.detach().contiguous().view(-1).view({2: torch.int16, 4: torch.int32}[size])
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    total = torch.zeros((), dtype=torch.int64, device=device)
     for start in range(0, words.numel(), _WORDS_AT_ONCE):
-        piece = words[start : start + _WORDS_AT_ONCE]
+        piece = words[start : start + _WORDS_AT_ONCE].to(device)
         # odd weights: a change of any one word changes the sum modulo 2^64
         first, last = 2 * start + 1, 2 * (start + piece.numel())
-        total += torch.arange(first, last, 2, device=words.device).mul_(piece).sum()
+        total += torch.arange(first, last, 2, device=device).mul_(piece).sum()
     return total
 
 

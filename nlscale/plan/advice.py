@@ -31,6 +31,13 @@ def does_not_fit(plan: Plan, config: Config) -> str:
         config: what it is of.
     """
     memory, rank = plan.memory, plan.memory.largest
+    if memory.fits and plan.host is not None:
+        return (
+            f"does not fit {plan.cluster.name}: levels of memory=host take "
+            f"{plan.host.node_bytes / GIB:.3g} GiB of a node, which has "
+            f"{plan.cluster.host_memory_gib:g} (host_memory_gib), a tenth of it for the rest; let "
+            f"fewer levels have it, or spread them with parallel.shard_optimizer=all"
+        )
     term = max(rank.terms, key=rank.terms.__getitem__)
     which = f" of pipeline rank {memory.fullest}" if len(memory.ranks) > 1 else ""
     says = (

@@ -19,6 +19,7 @@ from nlscale.config.vocabulary import (
     mixer_label,
 )
 from nlscale.errors import UserError
+from nlscale.levels.ring_pieces import check_tiers
 from nlscale.model.pattern import block_kinds, document_chunk
 from nlscale.model.sizes import level_hidden
 from nlscale.model.stages import stage_blocks
@@ -126,6 +127,7 @@ def _divides(config: Config) -> None:
     _sequence_parallel(config)
     _pipeline(config)
     _sharding(config)
+    check_tiers(config)
 
 
 def _pattern(model: ModelConfig) -> None:

@@ -42,7 +42,8 @@ _RANK = {
     "optimizer": Field(
         "number",
         "bytes",
-        "what the rule keeps, fp32 weights beside bf16 ones, and what outer steps keep",
+        "what the rule keeps, fp32 weights beside bf16 ones, and what outer steps keep; not what "
+        "lies in host memory, but the ring through which that is streamed",
     ),
     "activations": Field("number", "bytes", "of the micro batches in flight"),
     "update": Field("number", "bytes", "that an update takes in passing, in place of activations"),
@@ -112,7 +113,7 @@ PLAN: Mapping[str, Field] = {
     "run_seconds": Field(
         "number",
         "s",
-        "that all steps compute, and wait for the link",
+        "that all steps compute, and wait for the link and for state in host memory",
         null=_UNTIMED,
     ),
     "tokens_per_step": Field("integer", "tokens", "of a global batch"),
@@ -317,6 +318,33 @@ PLAN: Mapping[str, Field] = {
             ),
         },
     ),
+    "host": Field(
+        "object",
+        "",
+        "what levels of `memory: host` take, of the pipeline rank that has most",
+        null="there are none",
+        fields={
+            "levels": Field(
+                "list of objects",
+                "",
+                "those levels",
+                fields={
+                    "name": Field("text", "", "of the level"),
+                    "host_bytes": Field("number", "bytes", "in host memory, of all GPUs"),
+                },
+            ),
+            "gpu_bytes": Field("number", "bytes", "in host memory, of one GPU"),
+            "node_bytes": Field("number", "bytes", "the same of a node, the mean"),
+            "freed_bytes": Field("number", "bytes", "on a GPU, the ring not counted"),
+            "ring_bytes": Field("number", "bytes", "on a GPU, `tiers.ring_mib`"),
+            "streamed_bytes_per_step": Field(
+                "number", "bytes", "of a GPU, in and out together, the mean"
+            ),
+            "streamed_peak_bytes": Field("number", "bytes", "the same at the largest step"),
+            "waited_seconds_per_step": Field("number", "s", "for what comes in, the mean"),
+            "waited_peak_seconds": Field("number", "s", "the same at the largest step"),
+        },
+    ),
     "memory": Field(
         "object",
         "",
@@ -328,7 +356,7 @@ PLAN: Mapping[str, Field] = {
             "usable_share": Field("number", "share", "of it that a run may fill by this count"),
         },
     ),
-    "fits": Field("true or false", "", "whether the fullest rank fits the usable share"),
+    "fits": Field("true or false", "", "whether GPUs and nodes have the memory"),
     "pipeline": Field(
         "object",
         "",

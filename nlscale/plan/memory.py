@@ -9,7 +9,8 @@
     optimizer     what the rules keep (8 bytes a parameter, Adam's moments; of each level and of
                   matrices by their own rule), with bf16 4 more, the fp32 weights, and 8 of a level
                   that makes outer steps; sharded over a node, or with `parallel.shard_optimizer`
-                  all or matrices over all nodes
+                  all or matrices over all nodes; without what lies in host memory, and with the
+                  ring through which that is streamed (`nlscale.plan.host_memory`)
     activations   what `nlscale.plan.activations` counts, for the micro batches in flight
 
 After the backward pass there are no activations, but for a while something else, and the largest
@@ -32,10 +33,12 @@ from nlscale.cluster.spread import COMPARED_AT_ONCE
 from nlscale.config.vocabulary import Config, Dtype, Sharding, WireFormat
 from nlscale.levels.groups import parameters_by_depth
 from nlscale.levels.kept import kept_by_depth, rules_by_level
+from nlscale.levels.ring_pieces import ring_bytes
 from nlscale.levels.spectrum import INTEGER_BITS, ROUNDED_AT_ONCE, Level
 from nlscale.model.sizes import places
 from nlscale.model.stages import stage_blocks
 from nlscale.plan.activations import Activations
+from nlscale.plan.host_memory import moved_bytes
 from nlscale.plan.pipeline import most_kept
 from nlscale.plan.update import update_bytes
 
@@ -133,7 +136,8 @@ def memory(
         mine = stages[rank::ranks]
         held = [sum(counts) for counts in held_by_stage(config, vocabulary, mine)]
         parameters = sum(held)
-        kept_by_rules = sum(map(sum, kept_by_stage(config, vocabulary, mine)))
+        by_rules = [sum(kept) for kept in kept_by_stage(config, vocabulary, mine)]
+        host, freed = moved_bytes(config, held, by_rules)
         waiting = sum(n for level, n in zip(levels, held, strict=True) if level.period > 1)
         outer = sum(OUTER_BYTES * n for level, n in zip(levels, held, strict=True) if level.outer)
         kept = most_kept([_stage(batch, blocks) for blocks in mine], ranks, rank, micro_batches)
@@ -144,7 +148,8 @@ def memory(
                 windows=waiting * 4 / in_node
                 + _owed(config, levels, held, group_nodes) / in_node
                 + _crossing(levels, held, in_node, group_nodes),
-                optimizer=(kept_by_rules + parameters * (4 if bf16 else 0) + outer) / spread,
+                optimizer=(sum(by_rules) - freed + parameters * (4 if bf16 else 0) + outer) / spread
+                + (ring_bytes(config) if host else 0),
                 activations=kept + batch.transient() + batch.gathered(),
                 update=update_bytes(
                     config,

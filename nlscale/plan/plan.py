@@ -21,7 +21,7 @@ from nlscale.levels.spectrum import (
 )
 from nlscale.model.sizes import level_parameters
 from nlscale.plan.checkpoint import CheckpointPlan, checkpoint_plan
-from nlscale.plan.link import LinkTime
+from nlscale.plan.host_memory import HostPlan, host_plan
 from nlscale.plan.memory import GIB, USABLE, Memory
 from nlscale.plan.on_cluster import OnCluster
 from nlscale.plan.pipeline import Pipeline
@@ -105,6 +105,8 @@ class Plan:
     """As configured."""
     whole: WholePlan | None
     """Of rules over whole matrices; None where no level has one."""
+    host: HostPlan | None
+    """Of state in host memory; None where there is none."""
     checkpoint: CheckpointPlan
     serial_programs: int | None
     """Of a micro batch, see `nlscale.plan.programs`."""
@@ -132,9 +134,11 @@ class Plan:
 
     @property
     def run_seconds(self) -> float | None:
-        """That its steps take, with what they wait for the link; None: not known."""
+        """That its steps take, with what they wait for the link and for state in host memory;
+        None: not known."""
         seconds = [own.seconds for own in self.stages]
-        return None if None in seconds else sum(filter(None, seconds))
+        streams = 0.0 if self.host is None else self.steps * self.host.waited_seconds_per_step
+        return None if None in seconds else sum(filter(None, seconds)) + streams
 
     @property
     def flops(self) -> dict[str, float]:
@@ -177,8 +181,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every GPU has the memory for it."""
-        return self.memory.fits
+        """Whether every GPU has the memory for it, and every node, as far as that is known."""
+        return self.memory.fits and self.host_fits
+
+    @property
+    def host_fits(self) -> bool:
+        return self.host is None or self.cluster.holds(self.host.node_bytes)
 
     def to_plain(self) -> dict[str, Any]:
         """The plan for JSON.
@@ -215,12 +223,14 @@ class Plan:
         - `shard_optimizer`: as configured; `sharding`: of each way, with
           `optimizer_bytes` and `total_bytes` on the fullest GPU and `mean_bytes_per_step`
         - `whole_matrices`: of rules over such, null without any; see `nlscale.plan.whole.WholePlan`
+        - `host`: of state in host memory, null without any; see `nlscale.plan.host_memory.HostPlan`
         - `memory`: `ranks`, a list over the pipeline ranks of the bytes on one GPU, `weights`,
           `gradients`, `windows`, `optimizer`, `activations` and, in place of the latter after the
           backward pass, `update`, `validation` and `comparison` of the replicas; `total`;
           `fullest`, the one that needs most; `gpu_bytes`, what a GPU has; `usable_share`, how much
           of it counts
-        - `fits`: whether `total` of the fullest is within the usable share
+        - `fits`: whether `total` of the fullest is within the usable share, and the nodes have the
+          memory for `host`, as far as that is known
         - `pipeline`: `ranks`, `virtual_stages`, `micro_batches`, `bubble` (share of a step in
           which a rank waits), `imbalance` (cost of the costliest stage over the mean)
         - `serial_programs`: of the memory's serial passes, of a micro batch; null without any
@@ -284,12 +294,14 @@ class Plan:
                 "peak_aligned_to_plain": plain and self.aligned.peak / plain,
                 "peak_staggered_to_plain": plain and self.staggered.peak / plain,
             },
-            "exposure": self._exposure(),
+            "exposure": self.exposure
+            and self.exposure.to_plain([level.name for level in self.levels]),
             "activation_bytes_per_step": self.activations,
             "checkpoint": asdict(self.checkpoint),
             "shard_optimizer": self.shards.value,
             "sharding": {way.value: asdict(found) for way, found in self.sharding.items()},
             "whole_matrices": None if self.whole is None else asdict(self.whole),
+            "host": None if self.host is None else asdict(self.host),
             "memory": {
                 "ranks": [{**asdict(rank), "total": rank.total} for rank in self.memory.ranks],
                 "fullest": self.memory.fullest,
@@ -302,29 +314,6 @@ class Plan:
             "advice": self.advice,
             "warnings": self.warnings,
         }
-
-    def _exposure(self) -> dict[str, Any] | None:
-        if self.exposure is None:
-            return None
-        run = self.exposure.run
-        return {
-            "step_seconds": self.exposure.step_seconds,
-            "utilisation": self.exposure.utilisation,
-            "backward_seconds": self.exposure.backward_seconds,
-            "levels": [
-                {"name": level.name, **_link_time(run, slice(i, i + 1))}
-                for i, level in enumerate(self.levels)
-            ],
-            "run": _link_time(run),
-            "plain": _link_time(self.exposure.plain),
-        }
-
-
-def _link_time(time: LinkTime, levels: slice = slice(None)) -> dict[str, float]:
-    return {
-        "hidden_link_seconds": sum(time.hidden[levels]),
-        "exposed_link_seconds": sum(time.exposed[levels]),
-    }
 
 
 def make_plan(
@@ -396,6 +385,7 @@ def make_plan(
             fullest.flops_per_step,
             utilisation,
         ),
+        host=host_plan(config, levels, vocabulary, cluster, data_parallel),
         checkpoint=checkpoint_plan(config, levels, vocabulary, cluster, group_nodes),
         serial_programs=serial_programs(config),
         advice=advise(

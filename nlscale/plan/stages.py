@@ -32,6 +32,24 @@ class Exposure:
     plain: LinkTime
     """Of plain data parallel that overlaps as configured."""
 
+    def to_plain(self, levels: list[str]) -> dict[str, Any]:
+        """For JSON; see `nlscale.plan.plan.Plan.to_plain`.
+
+        Args:
+            levels: names, fastest first.
+        """
+        return {
+            "step_seconds": self.step_seconds,
+            "utilisation": self.utilisation,
+            "backward_seconds": self.backward_seconds,
+            "levels": [
+                {"name": name, **_link_time(self.run, slice(i, i + 1))}
+                for i, name in enumerate(levels)
+            ],
+            "run": _link_time(self.run),
+            "plain": _link_time(self.plain),
+        }
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -176,3 +194,10 @@ def _alike(stage: TrainingStage, levels: list[Level]) -> range:
 def micro_batches_of(config: Config, stage: TrainingStage, data_parallel: int) -> int:
     """That a rank passes through the model in a step of a stage."""
     return stage.global_batch // (config.train.micro_batch * data_parallel)
+
+
+def _link_time(time: LinkTime, levels: slice = slice(None)) -> dict[str, float]:
+    return {
+        "hidden_link_seconds": sum(time.hidden[levels]),
+        "exposed_link_seconds": sum(time.exposed[levels]),
+    }

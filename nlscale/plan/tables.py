@@ -9,6 +9,7 @@ from rich.table import Table
 from nlscale.config.units import human_bytes, human_count
 from nlscale.config.vocabulary import Sharding
 from nlscale.levels.spectrum import INTEGER_BITS, said_periods
+from nlscale.plan.host_memory import HostPlan
 from nlscale.plan.memory import GIB, USABLE, RankMemory
 from nlscale.plan.plan import Exposure, LevelPlan, Plan, Sharded
 from nlscale.plan.programs import WANTED
@@ -66,6 +67,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(_memory(plan))
     console.print()
     _explain_memory(plan, console)
+    if plan.host is not None:
+        console.print(_host(plan.host))
     if crosses and len(plan.sharding) > 1:
         console.print(_sharding(plan))
     if plan.whole is not None:
@@ -321,6 +324,19 @@ def _memory(plan: Plan) -> Table:
     sizes = [_in_gib(size, rank) for size in (*rank.terms.values(), rank.total)]
     table.add_row("GiB", *sizes, f"{plan.memory.gpu_gib:g}")
     return table
+
+
+def _host(host: HostPlan) -> str:
+    names = ", ".join(level.name for level in host.levels)
+    return (
+        f"In host memory: state of {names}, {host.gpu_bytes / GIB:.3g} GiB of a GPU, "
+        f"{host.node_bytes / GIB:.3g} GiB of a node; it frees {host.freed_bytes / GIB:.3g} GiB of "
+        f"the GPU, of which the ring takes {host.ring_bytes / GIB:.3g}. A GPU streams "
+        f"{human_bytes(host.streamed_bytes_per_step)} a step in and out, at most "
+        f"{human_bytes(host.streamed_peak_bytes)}, and waits "
+        f"{human_seconds(host.waited_seconds_per_step)} for what comes in, at most "
+        f"{human_seconds(host.waited_peak_seconds)}."
+    )
 
 
 def _explain_memory(plan: Plan, console: Console) -> None:

@@ -1,7 +1,8 @@
 """Memory that an update takes in passing, beside what is kept from one to the next.
 
 Every rule: at the updates at which the ratio of update to weights is measured, a copy of the fp32
-weights of all that is due. Rules over whole matrices, one sync group after the other:
+weights of all that is due; of what lies in host memory, of a slot of the ring. Rules over whole
+matrices, one sync group after the other:
 
     ranges     what the rule makes of this rank's ranges of matrices, fp32
     on their way    the same and what has arrived from others, in bf16 or fp32
@@ -21,6 +22,7 @@ import numpy as np
 from nlscale.config.vocabulary import Config, Dtype
 from nlscale.levels.groups import parameters_by_depth
 from nlscale.levels.passes import GroupMatrices, Shapes, group_matrices, value_bytes
+from nlscale.levels.ring_pieces import RING_SLOTS, on_host, ring_bytes
 from nlscale.levels.spectrum import Level, sync_group
 from nlscale.optim.table import OnWhole
 from nlscale.plan.traffic import add_updates, cycle_steps
@@ -42,14 +44,16 @@ def update_bytes(
     """
     copied = np.zeros(cycle_steps(levels))
     stagger, layers = config.levels.stagger, config.model.layers
+    host = on_host(config)
     for level, by_depth in zip(levels, parameters_by_depth(config, vocabulary), strict=True):
-        for depth in depths:
+        for depth in () if host[level.index] else depths:
             group = sync_group(level, depth, layers, stagger)
             add_updates(copied, group, [_FP32 * by_depth[depth] / owners])
     passing = [
         _of_group(config, g, owners) for g in group_matrices(config, levels, stagger, depths)
     ]
-    return float(copied.max()) + max(passing, default=0.0)
+    slot = ring_bytes(config) / RING_SLOTS if any(host) else 0.0
+    return float(copied.max()) + max(passing, default=0.0) + slot
 
 
 def _of_group(config: Config, g: GroupMatrices, owners: int) -> float:

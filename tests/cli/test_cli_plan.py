@@ -60,7 +60,7 @@ def test_json_keys_and_how_they_hang_together(room: Room) -> None:
         "staggered", "reduction", "levels", "total", "plain", "ratio",
         "exposure", "whole_matrices", "activation_bytes_per_step",
         "checkpoint", "shard_optimizer", "sharding", "memory", "fits", "pipeline",
-        "serial_programs", "advice", "warnings",
+        "host", "serial_programs", "advice", "warnings",
     }  # fmt: skip
     assert set(plan["cluster"]) == {
         "name", "nodes", "gpus_per_node", "inter_node_gbit", "gpu_memory_gib"
@@ -277,3 +277,19 @@ def test_a_checkpoint_is_planned(room: Room) -> None:
     }
     for key in ("checkpoint.pending=exact", "levels.reduction=every-step"):
         assert room.json(key)["checkpoint"]["inter_node_bytes"] == 0
+
+
+def test_host_memory_has_a_line_and_changes_what_is_largest(room: Room) -> None:
+    assert "In host memory" not in room.plan()
+    text = room.plan("levels.spectrum.1.memory=host", "tiers.ring_mib=1")
+    assert "In host memory: state of slow" in text and "waits" in text
+    keys = ("--largest", "tiers.ring_mib=1")
+    found = room.json(*keys)
+    assert found["hbm"]["parameters"] < found["host"]["parameters"]
+    assert f"{found['host']['layers']} layers" in room.plan(*keys).splitlines()[1]
+    assert "leave --figure out" in room.plan(*keys, "--figure", "a.png", code=2)
+
+
+def test_a_node_without_the_memory_is_refused_in_one_line(room: Room) -> None:
+    room.cluster.write_text(CLUSTER.replace("}", ", host_memory_gib: 0.0001}"))
+    assert "(host_memory_gib)" in room.plan("levels.spectrum.1.memory=host", code=2)

@@ -99,9 +99,9 @@ def test_a_text_goes_on_from_a_state_file(tmp_path: Path) -> None:
     at_once = through_a_file(tmp_path / "one.st", "s1 s2 s3", 14)
     parts = [("s1", 0), ("s2 s3", 0), ("", 1), ("", 6), ("", 7)]
     ids = [through_a_file(tmp_path / "parts.st", *part) for part in parts]
-    assert sum(ids, []) == at_once and len(at_once) == 14
+    assert [token for part in ids for token in part] == at_once and len(at_once) == 14
 
 
 def test_it_has_no_class_of_hugging_face(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="context: .*--to safetensors"):
+    with pytest.raises(UserError, match=r"context: .*--to safetensors"):
         export_huggingface(saved(tmp_path, LEVELS), tmp_path / "out")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -63,7 +65,7 @@ def test_each_document_begins_anew() -> None:
 
     def row(i: int) -> Tensor:
         ends = [0, *np.flatnonzero(rows[i] == 0).tolist(), 21]
-        pieces = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        pieces = [slice(a, b) for a, b in itertools.pairwise(ends)]
         return torch.cat([by_token(h[p, i], v[p, i], 3, 0.8) for p in pieces])
 
     compare(changed(h, v, 3, 0.8, documents), torch.stack([row(0), row(1)], 1), (h, v), d)

@@ -1,0 +1,64 @@
+"""Which levels have their state in host memory, and in what pieces it is streamed (no tensors)."""
+
+from __future__ import annotations
+
+from nlscale.config.vocabulary import Config, Tier
+from nlscale.errors import UserError
+from nlscale.levels.kept import rules_by_level
+
+RING_SLOTS = 3
+"""Of the ring: one piece comes in, one is updated, one goes out."""
+ALIGNED = 1024
+"""Elements at whose multiples a shard is cut. torch's fused rules on a CPU take the last few of a
+tensor, which fill no vector register, by other instructions; at other ends they would be others."""
+
+
+def ring_bytes(config: Config) -> int:
+    """Of the ring of a rank that streams anything."""
+    return int(config.tiers.ring_mib * 2**20)
+
+
+def piece_elements(size: int, kept: int) -> int:
+    """The largest piece of a shard that a slot holds, with all that its rule keeps of it.
+
+    Args:
+        size: of the ring, bytes.
+        kept: tensors that the rule keeps of a shard, beside its weights.
+    """
+    return size // RING_SLOTS // 4 // (1 + kept) // ALIGNED * ALIGNED
+
+
+def on_host(config: Config) -> list[bool]:
+    """Of each level, fastest first, whether its state lies in host memory."""
+    return [entry.memory == Tier.host for entry in config.levels.spectrum]
+
+
+def check_tiers(config: Config) -> None:
+    """Whether what is to be streamed can be.
+
+    Raises:
+        UserError: a level has a rule that takes whole matrices, or outer steps; or the ring has no
+            room for a piece.
+    """
+    levels = zip(config.levels.spectrum, on_host(config), rules_by_level(config), strict=True)
+    for index, (entry, host, own) in enumerate(levels):
+        if not host:
+            continue
+        key = f"levels.spectrum.{index}.memory=host"
+        if own.whole_matrices:
+            raise UserError(
+                f"{key} streams a level's state piece by piece, and its rule takes whole matrices; "
+                f"use levels.spectrum.{index}.optimizer={{rule: adamw}}, or memory=hbm"
+            )
+        if entry.outer.every is not None:
+            raise UserError(
+                f"{key}: the weights and the momentum of outer steps are kept on the GPU, and the "
+                f"level makes them every {entry.outer.every} updates; use memory=hbm, or "
+                f"levels.spectrum.{index}.outer.every=null"
+            )
+        if not piece_elements(ring_bytes(config), len(own.state)):
+            least = RING_SLOTS * 4 * (1 + len(own.state)) * ALIGNED / 2**20
+            raise UserError(
+                f"tiers.ring_mib {config.tiers.ring_mib:g} has no room for {ALIGNED} parameters "
+                f"of {key} in each of {RING_SLOTS} slots; use {least:g} or more"
+            )

@@ -1,0 +1,147 @@
+"""What levels in host memory take and free, against what a run holds; and the largest model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import world
+
+from nlscale.cluster.machines import Cluster
+from nlscale.config import recipe
+from nlscale.config.vocabulary import Config
+from nlscale.errors import UserError
+from nlscale.levels.spectrum import levels_of, sync_group
+from nlscale.plan.largest import fits_on, largest, of_size
+from nlscale.plan.on_cluster import check
+from nlscale.plan.plan import make_plan
+
+VOCABULARY = 64
+ONE = Cluster(
+    name="one", nodes=1, gpus_per_node=1, inter_node_gbit=100, gpu_memory_gib=1, pcie_gbyte=2.0
+)
+
+
+def make(*overrides: str) -> Config:
+    return recipe.load(
+        None,
+        [
+            "data.dir=none", "data.sequence_length=16", f"model.vocabulary={VOCABULARY}",
+            "model.layers=4", "model.d_model=64", "model.heads=4", "train.global_batch=4",
+            "train.dtype=bf16", "tiers.ring_mib=0.0625",
+            "levels=[{period: 1}, {period: 2, memory: host}, {period: 4, memory: host}]",
+            *overrides,
+        ],
+    ).config  # fmt: skip
+
+
+IN_HBM = ["levels.spectrum.1.memory=hbm", "levels.spectrum.2.memory=hbm"]
+
+
+def bytes_held(*overrides: str) -> tuple[int, int, int]:
+    """In host memory; in the ring; and all other tensors of this rank, between two steps."""
+    import gc
+
+    import torch
+
+    from nlscale.parallel.layout import process_groups
+    from nlscale.step.micro_batches import Batch
+    from nlscale.step.trainer import Trainer
+
+    config = make(*overrides)
+    with process_groups(config) as layout:
+        trainer = Trainer.build(config, layout, levels_of(config), VOCABULARY)
+        tokens = torch.zeros(4, 16, dtype=torch.long)
+        for _ in range(5):
+            trainer.take_step([Batch(tokens, tokens, 4)])
+        gc.collect()
+        tiers = [g.optimizer.tier for g in trainer.optimizer.groups if g.optimizer.tier]
+        held = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+        for group in trainer.optimizer.groups:
+            for parameter, state in group.optimizer.optimizer.state.items():
+                held += [parameter, *(x for x in state.values() if isinstance(x, torch.Tensor))]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
+        host = sum(tier.nbytes for tier in tiers)
+        ring = tiers[0].ring.nbytes if tiers else 0
+        return host, ring, sum(storages.values()) - host - ring
+
+
+def test_the_bytes_of_host_ring_and_device_are_those_held() -> None:
+    plan, resident = make_plan(make(), ONE), make_plan(make(*IN_HBM), ONE)
+    assert plan.host is not None and resident.host is None
+    ((host, ring, rest),) = world.run(1, bytes_held)
+    ((none, no_ring, all_on_device),) = world.run(1, bytes_held, *IN_HBM)
+    assert none == no_ring == 0
+    assert host == plan.host.gpu_bytes == plan.host.node_bytes
+    assert host == sum(level.host_bytes for level in plan.host.levels)
+    assert ring == pytest.approx(plan.host.ring_bytes, rel=1e-3)
+    freed = all_on_device - rest
+    assert freed == pytest.approx(plan.host.freed_bytes, rel=0.02)
+    less = resident.memory.largest.optimizer - plan.memory.largest.optimizer
+    assert less == plan.host.freed_bytes - plan.host.ring_bytes
+
+
+@pytest.mark.parametrize("more", [[], ["parallel.pipeline=2"], ["parallel.shard_optimizer=all"]])
+def test_a_step_waits_for_what_comes_in(more: list[str]) -> None:
+    config = make("train.global_batch=16", "train.micro_batch=1", *more)
+    cluster = replace(ONE, nodes=2, gpus_per_node=2)
+    host = make_plan(config, cluster).host
+    assert host is not None
+    pipeline = config.parallel.pipeline
+    shares = {"node": 2, "all": 4}[config.parallel.shard_optimizer.value]
+    if pipeline == 2:
+        shares = 2  # ranks of a node, of one stage
+    levels = levels_of(config)
+    hidden = {level.index: 0 for level in levels}
+    for level, plan in zip(levels, make_plan(config, cluster).levels, strict=True):
+        hidden[level.index] = plan.parameters // 4  # a block's, of a slow level: its MLP
+    worst, total = 0.0, 0.0
+    for rank in range(pipeline):
+        blocks = range(rank * 4 // pipeline, (rank + 1) * 4 // pipeline)
+        steps = []
+        for step in range(1, 5):
+            due = [
+                12 * hidden[level.index]
+                for level in levels[1:]
+                for depth in blocks
+                if sync_group(level, depth, 4, True).due(step)
+            ]
+            steps.append(sum(due) / shares)
+        worst, total = max(worst, *steps), max(total, sum(steps) / 4)
+    assert host.waited_peak_seconds == pytest.approx(worst / 2e9)
+    assert host.waited_seconds_per_step == pytest.approx(total / 2e9)
+    assert host.streamed_peak_bytes == pytest.approx(2 * worst)
+
+
+def test_what_cannot_be_streamed_is_refused_with_a_way_out() -> None:
+    for keys, said in (
+        (["levels.spectrum.1.optimizer={rule: muon}"], "whole matrices; use"),
+        (["levels.spectrum.2.outer.every=2"], "memory=host: .*outer.every=null"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check(make(*keys), ONE, VOCABULARY)
+    check(make("levels.spectrum.0.optimizer={rule: muon}"), ONE, VOCABULARY)
+
+
+def test_a_node_without_the_memory_does_not_fit() -> None:
+    config, need = make(), make_plan(make(), ONE).host
+    assert need is not None
+    gib = need.node_bytes / 2**30
+    assert make_plan(config, replace(ONE, host_memory_gib=gib / 0.89)).fits
+    assert not make_plan(config, replace(ONE, host_memory_gib=gib / 0.91)).fits
+
+
+def test_the_largest_is_the_last_that_fits() -> None:
+    config = make(*IN_HBM, "tiers.ring_mib=4", "model.hidden=960")
+    cluster = replace(ONE, gpu_memory_gib=0.2, host_memory_gib=64.0)
+    on_gpu, on_host = largest(config, cluster)
+    assert on_gpu is not None and on_host is not None
+    assert on_gpu.host_gib == 0 < on_host.host_gib
+    assert on_gpu.parameters < on_host.parameters
+    assert on_gpu.gpu_gib <= 0.9 * 0.2 and on_host.gpu_gib <= 0.9 * 0.2
+    by_hand = [n for n in range(1, 40) if fits_on(of_size(config, n), cluster)]
+    assert on_gpu.layers == max(by_hand)
+    wide = of_size(config, 8).model
+    assert (wide.d_model, wide.heads, wide.hidden) == (128, 8, 1920)
+    with pytest.raises(UserError, match=r"parallel\.stages"):
+        largest(make("parallel.pipeline=2", "parallel.stages=[1,3]"), cluster)
