@@ -38,7 +38,7 @@ from nlscale.config.hooks import HookConfig as HookConfig
 from nlscale.config.levels import LevelConfig as LevelConfig
 from nlscale.config.levels import LevelsConfig as LevelsConfig
 from nlscale.config.levels import TiersConfig as TiersConfig
-from nlscale.config.memory import MemoryConfig as MemoryConfig
+from nlscale.config.mixer_memory import MemoryConfig as MemoryConfig
 from nlscale.config.optimizer import RULES as RULES
 from nlscale.config.optimizer import OptimizerConfig as OptimizerConfig
 from nlscale.config.outer import OuterConfig as OuterConfig
