@@ -42,8 +42,8 @@ def draw_network(runs: list[Sent], cluster: Cluster, out: Path) -> Path:
     looks = {setting: _look(i) for i, setting in enumerate(by_setting(runs))}
     with rc_context(STYLE):
         more = max(0, len(looks) - _FEW)
-        # a line of the legends each, and room for names that are longer than a few periods
-        size = (11.5 + (4.5 if more else 0) if saved else 8.0, 6.0 + 0.2 * more)
+        # a line of the legend each, and room for names that are longer than a few periods
+        size = (11.5 if saved else 8.0, 6.0 + 0.2 * more)
         figure = Figure(figsize=size, dpi=150, layout="constrained")
         if saved:
             axes, beside = figure.subplots(1, 2, width_ratios=[1.4, 1])
@@ -61,7 +61,10 @@ def draw_network(runs: list[Sent], cluster: Cluster, out: Path) -> Path:
         )
         _in_bytes(axes)
         axes.margins(x=0.12)
-        legend_below(axes)
+        if len({run.family for run in runs}) > 1 or not saved:
+            legend_below(axes)
+        else:  # the other panel names the settings, of both
+            axes.legend(*_of_the_line(axes), fontsize=8.5, loc="upper right")
         figure.suptitle(_title(saved), x=0.02, ha="left", fontsize=12, fontweight="bold")
         return save_figure(figure, out)
 
@@ -110,6 +113,12 @@ def _draw_frontier(axes: Any, groups: list[list[Mean]]) -> None:
     )  # fmt: skip
 
 
+def _of_the_line(axes: Any) -> tuple[list[Any], list[str]]:
+    """The handle and the label of the frontier alone."""
+    handles, labels = axes.get_legend_handles_labels()
+    return handles[-1:], labels[-1:]
+
+
 def _draw_savings(axes: Any, saved: list[Saving], looks: dict[str, dict[str, Any]]) -> None:
     reference = saved[0].reference
     axes.plot(
@@ -133,7 +142,8 @@ def _draw_savings(axes: Any, saved: list[Saving], looks: dict[str, dict[str, Any
         f"(nats per token; intervals hold together at {LEVEL:.0%})"
     )
     axes.margins(0.15)
-    legend_below(axes)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.figure.legend(handles, labels, fontsize=8.5, loc="outside lower left")
 
 
 def _said(setting: str) -> str:
@@ -172,6 +182,13 @@ def _title(saved: list[Saving]) -> str:
     if not saved:
         return "Loss against inter-node bytes"
     most = max(saved, key=lambda saving: saving.fewer)
+    if len(saved) > 1:
+        costs = [saving.percent.mean for saving in saved]
+        return (
+            f"{len(saved)} settings beside {_said(most.reference)}: "
+            f"{min(saving.fewer for saving in saved):.1f} to {most.fewer:.4g} times fewer bytes,\n"
+            f"{min(costs):+.1f}% to {max(costs):+.1f}% loss at equal size, tokens and seed"
+        )
     return (
         f"{_capital(_said(most.setting))} sends {most.fewer:.2f} times fewer bytes than "
         f"{_said(most.reference)},\nfor {_cost(most)}"
