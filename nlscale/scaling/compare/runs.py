@@ -11,7 +11,7 @@ from typing import Any
 
 from nlscale.config import recipe
 from nlscale.config.pattern import text_of
-from nlscale.config.vocabulary import Purpose
+from nlscale.config.vocabulary import Config, Purpose
 from nlscale.errors import UserError
 from nlscale.scaling.compare.finalists import Finalists
 from nlscale.scaling.compare.question import FINALIST, VAL_LOSS
@@ -148,9 +148,7 @@ def where(runs: Sequence[Measured], key: str, value: str) -> list[Measured]:
 
 
 def _measured(folder: Path, summary: Mapping[str, Any], metric: str) -> Measured:
-    plain = recipe.to_plain(Run(folder).config)
-    plain["model"]["pattern"] = text_of(plain["model"])
-    keys = flat(plain)
+    keys = keys_of(Run(folder).config)
     finalists = Finalists.read(folder.parent)
     place = finalists.places.get(folder.name) if finalists else None
     if place is not None:
@@ -222,6 +220,13 @@ def _evaluated(folder: Path, metric: str) -> Any:
     records = [r for r in read_records(folder) if r.get("kind") == "evaluation"]
     of_it = [record for record in records if record.get("name") == name]
     return of_it[-1].get(figure) if of_it else None
+
+
+def keys_of(config: Config) -> dict[str, str]:
+    """A configuration as runs are compared by it: flat, and a pattern as a person writes it."""
+    plain = recipe.to_plain(config)
+    plain["model"]["pattern"] = text_of(plain["model"])
+    return flat(plain)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

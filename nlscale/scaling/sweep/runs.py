@@ -19,7 +19,7 @@ from nlscale.levels.spectrum import levels_of
 from nlscale.model.flops import mean_flops_per_token, steps_flops
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
 from nlscale.plan.checks import check_sizes
-from nlscale.scaling.compare.runs import flat, same
+from nlscale.scaling.compare.runs import keys_of, same
 from nlscale.scaling.sweep.build_data import require_data, vocabulary_to_be
 from nlscale.scaling.sweep.spec import Sweep
 from nlscale.scaling.sweep.values import Budget, Value
@@ -153,7 +153,7 @@ def check_question(sweep: Sweep, runs: list[Run]) -> None:
                 f"{', '.join(run.config.evaluate) or 'nothing'}; set evaluate: [{name}]"
             )
     for key, value in question.baselines.items():
-        there = {flat(recipe.to_plain(run.config)).get(key, "null") for run in runs}
+        there = {keys_of(run.config).get(key, "null") for run in runs}
         if not any(same(value, other) for other in there):
             raise UserError(
                 f"{sweep.path}: compare.baseline: no run has {key}={value}; there are "
