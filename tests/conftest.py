@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ import pytest
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER))
+# A shell that begins something in the background has it ignore Ctrl-C, and all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 gc.disable()  # until all modules are imported: else all of torch is looked through again and again
 
 from ops.interpreter import Call, interpreter  # noqa: E402

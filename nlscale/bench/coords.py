@@ -217,10 +217,10 @@ def _recording(model: Decoder, levels: list[str], record: Record) -> Iterator[No
         after(mixer, "mixer output", lambda output: output[0])
         handles.append(
             block.cms.register_forward_hook(
-                lambda cms, inputs, output: _record_cms(cms, torch.add(*inputs), levels, record)
+                lambda cms, inputs, output: _record_cms(cms, torch.add(*inputs[:2]), levels, record)
             )
         )
-        after(block.cms, "residual stream", lambda output: torch.add(*output))
+        after(block.cms, "residual stream", lambda output: torch.add(*output[:2]))
     try:
         yield
     finally:

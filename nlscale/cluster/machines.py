@@ -87,13 +87,13 @@ class Cluster:
     gpu_tflops: float | None = within(None, above=0)
     """Dense bf16 peak of one GPU, TFLOP/s (10^12 FLOPs a second), for what a step computes and what
     runs cost."""
+    launch: Launch = field(default_factory=Launch)
+    """How runs are started there; what only plans does not need it."""
     pcie_gbyte: float = within(55.0, above=0)
     """What a GPU can copy from its node's memory, and at the same time as much to it, GB/s (10^9
     bytes a second); the default is of 16 lanes of PCIe 5."""
     host_memory_gib: float | None = within(None, above=0)
     """Memory of one node, GiB; null: not known, and what `memory: host` takes of it not checked."""
-    launch: Launch = field(default_factory=Launch)
-    """How runs are started there; what only plans does not need it."""
 
     @property
     def ranks(self) -> int:

@@ -231,6 +231,8 @@ def test_the_pages_override_only_keys_that_exist() -> None:
         typed = command.words
         after = zip(["", *typed], typed, strict=False)
         words = [word for before, word in after if before not in ("--layout", "--where")]
+        if "--context" in words:  # takes keys of a level, any number of them
+            words = words[: words.index("--context")]
         pairs = [word for word in words if re.fullmatch(r"[a-z_.0-9]+=.+", word)]
         if "nlscale" in words and pairs:
             named = [word for word in words if (ROOT / "recipes" / f"{word}.yaml").is_file()]
