@@ -21,7 +21,7 @@ from nlscale.plan.traffic import traffic
 
 RUN = [
     *(f"model.vocabulary={VOCABULARY}", "model.layers=2", "model.d_model=16", "model.heads=2"),
-    *("data.sequence_length=8", "train.micro_batch=2", "levels=[1,2]"),
+    *("data.sequence_length=8", "train.micro_batch=2", "train.global_batch=8", "levels=[1,2]"),
 ]
 WAY = {"waited_seconds", "waited_seconds_reducing", "step_seconds"}
 

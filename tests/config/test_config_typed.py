@@ -304,6 +304,7 @@ NEEDED = {
     "data.stages.": ["data.stages=[{from: 50%, sequence_length: 8, mixture: [{dir: x}]}]"],
     "train.global_batch.": ["train.global_batch=[{from: 0, size: 8}]"],
     "hooks.": ["hooks=[{name: replay}]"],
+    "model.pattern.": ["model.pattern=[hope]"],
 }
 """What a run has to have beside keys that begin so, of which it has none by itself."""
 

@@ -182,9 +182,9 @@ def test_tensor_parallel_ranks_train_as_one(sequence: str) -> None:
     [
         (
             ["model.attention.kv_heads=1"],
-            "model.attention.kv_heads is 1, and model.mixer=hope is no",
+            "model.attention.kv_heads is 1, which hope does not read",
         ),
-        (["model.attention.qk_norm=true"], "model.attention.qk_norm is True, and model.mixer=hope"),
+        (["model.attention.qk_norm=true"], "model.attention.qk_norm is True, which hope"),
         (
             [*GROUPED, "model.attention.kv_heads=3"],
             "model.heads 4 do not share .*kv_heads 3 evenly",
