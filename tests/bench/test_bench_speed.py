@@ -1,4 +1,4 @@
-"""`nlscale bench scan|layer|optimizer|tiers|step|train` on a CPU, tiny; none tests how fast it is."""
+"""`nlscale bench scan|layer|optimizer|tiers|step|train` on a CPU, tiny; speed is not tested."""
 
 from __future__ import annotations
 
