@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _SCANNED = ["hope", "gated-delta", "hope-pure", "attention"]
 _COMPARED = ["hope", "gated-delta", "attention"]
 _UPDATED = ["quickstart", "model.vocabulary=256"]
-_STREAMED = [*_UPDATED, "optimizer.rule=adamw"]
+_STREAMED = [*_UPDATED, "optimizer.rule=adamw", "tiers.ring_mib=1"]
 
 
 def add_arguments(verbs: Any) -> None:
