@@ -1,4 +1,4 @@
-"""`nlscale bench scan|layer|optimizer|step|train`: how fast, from kernel to training step."""
+"""`nlscale bench scan|layer|optimizer|tiers|step|train`: how fast, from kernel to training step."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _SCANNED = ["hope", "gated-delta", "hope-pure", "attention"]
 _COMPARED = ["hope", "gated-delta", "attention"]
 _UPDATED = ["quickstart", "model.vocabulary=256"]
+_STREAMED = [*_UPDATED, "optimizer.rule=adamw", "tiers.ring_mib=1"]
 
 
 def add_arguments(verbs: Any) -> None:
@@ -35,6 +36,7 @@ def add_arguments(verbs: Any) -> None:
     layer.set_defaults(func=_layer)
 
     _add_optimizer(verbs)
+    _add_tiers(verbs)
     step = verbs.add_parser(
         "step",
         help="tokens a second of whole training steps",
@@ -139,6 +141,33 @@ def _add_optimizer(verbs: Any) -> None:
     _add_repeats(optimizer)
     optimizer.add_argument("--json", action="store_true", help="print JSON instead of a table")
     optimizer.set_defaults(func=_optimizer)
+
+
+def _add_tiers(verbs: Any) -> None:
+    tiers = verbs.add_parser(
+        "tiers",
+        help="steps with the state of slow levels in host memory, beside steps without",
+        description="Time training steps of a recipe with all state on the device and with that "
+        "of each level of a period above 1 in host memory (memory: host), in turn on random "
+        "tokens, on this process or, under torchrun, on all of them: step time, bytes copied "
+        "against the plan, bytes less on the device. Both lie there at the same time.",
+    )
+    tiers.add_argument(
+        "words",
+        nargs="*",
+        metavar="RECIPE | KEY=VALUE",
+        help=f"a YAML file of keys, or the name of one that comes with nlscale (default: "
+        f"{' '.join(_STREAMED)}), and overrides of its keys",
+    )
+    tiers.add_argument(
+        "--cycles",
+        type=whole(),
+        default=5,
+        metavar="N",
+        help="cycles of the periods to time (default: %(default)s)",
+    )
+    tiers.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    tiers.set_defaults(func=_tiers)
 
 
 def _add_mixers(parser: argparse.ArgumentParser, mixers: list[str]) -> None:
@@ -252,6 +281,25 @@ def _optimizer(args: argparse.Namespace) -> int:
     from nlscale.bench.updates import bench_optimizer, print_optimizer  # imports torch
 
     _print(bench_optimizer(configs[0], configs[1:], args.repeats), print_optimizer, args)
+    return 0
+
+
+def _tiers(args: argparse.Namespace) -> int:
+    _at_least_one("--cycles", args.cycles)
+    from nlscale.config import recipe
+    from nlscale.plan.checks import check_sizes
+    from nlscale.plan.largest import slow_on_host
+
+    given = bool(args.words) and "=" not in args.words[0]
+    words = args.words if given else [*_STREAMED, *args.words]
+    config = recipe.load(words[0], words[1:], trusted=True).config
+    for own in (config, slow_on_host(config)):
+        check_sizes(own, place().world)
+    from nlscale.bench.tiers import bench_tiers, print_tiers  # imports torch
+
+    result = bench_tiers(config, args.cycles)
+    if place().rank == 0:
+        _print(result, print_tiers, args)
     return 0
 
 

@@ -53,6 +53,8 @@ class Ring:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.device = size, device
+        self.streamed = 0
+        """Bytes that have been copied in and out, together, so far."""
         each = size // RING_SLOTS // _FP32
         self._memory = torch.empty(RING_SLOTS, each, device=device)
         self._slots = [_Slot(memory) for memory in self._memory]
@@ -106,6 +108,7 @@ class Ring:
                 there = slot.memory[at : at + held.numel()]
                 at += held.numel()
                 tensors.append(there.copy_(held, non_blocking=True))
+                self.streamed += held.nbytes
             slot.arrived = streams and streams.incoming.record_event()
         return slot, tensors
 
@@ -117,6 +120,7 @@ class Ring:
         with _on(streams and streams.outgoing):
             for held, there in zip(piece, tensors, strict=True):
                 held.copy_(there, non_blocking=True)
+                self.streamed += held.nbytes
             slot.left = streams and streams.outgoing.record_event()
 
 

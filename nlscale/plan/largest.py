@@ -58,7 +58,7 @@ def largest(config: Config, cluster: Cluster) -> tuple[Largest | None, Largest |
             "leave that out"
         )
     vocabulary_of(config)
-    return _largest(_on_gpu(config), cluster), _largest(_on_host(config), cluster)
+    return _largest(state_on_gpu(config), cluster), _largest(slow_on_host(config), cluster)
 
 
 def of_size(config: Config, layers: int) -> Config:
@@ -151,12 +151,14 @@ def host_on(config: Config, cluster: Cluster) -> HostPlan | None:
     return host_plan(config, levels_of(config), on.vocabulary, cluster, on.data_parallel)
 
 
-def _on_gpu(config: Config) -> Config:
+def state_on_gpu(config: Config) -> Config:
+    """The run with the state of all levels on the GPU."""
     return _with_memory(config, [Tier.hbm] * len(config.levels.spectrum))
 
 
-def _on_host(config: Config) -> Config:
-    """With the state of all levels of a period above 1 that can be streamed in host memory."""
+def slow_on_host(config: Config) -> Config:
+    """The run with the state of all levels of a period above 1 that can be streamed in host
+    memory."""
     entries = zip(levels_of(config), config.levels.spectrum, rules_by_level(config), strict=True)
     return _with_memory(
         config,

@@ -1,4 +1,4 @@
-"""`nlscale bench scan|layer|optimizer|step|train` on a CPU, tiny; no test is of how fast it is."""
+"""`nlscale bench scan|layer|optimizer|tiers|step|train` on a CPU, tiny; speed is not tested."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch.autograd import DeviceType
 
 from nlscale import cli
+from nlscale.bench.tiers import print_tiers
 from nlscale.bench.trace import STEPS, largest_costs
 from nlscale.bench.train import PLAIN
 from nlscale.bench.transformer import Transformer
@@ -22,6 +23,7 @@ from nlscale.model.decoder import Decoder
 from nlscale.model.flops import flops_by_part, flops_per_token
 from nlscale.model.init import initialize
 from nlscale.model.layers import megatron_config
+from nlscale.model.sizes import level_parameters
 from nlscale.ops import check
 from nlscale.ops.memory.scan import memory_scan
 from nlscale.parallel.layout import process_groups
@@ -134,6 +136,44 @@ def test_layer_times_blocks_and_mixers(
         assert row["mfu"] * found["matmul_flops_per_second"] == pytest.approx(
             row["flops_per_second"]
         )
+
+
+def test_tiers_compares_steps_bytes_and_what_lies_where(
+    recipe_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ring = 0.0625
+    levels = "levels=[1,{period: 2, optimizer: {rule: sgd}}]"
+    keys = (VOCABULARY, levels, "train.dtype=bf16", f"tiers.ring_mib={ring}", "--cycles", 1)
+    code, out, _ = bench(capsys, "tiers", recipe_file, *keys, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["levels"] == ["level1"] and found["cycle_steps"] == 2
+    assert found["same_losses"] is True
+    assert found["ratios"] == [found["ratio"]]
+    seconds = [found["hbm_step_seconds"], found["host_step_seconds"]]
+    assert found["ratio"] == pytest.approx(seconds[1] / seconds[0])
+    config = recipe.load(str(recipe_file), [VOCABULARY, levels]).config
+    fast, slow = level_parameters(config, 32)
+    # fp32 weights and one momentum, twice over the bus in two steps, a depth each
+    assert found["streamed_bytes_per_step"] == 2 * 8 * slow / 2
+    assert found["streamed_peak_bytes"] == 2 * 8 * slow / 2
+    assert found["planned_streamed_bytes_per_step"] == found["streamed_bytes_per_step"]
+    assert found["planned_streamed_peak_bytes"] == found["streamed_peak_bytes"]
+    assert found["state_bytes_hbm"] == 12 * fast + 8 * slow
+    assert found["state_bytes_host"] == pytest.approx(12 * fast + ring * 2**20, abs=12)
+    assert found["planned_saved_bytes"] == pytest.approx(found["saved_bytes"], abs=12)
+    print_tiers({**found, "same_losses": False})
+    told = capsys.readouterr().out
+    assert "NOT the same" in told and max(map(len, told.splitlines())) <= 100
+    assert "1 cycle of 2 steps" in told
+
+
+def test_tiers_needs_a_level_that_can_be_streamed(
+    recipe_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = bench(capsys, "tiers", recipe_file, VOCABULARY, "levels=[1]")
+    assert code == 2 and "has none whose state can be streamed" in err.splitlines()[-1]
+    code, _, err = bench(capsys, "tiers", recipe_file, "levels=[1,2]")
+    assert code == 2 and "model.vocabulary=256" in err.splitlines()[-1]
 
 
 def test_optimizer_times_each_rule_in_turn_with_adamw(

@@ -12,11 +12,12 @@ from nlscale.config.units import human_count
 from nlscale.config.vocabulary import head_dim
 from nlscale.plan import load_cluster, make_plan
 from nlscale.plan.advice import does_not_fit
+from nlscale.plan.largest import largest, of_size, slow_on_host, state_on_gpu
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SIZES = {
     "340m": 340e6, "340m-muon": 340e6, "760m": 760e6, "1.3b": 1.3e9, "1.3b-muon": 1.3e9,
-    "7b": 7e9, "70b": 70e9,
+    "7b": 7e9, "36b": 36e9, "70b": 70e9,
 }  # fmt: skip
 
 
@@ -46,6 +47,19 @@ def test_the_recipe_with_muon_is_the_other_but_for_its_rule(size: str) -> None:
     assert muon["optimizer"]["rule"] == "muon"
     muon["optimizer"]["rule"], muon["run"]["dir"] = "adamw", plain["run"]["dir"]
     assert muon == plain
+
+
+def test_36b_is_the_largest_of_the_shape_of_7b_on_one_node() -> None:
+    cluster = load_cluster(RECIPES / "clusters" / "one-node-8-gpus.yaml")
+    keys = ["parallel.tensor=8", "parallel.pipeline=1", "train.micro_batch=1"]
+    shape = recipe.load(RECIPES / "hope-7b.yaml", [*keys, "train.recompute=[cms,mixer]"]).config
+    config = recipe.load(RECIPES / "hope-36b.yaml").config
+    _, host = largest(shape, cluster)
+    assert host is not None and host.layers == config.model.layers
+    assert config.model == of_size(shape, host.layers).model
+    assert config.levels == slow_on_host(shape).levels
+    assert set(config.train.recompute) == set(shape.train.recompute)
+    assert not make_plan(state_on_gpu(config), cluster).fits
 
 
 def test_the_largest_is_refused_on_one_node() -> None:
