@@ -49,8 +49,8 @@ _ALWAYS = {
     }.items()
     for key in keys.split()
 }
-"""Keys that are in a digest whatever they are, as when there were no others. One that is not here is
-in it where it is not at its default, so that a key that is added refuses no file of before it."""
+"""Keys that are in a digest whatever they are, as when there were no others. One that is not here
+is in it where it is not at its default, so that a key that is added refuses no file of before."""
 
 
 @dataclass(frozen=True)
