@@ -230,8 +230,6 @@ def test_listing_imports_no_torch(room: Room) -> None:
         ("frontier", 72, 72),
         ("frontier-muon", 36, 36),
         ("frontier-four-nodes", 20, 20),
-        ("mixers", 240, 240),
-        ("mixers-tasks", 228, 228),
     ],
 )
 def test_the_sweeps_of_the_repository_are_listed_without_data(
