@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="val_loss",
         metavar="NAME",
         help="val_loss: the mean of the last three validations (default); or a number of "
-        "summary.json, such as final_val_loss, or evaluation.NAME.FIGURE",
+        "summary.json, such as final_val_loss, evaluation.NAME.FIGURE of its validations, or "
+        "eval.NAME.FIGURE of nlscale eval, such as eval.automata.2x/targets",
     )
     parser.add_argument(
         "--baseline",

@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +30,27 @@ _FORMAT = "nlscale state 1"
 _STREAM, _SEEN = "stream/", "seen"
 _SAMPLED = 256
 """Values of each weight that tell one model from another."""
+_ALWAYS = {
+    f"{section}.{key}"
+    for section, keys in {
+        "model": (
+            "mixer layers d_model heads cms hidden vocabulary tie_embeddings rope_base norm_eps "
+            "init_std mup_base_width"
+        ),
+        "model.memory": (
+            "chunk convolution lambda_init anchored c normalize_value separate_inputs "
+            "static_gates output_gate read_norm eta_bias alpha_bias"
+        ),
+        "model.attention": "kv_heads head_dim qk_norm",
+        "levels": "spectrum stagger learning_rate_rule reduction",
+        "levels.spectrum": "name period parts hidden learning_rate optimizer wire local",
+        "levels.spectrum.outer": "every momentum learning_rate",
+        "levels.period_warmup": "steps critical_batch share cooldown",
+    }.items()
+    for key in keys.split()
+}
+"""Keys that are in a digest whatever they are, as when there were no others. One that is not here
+is in it where it is not at its default, so that a key that is added refuses no file of before."""
 
 
 @dataclass(frozen=True)
@@ -145,10 +167,10 @@ def _described(model: Model) -> str:
 
 def digest(model: Model) -> str:
     """Of what a state depends on: the same for a run and for its export in the same dtype."""
-    sections = {"model": asdict(model.config.model), "levels": asdict(model.config.levels)}
-    for level in sections["levels"]["spectrum"]:
-        if level["context"]["chunk"] is None:  # as before there was such a key
-            del level["context"]
+    sections = {
+        "model": _counted(model.config.model, "model"),
+        "levels": _counted(model.config.levels, "levels"),
+    }
     config = json.dumps(sections, sort_keys=True, default=str)
     found = hashlib.sha256(f"{config}\n{model.step}\n".encode())
     for name, weight in model._decoder.named_parameters():
@@ -157,6 +179,31 @@ def digest(model: Model) -> str:
         some = flat[places.long().to(flat.device)].to("cpu", torch.float64)
         found.update(f"{name} {tuple(weight.shape)}\n".encode() + some.numpy().tobytes())
     return found.hexdigest()
+
+
+def _counted(section: Any, path: str) -> dict[str, Any]:
+    """Its keys that tell models apart: `_ALWAYS`, and those that are not at their defaults; a
+    section without any is left out."""
+    found: dict[str, Any] = {}
+    for each in fields(section):
+        value, key = getattr(section, each.name), f"{path}.{each.name}"
+        if is_dataclass(value):
+            if inner := _counted(value, key):
+                found[each.name] = inner
+        elif key in _ALWAYS or value != _default(each):
+            found[each.name] = _plain(value, key)
+    return found
+
+
+def _plain(value: Any, key: str) -> Any:
+    """The same of what may be a list of sections."""
+    if not isinstance(value, list):
+        return value
+    return [_counted(item, key) if is_dataclass(item) else item for item in value]
+
+
+def _default(each: Field[Any]) -> Any:
+    return each.default if each.default_factory is MISSING else each.default_factory()
 
 
 def _digest_of(tokenizer: Tokenizer) -> str:

@@ -183,6 +183,18 @@ def tables(config: Config) -> int:
     return 1 if config.model.tie_embeddings else 2
 
 
+def state_bytes(config: Config) -> int | None:
+    """What the mixers of all blocks carry of one sequence of `data.sequence_length` tokens; None
+    where one of them does not say."""
+    found = 0
+    for kind in block_kinds(config):
+        each = kind.facts.state_bytes(kind.config)
+        if each is None:
+            return None
+        found += len(kind.depths) * each
+    return found
+
+
 def non_embedding_parameters(config: Config, vocabulary: int) -> int:
     """Parameters of the model without those of the embedding, which is looked up, not computed.
 

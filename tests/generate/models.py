@@ -15,6 +15,8 @@ from nlscale.model.layers import megatron_config
 from nlscale.parallel.alone import alone
 
 VOCABULARY = 61
+PATHS = ("hope", "hope-pure", "gated-delta", "linear-attention", "attention", "sliding-window")
+"""A mixer of each way through the code; the others differ from one of them in numbers alone."""
 
 
 def saved(run: Path, *overrides: str, step: int = 6, seed: int = 1) -> Checkpoint:

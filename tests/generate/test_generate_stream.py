@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from generate.models import VOCABULARY, random_tokens, saved
+from generate.models import PATHS, VOCABULARY, random_tokens, saved
 
 import nlscale
-from nlscale.config.vocabulary import MIXERS
 from nlscale.errors import UserError
 from nlscale.generate.model import Model
 
@@ -40,7 +39,7 @@ def cuts(length: int) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", PATHS)
 def test_pieces_give_what_the_whole_gives(mixer: str, dtype: torch.dtype, tmp_path: Path) -> None:
     saved(tmp_path, f"model.mixer={mixer}")
     model = nlscale.load(tmp_path, device="cpu", dtype=dtype)

@@ -110,6 +110,7 @@ class Problem:
 
 # A number or two may happen to vanish: these are compared by the norm of all that are named.
 _TOGETHER = {
+    "momentum_decay": ("momentum_decay", "momentum_weight"),
     "eta": ("eta", "alpha"),
     "alpha": ("eta", "alpha"),
     "lambda_key": ("lambda_key", "key"),

@@ -19,6 +19,11 @@ FP32 = 4
 """Bytes."""
 
 
+def element_bytes(config: Config) -> int:
+    """Bytes of a parameter or an activation."""
+    return 2 if config.train.dtype == Dtype.bf16 else FP32
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """One micro batch on one tensor-parallel rank."""
@@ -42,7 +47,7 @@ class MicroBatch:
     @property
     def element(self) -> int:
         """Bytes of a parameter or an activation."""
-        return 2 if self.config.train.dtype == Dtype.bf16 else FP32
+        return element_bytes(self.config)
 
     @property
     def width(self) -> int:
@@ -140,6 +145,11 @@ class MixerFacts(ABC):
         `projections` are those into and out of it; the other names are its own
         (`nlscale.model.flops` says what is counted).
         """
+
+    def state_bytes(self, config: Config) -> int | None:
+        """What one layer carries of a sequence after `data.sequence_length` tokens, at the end of a
+        chunk, over all tensor-parallel ranks, without counts; None where the mixer does not say."""
+        return None
 
     def serial_programs(self, batch: MicroBatch) -> int | None:
         """Programs of a kernel that goes through a sequence from its beginning to its end.

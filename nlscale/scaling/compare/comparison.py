@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,8 @@ class Comparison:
         Keys:
             metric, level: of all intervals together; factors, paired_by, pairs (their values).
             cells: one a combination of factors: factors, values (in the order of pairs), mean,
-                parameters, tokens, runs (folders).
+                parameters, tokens, seconds_per_step (median of the runs; null: unknown),
+                state_bytes (of a sequence; null: a mixer does not say), runs (folders).
             contrasts: factor, value, baseline, over, differences (value - baseline, a pair each),
                 mean, deviation, interval_level, interval (Student's), bootstrap (null of fewer than
                 5 pairs), verdict (`lower`, `higher`, `undecided`), visible_effect (that so many
@@ -68,6 +70,12 @@ class Comparison:
             "left_out": list(self.grid.left_out),
         }
 
+    def seconds_per_step(self, cell: Cell) -> float | None:
+        """Median of its runs; None where one does not say."""
+        runs = [self.grid.runs[cell][pair].seconds_per_step for pair in self.grid.pairs]
+        known = [seconds for seconds in runs if seconds is not None]
+        return statistics.median(known) if len(known) == len(runs) else None
+
     def _cell(self, cell: Cell) -> dict[str, Any]:
         runs = [self.grid.runs[cell][pair] for pair in self.grid.pairs]
         values = self.grid.values(cell)
@@ -77,6 +85,8 @@ class Comparison:
             "mean": sum(values) / len(values),
             "parameters": runs[0].parameters,
             "tokens": runs[0].tokens,
+            "seconds_per_step": self.seconds_per_step(cell),
+            "state_bytes": runs[0].state_bytes,
             "runs": [str(run.folder) for run in runs],
         }
 

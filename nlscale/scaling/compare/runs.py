@@ -13,13 +13,13 @@ from nlscale.config import recipe
 from nlscale.config.pattern import text_of
 from nlscale.config.vocabulary import Config, Purpose
 from nlscale.errors import UserError
+from nlscale.model.sizes import state_bytes
 from nlscale.scaling.compare.finalists import Finalists
-from nlscale.scaling.compare.question import FINALIST, VAL_LOSS
-from nlscale.telemetry.figures import SUMMARY_FILE, read_records
+from nlscale.scaling.compare.metric import metric_of, number, seconds_per_step
+from nlscale.scaling.compare.question import FINALIST
+from nlscale.telemetry.figures import SUMMARY_FILE
 from nlscale.train.folder import CONFIG_FILE, Run, read_summary
 
-LAST = 3
-"""Validations that it averages; a run that validated less often has fewer."""
 _NO_FACTOR = ("run.dir", "checkpoint.", "resume.", "wandb.", "timeouts.", "run.max_restarts")
 """Keys that say where a run goes, not where to: they may differ from run to run."""
 
@@ -46,6 +46,10 @@ class Measured:
     """Whether it was one of a search: what it found has chosen a setting."""
     searched_key: str | None
     """The key whose value a search has chosen for it; None: no search has."""
+    seconds_per_step: float | None = None
+    """Median over its steps; None: it does not say. What ran beside it has slowed it."""
+    state_bytes: int | None = None
+    """That its mixers carry of a sequence of its length; None: one of them does not say."""
 
 
 def find_runs(paths: Iterable[Path], metric: str) -> tuple[list[Measured], list[str]]:
@@ -148,7 +152,8 @@ def where(runs: Sequence[Measured], key: str, value: str) -> list[Measured]:
 
 
 def _measured(folder: Path, summary: Mapping[str, Any], metric: str) -> Measured:
-    keys = keys_of(Run(folder).config)
+    config = Run(folder).config
+    keys = keys_of(config)
     finalists = Finalists.read(folder.parent)
     place = finalists.places.get(folder.name) if finalists else None
     if place is not None:
@@ -157,9 +162,11 @@ def _measured(folder: Path, summary: Mapping[str, Any], metric: str) -> Measured
         folder=folder,
         keys=keys,
         chosen={key: value for key, value in keys.items() if value != _implied(keys).get(key)},
-        value=_metric(folder, summary, metric),
-        parameters=_number(folder, summary, "parameters"),
-        tokens=_number(folder, summary, "tokens"),
+        value=metric_of(folder, summary, metric),
+        parameters=number(folder, summary, "parameters"),
+        tokens=number(folder, summary, "tokens"),
+        seconds_per_step=seconds_per_step(folder, summary),
+        state_bytes=state_bytes(config),
         searched=keys["run.purpose"] == Purpose.search.value,
         searched_key=finalists.key if finalists and place is not None else None,
     )
@@ -176,50 +183,6 @@ def _keys_of_mixer(mixer: str, pattern: str) -> Mapping[str, str]:
     config = recipe.load(None, ["data.dir=none", *mixers], trusted=True).config
     said = flat(recipe.to_plain(config))
     return {key: value for key, value in said.items() if key.startswith("model.memory.")}
-
-
-def _metric(folder: Path, summary: Mapping[str, Any], metric: str) -> float:
-    if metric == VAL_LOSS:
-        records = read_records(folder)
-        losses = [r.get("loss") for r in records if r.get("kind") == "validation" and r.get("step")]
-        if not losses:
-            raise UserError(f"{folder} has no validation after its first step")
-        last = [loss for loss in losses[-LAST:] if isinstance(loss, int | float)]
-        if len(last) < len(losses[-LAST:]):
-            raise UserError(f"{folder} has diverged: a loss of its last validations is none")
-        value: Any = math.fsum(last) / len(last)
-    elif metric.startswith("evaluation."):
-        value = _evaluated(folder, metric)
-    else:
-        value = summary
-        for name in metric.split("."):
-            value = value.get(name, "") if isinstance(value, Mapping) else ""
-        if value is None:
-            raise UserError(f"{folder} has diverged, or did not measure it: {metric} is null")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        numbers = sorted(k for k, v in summary.items() if isinstance(v, int | float))
-        raise UserError(
-            f"{folder} has no number {metric}; there are {VAL_LOSS} (the mean of the last "
-            f"{LAST} validations), {', '.join(numbers)}, and evaluation.NAME.FIGURE"
-        )
-    if not math.isfinite(value):
-        raise UserError(f"{folder}: {metric} is {value}; a run that diverged has no place in it")
-    return float(value)
-
-
-def _number(folder: Path, summary: Mapping[str, Any], name: str) -> float:
-    value = summary.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{folder} has a damaged summary: {name} is {value}")
-    return float(value)
-
-
-def _evaluated(folder: Path, metric: str) -> Any:
-    """Of the last record of an evaluation, `evaluation.NAME.FIGURE`."""
-    name, _, figure = metric.removeprefix("evaluation.").partition(".")
-    records = [r for r in read_records(folder) if r.get("kind") == "evaluation"]
-    of_it = [record for record in records if record.get("name") == name]
-    return of_it[-1].get(figure) if of_it else None
 
 
 def keys_of(config: Config) -> dict[str, str]:

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nlscale.config.units import human_count
+from nlscale.config.units import human_bytes, human_count
 from nlscale.scaling.compare.answer import Answer
 from nlscale.scaling.compare.comparison import Comparison, Contrast
 from nlscale.scaling.compare.runs import Cell
@@ -51,13 +51,19 @@ def print_comparison(one: Comparison, out: Console) -> None:
         table.add_column(factor, no_wrap=True)
     for pair in grid.pairs:
         table.add_column(" ".join(pair), justify="right")
-    for name in ("mean", "parameters", "tokens"):
+    for name in ("mean", "parameters", "tokens", "s/step", "state"):
         table.add_column(name, justify="right")
     for cell in grid.cells:
         values = grid.values(cell)
         run = grid.runs[cell][grid.pairs[0]]
         numbers = [*values, sum(values) / len(values)]
-        counts = (human_count(run.parameters), human_count(run.tokens))
+        seconds, state = one.seconds_per_step(cell), run.state_bytes
+        counts = (
+            human_count(run.parameters),
+            human_count(run.tokens),
+            "-" if seconds is None else f"{seconds:.3g}",
+            "-" if state is None else human_bytes(state),
+        )
         table.add_row(*cell, *(f"{x:.4f}" for x in numbers), *counts)
     out.print(table)
     out.print()

@@ -29,7 +29,9 @@ def run_folder(
     folder: Path, mixer: str, seed: int, loss: float, *more: str, steps: int = 20
 ) -> None:
     """With three validations after the first step, whose mean is the loss."""
-    finished_run(folder, steps, loss + 0.3, f"model.mixer={mixer}", f"run.seed={seed}", *more)
+    keys = (f"model.mixer={mixer}", f"run.seed={seed}", *more)
+    summary = finished_run(folder, steps, loss + 0.3, *keys, tokens_per_second=4096.0)
+    (folder / "summary.json").write_text(json.dumps(summary | {"steps": steps}))
     records = [{"kind": "validation", "step": 0, "loss": 9.0}]
     records += [
         {"kind": "validation", "step": i, "loss": loss + d}
@@ -72,6 +74,9 @@ def test_pairs_of_one_seed_decide_what_seeds_alone_hide(
     assert gated["verdict"] == "undecided" and gated["interval"][0] < 0 < gated["interval"][1]
     cell = next(c for c in found["cells"] if c["factors"] == {"model.mixer": "hope"})
     assert cell["mean"] == pytest.approx(sum(LOSSES["hope"].values()) / 3)
+    heads, d = 2, 32  # in each of 4 layers S and twice Pi, in fp32, and 3 tokens that feed them
+    assert cell["state_bytes"] == 4 * (4 * heads * 3 * d * d + 2 * 3 * 2 * heads * d)
+    assert cell["seconds_per_step"] == 2.0  # 8,192 tokens, at 4,096 a second
     last = plain(capsys, runs, "--by", "model.mixer", "--metric", "final_val_loss")
     assert last["cells"][0]["mean"] == pytest.approx(cell["mean"] + 0.3, abs=0.2)
 
@@ -86,10 +91,38 @@ def test_the_table_says_it_in_words_and_draws_it(
     )  # fmt: skip
     assert code == 0 and figure.read_bytes().startswith(b"\x89PNG")
     lines = out.splitlines()
+    (head,) = (line for line in lines if "parameters" in line and "s/step" in line)
+    (row,) = (line for line in lines if line.startswith("hope  "))
+    assert head.split()[-2:] == ["s/step", "state"] and row.split()[-3] == "2"
     (hope,) = (line for line in lines if line.startswith("hope - attention"))
     (gated,) = (line for line in lines if line.startswith("gated-delta - attention"))
     assert "-0.1000 [" in hope and ", lower; 3 pairs show" in hope
     assert ", undecided; 3 pairs show" in gated and "0.005 would take" in gated
+
+
+def test_what_was_asked_of_the_runs_is_compared(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--by", "model.mixer", "--metric", "eval.automata.2x/targets")
+    for mixer, losses in LOSSES.items():
+        for seed in losses:
+            folder = runs / f"{mixer}-{seed}" / "evals"
+            folder.mkdir()
+            share = {"hope": 0.5, "attention": 0.2}.get(mixer, 0.3) + 0.01 * seed
+            result = {"figures": {"1x/targets": 1.0, "2x/targets": share}}
+            (folder / "automata-step20-ab.json").write_text(json.dumps({"result": result}))
+            other = {"figures": {"2x/targets": 0.9}}
+            (folder / "recall-step20-cd.json").write_text(json.dumps({"result": other}))
+    found = plain(capsys, runs, *asked, "--baseline", "model.mixer=attention")
+    hope = next(c for c in found["contrasts"] if c["value"] == "hope")
+    assert hope["differences"] == pytest.approx([0.3] * 3) and hope["verdict"] == "higher"
+    again = runs / "hope-2" / "evals" / "automata-step20-ef.json"
+    again.write_text((runs / "hope-2" / "evals" / "automata-step20-ab.json").read_text())
+    (runs / "hope-3" / "evals" / "automata-step20-ab.json").unlink()
+    _, out, err = compare(capsys, runs, *asked)
+    said = " ".join((out + err).split())
+    assert "hope-2 has several eval.automata.2x/targets" in said
+    assert "ask with: nlscale eval automata" in said
 
 
 def test_a_factor_beside_others_is_averaged_over_them(

@@ -7,7 +7,7 @@ from typing import Any
 
 from nlscale.config.vocabulary import Config, ModelConfig, head_dim, kv_heads
 from nlscale.errors import UserError
-from nlscale.model.mixers.facts import FP32, PASSES, MicroBatch, MixerFacts
+from nlscale.model.mixers.facts import FP32, PASSES, MicroBatch, MixerFacts, element_bytes
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,12 @@ class AttentionFacts(MixerFacts):
         for shape in ((width, d), (kv_width, d), (kv_width, d), (d, width)):
             found[shape] = found.get(shape, 0) + 1
         return found
+
+    def state_bytes(self, config: Config) -> int:
+        """Keys and values of all tokens, or of as many as a window holds beside one."""
+        model, tokens = config.model, config.data.sequence_length
+        seen = model.attention.window - 1 if self.windowed else tokens
+        return 2 * seen * kv_heads(model) * head_dim(model) * element_bytes(config)
 
     def flops(self, config: Config) -> dict[str, float]:
         """Scores and the sum of the values count the pairs that a causal mask leaves, (T + 1) / 2

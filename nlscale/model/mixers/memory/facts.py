@@ -16,7 +16,7 @@ from nlscale.config.vocabulary import (
     head_dim,
 )
 from nlscale.errors import UserError
-from nlscale.model.mixers.facts import FP32, PASSES, MicroBatch, MixerFacts
+from nlscale.model.mixers.facts import FP32, PASSES, MicroBatch, MixerFacts, element_bytes
 from nlscale.ops.memory.kernels.sizes import takes
 from nlscale.ops.memory.rules import MemoryRules
 
@@ -142,6 +142,16 @@ class MemoryFacts(MixerFacts):
         if memory.reads_state:
             found[n, n] = found.get((n, n), 0) + 2 * model.heads
         return found
+
+    def state_bytes(self, config: Config) -> int:
+        """Pi now and at the start of the chunk, S, what is off by default keeps, all in fp32, and
+        the last inputs of the convolution."""
+        model, memory, n = config.model, config.model.memory, head_dim(config.model)
+        squares = 2 * self.modifies_itself + self.main_memory
+        squares += memory.reads_state + 2 * memory.chunk_momentum
+        numbers = model.heads * (squares * n * n + (memory.gain == MemoryGain.kalman))
+        tail = _convolved(model) * model.d_model * (memory.convolution - 1)
+        return FP32 * numbers + tail * element_bytes(config)
 
     def flops(self, config: Config) -> dict[str, float]:
         model, memory = config.model, config.model.memory
