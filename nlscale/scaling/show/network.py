@@ -64,7 +64,7 @@ def draw_network(runs: list[Sent], cluster: Cluster, out: Path) -> Path:
         if len({run.family for run in runs}) > 1 or not saved:
             legend_below(axes)
         else:  # the other panel names the settings, of both
-            axes.legend(*_of_the_line(axes), fontsize=8.5, loc="upper right")
+            axes.legend(*_of_the_line(axes), fontsize=8.5, loc="best")
         figure.suptitle(_title(saved), x=0.02, ha="left", fontsize=12, fontweight="bold")
         return save_figure(figure, out)
 
