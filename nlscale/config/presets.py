@@ -15,17 +15,7 @@ _STATIC: dict[str, float | bool] = {
 }
 
 MIXER_PRESETS: dict[str, dict[str, float | bool]] = {
-    "hope": {
-        "lambda_init": 0.3,
-        "anchored": True,
-        "c": 0.0,
-        "normalize_value": True,
-        "separate_inputs": True,
-        "static_gates": True,
-        "output_gate": True,
-        "read_norm": True,
-        "eta_bias": 0.0,
-    },
+    "hope": {**_STATIC, "lambda_init": 0.3},
     "hope-pure": {
         "lambda_init": 1.0,
         "anchored": True,
