@@ -230,6 +230,7 @@ def test_listing_imports_no_torch(room: Room) -> None:
         ("frontier", 76, 76),
         ("frontier-muon", 36, 36),
         ("frontier-four-nodes", 24, 24),
+        ("in-context", 8, 8),
     ],
 )
 def test_the_sweeps_of_the_repository_are_listed_without_data(
