@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from nlscale.config import scalars, shipped, trees
 from nlscale.config.fields import Range, expanded
-from nlscale.config.keys import choices_of, has_key, hints_of, key_of, keys_of
+from nlscale.config.keys import choices_of, has_key, hints_of, item_of, key_of, keys_of
 from nlscale.config.scalars import Plain, shown
 from nlscale.config.urls import is_url, wrong_with
 from nlscale.errors import UserError
@@ -157,7 +157,7 @@ def build(tree: Any, kind: Kind[Made], sources: Mapping[str, str]) -> Made:
     """
     checker = _Checker(kind, sources)
     checked = checker.whole(tree)
-    if kind.interpolates:
+    if checker.refers:
         try:
             merged = OmegaConf.merge(
                 structured(typing.cast(type, kind.schema)), OmegaConf.create(checked)
@@ -175,7 +175,7 @@ def build(tree: Any, kind: Kind[Made], sources: Mapping[str, str]) -> Made:
 
 @functools.cache
 def structured(schema: type) -> Any:
-    """What OmegaConf makes of a dataclass: half of the time of a recipe, so it is made once.
+    """What OmegaConf makes of a dataclass: much of the time of a recipe, so it is made once.
 
     It is merged into, which copies it, and never changed.
     """
@@ -238,12 +238,30 @@ def _settled_text(value: str, f: Field[Any]) -> str:
 def _make(checked: Mapping[str, Any], schema: type[Made]) -> Made:
     """The dataclass of checked values, as they are."""
     hints = hints_of(typing.cast(type, schema))
-    return schema(
-        **{
-            name: _make(value, hints[name]) if is_dataclass(hints[name]) else value
-            for name, value in checked.items()
-        }
-    )
+    given = [f for f in fields(typing.cast(Any, schema)) if f.name in checked]
+    return schema(**{f.name: _made(checked[f.name], hints[key_of(f)]) for f in given})
+
+
+def _made(value: Any, hint: Any) -> Any:
+    """A checked value of a type, with the dataclasses that are in it."""
+    if isinstance(value, list):
+        return [_made(each, item_of(hint)) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if typing.get_origin(hint) is dict:
+        return {name: _made(each, typing.get_args(hint)[1]) for name, each in value.items()}
+    if type(None) in typing.get_args(hint):
+        (hint,) = (each for each in typing.get_args(hint) if each is not type(None))
+    return _make(value, typing.cast(type, hint)) if is_dataclass(hint) else value
+
+
+def _refers(tree: Any) -> bool:
+    """Whether a text of a tree refers to another key: ${key}."""
+    if isinstance(tree, dict):
+        return any(map(_refers, tree.values()))
+    if isinstance(tree, list):
+        return any(map(_refers, tree))
+    return isinstance(tree, str) and "${" in tree
 
 
 def unknown_key(key: str, kind: Kind[Any]) -> str:
@@ -292,11 +310,14 @@ class _Checker:
 
     def __init__(self, kind: Kind[Any], sources: Mapping[str, str]) -> None:
         self._kind, self._sources = kind, sources
+        self.refers = False
+        """Whether a value of the tree refers to another, which OmegaConf resolves."""
         self._unset: list[str] = []
         self._scalars: dict[str, tuple[Any, type]] = {}
 
     def whole(self, tree: Any) -> dict[str, Any]:
         """The checked values of a tree."""
+        self.refers = self._kind.interpolates and _refers(tree)
         checked = self._section(tree, self._kind.schema, "")
         if self._unset:
             self._refuse("", self._kind.unset.format(", ".join(self._unset)))
@@ -361,7 +382,7 @@ class _Checker:
         if not isinstance(value, list):
             return self._scalar(value, int, key)
         found = self._list(value, hint, key, f)
-        if not self._kind.interpolates:
+        if not self.refers:
             return found
         # OmegaConf, which takes the field for one of anything, is told what the sections are
         item = OmegaConf.structured(f.metadata["or_list_of"])
@@ -384,7 +405,7 @@ class _Checker:
 
     def _scalar(self, value: Any, hint: type, key: str) -> Any:
         self._scalars[key] = value, hint
-        if self._kind.interpolates and isinstance(value, str) and "${" in value:
+        if self.refers and _refers(value):
             return str(value)
         try:
             return scalars.read(value, hint)

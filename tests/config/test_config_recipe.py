@@ -225,6 +225,16 @@ def test_a_value_may_hold_an_equals_sign_and_an_interpolation() -> None:
     assert config.train.validate_every == 7
 
 
+@pytest.mark.parametrize("name", [path.stem for path in RECIPES])
+def test_an_interpolation_changes_nothing_else(name: str) -> None:
+    """What refers to another key is read by OmegaConf; what does not, is not."""
+    given = ["run.dir=x", "wandb.name=x", "model.pattern=[hope, {mixer: attention}]"]
+    if "mixture" not in name:
+        given += ["data.dir=[{dir: a, weight: 2}, {dir: b}]"]
+    plain = recipe.load(name, given).config
+    assert repr(recipe.load(name, [*given, "wandb.name=${run.dir}"]).config) == repr(plain)
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_the_resolved_configuration_gives_the_same_configuration(
     tmp_path: Path, mixer: str
