@@ -2,6 +2,9 @@
 
 `run(ranks, function, *args)` starts the ranks from a server process that has imported torch,
 megatron-core and nlscale but never computed, so that a world is up in well under a second.
+
+A run draws its figure when it ends, which takes as long as a dozen steps of a small model: ranks
+leave a line of text in its place, but where a test asks for `figures`.
 """
 
 from __future__ import annotations
@@ -31,18 +34,21 @@ def run(
     *args: Any,
     ranks_per_node: int | None = None,
     timeout: float = 120.0,
+    figures: bool = False,
 ) -> list[Any]:
     """Call `function(*args)` on every rank; its results by rank.
 
     `function` must be importable (defined at the top of a module). A rank that raises ends the
-    world, and the first traceback is the test's failure.
+    world, and the first traceback is the test's failure. With `figures`, runs draw theirs.
     """
     port = free_port()
     processes, pipes = [], []
     for rank in range(ranks):
         ours, theirs = _CONTEXT.Pipe(duplex=False)
         environment = _environment(rank, ranks, ranks_per_node or ranks, port)
-        process = _CONTEXT.Process(target=_rank, args=(theirs, environment, function, args))
+        process = _CONTEXT.Process(
+            target=_rank, args=(theirs, environment, figures, function, args)
+        )
         process.start()
         theirs.close()
         processes.append(process)
@@ -144,12 +150,18 @@ def _collect(processes: list[Any], pipes: list[Connection], timeout: float) -> l
 
 
 def _rank(
-    pipe: Connection, environment: dict[str, str], function: Callable[..., Any], args: tuple
+    pipe: Connection,
+    environment: dict[str, str],
+    figures: bool,
+    function: Callable[..., Any],
+    args: tuple,
 ) -> None:
     import torch
 
     os.environ.update(environment)
     torch.set_num_threads(1)
+    if not figures:
+        draw_none()
     try:
         outcome = (True, function(*args))
     except BaseException:
@@ -206,7 +218,21 @@ def _command(
     os.dup2(file, 2)
     if before is not None:
         before()
+    draw_none()
     cli.main(argv)
+
+
+def draw_none() -> None:
+    """Runs of this process leave a line of text where their figure would be."""
+    from nlscale.telemetry import run
+
+    run.draw_loss = _no_figure
+
+
+def _no_figure(run_dir: Path) -> Path:
+    figure = run_dir / "loss.png"
+    figure.write_text(f"not drawn at {time.time_ns()}")  # so that no two are the same
+    return figure
 
 
 def _environment(rank: int, ranks: int, per_node: int, port: int) -> dict[str, str]:

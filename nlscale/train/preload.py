@@ -14,9 +14,15 @@ with importing():
     import matplotlib.backends.backend_agg
     import matplotlib.figure
     import matplotlib.ticker  # noqa: F401
-    import numpy.random  # noqa: F401
-    import torch._dynamo  # noqa: F401  # which the first optimizer would import
 
+    # of the first model and the first checkpoint
+    import megatron.core.models.backends
+    import megatron.core.transformer.multi_token_prediction  # noqa: F401
+    import numpy.random  # noqa: F401
+    import torch._dynamo  # which the first optimizer would import
+    import torch.utils.serialization  # noqa: F401
+
+    import nlscale.evaluate.loss
     import nlscale.model.mixers.attention.module
     import nlscale.model.mixers.memory.module
     import nlscale.optim.adamw

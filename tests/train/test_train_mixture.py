@@ -98,7 +98,7 @@ def test_ranks_read_the_same_samples_whatever_their_number_and_from_any_step(roo
 
 def test_a_run_reports_its_sources_and_goes_on_bit_by_bit(root: Path, tmp_path: Path) -> None:
     here = [mixture(root), f"run.dir={tmp_path}", *STEPS, "evaluate=[positions]"]
-    world.run(1, run, here)
+    world.run(1, run, here, figures=True)
     whole, validated = records(tmp_path, "train"), records(tmp_path, "validation")
     config = config_of(root)
     order = prepare(config).sources

@@ -65,7 +65,8 @@ def records(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def test_a_run_leaves_what_it_says(data: Path, tmp_path: Path) -> None:
-    (summary,) = world.run(1, run, [f"data.dir={data}", f"run.dir={tmp_path}"])
+    here = [f"data.dir={data}", f"run.dir={tmp_path}"]
+    (summary,) = world.run(1, run, here, figures=True)
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     steps = records(tmp_path, "train")
     assert [r["step"] for r in steps] == list(range(1, 10))
