@@ -14,8 +14,9 @@ from levels.level_runs import largest_difference
 
 from nlscale.checkpoint.diff import compare
 
-STEPS = 10
-BASE = ["levels=[1,3,5]", f"train.steps={STEPS}", "data.sequence_length=16", "model.layers=2"]
+STEPS = 7
+MIDDLE = 5  # in the middle of windows of both slow levels
+BASE = ["levels=[1,2,3]", f"train.steps={STEPS}", "data.sequence_length=16", "model.layers=2"]
 BATCH = "train.global_batch=4"  # of one sequence for each of four data-parallel ranks
 TRANSFORMER = [
     "model.mixer=attention",
@@ -25,7 +26,7 @@ TRANSFORMER = [
 ]
 RULES = [
     "levels=[{period: 1, optimizer: {rule: muon}}, "
-    "{period: 3, optimizer: {rule: m3, m3: {every: 2}}}, {period: 5, optimizer: {rule: delta}}]"
+    "{period: 2, optimizer: {rule: m3, m3: {every: 2}}}, {period: 3, optimizer: {rule: delta}}]"
 ]
 LAYOUTS = {
     "1": (1, 1, []),
@@ -95,14 +96,14 @@ def saved_only_at(folder: Path, step: int, copy: Path) -> Path:
     ("layout", "step", "dtype", "more"),
     [
         ("1", 1, "bf16", []),
-        ("1", 7, "fp32", []),
+        ("1", MIDDLE, "fp32", []),
         ("4-two-nodes", 4, "fp32", []),
-        ("4-two-nodes", 7, "bf16", []),
-        ("4-two-nodes-all", 9, "fp32", []),
-        ("4-two-nodes-all", 7, "bf16", RULES),
-        ("4-two-nodes-matrices", 7, "bf16", RULES),
-        ("tp2-pp2", 7, "fp32", RULES),
-        ("tp2-sp-pp2x2", 4, "bf16", FOUR_STAGES),
+        ("4-two-nodes", MIDDLE, "bf16", []),
+        ("4-two-nodes-all", 3, "fp32", []),
+        ("4-two-nodes-all", MIDDLE, "bf16", RULES),
+        ("4-two-nodes-matrices", MIDDLE, "bf16", RULES),
+        ("tp2-pp2", MIDDLE, "fp32", RULES),
+        ("tp2-sp-pp2x2", MIDDLE, "fp32", FOUR_STAGES),
     ],
 )
 def test_resuming_on_the_same_layout_is_bitwise(
@@ -121,7 +122,7 @@ def test_resuming_on_the_same_layout_is_bitwise(
 
 @pytest.mark.parametrize("layout", ["1", "4-two-nodes"])
 def test_a_run_whose_first_steps_were_dropped_resumes_too(tmp_path: Path, layout: str) -> None:
-    # Nothing is updated until step 4; the windows that close at step 3 hold no tokens.
+    # Nothing is updated until step 4; the windows that close before hold no tokens.
     keys = ["levels.stagger=false"]
     dropped = (1, 2, 3)
     never_stopped = run(layout, keys, tmp_path / "whole", (3,), False, dropped)[0]
@@ -136,20 +137,20 @@ def test_a_run_whose_first_steps_were_dropped_resumes_too(tmp_path: Path, layout
 def test_another_rule_is_asked_for_and_begins_with_what_both_keep(
     tmp_path: Path, whole: Whole
 ) -> None:
-    folder, never_stopped = whole("1", 7, "train.dtype=fp32")
-    rest = saved_only_at(folder, 7, tmp_path / "rest")
+    folder, never_stopped = whole("1", MIDDLE, "train.dtype=fp32")
+    rest = saved_only_at(folder, MIDDLE, tmp_path / "rest")
     keys = ["train.dtype=fp32", "optimizer.rule=muon"]
     with pytest.raises(AssertionError, match=r"optimizer\.rule: 'adamw' -> 'muon'"):
         run("1", keys, rest, (), True)
     keys.append("resume.allow=[optimizer.rule]")
-    resumed = run("1", keys, rest, (8,), True)[0]
-    assert resumed["losses"][8] == never_stopped["losses"][8], "of the same weights"
-    assert resumed["losses"][10] != never_stopped["losses"][10]
-    names = checkpoint(rest, 8).tensors()
+    resumed = run("1", keys, rest, (6,), True)[0]
+    assert resumed["losses"][6] == never_stopped["losses"][6], "of the same weights"
+    assert resumed["losses"][7] != never_stopped["losses"][7]
+    names = checkpoint(rest, 6).tensors()
     assert {name.partition("/")[0] for name in names if "down" in name} >= {"weights", "momentum"}
     assert "exp_avg/embedding.weight" in names and "momentum/embedding.weight" not in names
-    again = saved_only_at(rest, 8, tmp_path / "again")
-    assert run("1", keys, again, (), True)[0]["losses"][10] == resumed["losses"][10]
+    again = saved_only_at(rest, 6, tmp_path / "again")
+    assert run("1", keys, again, (), True)[0]["losses"][7] == resumed["losses"][7]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,6 @@ def test_another_rule_is_asked_for_and_begins_with_what_both_keep(
 def test_resuming_on_another_layout_is_within_rounding(
     tmp_path: Path, whole: Whole, one: str, other: str
 ) -> None:
-    step = 7  # in the middle of windows of both slow levels
     keys = ["train.dtype=fp32"]
     if (one, other) == ("tp2", "1"):
         keys += TRANSFORMER
@@ -179,8 +179,8 @@ def test_resuming_on_another_layout_is_within_rounding(
         keys.append("train.global_batch=8")
     if "pp2x2" in f"{one} {other}":
         keys += FOUR_STAGES
-    folder, never_stopped = whole(one, step, *keys)
-    rest = saved_only_at(folder, step, tmp_path / "rest")
+    folder, never_stopped = whole(one, MIDDLE, *keys)
+    rest = saved_only_at(folder, MIDDLE, tmp_path / "rest")
     resumed = run(other, keys, rest, (), True)[0]
     for s, loss in resumed["losses"].items():
         assert loss == pytest.approx(never_stopped["losses"][s], rel=1e-6)
@@ -204,12 +204,12 @@ def test_another_layout_loads_the_very_same_state(
     tmp_path: Path, whole: Whole, one: str, other: str, more: list[str]
 ) -> None:
     # no step after resuming: what was loaded, windows half full, is written again by other ranks
-    folder, _ = whole(one, 7, "train.dtype=fp32", *more)
-    again = saved_only_at(folder, 7, tmp_path / "again")
+    folder, _ = whole(one, MIDDLE, "train.dtype=fp32", *more)
+    again = saved_only_at(folder, MIDDLE, tmp_path / "again")
     ranks, per_node, spread = LAYOUTS[other]
     keys = [*BASE, BATCH, *spread, *more]
     world.run(ranks, load_and_save, keys, again, ranks_per_node=per_node)
-    before, after = checkpoint(folder, 7), checkpoint(again, 7)
+    before, after = checkpoint(folder, MIDDLE), checkpoint(again, MIDDLE)
     assert before.state["layout"] != after.state["layout"]
     assert any(name.startswith("window/") for name in before.tensors())
     result = compare(after, before)
@@ -220,10 +220,10 @@ def test_another_layout_loads_the_very_same_state(
 def test_windows_kept_exactly_do_not_touch_the_run(tmp_path: Path, layout: str) -> None:
     keys = ["checkpoint.pending=exact"]
     never_saved = run(layout, keys, tmp_path / "never", (), False)[0]
-    run(layout, keys, tmp_path / "whole", (7,), False)
-    rest = saved_only_at(tmp_path / "whole", 7, tmp_path / "rest")
+    run(layout, keys, tmp_path / "whole", (MIDDLE,), False)
+    rest = saved_only_at(tmp_path / "whole", MIDDLE, tmp_path / "rest")
     resumed = run(layout, keys, rest, (), True)[0]
     assert largest_difference(resumed["parameters"], never_saved["parameters"]) == 0
-    rest = saved_only_at(tmp_path / "whole", 7, tmp_path / "other")
+    rest = saved_only_at(tmp_path / "whole", MIDDLE, tmp_path / "other")
     with pytest.raises(AssertionError, match=r"checkpoint\.pending=exact resumes on the same"):
         run("4", keys, rest, (), True)
