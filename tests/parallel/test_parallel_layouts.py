@@ -95,7 +95,7 @@ def test_a_layout_trains_as_one_process_does(
     compare(results, one_process(kind, *keys))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], KINDS[4]])  # each mixer, each form
 def test_everything_at_once_over_two_nodes(
     one_process: Callable[..., dict], kind: tuple[str, str]
 ) -> None:

@@ -126,7 +126,7 @@ def test_the_truth_is_in_about_ninety_intervals_of_a_hundred() -> None:
         with few_starts():
             found = fit(grid(0.005, 3000 + seed))
         assert found.agreeing > 10
-        drawn = bootstrap(found, 100, seed=seed)
+        drawn = bootstrap(found, 60, seed=seed)
         for name, values in quantities(drawn.laws).items():
             low, high = drawn.interval(values)
             hits[name] += bool(low <= truth[name] <= high)
