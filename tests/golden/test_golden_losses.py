@@ -29,8 +29,17 @@ LAYOUTS = {
 SPREAD_OUT = 8
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
+# One process makes all curves again; hope's are made on every layout, each other family's on
+# every second.
+CASES = [
+    (family, layout)
+    for i, family in enumerate(FAMILIES)
+    for j, layout in enumerate(LAYOUTS)
+    if family == "hope" or layout == "one-process" or (i + j) % 2
+]
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES)
 def test_the_recorded_losses_are_reproduced(family: str, layout: str) -> None:
     ranks, overrides = LAYOUTS[layout]
     recorded = json.loads((FOLDER / f"{family}.json").read_text())["loss"]
