@@ -3,8 +3,7 @@
 `run(ranks, function, *args)` starts the ranks from a server process that has imported torch,
 megatron-core and nlscale but never computed, so that a world is up in well under a second.
 
-A run draws its figure when it ends, which takes as long as a dozen steps of a small model: ranks
-leave a line of text in its place, but where a test asks for `figures`.
+Their runs draw no figure (see `undrawn`) but where a test asks for it.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,12 @@ from ports import free_port
 
 os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the server and so for the ranks
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["nlscale.train.preload"])
+
+
+def ready() -> None:
+    """Start the server, unless it runs: the library's own would draw the figures of its runs."""
+    _CONTEXT.set_forkserver_preload(["nlscale.train.preload", "tests.undrawn"])
+    forkserver.ensure_running()
 
 
 def run(
@@ -41,6 +46,7 @@ def run(
     `function` must be importable (defined at the top of a module). A rank that raises ends the
     world, and the first traceback is the test's failure. With `figures`, runs draw theirs.
     """
+    ready()
     port = free_port()
     processes, pipes = [], []
     for rank in range(ranks):
@@ -97,6 +103,7 @@ def command(
         environment: added to every rank's.
         timeout: seconds after which ranks that still run are the test's failure.
     """
+    ready()
     port, processes = free_port(), []
     folder.mkdir(parents=True, exist_ok=True)
     outputs = [folder / f"rank{rank}.out" for rank in range(started or ranks)]
@@ -160,8 +167,11 @@ def _rank(
 
     os.environ.update(environment)
     torch.set_num_threads(1)
-    if not figures:
-        draw_none()
+    if figures:
+        from nlscale.telemetry import figures as figures_of_runs
+        from nlscale.telemetry import run as telemetry
+
+        telemetry.draw_loss = figures_of_runs.draw_loss
     try:
         outcome = (True, function(*args))
     except BaseException:
@@ -218,21 +228,7 @@ def _command(
     os.dup2(file, 2)
     if before is not None:
         before()
-    draw_none()
     cli.main(argv)
-
-
-def draw_none() -> None:
-    """Runs of this process leave a line of text where their figure would be."""
-    from nlscale.telemetry import run
-
-    run.draw_loss = _no_figure
-
-
-def _no_figure(run_dir: Path) -> Path:
-    figure = run_dir / "loss.png"
-    figure.write_text(f"not drawn at {time.time_ns()}")  # so that no two are the same
-    return figure
 
 
 def _environment(rank: int, ranks: int, per_node: int, port: int) -> dict[str, str]:

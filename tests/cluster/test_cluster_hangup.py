@@ -33,7 +33,7 @@ def begin(data: Path, folder: Path, start: Callable[[], None]) -> subprocess.Pop
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     torchrun = subprocess.Popen(
         script,
-        env={**os.environ, "PATH": path, "RANKS": "2", "TMPDIR": str(temporary)},
+        env={**os.environ, "PATH": path, "RANKS": "1", "TMPDIR": str(temporary)},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import world
 import yaml
 
 from nlscale.telemetry.figures import SUMMARY_FILE
@@ -33,7 +34,8 @@ WSD = {
 
 
 def make_data(folder: Path) -> Path:
-    """Shards that tiny runs read."""
+    """Shards that tiny runs read, which draw no figures where they are forked from this process."""
+    world.ready()
     from train.test_train_run import small_data  # imports torch
 
     return small_data(folder, documents=20, held_out=0.2)

@@ -21,7 +21,7 @@ AXES = {
         "middle": {"model.d_model": 32, "model.layers": 1},
         "large": {"model.d_model": 48, "model.layers": 2},
     },
-    "tokens": ["8k", "16k", "32k"],
+    "tokens": ["4k", "8k", "16k"],
 }
 
 
