@@ -61,6 +61,15 @@ def keys(data: Path, folder: Path, pending: str) -> list[str]:
     ]
 
 
+def a_rank_a_node(folder: Path) -> Path:
+    """The cluster with half its ranks, for what does not depend on how many there are."""
+    text = Path(CLUSTER).read_text()
+    assert "gpus_per_node: 2" in text
+    path = folder / "cluster.yaml"
+    path.write_text(text.replace("gpus_per_node: 2", "gpus_per_node: 1"))
+    return path
+
+
 def launch(slurm: Slurm, overrides: list[str], cluster: str | Path = CLUSTER) -> str:
     """Submit the recipe; the number of the job."""
     command = [*NLSCALE, "launch", "slurm", RECIPE, "--cluster", str(cluster), *overrides]
@@ -121,8 +130,7 @@ def test_a_job_that_is_requeued_killed_and_warned_is_the_run_that_never_was(
     run, other = tmp_path / "exact", tmp_path / "default"
     # Two jobs side by side: the second is only told to stop once, in the middle of a window. The
     # first, whose ranks are started four times, has one on each node.
-    cluster = tmp_path / "cluster.yaml"
-    cluster.write_text(Path(CLUSTER).read_text().replace("gpus_per_node: 2", "gpus_per_node: 1"))
+    cluster = a_rank_a_node(tmp_path)
     job = launch(slurm, [*LONG, *AFTER_EACH_STEP, *keys(data, run, "exact")], cluster)
     second = launch(slurm, [*SHORT, *keys(data, other, "canonical")])
 
@@ -179,8 +187,8 @@ def test_a_run_stops_in_time_for_all_that_a_save_does(
     slurm: Slurm, data: Path, tmp_path: Path
 ) -> None:
     """Slurm warns too late; the run knows when its job ends, and what is slow here."""
-    run, cluster = tmp_path / "run", tmp_path / "cluster.yaml"
-    text = Path(CLUSTER).read_text().replace("00:10:00", "00:02:00")
+    run, cluster = tmp_path / "run", a_rank_a_node(tmp_path)
+    text = cluster.read_text().replace("00:10:00", "00:02:00")
     cluster.write_text(text.replace("warn_seconds: 100", "warn_seconds: 1"))
     overrides = [*LONG, *keys(data, run, "exact"), "checkpoint.every=4 steps"]
     overrides += ["run.imports=[tests.cluster.slow_disk]", "evaluate=[nap]"]
@@ -208,7 +216,7 @@ def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(
     slurm: Slurm, data: Path, tmp_path: Path
 ) -> None:
     """One start gets to no checkpoint; with no restart allowed a second is refused."""
-    run = tmp_path / "run"
+    run, cluster = tmp_path / "run", a_rank_a_node(tmp_path)
     overrides = [
         *LONG,
         *AFTER_EACH_STEP,
@@ -216,7 +224,7 @@ def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(
         "checkpoint.every=1000 steps",
         "run.max_restarts=0",
     ]
-    job = launch(slurm, overrides)
+    job = launch(slurm, overrides, cluster)
     until(slurm, job, lambda: last_step(run) >= 2)
     os.kill(ranks_of(run)[1], signal.SIGKILL)
     state = slurm.wait(job)
