@@ -35,7 +35,7 @@ def grows(name: str) -> bool:
     ids=["hope", "attention-independent", "hope-pure"],
 )
 def test_at_the_width_that_was_tuned_nothing_changes(kind: list[str]) -> None:
-    keys = [LEVELS, "train.steps=5", "optimizer.learning_rate=0.01", *kind]
+    keys = [LEVELS, "train.steps=3", "optimizer.learning_rate=0.01", *kind]
     (standard,) = world.run(1, run_engine, keys)
     (same,) = world.run(1, run_engine, [*keys, "model.mup_base_width=32"])
     (wider,) = world.run(1, run_engine, [*keys, "model.mup_base_width=16"])
@@ -140,7 +140,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("kind", [["model.mixer=hope"], ["model.cms=independent"]])
 def test_every_layout_trains_the_same_wide_model(layout: str, kind: list[str]) -> None:
     ranks, spread = LAYOUTS[layout]
-    keys = [LEVELS, "data.sequence_length=16", "train.steps=6", WIDER, *kind]
+    keys = [LEVELS, "data.sequence_length=16", "train.steps=4", WIDER, *kind]
     keys += ["model.init_std=0.2", "optimizer.eps=1e-3"]  # see test_parallel_layouts.py
     (one,) = world.run(1, run_engine, keys)
     spread_out = world.run(ranks, run_engine, [*keys, *spread])
@@ -152,13 +152,13 @@ def test_every_layout_trains_the_same_wide_model(layout: str, kind: list[str]) -
 @pytest.mark.parametrize("layout", ["tp2", "dp4"])
 def test_resuming_is_bitwise(tmp_path: Path, layout: str) -> None:
     ranks, spread = LAYOUTS[layout]
-    keys = ["levels=[1,3]", "data.sequence_length=16", "train.steps=8", WIDER]
-    whole = world.run(ranks, train, [*keys, *spread], tmp_path / "whole", (4,))[0]
+    keys = ["levels=[1,2]", "data.sequence_length=16", "train.steps=5", WIDER]
+    whole = world.run(ranks, train, [*keys, *spread], tmp_path / "whole", (3,))[0]
     shutil.copytree(tmp_path / "whole", tmp_path / "rest")
-    shutil.rmtree(checkpoint(tmp_path / "rest", 8).path)
+    shutil.rmtree(checkpoint(tmp_path / "rest", 5).path)
     resumed = world.run(ranks, train, [*keys, *spread], tmp_path / "rest", (), True)[0]
-    assert resumed["losses"] == {step: whole["losses"][step] for step in (5, 6, 7, 8)}
-    result = compare(checkpoint(tmp_path / "rest", 8), checkpoint(tmp_path / "whole", 8))
+    assert resumed["losses"] == {step: whole["losses"][step] for step in (4, 5)}
+    result = compare(checkpoint(tmp_path / "rest", 5), checkpoint(tmp_path / "whole", 5))
     assert result["bitwise"], result
     assert largest_difference(resumed["parameters"], whole["parameters"]) == 0
 

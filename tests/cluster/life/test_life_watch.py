@@ -74,7 +74,8 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on(data: Path, tmp_pat
         saved(tmp_path / "a" / "run", 4)
         os.kill(pids[2], signal.SIGKILL)
 
-    once = ["checkpoint.every=null", "checkpoint.steps=[4]"]  # and after the last step
+    # and a checkpoint after the last step
+    once = ["train.steps=40", "checkpoint.every=null", "checkpoint.steps=[4]"]
     here = train(data, tmp_path / "a", *once)
     ended = world.command(4, here, tmp_path / "a", kill, ranks_per_node=2)
     assert [rank.code for rank in ended] == [5, 5, -signal.SIGKILL, 5]
