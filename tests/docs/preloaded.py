@@ -35,20 +35,41 @@ code = server.recv(1)
 sys.exit(code[0] if code else "the command's server has ended")
 """
 
+_TORCHRUN = """\
+#!{python} -IS
+import os, socket, subprocess, sys
+
+standalone, option, ranks, *program = sys.argv[1:]
+assert [standalone, option, *program[:2]] == ["--standalone", "--nproc-per-node", "-m", "nlscale"]
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+shared = dict(WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+running = []
+for rank in map(str, range(int(ranks))):
+    environment = os.environ | shared | dict(RANK=rank, LOCAL_RANK=rank)
+    running.append(subprocess.Popen([{nlscale!r}, *program[2:]], env=environment))
+sys.exit(max(abs(process.wait()) for process in running))
+"""
+
 
 @contextmanager
 def client(folder: Path, cwd: Path, environment: dict[str, str]) -> Iterator[Path]:
-    """A folder for the PATH with a program `nlscale`, as long as its server runs.
+    """A folder for the PATH with programs `nlscale` and `torchrun`, as long as their server runs.
+
+    `torchrun` starts ranks of `nlscale` on this machine.
 
     Args:
         folder: to make it in.
         cwd: of the server.
         environment: of the server, which decides what nlscale is imported.
     """
-    path, program = folder / "socket", folder / "nlscale"
+    path, program, ranks = folder / "socket", folder / "nlscale", folder / "torchrun"
     folder.mkdir()
     program.write_text(_CLIENT.format(python=sys.executable, path=str(path)))
-    program.chmod(0o755)
+    ranks.write_text(_TORCHRUN.format(python=sys.executable, nlscale=str(program)))
+    for each in (program, ranks):
+        each.chmod(0o755)
     server = subprocess.Popen([sys.executable, __file__, str(path)], cwd=cwd, env=environment)
     try:
         until = time.monotonic() + 120
