@@ -10,14 +10,13 @@ from nlscale.config.curriculum import curriculum
 from nlscale.config.parts import parts_of
 from nlscale.config.periods import Piece
 from nlscale.config.vocabulary import Config, Reduction, Sharding
+from nlscale.levels.notes import approximate, slow_level_warnings
 from nlscale.levels.spectrum import (
     Level,
-    approximate,
     levels_of,
     periods_to_plain,
     planned_outer_steps,
     planned_updates,
-    slow_level_warnings,
 )
 from nlscale.model.sizes import level_parameters
 from nlscale.plan.checkpoint import CheckpointPlan, checkpoint_plan

@@ -13,7 +13,8 @@ from nlscale.config.parts import parts_of
 from nlscale.config.vocabulary import Config, mixer_label
 from nlscale.errors import Stopped
 from nlscale.levels.engine import LevelOptimizer
-from nlscale.levels.spectrum import Level, periods_to_plain, said_periods, why_approximate
+from nlscale.levels.notes import why_approximate
+from nlscale.levels.spectrum import Level, periods_to_plain, said_periods
 from nlscale.model.flops import mean_flops_per_token
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
 from nlscale.parallel.consensus import Verdict
