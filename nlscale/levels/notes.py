@@ -15,6 +15,14 @@ def slow_level_warnings(config: Config, levels: list[Level]) -> list[str]:
     lines, steps = [], config.train.steps
     for level in levels:
         updates = planned_updates(config, level)
+        if level.copy is not None:
+            if not updates:
+                lines.append(
+                    f"level {level.name!r} holds a copy that is due after {level.period:,} steps, "
+                    f"and the run has {steps:,}: it changes nothing; train longer, or shorten its "
+                    f"period"
+                )
+            continue
         if level.period > 1 and updates < FEW_UPDATES:
             lines.append(
                 f"level {level.name!r} makes {updates} updates in {steps} steps, fewer than "

@@ -47,7 +47,9 @@ def _periods(level: Level) -> str:
 
 
 def _outer(level: Level) -> str:
-    """What to say of its outer steps."""
+    """What to say of its outer steps, or of the copy that it holds."""
+    if level.copy is not None:
+        return f", a copy at rate {level.copy.rate:g}"
     if level.outer is None:
         return ""
     return f", outer step every {level.outer.every} updates{' of each node' * level.local}"
@@ -173,6 +175,7 @@ def summarise(
                 "wire": level.wire.value,
                 "outer_steps": optimizer.outer_steps(level.index),
                 "local": level.local,
+                "copy_rate": None if level.copy is None else level.copy.rate,
                 "approximate": bool(
                     why_approximate(level, prepared.levels, crosses=trainer.layout.nodes > 1)
                 ),
