@@ -13,6 +13,8 @@ Tensors, each whole and under its parameter's own name, whatever rank holds whic
     owner_error/NAME               those of the owners (checkpoint.pending=exact)
     outer_weights/NAME             fp32, as after the last outer step, where updates were made since
     outer_momentum/NAME            fp32; absent before the first outer step
+    level_copy_2/NAME              fp32, the copy of level 2 of the spectrum (`model.cms: nested`);
+                                   absent before the first update
     KIND/NAME                      fp32, what a hook keeps of each parameter (`nlscale.train.hooks`)
 
 Of a local level `weights/NAME` are those of the last outer step, which all nodes share, and each
@@ -47,7 +49,7 @@ from nlscale.levels.state import OwedShard, Shard, WindowShard
 from nlscale.parallel.layout import Layout
 from nlscale.step.trainer import Trainer
 
-ERROR, OWNER_ERROR = "error", "owner_error"
+ERROR, OWNER_ERROR, LEVEL_COPY = "error", "owner_error", "level_copy_"
 """First parts of names."""
 _PACKAGES = ("nlscale", "torch", "megatron-core")
 
@@ -163,6 +165,7 @@ def _of_shard(
     """What is held of a shard by the class of tensor: what nodes share, and what each has."""
     rule = kept(shard, progress.state_updates)
     shared, outer = {"weights": shard.weights}, shard.outer
+    shared |= {f"{LEVEL_COPY}{level}": copy for level, copy in shard.copies.items()}
     if outer is None:
         return {**shared, **rule}, {}
     before, momentum = outer.before[shard.weights], outer.momentum[shard.weights]

@@ -27,7 +27,11 @@ def print_rules(config: Config, levels: list[LevelRules], console: Console) -> N
         for name, numbers in own.numbers.items():
             values = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
             console.print(f"  {name}: {values}")
-        console.print(_table(own))
+        if own.level.copy is not None:
+            rate = own.level.copy.rate
+            console.print(f"  a copy of the next faster level's MLPs, moved to them by {rate:g}")
+        else:
+            console.print(_table(own))
         console.print()
     console.print(
         f"A * stands for each of {config.model.layers} blocks. rate: factor on "

@@ -10,6 +10,8 @@ class CmsForm(str, Enum):
 
     sequential = "sequential"
     independent = "independent"
+    nested = "nested"
+    """One MLP, and copies of it that change more slowly and from which it sets out again."""
 
 
 class GateActivation(str, Enum):

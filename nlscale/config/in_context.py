@@ -124,7 +124,7 @@ def check_contexts(config: Config) -> None:
         UserError: a key without a chunk, or of the other objective; a level without an MLP; more
             blocks than there are; chunks that are never over, or no multiples of the shortest.
     """
-    mlps, layers, spectrum = parts_of(config).mlps, config.model.layers, config.levels.spectrum
+    parts, layers, spectrum = parts_of(config), config.model.layers, config.levels.spectrum
     for index, level in enumerate(spectrum):
         keys, where = level.context, f"levels.spectrum.{index}.context"
         given = [f.name for f in fields(keys) if getattr(keys, f.name) != f.default]
@@ -135,7 +135,12 @@ def check_contexts(config: Config) -> None:
                     f"context; give {where}.chunk, or leave it out"
                 )
             continue
-        if index not in mlps:
+        if index in parts.copies:
+            raise UserError(
+                f"{where}.chunk is {keys.chunk}, and level {level.name!r} holds a copy of the MLP "
+                f"of {spectrum[parts.mlps[0]].name!r}; have that change, or leave context out"
+            )
+        if index not in parts.mlps:
             raise UserError(
                 f"{where}.chunk is {keys.chunk}, and level {level.name!r} has no MLP: its parts "
                 f"leave out cms; name it there, or leave context out"

@@ -47,6 +47,10 @@ class LevelConfig:
     """Approximate: each node updates the level by its own gradient (DiLoCo); what crosses, as
     `wire` says, is what its updates have made, once an outer step. Needs outer.every."""
     context: ContextConfig = field(default_factory=ContextConfig)
+    copy_rate: float = within(0.5, above=0, most=1)
+    """Of a level that holds a copy (model.cms: nested): how far it goes at each of its updates to
+    what the next faster level has become, which goes on from there. No schedule changes it; 1
+    leaves the faster level where it is."""
 
 
 @dataclass

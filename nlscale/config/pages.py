@@ -63,6 +63,7 @@ PAGES = {
     "levels.spectrum.N.outer": "concepts/outer.md#the-outer-step",
     "levels.spectrum.N.local": "concepts/outer.md#local-levels",
     "levels.spectrum.N.context": "concepts/context.md",
+    "levels.spectrum.N.copy_rate": "concepts/cms.md#nested",
     "levels.spectrum.N.learning_rate": "concepts/levels.md#the-learning-rate-of-a-level",
     "levels.spectrum.N.optimizer": "how-to/choose-an-optimizer.md#a-rule-for-one-level",
     "levels.stagger": "concepts/levels.md#phases-and-staggering",

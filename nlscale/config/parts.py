@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from nlscale.config.schema import where
-from nlscale.config.vocabulary import Config, LevelConfig, LevelsConfig, ModelConfig, Part
+from nlscale.config.vocabulary import (
+    CmsForm,
+    Config,
+    LevelConfig,
+    LevelsConfig,
+    ModelConfig,
+    Part,
+)
 from nlscale.errors import UserError
 
 
@@ -22,6 +29,8 @@ class Parts:
     head: int
     norms: int | None
     """None: each norm is of the level of what it feeds."""
+    copies: tuple[int, ...] = ()
+    """Levels that hold copies of the one MLP of a block (`model.cms: nested`), fastest first."""
 
     def norm_of(self, level: int) -> int:
         """The level of a norm, from that of what it feeds."""
@@ -30,7 +39,8 @@ class Parts:
     def of_level(self, level: int) -> list[Part]:
         """The parts of a level."""
         once = {part: getattr(self, part.value) for part in Part if part != Part.cms}
-        return [p for p in Part if (level in self.mlps if p == Part.cms else once[p] == level)]
+        cms = level in self.mlps + self.copies
+        return [p for p in Part if (cms if p == Part.cms else once[p] == level)]
 
     def depths(self, level: int, layers: int) -> list[int]:
         """The depths at which a level has parameters."""
@@ -102,7 +112,15 @@ def parts_of(config: Config, sources: Mapping[str, str] | None = None) -> Parts:
             f" names head, and with model.tie_embeddings that is the embedding, which is of level "
             f"{spectrum[embedding].name!r}; name embedding alone, or both at one level",
         )
-    parts = Parts(tuple(mlps), found.get(Part.mixer, 0), embedding, head, found.get(Part.norms))
+    first = 1 if config.model.cms == CmsForm.nested else len(mlps)
+    parts = Parts(
+        mlps=tuple(mlps[:first]),
+        mixer=found.get(Part.mixer, 0),
+        embedding=embedding,
+        head=head,
+        norms=found.get(Part.norms),
+        copies=tuple(mlps[first:]),
+    )
     for index, entry in enumerate(spectrum):
         if not parts.of_level(index):
             refuse(
@@ -122,5 +140,9 @@ def parts_of_saved(config: Mapping[str, Any]) -> Parts:
         )
         for level in config["levels"]["spectrum"]
     ]
-    model = ModelConfig(tie_embeddings=config["model"].get("tie_embeddings", False))
+    saved = config["model"]
+    model = ModelConfig(
+        cms=CmsForm(saved.get("cms", "sequential")),
+        tie_embeddings=saved.get("tie_embeddings", False),
+    )
     return parts_of(Config(model=model, levels=LevelsConfig(spectrum)))

@@ -22,6 +22,7 @@ from nlscale.config import (
     data_sources,
     keys,
     level_optimizer,
+    nested,
     pattern,
     periods,
     schema,
@@ -108,6 +109,7 @@ def load(
         declared_period(index, level)
     level_optimizer.settle(config, sources)
     parts_of(config, sources)
+    nested.check(config, sources)
     curriculum.curriculum(config, sources)
     periods.check(config, sources)
     data_sources.settle(config, sources)

@@ -177,7 +177,8 @@ class ModelConfig:
     heads: int = within(12, above=0, most=MOST)
     """Heads of the mixer; the head dimension is d_model / heads, but for `attention.head_dim`."""
     cms: CmsForm = CmsForm.sequential
-    """How the MLPs of a block's levels are composed: sequential (Eq. 70) or independent."""
+    """How the MLPs of a block's levels are composed: sequential (Eq. 70), independent, or nested
+    (Eq. 72-73, first order): one MLP, of which slower levels hold copies."""
     hidden: int | None = within(None, above=0, most=MOST)
     """Hidden units of all CMS MLPs of a block together. Null: what makes mixer and CMS together
     as large as a Transformer block, 12 d_model^2, so that mixers compare at equal parameters."""

@@ -6,8 +6,8 @@ from nlscale.levels.engine import LevelOptimizer
 
 
 def begin_optimizers(optimizer: LevelOptimizer) -> None:
-    """Forget what the rules keep of gradients, as if none had been seen; weights, windows and what
-    outer steps keep stay. Bias corrections begin anew as well."""
+    """Forget what the rules keep of gradients, as if none had been seen; weights, copies of
+    them, windows and what outer steps keep stay. Bias corrections begin anew as well."""
     for group in optimizer.groups:
         group.optimizer.optimizer.state.clear()
     for progress in optimizer.progress.values():

@@ -54,7 +54,7 @@ class LevelRules:
 
     level: Level
     kinds: list[Kind]
-    """In the order of the model."""
+    """In the order of the model; none of a level that holds copies."""
     numbers: dict[str, dict[str, float]]
     """Of each rule that has a parameter here: those that it has of its own, as they are at the
     level's period."""
@@ -78,6 +78,8 @@ def assigned(config: Config, vocabulary: int) -> list[LevelRules]:
 
 
 def _of_level(config: Config, level: Level, named: dict[str, Any]) -> LevelRules:
+    if level.copy is not None:
+        return LevelRules(level, [], {})
     own = at_period(of_level(config, level.index), level.period)
     made = rule(own.rule).make(own, width_multiplier(config.model), [*named.values()])
     group_of = {p: group for group in made.param_groups for p in group["params"]}

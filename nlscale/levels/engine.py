@@ -15,10 +15,10 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nlscale.cluster.life.watch import doing
 from nlscale.config.level_optimizer import of_level
 from nlscale.config.vocabulary import Config, Reduction, Sharding
 from nlscale.levels.added import Added
+from nlscale.levels.following import Following
 from nlscale.levels.groups import group_parameters
 from nlscale.levels.homes import homes
 from nlscale.levels.noise import GradientNoise, StepSquares, noise_record, see_windows
@@ -28,7 +28,6 @@ from nlscale.levels.optimizers import (
     make_group_optimizer,
     split_by_group,
 )
-from nlscale.levels.outer import Outer, OuterStep, make_outer_steps
 from nlscale.levels.owing import Owing
 from nlscale.levels.partial import sum_partial_gradients
 from nlscale.levels.progress import Counted, Progress
@@ -102,22 +101,20 @@ class LevelOptimizer:
         sizes = group_parameters(config, levels, vocabulary, config.levels.stagger)
         self.sent = Sent(config, levels, sizes, layout)
         self.progress = {group: self._new_progress(group) for group in sizes}
-        self.outers = {
-            g.group: Outer(g, own)
-            for g in self.groups
-            if (own := levels[g.group.level].outer) is not None
-        }
-        """Of the groups that have one, the outer optimizer."""
+        self.added = Added()
+        self.following = Following(
+            levels, self.groups, groups, self.progress, config, self.added, self.wire, layout
+        )
         self._named = {group: frozenset(own) for group, own in groups.items()}
         parameters: dict[str, Any] = named_parameters(stages)
         self._partial = [p for p in parameters.values() if p.partial_gradient]
         self._owing = Owing(config, levels, layout.nodes, self.windows, self.progress)
-        self.added = Added()
         self._waited: list[Waited] = []
         self._crossed: set[SyncGroup] = set()
         """The groups whose gradients, or outer steps, crossed at the last step."""
         self._squares: StepSquares | None = None
-        if layout.nodes > 1 or levels[-1].period > 1:  # windows of more than one part
+        longest = max(level.period for level in levels if level.copy is None)
+        if layout.nodes > 1 or longest > 1:  # windows of more than one part
             repeats = layout.tensor_rank > 0
             self._squares = StepSquares(self.groups, [*self.progress], repeats, layout.device)
 
@@ -137,6 +134,10 @@ class LevelOptimizer:
     def is_local(self, group: SyncGroup) -> bool:
         """Whether each node updates the group by its own gradients."""
         return self.levels[group.level].local
+
+    def _has_gradient(self, group: SyncGroup) -> bool:
+        """Whether it has parameters of the model, and no copies of them."""
+        return self.levels[group.level].copy is None
 
     def start_step(self, step: int) -> None:
         """Before the first backward pass of a step, counted from 1."""
@@ -225,7 +226,8 @@ class LevelOptimizer:
         self._crossed = {
             group
             for group in self.progress
-            if (every_step or group in update.rates) and not self.is_local(group)
+            if group in update.rates or (every_step and self._has_gradient(group))
+            if not self.is_local(group)
         }
         for (group, progress), square in zip(self.progress.items(), squares, strict=True):
             progress.reductions += group in self._crossed
@@ -233,26 +235,12 @@ class LevelOptimizer:
                 progress.take(verdict)
                 progress.noise.add(square, verdict.counted_tokens, self.layout.nodes)
         told = self._count(update) if verdict.admitted else self._close_without(update)
-        self._make_outer_steps(update.step)
+        followed = self.following.make(update.step)
+        self._crossed |= followed.crossed
+        self._waited += followed.waited
+        for level, rate in followed.copied.items():
+            told[level] = {"learning_rate": rate, "grad_norm": None, "update_ratio": None}
         return told
-
-    def _make_outer_steps(self, step: int) -> None:
-        """Make the outer steps that are due, of groups that have been updated since their last."""
-        found = self._outer_due(step).items()
-        due = {group: whole for group, whole in found if self.progress[group].outer_updates}
-        steps = []
-        for group, whole in due.items():
-            share = self.progress[group].outer_share(self.layout.node_rank)
-            name, outer = self.levels[group.level].name, self.outers.get(group)
-            steps.append(OuterStep(name, outer, share, whole))
-        if steps:
-            with doing("outer steps across nodes"):
-                self._waited.append(make_outer_steps(steps, self.wire, self.layout.device))
-        for group in due:
-            self.progress[group].step_outer()
-            if self.is_local(group):
-                self.progress[group].reductions += 1
-                self._crossed.add(group)
 
     def _close_without(self, update: Update) -> dict[int, dict[str, float | None]]:
         """Close the windows that are due after a step that was not admitted."""
@@ -295,7 +283,7 @@ class LevelOptimizer:
         measured = [g for g in due if g.group in compared]
         before = [g.keep_weights() for g in measured]
         rates = {group: self._rate(group, step) for group in counted}
-        outer_due = self._outer_due(step)
+        brings = self.following.brings(step)
         for g in due:
             count = counted[g.group]
             # A node none of whose targets counts makes its own update by a gradient of zero.
@@ -312,11 +300,10 @@ class LevelOptimizer:
                 param_group["weight_decay"] = decay_at(
                     self.rules[g.group.level], decay, rate, period
                 )
-            if g.group in self.outers and not self.progress[g.group].outer_updates:
-                self.outers[g.group].begin()
+            self.following.begin(g.group)
             with cpu.cuda_by_name():
-                # What an outer step is to follow is brought into the model by that.
-                step_one = inner.step if g.group in outer_due else g.optimizer.step_with_ready_grads
+                # What something is to follow is brought into the model by that.
+                step_one = inner.step if g.group in brings else g.optimizer.step_with_ready_grads
                 step_one()
         for group in counted:
             self.sent.matrices(group, self.progress[group].updates)
@@ -372,16 +359,13 @@ class LevelOptimizer:
         }
 
     def _closing(self, step: int) -> dict[SyncGroup, Progress]:
-        """The groups whose windows close with a step: those due; with the last, all."""
+        """The groups that update at the end of a step: those due; with the last, all."""
         last = step == self.config.train.steps
-        return {g: progress for g, progress in self.progress.items() if last or g.due(step)}
-
-    def _outer_due(self, step: int) -> dict[SyncGroup, bool]:
-        """The groups whose outer step follows their update at a step, true; and, with the last, all
-        other local ones, false: their nodes are to meet."""
-        last = step == self.config.train.steps
-        due = {g: g.outer_due(step, self.levels[g.level].outer) for g in self.progress}
-        return {g: own for g, own in due.items() if own or (last and self.is_local(g))}
+        return {
+            g: progress
+            for g, progress in self.progress.items()
+            if (last or g.due(step)) and self._has_gradient(g)
+        }
 
     def gather_parameters(self) -> None:
         """Set the model's parameters to what updates them, whose shards were set from outside."""
@@ -402,7 +386,13 @@ class LevelOptimizer:
         would count as signal."""
         own, nodes = self.levels[level], self.layout.nodes
         differ = nodes > 1 and any(other.local for other in self.levels)
-        if own.local or self._owing.rounds(level) or differ or (nodes == 1 and own.period == 1):
+        if (
+            own.copy is not None
+            or own.local
+            or self._owing.rounds(level)
+            or differ
+            or (nodes == 1 and own.period == 1)
+        ):
             return {}
         return noise_record([p.noise for group, p in self.progress.items() if group.level == level])
 
@@ -446,5 +436,5 @@ class LevelOptimizer:
         names = {name for group in apart & self._named.keys() for name in self._named[group]}
         different, state = parameter_difference(self.layout, parameters, names), None
         if self.alike_on_nodes:
-            state = state_difference(self.layout, self.groups, self.outers, local, apart)
+            state = state_difference(self.layout, self.groups, self.following, local, apart)
         return state if different is None else different

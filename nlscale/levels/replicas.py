@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from nlscale.levels.following import Following
 from nlscale.levels.optimizers import GroupOptimizer, main_parameters
-from nlscale.levels.outer import Outer
 from nlscale.levels.spectrum import SyncGroup
 from nlscale.parallel.layout import Layout
 from nlscale.parallel.replicas import data_parallel_group, first_difference
@@ -45,7 +45,7 @@ def parameter_difference(
 def state_difference(
     layout: Layout,
     groups: list[GroupOptimizer],
-    outers: Mapping[SyncGroup, Outer],
+    following: Following,
     local: Set[SyncGroup],
     apart: Set[SyncGroup],
 ) -> str | None:
@@ -54,7 +54,7 @@ def state_difference(
     Args:
         layout: this rank's place.
         groups: of this rank.
-        outers: the outer optimizers of those that have one.
+        following: what follows their updates.
         local: groups whose inner state each node has for itself.
         apart: those of them whose weights, too, differ now; the weights that their outer steps go
             on from do not.
@@ -63,7 +63,7 @@ def state_difference(
         return None
     state: dict[str, Tensor] = {}
     for g in groups:
-        group, outer = g.group, outers.get(g.group)
+        group, outer = g.group, following.outers.get(g.group)
         g.optimizer.settle()
         of = f"level {group.level} phase {group.phase}"
         if group.outer_phase:  # of one phase there are then several groups
@@ -76,6 +76,8 @@ def state_difference(
                 found["outer momentum"] = outer.momentum[p]
                 if group in apart:
                     found["outer weights"] = outer.before[p]
+            if (copies := following.copies.get(group)) is not None:
+                found |= {f"copy at level {level}": x for level, x in copies.of(p).items()}
             for key, value in found.items():
                 if value.dim() > 0:  # the step count of a shard is a scalar, equal by construction
                     state[f"{key} of the optimizer, {of}, shard {i}"] = value

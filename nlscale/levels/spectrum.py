@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from nlscale.config.curriculum import curriculum, tokens_per_step
@@ -55,8 +56,6 @@ _BYTES = {
 """Of a value on the wire."""
 ROUNDED_AT_ONCE = 2**27
 """Bytes of memory that crossing rounded takes in passing, however large a bucket is."""
-FEW_UPDATES = 200
-"""A slow level that updates less often than this in a run is warned about."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,16 @@ class Outer:
     """Updates of a sync group between two of its outer steps."""
     momentum: float
     learning_rate: float
+
+
+@dataclass(frozen=True)
+class Copy:
+    """That a level holds a copy of the MLPs of a faster one (`model.cms: nested`)."""
+
+    of_period: int
+    """Steps between two updates of those MLPs; the level's period is a multiple of it."""
+    rate: float
+    """How far the copy goes to the next faster one; as `copy_rate` has it."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,8 @@ class Level:
 
     changes: PeriodChanges | None = None
     """Of its period in the run; None: it does not change."""
+    copy: Copy | None = None
+    """What it holds in place of parameters of the model; None: it has parameters."""
 
     @property
     def learning_rate_scale(self) -> float:
@@ -212,7 +223,7 @@ class SyncGroup:
 
 def levels_of(config: Config) -> list[Level]:
     """The levels of a run, with the changes of their periods; see `spectrum`."""
-    levels = spectrum(config.levels, tokens_per_step(config))
+    levels = _with_copies(config, spectrum(config.levels, tokens_per_step(config)))
     longest = max(level.period for level in levels)
     caps = period_caps(config.levels.period_warmup, curriculum(config), longest)
     steps = config.train.steps
@@ -253,6 +264,44 @@ def spectrum(config: LevelsConfig, tokens_per_step: int | None) -> list[Level]:
         outer, local = _outer(index, entry), entry.local
         levels.append(Level(index, entry.name, period, rate, rule, entry.wire, outer, local))
     return levels
+
+
+def _with_copies(config: Config, levels: list[Level]) -> list[Level]:
+    """Of the levels that hold copies, what they are copies of.
+
+    Raises:
+        UserError: a window of a copy does not end with one of the next faster level; or a level
+            without a copy has a rate of one.
+    """
+    parts = parts_of(config)
+    for index, entry in enumerate(config.levels.spectrum):
+        if index not in parts.copies and entry.copy_rate != LevelConfig.copy_rate:
+            raise UserError(
+                f"levels.spectrum.{index}.copy_rate is {entry.copy_rate:g}, and level "
+                f"{entry.name!r} holds no copy: with model.cms=nested all levels with cms but the "
+                f"first do; leave it out"
+            )
+    if not parts.copies:
+        return levels
+    found = [*levels]
+    chain = [levels[index] for index in (parts.mlps[0], *parts.copies)]
+    for faster, level in pairwise(chain):
+        if level.period % faster.period or level.period == faster.period:
+            raise UserError(
+                f"levels.spectrum.{level.index}: period {level.period} steps is not a multiple, "
+                f"twice or more, of the {faster.period} of level {faster.name!r}, and it holds a "
+                f"copy of what that becomes (model.cms=nested); give it {_near(level, faster)}"
+            )
+        rate = config.levels.spectrum[level.index].copy_rate
+        found[level.index] = replace(level, copy=Copy(chain[0].period, rate))
+    return found
+
+
+def _near(level: Level, faster: Level) -> str:
+    """Periods near that of a level that are multiples of a faster one's."""
+    times = level.period // faster.period
+    near = {max(2, times) * faster.period, max(2, times + 1) * faster.period}
+    return " or ".join(f"{period:,} steps" for period in sorted(near))
 
 
 def _outer(index: int, entry: LevelConfig) -> Outer | None:
@@ -317,9 +366,15 @@ def phase(level: Level, depth: int, layers: int, stagger: bool) -> int:
     Staggered, the blocks of a stack divide the time between two crossings evenly among themselves:
     the period, and of a local level that between two outer steps. Unstaggered, all cross together.
     It depends on depth alone, never on the cluster, so that the same run on other hardware makes
-    the same updates.
+    the same updates. A copy, which does not cross, counts the updates of what it is a copy of: its
+    windows end with theirs, and the first has as many of them as every other.
     """
-    return depth * level.crosses_every // layers if stagger else 0
+    if not stagger:
+        return 0
+    if level.copy is not None:
+        own = depth * level.copy.of_period // layers
+        return own and own + level.period - level.copy.of_period
+    return depth * level.crosses_every // layers
 
 
 def sync_group(level: Level, depth: int, layers: int, stagger: bool) -> SyncGroup:
@@ -340,50 +395,24 @@ def mean_period(level: Level, layers: int, stagger: bool) -> float:
 
 def planned_outer_steps(config: Config, level: Level) -> int:
     """Outer steps of a level in a run: of that of its sync groups that makes most."""
-    return max(group.outer_steps(config.train.steps, level) for group in _groups(config, level))
+    return max(
+        group.outer_steps(config.train.steps, level) for group in groups_of_level(config, level)
+    )
 
 
 def planned_updates(config: Config, level: Level) -> int:
     """Updates of a level in a run: of that of its sync groups that makes most."""
-    return max(group.updates(config.train.steps) for group in _groups(config, level))
+    steps, groups = config.train.steps, groups_of_level(config, level)
+    if level.copy is not None:  # the end of the run cuts no window of a copy short
+        return max(group.due_until(steps) for group in groups)
+    return max(group.updates(steps) for group in groups)
 
 
-def _groups(config: Config, level: Level) -> set[SyncGroup]:
+def groups_of_level(config: Config, level: Level) -> set[SyncGroup]:
     """Those that have parameters of a level."""
     layers, stagger = config.model.layers, config.levels.stagger
     depths = parts_of(config).depths(level.index, layers)
     return {sync_group(level, depth, layers, stagger) for depth in depths}
-
-
-def slow_level_warnings(config: Config, levels: list[Level]) -> list[str]:
-    """A line for each level that will hardly learn, because it updates too rarely in the run, and
-    for each whose outer steps come too late for it."""
-    lines, steps = [], config.train.steps
-    for level in levels:
-        updates = planned_updates(config, level)
-        if level.period > 1 and updates < FEW_UPDATES:
-            lines.append(
-                f"level {level.name!r} makes {updates} updates in {steps} steps, fewer than "
-                f"{FEW_UPDATES}: it will learn little; train longer or shorten its period"
-            )
-        due = max(group.due_until(steps) for group in _groups(config, level))
-        if level.outer is not None and due < level.outer.every:
-            lines.append(
-                f"level {level.name!r} has an outer step every {level.outer.every:,} updates, and "
-                f"{due:,} are due in {steps:,} steps; train longer, or give a smaller outer.every"
-            )
-    return lines
-
-
-def period_notes(levels: list[Level]) -> list[str]:
-    """A line for each level whose period changes in the run."""
-    lines = []
-    for level in levels:
-        if level.changes is not None:
-            first, *later = level.changes.pieces
-            then = "".join(f", {own.period:,} from step {own.begins + 1:,}" for own in later)
-            lines.append(f"the period of level {level.name!r} is {first.period:,}{then}")
-    return lines
 
 
 def periods_to_plain(periods: Sequence[Piece]) -> dict[str, Any]:
@@ -398,41 +427,6 @@ def said_periods(periods: Iterable[int]) -> str:
     """Such as "8", or "1 to 8"."""
     ends = sorted({*periods})
     return f"{ends[0]:,}" if len(ends) == 1 else f"{ends[0]:,} to {ends[-1]:,}"
-
-
-def approximate(levels: list[Level], crosses: bool) -> list[str]:
-    """Lines for each level whose updates are not those that one node would make."""
-    return [line for level in levels for line in why_approximate(level, levels, crosses)]
-
-
-def why_approximate(level: Level, levels: list[Level], crosses: bool) -> list[str]:
-    """Lines that say why the updates of a level are not those that one node would make."""
-    if not crosses:
-        return []
-    lines = []
-    drifting = ", ".join(repr(level.name) for level in levels if level.local)
-    if level.local and level.outer is not None:
-        lines.append(
-            f"level {level.name!r} is local, each node makes {level.outer.every} updates of "
-            f"its own before an outer step: it is approximate, and depends on the number of "
-            f"nodes"
-        )
-    elif drifting:
-        lines.append(
-            f"level {level.name!r} takes its gradients where the nodes' weights differ in "
-            f"{drifting}: it is approximate, and depends on the number of nodes"
-        )
-    if level.wire != WireFormat.fp32:
-        lines.append(
-            f"level {level.name!r} crosses between nodes in {level.wire.value}"
-            f"{_feedback(level)}: its updates are approximate, and depend on the number of "
-            f"nodes"
-        )
-    return lines
-
-
-def _feedback(level: Level) -> str:
-    return " with error feedback" if level.wire in INTEGER_BITS else ""
 
 
 def _rule(rule: PeriodRule, period: int) -> float:

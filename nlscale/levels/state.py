@@ -9,7 +9,7 @@ updated is a part of that.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +41,9 @@ class Shard:
     """Whether each node has weights and state of its own."""
     outer: Outer | None = None
     """What makes the outer steps of the group; None: nothing."""
+    copies: dict[int, Tensor] = field(default_factory=dict)
+    """Those that slower levels hold, fp32 [length], by their level; none before the first
+    update."""
 
     def state(self) -> dict[str, Tensor]:
         """What the rule keeps, fp32 [length] each: Adam's moments; none before the first update.
@@ -112,6 +115,7 @@ def shards(optimizer: LevelOptimizer, parameters: dict[str, Any]) -> list[Shard]
     held: Any
     for g in optimizer.groups:
         own = rule(optimizer.rules[g.group.level].rule)
+        copies, begun = optimizer.following.copies.get(g.group), optimizer.progress[g.group].updates
         for held, start, values in g.optimizer.held():
             found.append(
                 Shard(
@@ -123,7 +127,8 @@ def shards(optimizer: LevelOptimizer, parameters: dict[str, Any]) -> list[Shard]
                     inner=g.optimizer.optimizer,
                     kept=own.of(held.matrix).state,
                     local=optimizer.is_local(g.group),
-                    outer=optimizer.outers.get(g.group),
+                    outer=optimizer.following.outers.get(g.group),
+                    copies=copies.of(values) if begun and copies is not None else {},
                 )
             )
     return found

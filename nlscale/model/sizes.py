@@ -42,6 +42,9 @@ class Place:
     """Those of them that every tensor-parallel rank holds all of."""
     matrices: dict[Shape, int] = field(default_factory=dict)
     """Of those in a block how many of each shape [out, in], for rules over whole matrices."""
+    copied: int = 0
+    """Of a level that holds copies, which are no parameters of the model: of how many at each
+    depth, over all tensor-parallel ranks."""
 
     def holds(self, name: str) -> bool:
         """Whether a parameter is one of them, by its name in the whole model."""
@@ -78,6 +81,8 @@ def places(config: Config, vocabulary: int) -> list[Place]:
             found.append(norm(f"blocks.*.cms.norms.{i}.*", level, blocks))
     if independent and (mlps := len(parts.mlps)) > 1:
         found.append(Place("blocks.*.cms.mixture", parts.mlps[0], blocks, mlps, whole=mlps))
+    for level in parts.copies:
+        found.append(Place("blocks.*.cms.copies", level, blocks, 0, copied=size))
     for each in in_context(config, ContextObjective.local):
         name, window = f"blocks.*.cms.contexts.{each.mlp}.*", CONTEXT_WINDOW * d
         found.append(Place(name, each.level, each.depths, d * d + window, window, {(d, d): 1}))

@@ -29,6 +29,8 @@ _TAKEN = (
     "local_weights",
 )
 """Names of what checkpoints hold of a parameter under every rule."""
+_TAKEN_BEFORE = "level_copy_"
+"""Of those of copies, before the level."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Rule:
         if isinstance(self.state, str):
             raise UserError(f"an optimizer rule's state is a tuple of names, not {self.state!r}")
         for name in self.state:
-            if name in _TAKEN or not name.isidentifier():
+            if name.startswith(_TAKEN_BEFORE) or name in _TAKEN or not name.isidentifier():
                 raise UserError(f"an optimizer rule cannot call what it keeps {name!r}")
 
     @property

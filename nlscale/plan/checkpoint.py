@@ -16,7 +16,13 @@ from nlscale.cluster.machines import Cluster
 from nlscale.config.vocabulary import Config, Pending, Reduction, Sharding
 from nlscale.levels.spectrum import INTEGER_BITS, Level, reduction_bytes
 from nlscale.model.stages import stage_blocks
-from nlscale.plan.memory import OUTER_BYTES, held_by_stage, kept_by_stage
+from nlscale.plan.memory import (
+    COPY_BYTES,
+    OUTER_BYTES,
+    copied_by_stage,
+    held_by_stage,
+    kept_by_stage,
+)
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,9 @@ def checkpoint_plan(
     cut = stage_blocks(config, vocabulary)
     total = largest = read = settled = 0.0
     for rank in range(ranks):
-        once = twice = 0.0
         mine = cut[rank::ranks]
+        once = COPY_BYTES * tensor * copied_by_stage(config, vocabulary, mine)
+        twice = 0.0
         held = held_by_stage(config, vocabulary, mine)
         kept = kept_by_stage(config, vocabulary, mine)
         for level, (split, whole), (split_kept, whole_kept) in zip(levels, held, kept, strict=True):

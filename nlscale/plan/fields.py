@@ -159,6 +159,9 @@ PLAN: Mapping[str, Field] = {
             "local": Field(
                 "true or false", "", "whether each node updates it by its own gradients"
             ),
+            "copy_rate": Field(
+                "number", "", "how far its copy goes at an update", null="it holds no copy"
+            ),
             **_TRAFFIC,
         },
     ),

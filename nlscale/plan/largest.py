@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from nlscale.cluster.machines import Cluster
+from nlscale.config.parts import parts_of
 from nlscale.config.units import human_count
 from nlscale.config.vocabulary import Config, Tier, kv_heads
 from nlscale.errors import UserError
@@ -160,11 +161,16 @@ def slow_on_host(config: Config) -> Config:
     """The run with the state of all levels of a period above 1 that can be streamed in host
     memory."""
     entries = zip(levels_of(config), config.levels.spectrum, rules_by_level(config), strict=True)
+    parts = parts_of(config)
+    copied = {*parts.mlps, *parts.copies} if parts.copies else set()
     return _with_memory(
         config,
         [
             Tier.host
-            if level.period > 1 and entry.outer.every is None and not own.whole_matrices
+            if level.period > 1
+            and entry.outer.every is None
+            and not own.whole_matrices
+            and level.index not in copied
             else entry.memory
             for level, entry, own in entries
         ],

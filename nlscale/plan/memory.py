@@ -7,8 +7,9 @@
                   them and, with `parallel.shard_optimizer=node`, 8 more divided by the nodes; and
                   what a level that crosses rounded takes in passing
     optimizer     what the rules keep (8 bytes a parameter, Adam's moments; of each level and of
-                  matrices by their own rule), with bf16 4 more, the fp32 weights, and 8 of a level
-                  that makes outer steps; sharded over a node, or with `parallel.shard_optimizer`
+                  matrices by their own rule), with bf16 4 more, the fp32 weights, 8 of a level
+                  that makes outer steps, and 4 of each copy of it that a level holds
+                  (`model.cms: nested`); sharded over a node, or with `parallel.shard_optimizer`
                   all or matrices over all nodes; without what lies in host memory, and with the
                   ring through which that is streamed (`nlscale.plan.host_memory`)
     activations   what `nlscale.plan.activations` counts, for the micro batches in flight
@@ -47,6 +48,8 @@ USABLE = 0.9
 GIB = 2**30
 OUTER_BYTES = 8
 """Of a parameter that has outer steps: what it was after the last one, and the momentum, fp32."""
+COPY_BYTES = 4
+"""Of a parameter in a copy that a level holds, fp32."""
 _IN_THEIR_PLACE = ("update", "validation", "comparison")
 
 
@@ -139,7 +142,8 @@ def memory(
         by_rules = [sum(kept) for kept in kept_by_stage(config, vocabulary, mine)]
         host, freed = moved_bytes(config, held, by_rules)
         waiting = sum(n for level, n in zip(levels, held, strict=True) if level.period > 1)
-        outer = sum(OUTER_BYTES * n for level, n in zip(levels, held, strict=True) if level.outer)
+        beside = sum(OUTER_BYTES * n for level, n in zip(levels, held, strict=True) if level.outer)
+        beside += COPY_BYTES * copied_by_stage(config, vocabulary, mine)
         kept = most_kept([_stage(batch, blocks) for blocks in mine], ranks, rank, micro_batches)
         result.append(
             RankMemory(
@@ -148,7 +152,8 @@ def memory(
                 windows=waiting * 4 / in_node
                 + _owed(config, levels, held, group_nodes) / in_node
                 + _crossing(levels, held, in_node, group_nodes),
-                optimizer=(sum(by_rules) - freed + parameters * (4 if bf16 else 0) + outer) / spread
+                optimizer=(sum(by_rules) - freed + parameters * (4 if bf16 else 0) + beside)
+                / spread
                 + (ring_bytes(config) if host else 0),
                 activations=kept + batch.transient() + batch.gathered(),
                 update=update_bytes(
@@ -216,6 +221,19 @@ def held_by_stage(
         split[place.level] += count * (place.parameters - place.whole)
         whole[place.level] += count * place.whole
     return [(s / config.parallel.tensor, float(w)) for s, w in zip(split, whole, strict=True)]
+
+
+def copied_by_stage(config: Config, vocabulary: int, stages: list[range]) -> float:
+    """Parameters in copies that levels hold, of these model stages: a rank's part of them, as of
+    what is split over the tensor-parallel ranks."""
+    depths = {depth for blocks in stages for depth in blocks}
+    return (
+        sum(
+            place.copied * len(depths.intersection(place.depths))
+            for place in places(config, vocabulary)
+        )
+        / config.parallel.tensor
+    )
 
 
 def kept_by_stage(

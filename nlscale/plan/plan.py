@@ -10,14 +10,13 @@ from nlscale.config.curriculum import curriculum
 from nlscale.config.parts import parts_of
 from nlscale.config.periods import Piece
 from nlscale.config.vocabulary import Config, Reduction, Sharding
+from nlscale.levels.notes import approximate, slow_level_warnings
 from nlscale.levels.spectrum import (
     Level,
-    approximate,
     levels_of,
     periods_to_plain,
     planned_outer_steps,
     planned_updates,
-    slow_level_warnings,
 )
 from nlscale.model.sizes import level_parameters
 from nlscale.plan.checkpoint import CheckpointPlan, checkpoint_plan
@@ -49,6 +48,8 @@ class LevelPlan:
     """Over the run, the last one included: of the sync group that makes most."""
     local: bool
     """Whether each node makes its own updates between them."""
+    copy_rate: float | None = None
+    """How far the copy that it holds goes at an update; None: it holds none."""
     periods: tuple[Piece, ...] = ()
     """Where it changes in the run; none: it does not."""
 
@@ -170,6 +171,8 @@ class Plan:
 
     def reductions(self, level: LevelPlan) -> int:
         """Of a level across nodes in the run: of the sync group that makes most."""
+        if level.copy_rate is not None:
+            return 0
         if level.local:
             return level.outer_steps
         return level.updates if self.defers else self.steps
@@ -202,7 +205,8 @@ class Plan:
         - `staggered`, `reduction`: what the configuration asks for
         - `levels`: list, fastest first, of `name`, `parts`, `parameters`, `period_steps`, `periods`
           (where that changes), `updates`, `reductions`, `outer_every` (updates between
-          outer steps, null without), `local` and a level's share of the traffic, as in `total`
+          outer steps, null without), `local`, `copy_rate` (of a level that holds a copy, null
+          without) and a level's share of the traffic, as in `total`
         - `total`: `parameters`, `mean_bytes_per_step`, `run_bytes` (of all steps),
           `peak_bytes_aligned` and `peak_bytes_staggered` (the largest step),
           `link_seconds_per_step` (mean)
@@ -249,6 +253,7 @@ class Plan:
                 "reductions": self.reductions(level),
                 "outer_every": level.outer_every,
                 "local": level.local,
+                "copy_rate": level.copy_rate,
                 "mean_bytes_per_step": float(self.aligned.mean_per_level[i]),
                 "run_bytes": self.run_bytes[i],
                 "peak_bytes_aligned": float(self.aligned.peak_per_level[i]),
@@ -348,6 +353,7 @@ def make_plan(
             outer_every=None if level.outer is None else level.outer.every,
             outer_steps=planned_outer_steps(config, level),
             local=level.local,
+            copy_rate=None if level.copy is None else level.copy.rate,
         )
         for level in levels
     ]

@@ -39,6 +39,11 @@ def print_plan(plan: Plan, console: Console) -> None:
     for level in plan.levels:
         if level.outer_every is not None:
             console.print(_outer(level))
+        if level.copy_rate is not None:
+            console.print(
+                f"Level {level.name!r} holds a copy of the next faster level's MLPs, and goes "
+                f"{level.copy_rate:g} of the way to them at its updates; nothing of it crosses."
+            )
     console.print()
     if plan.names_parts:
         console.print(_parts(plan))

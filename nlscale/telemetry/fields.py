@@ -53,19 +53,23 @@ _LEVEL = {
         "number", "share of the period", "what its fullest window holds after this step, 0 to 1"
     ),
     "learning_rate": Field(
-        "number", "", "at the update of this step", null="no sync group of it updated"
+        "number",
+        "",
+        "at the update of this step; of a level that holds a copy, how far that went",
+        null="no sync group of it updated",
     ),
     "grad_norm": Field(
         "number",
         "nats a token",
         "norm of the mean gradient of the windows that were applied, before clipping",
-        null="no sync group of it updated",
+        null="no sync group of it updated, or it holds a copy",
     ),
     "update_ratio": Field(
         "number",
         "",
         "norm of the update over the norm of the weights that it changed",
-        null="no sync group of it updated, or this was not measured: at period 1 every tenth is",
+        null="no sync group of it updated, it holds a copy, or this was not measured: at period 1 "
+        "every tenth is",
     ),
     "gradient_noise_scale": Field(
         "number",
@@ -379,6 +383,9 @@ SUMMARY: Mapping[str, Field] = {
             "outer_steps": Field("integer", "", "made, by that of its sync groups that made most"),
             "local": Field(
                 "true or false", "", "whether each node updated it by its own gradients"
+            ),
+            "copy_rate": Field(
+                "number", "", "how far its copy went at an update", null="it holds no copy"
             ),
             "approximate": Field(
                 "true or false",

@@ -31,7 +31,7 @@ from nlscale.config.curriculum import stage_of, tokens_per_step, tokens_until
 from nlscale.config.vocabulary import Config
 from nlscale.data.history import without_names
 from nlscale.errors import SaidElsewhere, TrainingFailed, UserError
-from nlscale.levels.spectrum import approximate, period_notes, slow_level_warnings
+from nlscale.levels.notes import approximate, period_notes, slow_level_warnings
 from nlscale.parallel.consensus import Requests
 from nlscale.parallel.devices import queue_warnings
 from nlscale.parallel.layout import Layout, process_groups

@@ -13,7 +13,8 @@ from nlscale.config.parts import parts_of
 from nlscale.config.vocabulary import Config, mixer_label
 from nlscale.errors import Stopped
 from nlscale.levels.engine import LevelOptimizer
-from nlscale.levels.spectrum import Level, periods_to_plain, said_periods, why_approximate
+from nlscale.levels.notes import why_approximate
+from nlscale.levels.spectrum import Level, periods_to_plain, said_periods
 from nlscale.model.flops import mean_flops_per_token
 from nlscale.model.sizes import level_parameters, non_embedding_parameters
 from nlscale.parallel.consensus import Verdict
@@ -46,7 +47,9 @@ def _periods(level: Level) -> str:
 
 
 def _outer(level: Level) -> str:
-    """What to say of its outer steps."""
+    """What to say of its outer steps, or of the copy that it holds."""
+    if level.copy is not None:
+        return f", a copy at rate {level.copy.rate:g}"
     if level.outer is None:
         return ""
     return f", outer step every {level.outer.every} updates{' of each node' * level.local}"
@@ -172,6 +175,7 @@ def summarise(
                 "wire": level.wire.value,
                 "outer_steps": optimizer.outer_steps(level.index),
                 "local": level.local,
+                "copy_rate": None if level.copy is None else level.copy.rate,
                 "approximate": bool(
                     why_approximate(level, prepared.levels, crosses=trainer.layout.nodes > 1)
                 ),

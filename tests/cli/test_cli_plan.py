@@ -70,7 +70,7 @@ def test_json_keys_and_how_they_hang_together(room: Room) -> None:
         "ranks", "virtual_stages", "micro_batches", "bubble", "imbalance"
     }  # fmt: skip
     assert set(plan["levels"][0]) == {
-        "name", "parts", "local", "outer_every", "parameters", "period_steps",
+        "name", "parts", "local", "outer_every", "copy_rate", "parameters", "period_steps",
         "periods", "updates", "reductions",
         "mean_bytes_per_step", "run_bytes", "peak_bytes_aligned", "peak_bytes_staggered",
         "link_seconds_per_step",

@@ -12,7 +12,8 @@ from nlscale.config import recipe
 from nlscale.config.curriculum import curriculum, tokens_until
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
-from nlscale.levels.spectrum import levels_of, period_notes, planned_updates, sync_group
+from nlscale.levels.notes import period_notes
+from nlscale.levels.spectrum import levels_of, planned_updates, sync_group
 from nlscale.plan.traffic import due_steps
 
 

@@ -100,3 +100,10 @@ def test_the_command_prints_it(tmp_path: Path) -> None:
     assert "4 x [32, 32], 2 x [4, 32]" in " ".join(project)
     assert ["level", "slow:", "period", "4", "steps"] in lines
     assert any(words[0] == "m3:" and words[-1] == "matrices" for words in lines if words)
+
+
+def test_a_level_that_holds_copies_has_nothing_under_a_rule() -> None:
+    keys = ["model.cms=nested", "levels=[1,2]", "optimizer.rule=muon"]
+    (found,) = world.run(1, tables, keys)
+    assert "blocks.*.cms.mlps.0.up.weight" in found[0]
+    assert found[1] == {"numbers": {}}

@@ -21,7 +21,8 @@ from torch import Tensor
 from nlscale.config import recipe
 from nlscale.config.vocabulary import WireFormat
 from nlscale.levels import feedback
-from nlscale.levels.spectrum import BLOCK, approximate, spectrum
+from nlscale.levels.notes import approximate
+from nlscale.levels.spectrum import BLOCK, spectrum
 from nlscale.levels.wire import Wire
 from nlscale.parallel.layout import Layout, process_groups
 from nlscale.plan.memory import memory

@@ -205,7 +205,7 @@ def spoiled_outer(overrides: list[str]) -> dict[str, tuple[bool, str | None]]:
             trainer.take_step(sequences(config, step)[layout.data_rank :: layout.data_size])
         assert trainer.optimizer.replica_difference(named) is None
         found = {}
-        for group, outer in trainer.optimizer.outers.items():
+        for group, outer in trainer.optimizer.following.outers.items():
             between = trainer.optimizer.progress[group].outer_updates > 0
             for what, kept in [("weights", outer.before), ("momentum", outer.momentum)]:
                 values = next(iter(kept.values())).view(-1)[:1]

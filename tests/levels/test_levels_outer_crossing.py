@@ -44,7 +44,7 @@ def rounded(overrides: list[str]) -> list[dict[str, Any]]:
     config, found = load(overrides), list[dict[str, Any]]()
     with process_groups(config) as layout:
         trainer = Trainer.build(config, layout, spectrum(config.levels, 100), VOCABULARY)
-        ((group, outer),) = trainer.optimizer.outers.items()
+        ((group, outer),) = trainer.optimizer.following.outers.items()
         start, finish = outer.start, outer.finish
 
         def begin(share: float | None) -> None:
@@ -98,7 +98,7 @@ def not_finite(overrides: list[str]) -> tuple[str, bool]:
     config = load(overrides)
     with process_groups(config) as layout:
         trainer = Trainer.build(config, layout, spectrum(config.levels, 100), VOCABULARY)
-        (outer,) = trainer.optimizer.outers.values()
+        (outer,) = trainer.optimizer.following.outers.values()
 
         def kept() -> list[torch.Tensor]:
             return [t.clone() for t in (*outer.before.values(), *outer.momentum.values(),

@@ -16,13 +16,8 @@ from nlscale.cluster.machines import Cluster
 from nlscale.config import recipe
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
-from nlscale.levels.spectrum import (
-    approximate,
-    planned_outer_steps,
-    slow_level_warnings,
-    spectrum,
-    sync_group,
-)
+from nlscale.levels.notes import approximate, slow_level_warnings
+from nlscale.levels.spectrum import planned_outer_steps, spectrum, sync_group
 from nlscale.model.sizes import level_parameters
 from nlscale.plan import make_plan, traffic
 from nlscale.plan.checkpoint import checkpoint_plan

@@ -88,7 +88,7 @@ def _levels(config: Config) -> list[dict[str, Any]]:
     found = places(config, vocabulary=0)  # of which names know nothing
     levels = []
     for number, level in enumerate(config.levels.spectrum):
-        names = [place.name for place in found if place.level == number]
+        names = [p.name for p in found if p.level == number and not p.copied]
         of = {
             "name": level.name,
             "period": str(declared_period(number, level)),

@@ -22,7 +22,8 @@ class NlscaleConfig(PretrainedConfig):
             two, and layer i has number i mod how many there are.
         levels: of the MLPs of a block, fastest first; each has at least its `name`, its `period`
             and the `hidden` units of its MLP, 0 where it has none.
-        cms: how these are composed, `sequential` or `independent`.
+        cms: how these are composed, `sequential`, `independent` or `nested`, of which only the
+            one MLP is here.
         norm_eps: added to the mean square in every RMSNorm.
         init_std: of the initial weights of a model that is made anew.
         width_multiplier: logits are divided by it (muP).

@@ -18,7 +18,8 @@ from nlscale.config import recipe
 from nlscale.config.curriculum import total_tokens
 from nlscale.config.vocabulary import Config, Purpose
 from nlscale.errors import UserError
-from nlscale.levels.spectrum import Level, approximate, levels_of
+from nlscale.levels.notes import approximate
+from nlscale.levels.spectrum import Level, levels_of
 from nlscale.model.sizes import level_parameters, tables
 from nlscale.plan import traffic
 from nlscale.scaling.law.points import MEASURED, PERIODS, RUN, Points, Row

@@ -16,9 +16,9 @@ def setting_of(config: Config, levels: Sequence[Level]) -> str:
     """The short name of a setting.
 
     Periods in steps, and each thing that is not as always: parts, widths of MLPs, local or outer
-    steps, wire. What holds for every level is said once after the last ("1, 4, 16 int8"); where
-    levels differ in it, each says its own after a semicolon ("1 int8; 4 int8; 16 int4"). What is
-    of all levels, such as periods that change, follows a "+".
+    steps, copies, wire. What holds for every level is said once after the last ("1, 4, 16 int8");
+    where levels differ in it, each says its own after a semicolon ("1 int8; 4 int8; 16 int4").
+    What is of all levels, such as periods that change, follows a "+".
 
     Args:
         config: of the run.
@@ -72,6 +72,8 @@ def _widths(config: Config) -> list[str]:
 
 
 def _steps(level: Level) -> str:
+    if level.copy is not None:
+        return f" copy (rate {level.copy.rate:g})"
     if level.outer is None:
         return ""
     text = f" {'local' if level.local else 'outer'} every {level.outer.every}"

@@ -10,7 +10,8 @@ import pytest
 from scaling.run_folders import VOCABULARY, finished
 
 from nlscale.cluster.machines import load_cluster
-from nlscale.levels.spectrum import approximate, levels_of
+from nlscale.levels.notes import approximate
+from nlscale.levels.spectrum import levels_of
 from nlscale.model.sizes import level_parameters
 from nlscale.plan import make_plan
 from nlscale.scaling.law.network import Sent, sent_on
