@@ -16,6 +16,7 @@ from nlscale.cli.arguments import number, path, whole
 from nlscale.cli.generate_output import Paper, reading, say_what_it_took
 from nlscale.cluster.life.owner import hold
 from nlscale.cluster.life.signals import handled, with_hangup
+from nlscale.config.in_context import described
 from nlscale.errors import UserError
 from nlscale.generate.given import add_tokenizer, check_folder, tokenizer_for
 from nlscale.generate.imports import import_models
@@ -89,6 +90,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on from the file of --state, and leave it as it is",
     )
+    parser.add_argument(
+        "--context",
+        nargs="+",
+        metavar="LEVEL.KEY=VALUE",
+        help="have levels learn from what is read and written, beside those whose context has the "
+        "objective ntp: keys of that, such as base.chunk=256 base.learning_rate=0.1",
+    )
+    parser.add_argument(
+        "--learned",
+        type=path,
+        metavar="FILE",
+        help="what levels with reset=never have learned: begin with it, if it is there, and save "
+        "what they know at the end",
+    )
     add_tokenizer(parser)
     parser.add_argument("--json", action="store_true", help="print one object of JSON")
     parser.set_defaults(func=_generate)
@@ -143,8 +158,9 @@ def _stop(given: str) -> str:
 
 def _generate(args: argparse.Namespace) -> int:
     """JSON: `model`, `step`, `prompt` or `file`, `prompt_tokens`, `tokens_before` (of the state),
-    `seed`, `sampling`, `stop`, `samples` (each `sample`, `text`, `ids`, `log_probabilities`,
-    `ended`), `reading_seconds`, `seconds`, `tokens_per_second`, `state`."""
+    `seed`, `sampling`, `stop`, `context` (keys of each level that learns), `samples` (each
+    `sample`, `text`, `ids`, `log_probabilities`, `ended`), `reading_seconds`, `seconds`,
+    `tokens_per_second`, `state`, `learned`."""
     _check(args)
     prompt = _prompt(args)
     with _held(args):
@@ -152,11 +168,12 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _held(args: argparse.Namespace) -> AbstractContextManager[object]:
-    """The file of --state, which one process at a time goes on from and saves."""
-    if args.state is None or args.state_read_only:
+    """The file of --state or --learned, which one process at a time goes on from and saves."""
+    option, file = ("--learned", args.learned) if args.learned else ("--state", args.state)
+    if file is None or args.state_read_only:
         return nullcontext()
-    folder, name = args.state.absolute().parent, args.state.name
-    return hold(folder, f"nlscale generate --state {args.state}", "another --state", name=name)
+    folder, name = file.absolute().parent, file.name
+    return hold(folder, f"nlscale generate {option} {file}", f"another {option}", name=name)
 
 
 def _generate_from(args: argparse.Namespace, prompt: str) -> int:
@@ -172,17 +189,28 @@ def _generate_from(args: argparse.Namespace, prompt: str) -> int:
         state_file.facts_of(args.state)  # before the model is loaded, which may take minutes
 
     import nlscale
+    from nlscale.generate.learned import levels_of
+    from nlscale.generate.learner import Learner
     from nlscale.generate.sampling import Sampling
     from nlscale.generate.text import Generation
 
     model = nlscale.load(args.model)
     tokenizer_for(model, args.tokenizer)
-    begun = None if begins else state_file.load(args.state, model)
+    levels = levels_of(model, args.context, args.learned)
+    learner = Learner(model, levels, args.learned) if levels else None
+    begun = None if begins else state_file.load(args.state, model, learner)
     sampling = Sampling(
         args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty
     )
     generation = Generation(
-        model, [prompt], args.tokens, args.samples, sampling, args.stop, args.seed, begun
+        learner or model,
+        [prompt],
+        args.tokens,
+        args.samples,
+        sampling,
+        args.stop,
+        args.seed,
+        begun,
     )
     before = begun.tokens if begun else 0
     with _asked_to_stop() as stopped:
@@ -192,6 +220,9 @@ def _generate_from(args: argparse.Namespace, prompt: str) -> int:
         if args.state is not None and not args.state_read_only:
             after = generation.begun
             state_file.save(args.state, after, model)
+        if args.learned is not None:
+            assert learner is not None, "levels_of has refused the file"
+            learner.save(args.learned, generation.begun)
     count = sum(len(row.ids) for row in generation.rows)
     speed = count / seconds if count else None
     if args.json:
@@ -200,9 +231,11 @@ def _generate_from(args: argparse.Namespace, prompt: str) -> int:
             **({"file": str(args.file)} if args.file else {"prompt": prompt}),
             "prompt_tokens": generation.results[0].prompt_tokens, "tokens_before": before,
             "seed": args.seed, "sampling": asdict(sampling), "stop": args.stop,
+            "context": [described(level, model.config) for level in levels],
             "samples": [_described(one) for one in generation.results],
             "reading_seconds": took, "seconds": seconds, "tokens_per_second": speed,
             "state": None if after is None else {"file": str(args.state), "tokens": after.tokens},
+            "learned": None if args.learned is None else str(args.learned),
         }  # fmt: skip
         print(to_json(found))
     else:
@@ -216,6 +249,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.stream and (args.json or args.samples > 1):
         other = "--json" if args.json else f"--samples {args.samples}"
         raise UserError(f"--stream prints one text as it comes; leave out it or {other}")
+    if args.learned is not None:
+        _check_learned(args)
     if args.state is None:
         if args.state_read_only:
             raise UserError("--state-read-only says how --state is used; name its file, too")
@@ -231,6 +266,22 @@ def _check(args: argparse.Namespace) -> None:
         )
     if not args.state.absolute().parent.is_dir():
         raise UserError(f"{args.state.parent} is not a folder; make it first, for --state")
+
+
+def _check_learned(args: argparse.Namespace) -> None:
+    """Raises UserError: --learned with arguments that it does not go with."""
+    if args.state is not None:
+        raise UserError(
+            "--state holds what levels have learned with the text; leave out --learned, which a "
+            "new text begins with, or --state"
+        )
+    if args.samples > 1:
+        raise UserError(
+            f"--samples {args.samples} would learn as many things; take one sample, or leave out "
+            f"--learned"
+        )
+    if not args.learned.absolute().parent.is_dir():
+        raise UserError(f"{args.learned.parent} is not a folder; make it first, for --learned")
 
 
 def _prompt(args: argparse.Namespace) -> str:

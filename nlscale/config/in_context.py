@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
 from typing import Any
 
 import yaml
@@ -115,6 +116,17 @@ def learning(config: Config, overrides: Sequence[str] = ()) -> list[InContext]:
             f"{next(iter(levels))}.chunk=256"
         )
     return found
+
+
+def described(level: InContext, config: Config) -> dict[str, Any]:
+    """A level of objective `ntp` for JSON: its name, and its keys."""
+    plain = {
+        key: value.value if isinstance(value, Enum) else value
+        for key, value in asdict(level.keys).items()
+        if key not in _ONLY[ContextObjective.local]
+    }
+    name = config.levels.spectrum[level.level].name
+    return {"level": name, **plain, "blocks": len(level.depths)}
 
 
 def check_contexts(config: Config) -> None:

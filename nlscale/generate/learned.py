@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nlscale.config.fields import path_of
+from nlscale.config.in_context import InContext, in_context, learning
+from nlscale.config.vocabulary import ContextObjective, ContextReset
 from nlscale.errors import UserError
 from nlscale.generate.learning import LearningStream
 from nlscale.generate.model import Model
@@ -71,6 +74,34 @@ def load(path: str | Path, model: Model, stream: LearningStream) -> None:
     stream.restore(tensors)
 
 
+def levels_of(model: Model, overrides: Sequence[str] | None, file: Path | None) -> list[InContext]:
+    """The levels that learn from what they read; none: the model reads as it is.
+
+    Args:
+        model: whose levels of objective `ntp` do.
+        overrides: keys of them, and of others beside them (`nlscale.config.in_context.learning`).
+        file: where what they have learned is to be kept; None: nowhere.
+
+    Raises:
+        UserError: keys that do not fit the model; a file, where nothing is kept.
+    """
+    levels = in_context(model.config, ContextObjective.ntp)
+    if overrides:
+        levels = learning(model.config, overrides)
+    if file is not None and all(x.keys.reset == ContextReset.sequence for x in levels):
+        raise UserError(
+            f"--learned {file}: no level keeps what it has learned from one context to the next; "
+            f"give --context LEVEL.reset=never beside its other keys"
+        )
+    return levels
+
+
+def keys_of(stream: LearningStream) -> str:
+    """What its levels learn by, as JSON."""
+    return json.dumps(
+        [[each.level, list(each.depths), asdict(each.keys)] for each in stream.levels]
+    )
+
+
 def _facts(model: Model, stream: LearningStream) -> dict[str, str]:
-    keys = [[each.level, list(each.depths), asdict(each.keys)] for each in stream.levels]
-    return {"model": digest(model), "context": json.dumps(keys), "dtype": str(model.dtype)}
+    return {"model": digest(model), "context": keys_of(stream), "dtype": str(model.dtype)}

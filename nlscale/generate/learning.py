@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -67,12 +68,7 @@ class LearningStream:
             UserError: tokens of another shape or type, beyond the vocabulary, or for another batch;
                 or the mixer's state is no `nlscale.model.mixers.module.State`.
         """
-        given = known(shaped(tokens), self._vocabulary).to(self._device)
-        if len(given) != self.batch:
-            raise UserError(
-                f"{len(given)} sequences are fed to a stream of {self.batch}; begin it with "
-                f"model.learning(batch={len(given)})"
-            )
+        given = self._given(tokens)
         told = max(0, self._open.shape[1] - 1)  # targets of the open chunk that were returned
         found = []
         if not self._open.shape[1]:
@@ -89,6 +85,31 @@ class LearningStream:
         self.length += given.shape[1]
         return torch.cat([x.to(found[-1].dtype) for x in found], 1)
 
+    def learn(self, tokens: Tokens) -> None:
+        """Read on as `feed` does, and say nothing of it: of a chunk that is not over nothing is
+        computed. Losses that are not returned so are not returned later.
+
+        Raises:
+            UserError: as `feed`.
+        """
+        pending = torch.cat([self._open, given := self._given(tokens)], 1)
+        with alone():
+            while pending.shape[1] > self.chunk:
+                self._close(pending[:, : self.chunk + 1])
+                pending = pending[:, self.chunk :]
+        self._open = pending
+        self.length += given.shape[1]
+
+    @property
+    def room(self) -> int:
+        """Tokens that can be read before levels may change again; the next one may change them
+        before it is read."""
+        return self.chunk - self._open.shape[1] % self.chunk
+
+    def changed(self) -> AbstractContextManager[list[Tensor]]:
+        """Within, the model computes with what the sequences have changed so far."""
+        return changing(self._levels)
+
     def begin(self) -> None:
         """Begin new sequences: mixers from their start, and levels from the trained weights but
         those that never do (`reset: never`), which first learn from the chunk that was open."""
@@ -99,6 +120,19 @@ class LearningStream:
             level.forget()
         self._states, self.length = None, 0
         self._open = self._open[:, :0]
+
+    def clone(self) -> LearningStream:
+        """Another stream that goes on from here, and leaves this one where it is."""
+        other = LearningStream(self._decoder, self._vocabulary, self.batch, self.levels)
+        other.length, other._open = self.length, self._open
+        for mine, theirs in zip(self._levels, other._levels, strict=True):
+            theirs.targets, theirs.tokens = mine.targets, mine.tokens
+            own = [*mine.changes, *mine.sums]
+            for x, y in zip(own, [*theirs.changes, *theirs.sums], strict=True):
+                y.copy_(x)
+        if self._states is not None:
+            other._states = _copied(self._states, self.batch)
+        return other
 
     def changes(self) -> dict[str, Tensor]:
         """What each sequence has changed, by the names of the parameters, [batch, *their shape]."""
@@ -157,6 +191,15 @@ class LearningStream:
                 )
                 for name, state in like._states.items()
             }
+
+    def _given(self, tokens: Tokens) -> Tensor:
+        given = known(shaped(tokens), self._vocabulary).to(self._device)
+        if len(given) != self.batch:
+            raise UserError(
+                f"{len(given)} sequences are fed to a stream of {self.batch}; begin it with "
+                f"model.learning(batch={len(given)})"
+            )
+        return given
 
     def _close(self, tokens: Tensor) -> Tensor:
         """Read a chunk and the token after it, and learn from it; the losses of its targets."""

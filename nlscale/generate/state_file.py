@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +25,7 @@ from nlscale.config.vocabulary import mixer_label
 from nlscale.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from nlscale.errors import UserError
 from nlscale.generate.model import Model
-from nlscale.generate.text import Begun
+from nlscale.generate.text import Begun, Rows
 
 _FORMAT = "nlscale state 1"
 _STREAM, _SEEN = "stream/", "seen"
@@ -53,6 +54,15 @@ _ALWAYS = {
 is in it where it is not at its default, so that a key that is added refuses no file of before."""
 
 
+class Learning(Protocol):
+    """What is asked of a `nlscale.generate.learner.Learner`."""
+
+    @property
+    def context(self) -> str: ...
+
+    def stream_from(self, tensors: Mapping[str, Tensor]) -> Rows: ...
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a state is of; what can be said of it before the model is there."""
@@ -68,6 +78,8 @@ class Facts:
     """Of the sequence."""
     recent: list[int]
     """The last ids of it."""
+    context: str = ""
+    """What levels have learned from it by, as JSON; "": nothing."""
 
 
 def facts_of(path: str | Path) -> Facts:
@@ -97,11 +109,17 @@ def facts_of(path: str | Path) -> Facts:
     return facts
 
 
-def load(path: str | Path, model: Model) -> Begun:
+def load(path: str | Path, model: Model, learner: Learning | None = None) -> Begun:
     """The sequence in a state file, on the model's device.
 
+    Args:
+        path: of the file.
+        model: that has read the sequence.
+        learner: of the model, where levels are to go on learning from it; None: none does.
+
     Raises:
-        UserError: as `facts_of`; or it is of another model, dtype or tokenizer.
+        UserError: as `facts_of`; or it is of another model, dtype or tokenizer, or levels have
+            learned from it by other keys.
     """
     path = path_of(path)
     facts = facts_of(path)
@@ -120,11 +138,19 @@ def load(path: str | Path, model: Model) -> Begun:
             f"{path} is a state of text of another tokenizer than {model.tokenizer.name}; give the "
             f"one that it was made with (--tokenizer)"
         )
+    if facts.context != (learner.context if learner else ""):
+        raise UserError(
+            f"{path} is a state from which levels learned by {facts.context or 'nothing'}, and now "
+            f"they would by {learner.context if learner else 'nothing'}; give the same --context, "
+            f"or another file"
+        )
     try:
         with safe_open(path, framework="pt", device=str(model.device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         seen = tensors.pop(_SEEN).cpu().bool()
-        stream = model.stream_from({n.removeprefix(_STREAM): t for n, t in tensors.items()})
+        stream = (learner or model).stream_from(
+            {n.removeprefix(_STREAM): t for n, t in tensors.items()}
+        )
         begun = Begun(stream, facts.recent, seen)
         if seen.shape != (model.vocabulary,) or begun.tokens != facts.tokens:
             raise ValueError("its tensors and what it says of them differ")
@@ -142,7 +168,7 @@ def save(path: str | Path, begun: Begun, model: Model) -> None:
     path = path_of(path)
     facts = Facts(
         digest(model), _described(model), str(model.dtype), _digest_of(model.tokenizer),
-        begun.tokens, begun.recent,
+        begun.tokens, begun.recent, begun.stream.context,
     )  # fmt: skip
     tensors: dict[str, Tensor] = {_SEEN: begun.seen.to(torch.uint8)}
     for name, tensor in begun.stream.tensors().items():

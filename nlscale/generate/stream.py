@@ -32,7 +32,10 @@ class Stream:
     Attributes:
         batch: sequences
         lengths: tokens that each has read, int64 [batch], on the CPU
+        context: what levels learn by from what is read: nothing
     """
+
+    context = ""
 
     def __init__(self, decoder: Decoder, vocabulary: int, batch: int) -> None:
         if batch < 1:
@@ -180,6 +183,10 @@ class Stream:
     def clone(self) -> Stream:
         """Another stream that goes on from here, and leaves this one where it is."""
         return self.select(range(self.batch))
+
+    def anew(self) -> Stream:
+        """Another stream, of as many sequences from their start."""
+        return Stream(self._decoder, self._vocabulary, self.batch)
 
     def reset(self, rows: Integers) -> None:
         """Begin these sequences anew; raises as `select`."""

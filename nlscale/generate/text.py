@@ -14,8 +14,7 @@ from nlscale.data.tokenizer import Tokenizer
 from nlscale.errors import UserError
 from nlscale.generate.detokenize import Detokenizer, Stops
 from nlscale.generate.sampling import Sampling, check_seed, chosen, number
-from nlscale.generate.stream import Stream
-from nlscale.generate.tokens import is_whole, listed
+from nlscale.generate.tokens import Integers, Tokens, is_whole, listed
 
 TOKENS = 200
 """How many are generated unless said otherwise."""
@@ -27,8 +26,29 @@ _RECENT = 16
 Prompt = str | Sequence[int]
 
 
+class Rows(Protocol):
+    """Sequences that are read: a `Stream`, or one from which levels learn."""
+
+    @property
+    def lengths(self) -> Tensor: ...
+
+    @property
+    def context(self) -> str: ...
+
+    def feed(
+        self, tokens: Tokens, lengths: Integers | None = None, last: bool = False
+    ) -> Tensor: ...
+
+    def select(self, rows: Integers) -> Rows: ...
+
+    def anew(self) -> Rows: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+
 class Speaker(Protocol):
-    """What is asked of a `nlscale.generate.model.Model`."""
+    """What is asked of a model: a `nlscale.generate.model.Model` or
+    `nlscale.generate.learner.Learner`."""
 
     @property
     def config(self) -> Config: ...
@@ -39,7 +59,7 @@ class Speaker(Protocol):
     @property
     def tokenizer(self) -> Tokenizer: ...
 
-    def stream(self, batch: int = 1) -> Stream: ...
+    def stream(self, batch: int = 1) -> Rows: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +93,7 @@ class Begun:
         seen: bool [vocabulary], the tokens that occur in it
     """
 
-    stream: Stream
+    stream: Rows
     recent: list[int]
     seen: Tensor
 
@@ -130,7 +150,7 @@ class Generation:
     anew at the last separator of what it is to read, and what comes before that changes nothing.
 
     Args:
-        model: a `nlscale.generate.model.Model`.
+        model: a `nlscale.generate.model.Model`, or a `nlscale.generate.learner.Learner`.
         prompts: texts, or token ids; an empty one stands for the separator of documents, after
             which a document begins. A text is read as it stands: no token is put before it.
         tokens: to generate of each at most; 0 only reads.
@@ -166,11 +186,12 @@ class Generation:
         self._ids = [self._encoded(prompt) for prompt in prompts]
         self._unread = [[*before[-1:], *ids] for ids in self._ids]
         past = begun.tokens - 1 if begun else 0
+        stream = begun.stream if begun else None
         self._seen = torch.zeros(len(prompts), model.vocabulary, dtype=torch.bool)
         if model.config.data.document_mask:
             self._unread = [_last_document(ids, tokenizer.separator) for ids in self._unread]
             if begun and self._unread[0][0] == tokenizer.separator:
-                begun, before, past = None, [], 0
+                stream, begun, before, past = begun.stream.anew(), None, [], 0
         if begun:
             self._seen |= begun.seen
         for row, ids in zip(self._seen, self._unread, strict=True):
@@ -185,7 +206,7 @@ class Generation:
                 row = _Row(text, len(ids), sample, recent, read, decoder, Stops(stop))
                 row.ended = None if tokens else "tokens"
                 self.rows.append(row)
-        self._stream = begun.stream if begun else model.stream(len(prompts))
+        self._stream: Rows = stream or model.stream(len(prompts))
         self._active = [row for row in self.rows if row.ended is None]
         self._has_read: bool | None = False
         """None while it reads."""

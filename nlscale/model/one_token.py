@@ -42,6 +42,7 @@ class DecoderOneToken:
         self.embedding = decoder.embedding.weight
         self.blocks: list[tuple[str, _Norm, OneToken, list[Level]]] = []
         self.changes = any(block.cms.chunks for block in decoder.blocks.values())  # type: ignore
+        self.mlps: list[Any] = [m for b in decoder.blocks.values() for m in b.cms.mlps]  # type: ignore
         for index, module in decoder.blocks.items():
             block: Any = module
             levels = _levels(block.cms)
@@ -53,7 +54,8 @@ class DecoderOneToken:
     @property
     def capturable(self) -> bool:
         """Whether a CUDA graph may hold `logits`."""
-        return not self.changes and all(mixer.capturable for _, _, mixer, _ in self.blocks)
+        still = not self.changes and all(mlp.changes is None for mlp in self.mlps)
+        return still and all(mixer.capturable for _, _, mixer, _ in self.blocks)
 
     def logits(self, tokens: Tensor, states: dict[str, Any], active: Tensor | None) -> Tensor:
         """tokens [batch] -> logits [batch, vocabulary].
@@ -108,7 +110,7 @@ def _levels(cms: Any) -> list[Level]:
     """Of the levels one after another, or of all of them side by side."""
     norms = [_Norm(norm) for norm in cms.norms]
     weights = [
-        (mlp.up.weight.mT, mlp.down.weight.mT, _change(cms, place))
+        (mlp, mlp.up.weight.mT, mlp.down.weight.mT, _change(cms, place))
         for place, mlp in enumerate(cms.mlps)
     ]
     if cms.mixture is None:
@@ -117,23 +119,39 @@ def _levels(cms: Any) -> list[Level]:
 
     def side_by_side(x: Tensor, reading: Reading) -> None:
         normed = norms[0](x)
-        for part, (up, down, change) in zip(share, weights, strict=True):
-            hidden = swiglu(torch.mm(normed, up))
+        for part, (mlp, up, down, change) in zip(share, weights, strict=True):
+            hidden = swiglu(_changed(mlp, 0, normed, torch.mm(normed, up)))
             if change is not None:
                 x.add_(part * change(normed, hidden, reading))
             x.addmm_(hidden.mul_(part), down)
+            _changed(mlp, 1, hidden, x)
 
     return [side_by_side]
 
 
 def _level(
-    norm: _Norm, up: Tensor, down: Tensor, change: Change | None, x: Tensor, reading: Reading
+    norm: _Norm,
+    mlp: Any,
+    up: Tensor,
+    down: Tensor,
+    change: Change | None,
+    x: Tensor,
+    reading: Reading,
 ) -> None:
     normed = norm(x)
-    hidden = swiglu(torch.mm(normed, up))
+    hidden = swiglu(_changed(mlp, 0, normed, torch.mm(normed, up)))
     x.addmm_(hidden, down)
+    _changed(mlp, 1, hidden, x)
     if change is not None:
         x.add_(change(normed, hidden, reading))
+
+
+def _changed(mlp: Any, place: int, x: Tensor, y: Tensor) -> Tensor:
+    """y, with the product of x [batch, inputs] and the change of a weight, where there is one,
+    added in place: see `nlscale.model.cms.LevelMLP.changes`."""
+    if mlp.changes is not None:
+        y.add_(torch.bmm(mlp.changes[place], x[..., None])[..., 0])
+    return y
 
 
 Change = Callable[[Tensor, Tensor, Reading], Tensor]

@@ -11,14 +11,16 @@ import numpy as np
 import torch
 
 from nlscale.config.curriculum import largest
+from nlscale.config.in_context import described
 from nlscale.config.vocabulary import ContextReset
 from nlscale.errors import UserError
 from nlscale.evaluate.asking.context import Advance, Context, Part
 from nlscale.evaluate.asking.sizes import shown
 from nlscale.evaluate.intervals import Ratio
-from nlscale.evaluate.position.reader import Learning, Reader, Static, described, learning_levels
+from nlscale.evaluate.position.reader import Learning, Reader, Static
 from nlscale.evaluate.position.text import Text, text_of
 from nlscale.evaluate.trained import Result
+from nlscale.generate.learned import levels_of
 from nlscale.generate.model import Model
 
 _ROWS = 4
@@ -43,7 +45,7 @@ def evaluate(model: Model, options: argparse.Namespace, context: Context) -> Res
     ends: list[int] = options.lengths
     contexts = contexts_of(text, ends, options.contexts)
     fine = _curve(ends)
-    levels = learning_levels(model, options.context, options.learned)
+    levels = levels_of(model, options.context, options.learned)
     if any(each.keys.reset == ContextReset.never for each in levels):
         parts = [_in_turn(contexts)]
     else:

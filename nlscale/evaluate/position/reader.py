@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from nlscale.config.in_context import InContext, in_context, learning
-from nlscale.config.vocabulary import Config, ContextObjective, ContextReset
-from nlscale.errors import UserError
 from nlscale.evaluate.finite import finite
 from nlscale.generate import learned
 from nlscale.generate.model import Model
@@ -76,33 +71,3 @@ class Learning:
     def end(self) -> None:
         if self._file is not None:
             learned.save(self._file, self._model, self._stream)
-
-
-def learning_levels(
-    model: Model, overrides: Sequence[str] | None, file: Path | None
-) -> list[InContext]:
-    """The levels that learn from what they read; none: the model reads as it is.
-
-    Raises:
-        UserError: keys that do not fit the model; a file, where nothing is kept.
-    """
-    levels = in_context(model.config, ContextObjective.ntp)
-    if overrides:
-        levels = learning(model.config, overrides)
-    if file is not None and all(x.keys.reset == ContextReset.sequence for x in levels):
-        raise UserError(
-            f"--learned {file}: no level keeps what it has learned from one context to the next; "
-            f"give --context LEVEL.reset=never beside its other keys"
-        )
-    return levels
-
-
-def described(level: InContext, config: Config) -> dict[str, Any]:
-    """For JSON: the level by its name, and its keys."""
-    plain = {
-        key: value.value if isinstance(value, Enum) else value
-        for key, value in asdict(level.keys).items()
-        if key != "decay"
-    }
-    name = config.levels.spectrum[level.level].name
-    return {"level": name, **plain, "blocks": len(level.depths)}
