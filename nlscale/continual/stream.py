@@ -158,9 +158,8 @@ def read_stream(given: str | Path, imports: list[str] | None = None) -> Stream:
             levels=[level.name for level in config.levels.spectrum],
         )
         made = changes_of(given_methods, course, where)
-        values.append(
-            Value(folder_name(name), {"hooks": [*hooks, *made.hooks], **keys, **made.keys})
-        )
+        of_run = [*made.before_scores, *hooks, *made.hooks]
+        values.append(Value(folder_name(name), {"hooks": of_run, **keys, **made.keys}))
         helps[values[-1].name] = ", ".join(
             [*given_methods, *(f"{key}={trees.dump(value)}" for key, value in keys.items())]
         )

@@ -41,6 +41,14 @@ class FreezeOptions:
 
 
 @dataclass
+class LearnOptions:
+    """Of `learn-in-context`."""
+
+    sequences: int = within(64, above=0, most=1_000_000)
+    """The last of the training samples, which levels that are never reset read at each call."""
+
+
+@dataclass
 class SourceOptions:
     """A data folder of a task."""
 
