@@ -83,7 +83,8 @@ def accuracy(
     Args:
         examples: at least one.
         labels: to choose from.
-        length: tokens of a sequence; of a prompt that is too long the end is read.
+        length: tokens of a sequence; of a prompt for which and the longest label that is too short
+            the end is read, the same for all labels.
         separator: fills rows up, behind all that counts.
         nats: asks the model.
 
@@ -96,16 +97,16 @@ def accuracy(
             f"a label is {longest} tokens, and a sequence {length}: nothing is left of the prompt; "
             f"use a longer data.sequence_length, or names of classes"
         )
-    asked = [(one.prompt + label, len(label)) for one in examples for label in labels]
+    room = length + 1 - longest
+    asked = [(one.prompt[-room:] + label, len(label)) for one in examples for label in labels]
     found = []
     for first in range(0, len(asked), _ROWS):
         some = asked[first : first + _ROWS]
         rows = np.full((len(some), length + 1), separator, np.int64)
         counts = np.zeros(rows.shape, bool)
         for row, count, (ids, label) in zip(rows, counts, some, strict=True):
-            kept = ids[-(length + 1) :]
-            row[: len(kept)] = kept
-            count[len(kept) - label : len(kept)] = True
+            row[: len(ids)] = ids
+            count[len(ids) - label : len(ids)] = True
         found.append(nats(rows, counts))
     of_all = np.concatenate(found).reshape(len(examples), len(labels))
     if not np.isfinite(of_all).all():
