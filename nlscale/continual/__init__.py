@@ -14,7 +14,7 @@
     seeds: [1, 2, 3]
     boundaries: known                     # or unknown: nobody says when a task ends
     optimizer: kept                       # or reset at each boundary
-    metric: bits_per_byte                 # or loss, nats a token
+    metric: bits_per_byte                 # or loss, nats a token; or accuracy, of labels
     every: 50                             # steps between scores beside those at boundaries
     workers: 2                            # runs at a time on this machine
     ranks: 1                              # processes of each run

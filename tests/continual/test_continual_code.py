@@ -26,8 +26,8 @@ def test_each_task_has_text_of_its_own_and_enough_of_it(tmp_path: Path) -> None:
         seen |= names
         for name in names:
             assert (tmp_path / task / name).read_bytes() == (library / name).read_bytes()
-        # of 150 steps of 1,024 bytes none is read twice, and a twentieth is held out
-        assert sum(file.stat().st_size for file in texts) * 0.95 > 150 * 1024
+        # of 150 steps of 1,024 bytes none is read twice, though files of any size are held out
+        assert sum(file.stat().st_size for file in texts) * 0.5 > 150 * 1024
     built = [
         shlex.split(line) if isinstance(line, str) else line for line in stream.sweep.build_data
     ]

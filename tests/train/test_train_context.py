@@ -15,8 +15,8 @@ from nlscale.checkpoint.store.store import Checkpoint, Store
 CONTEXT = [
     "levels=[{name: fast, context: {chunk: 8, learning_rate: 5, blocks: 2}}, "
     "{name: slow, period: 4, context: {chunk: 4, learning_rate: 5, decay: 0.9}}]",
-    "train.steps=7", "checkpoint.every=1 steps", "checkpoint.keep=9", "optimizer.learning_rate=0.01",
-    "optimizer.warmup_steps=2",
+    "train.steps=7", "checkpoint.every=1 steps", "checkpoint.keep=9",
+    "optimizer.learning_rate=0.01", "optimizer.warmup_steps=2",
 ]  # fmt: skip
 
 
