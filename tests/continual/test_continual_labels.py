@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ from levels.level_runs import VOCABULARY, load, sequences
 from numpy.typing import NDArray
 
 import nlscale
-from nlscale.checkpoint.diff import compare
-from nlscale.checkpoint.store.store import Store
 from nlscale.cli import main
 from nlscale.config.in_context import in_context
-from nlscale.config.vocabulary import ContextObjective
+from nlscale.config.vocabulary import Config, ContextObjective
 from nlscale.continual.labels import accuracy, examples_of, labels_of
 from nlscale.continual.methods.learning import Learn, kept_changes, learned_nats
 from nlscale.continual.methods.options import LearnOptions
@@ -45,26 +42,12 @@ from nlscale.train.loop import Trainer
 
 LABELS = {"web": ("red", "green"), "books": ("blue", "grey")}
 SEPARATOR = 255
-METHODS = {
-    "naive": None,
-    "all": {
-        "context": {
-            "levels": {
-                "level1": {"chunk": 8, "learning_rate": 1, "reset": "never"},
-                "level0": {"chunk": 16, "learning_rate": 0.1},
-            },
-            "sequences": 4,
-        },
-        "periods": {"levels": {"level2": "task", "level1": 3}},
-        "reset": None,
-    },
-}
+METHODS = {"ours": {"periods": {"levels": {"level2": "task", "level1": 3}}, "reset": None}}
 STREAM: dict[str, Any] = {
     "metric": "accuracy",
     "methods": METHODS,
     "set": {
         "data.sequence_length": 32,
-        "checkpoint": {"every": "4 steps", "keep": 20},
         "optimizer.learning_rate": 0.02,
     },
 }
@@ -165,17 +148,18 @@ class Read:
         return sequences(self.trainer.config, 5)[-count:]
 
 
-def asked(overrides: list[str]) -> dict[str, Any]:
-    """What is found of rows, and what levels keep, on this rank of a run."""
-    config, (rows, counts) = load([*LEARNING, *overrides]), asked_rows()
+def asked() -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is found of rows and what levels keep, on this rank of a run; and the same, a row at a
+    time, by a model and streams that learn."""
+    config, (rows, counts) = load(LEARNING), asked_rows()
+    levels = in_context(config, ContextObjective.ntp)
     with process_groups(config) as layout:
         trainer = Trainer.build(config, layout, levels_of(config), VOCABULARY)
-        found: dict[str, Any] = {"static": row_nats(trainer, rows, counts, VOCABULARY - 1)}
-        if layout.tensor_size > 1:
-            return found
+        found: dict[str, Any] = {
+            "static": row_nats(trainer, rows, counts, VOCABULARY - 1),
+            "learned": learned_nats(trainer, levels, rows, counts),
+        }
         before = {k: p.detach().clone() for k, p in trainer.named_parameters().items()}
-        levels = in_context(config, ContextObjective.ntp)
-        found["learned"] = learned_nats(trainer, levels, rows, counts)
         hook: Any = object.__new__(Learn)
         hook.run, hook.options = Read(trainer), LearnOptions(sequences=2)
         hook.on_update()
@@ -184,62 +168,57 @@ def asked(overrides: list[str]) -> dict[str, Any]:
         found["after"] = learned_nats(trainer, levels, rows, counts)
         same = trainer.named_parameters()
         assert all(torch.equal(same[k], p) and same[k].requires_grad for k, p in before.items())
-        return found
+        return found, plainly(config, rows, counts)
 
 
-def plainly() -> dict[str, Any]:
-    """The same, a row at a time, by a model and streams that learn."""
-    config, (rows, counts) = load(LEARNING), asked_rows()
+def plainly(config: Config, rows: NDArray[np.int64], counts: NDArray[np.bool_]) -> dict[str, Any]:
     levels = in_context(config, ContextObjective.ntp)
-    with process_groups(config):
-        model: Any = Decoder(config, megatron_config(config), VOCABULARY)
-        initialize(model, config.run.seed, 0, 1)
+    model: Any = Decoder(config, megatron_config(config), VOCABULARY)
+    initialize(model, config.run.seed, 0, 1)
 
-        def stream(start: dict[str, torch.Tensor]) -> LearningStream:
-            begun = LearningStream(model, VOCABULARY, 1, levels)
-            for name, change in begun.changes().items():
-                if name in start:
-                    change.copy_(start[name])
-            return begun
+    def stream(start: dict[str, torch.Tensor]) -> LearningStream:
+        begun = LearningStream(model, VOCABULARY, 1, levels)
+        for name, change in begun.changes().items():
+            if name in start:
+                change.copy_(start[name])
+        return begun
 
-        def learned(start: dict[str, torch.Tensor]) -> NDArray[np.float64]:
-            each = [stream(start).feed(row[None])[0, 1:].numpy() for row in rows]
-            return np.array([nats[c[1:]].sum() for nats, c in zip(each, counts, strict=True)])
+    def learned(start: dict[str, torch.Tensor]) -> NDArray[np.float64]:
+        each = [stream(start).feed(row[None])[0, 1:].numpy() for row in rows]
+        return np.array([nats[c[1:]].sum() for nats, c in zip(each, counts, strict=True)])
 
-        static = []
-        for row, count in zip(torch.from_numpy(rows), counts, strict=True):
-            logits = model.logits(model.hidden(row[None, :-1], carry=False)[0])[:, 0]
-            nats = F.cross_entropy(logits, row[1:], reduction="none").detach().numpy()
-            static.append(nats[count[1:]].sum())
-        kept: dict[str, torch.Tensor] = {}
-        for _ in range(2):
-            reading = stream(kept)
-            for one in sequences(config, 5)[-2:]:
-                reading.begin()
-                reading.feed(torch.cat([one.tokens, one.targets[:, -1:]], 1))
+    static = []
+    for row, count in zip(torch.from_numpy(rows), counts, strict=True):
+        logits = model.logits(model.hidden(row[None, :-1], carry=False)[0])[:, 0]
+        nats = F.cross_entropy(logits, row[1:], reduction="none").detach().numpy()
+        static.append(nats[count[1:]].sum())
+    kept: dict[str, torch.Tensor] = {}
+    for _ in range(2):
+        reading = stream(kept)
+        for one in sequences(config, 5)[-2:]:
             reading.begin()
-            # the first MLP of the last two blocks, which is never reset
-            kept = {k: x for k, x in reading.changes().items() if ".mlps.0." in k}
-        return {
-            "static": np.array(static),
-            "learned": learned({}),
-            "after": learned(kept),
-            "kept": {k: x[0].numpy() for k, x in kept.items()},
-        }
+            reading.feed(torch.cat([one.tokens, one.targets[:, -1:]], 1))
+        reading.begin()
+        # the first MLP of the last two blocks, which is never reset
+        kept = {k: x for k, x in reading.changes().items() if ".mlps.0." in k}
+    return {
+        "static": np.array(static),
+        "learned": learned({}),
+        "after": learned(kept),
+        "kept": {k: x[0].numpy() for k, x in kept.items()},
+    }
 
 
-def test_rows_cost_what_they_cost_alone_on_all_layouts() -> None:
-    (plain,) = world.run(1, plainly)
-    assert np.abs(plain["learned"] - plain["static"]).max() > 1e-3
-    assert np.abs(plain["after"] - plain["learned"]).max() > 1e-3
-    for layout in ([], ["parallel.tensor=2"]):
-        for found in world.run(2, asked, layout):
-            for name in found.keys() - {"kept"}:
-                assert np.allclose(found[name], plain[name], rtol=1e-4, atol=1e-4), name
-            for name, change in found.get("kept", {}).items():
-                assert np.abs(change).max() > 1e-4
-                assert np.allclose(change, plain["kept"][name], atol=1e-6), name
-            assert found.keys() == ({"static"} if layout else plain.keys())
+def test_rows_cost_on_two_ranks_what_they_cost_alone() -> None:
+    for found, plain in world.run(2, asked):
+        assert np.abs(plain["learned"] - plain["static"]).max() > 1e-3
+        assert np.abs(plain["after"] - plain["learned"]).max() > 1e-3
+        for name in ("static", "learned", "after"):
+            assert np.allclose(found[name], plain[name], rtol=1e-4, atol=1e-4), name
+        assert found["kept"].keys() == plain["kept"].keys()
+        for name, change in found["kept"].items():
+            assert np.abs(change).max() > 1e-4
+            assert np.allclose(change, plain["kept"][name], atol=1e-6), name
 
 
 def said_by(run: Path, data: Path) -> list[float]:
@@ -267,36 +246,15 @@ def test_a_stream_of_labels_has_the_accuracies_of_its_models(
 ) -> None:
     found = learn(undisturbed, capsys)
     assert found["metric"] == "accuracy" and found["higher_is_better"]
-    naive = found["methods"]["naive"]
-    assert naive["matrix"][-1] == said_by(undisturbed.parent / "runs/naive-seed1234", data)
-    assert all(0 <= x <= 1 for row in naive["matrix"] for x in row)
-    ours = undisturbed.parent / "runs/all-seed1234"
-    records = [r for r in read_records(ours) if r["kind"] == "train"]
-    # one level as slow as a task; moments begin anew where the first task ends
+    ours, folder = found["methods"]["ours"], undisturbed.parent / "runs/ours-seed1234"
+    assert ours["matrix"][-1] == said_by(folder, data)
+    assert ours["before"] != ours["matrix"][0] and 0 < max(ours["matrix"][1]) <= 1
+    (run,) = expand(read_stream(undisturbed).sweep)
+    assert [hook.name for hook in run.config.hooks] == ["task-scores", "reset-optimizer"]
+    records = [r for r in read_records(folder) if r["kind"] == "train"]
     assert [level["period"] for level in records[-1]["levels"].values()] == [1, 3, 12]
-    last = Store(ours / "checkpoints").checkpoints()[-1]
-    assert last.state["kept"] == ["context_change"]
     for figure in ("matrix.png", "curves.png"):
         assert (undisturbed.parent / "runs" / figure).read_bytes().startswith(b"\x89PNG")
-
-
-def test_one_that_is_killed_ends_the_same(
-    data: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, run = stream(tmp_path, data, methods={"all": METHODS["all"]}), "runs/all-seed1234"
-    shutil.copytree(undisturbed.parent / run, tmp_path / run)
-    (tmp_path / run / "summary.json").unlink()
-    for checkpoint in Store(tmp_path / run / "checkpoints").checkpoints():
-        if checkpoint.step > 16:
-            shutil.rmtree(checkpoint.path)
-    found = learn(path, capsys)
-    theirs = json.loads((undisturbed.parent / "runs/results.json").read_text())
-    assert found["methods"]["all"]["runs"] == theirs["methods"]["all"]["runs"]
-    last = [
-        Store(each / run / "checkpoints").checkpoints()[-1]
-        for each in (tmp_path, undisturbed.parent)
-    ]
-    assert compare(*last)["bitwise"]
 
 
 def test_two_ranks_learn_a_stream_and_wandb_has_it(
@@ -311,14 +269,14 @@ def test_two_ranks_learn_a_stream_and_wandb_has_it(
 
     monkeypatch.setattr(local, "worker_places", places)
     keys = {**STREAM["set"], "wandb.enabled": True, "train.micro_batch": 4}
-    path = stream(tmp_path, data, methods=["naive"], ranks=2, set=keys)
+    path = stream(tmp_path, data, ranks=2, set=keys)
     found = learn(path, capsys)
     theirs = json.loads((undisturbed.parent / "runs/results.json").read_text())
-    matrices = [np.array(one["methods"]["naive"]["matrix"]) for one in (found, theirs)]
+    matrices = [np.array(one["methods"]["ours"]["matrix"]) for one in (found, theirs)]
     # by tasks of 8 documents; a likelihood that is nearly another's may be rounded past it
     assert np.abs(matrices[0] - matrices[1]).max() <= 2 / 8
-    assert list((tmp_path / "runs/naive-seed1234/wandb").glob("offline-run-*/run-*.wandb"))
-    log = (tmp_path / "runs/naive-seed1234/train.log").read_text()
+    assert list((tmp_path / "runs/ours-seed1234/wandb").glob("offline-run-*/run-*.wandb"))
+    log = (tmp_path / "runs/ours-seed1234/train.log").read_text()
     assert "2 ranks" in log
 
 

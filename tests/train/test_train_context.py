@@ -15,7 +15,7 @@ from nlscale.checkpoint.store.store import Checkpoint, Store
 CONTEXT = [
     "levels=[{name: fast, context: {chunk: 8, learning_rate: 5, blocks: 2}}, "
     "{name: slow, period: 4, context: {chunk: 4, learning_rate: 5, decay: 0.9}}]",
-    "train.steps=7", "checkpoint.every=1 steps", "checkpoint.keep=9",
+    "train.steps=7", "checkpoint.every=6 steps", "train.validate_every=99", "train.global_batch=4",
     "optimizer.learning_rate=0.01", "optimizer.warmup_steps=2",
 ]  # fmt: skip
 
@@ -57,7 +57,3 @@ def test_two_pipeline_stages_train_what_one_does(data: Path, whole: Path, tmp_pa
     summaries = world.run(2, run, here)
     assert summaries[0]["steps"] == 7, summaries
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-4)
-    still = [each.replace("learning_rate: 5", "learning_rate: 0") for each in here]
-    world.run(2, run, [*still, f"run.dir={tmp_path / 'still'}", "train.steps=3"])
-    apart = zip(losses(tmp_path / "still"), losses(tmp_path), strict=False)
-    assert max(abs(a - b) for a, b in apart) > 1e-3  # the change counts
