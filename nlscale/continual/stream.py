@@ -14,10 +14,11 @@ from nlscale.config import recipe, schema, trees
 from nlscale.config.curriculum import tokens_per_step
 from nlscale.config.fields import one_of, within
 from nlscale.config.fields import path as path_field
+from nlscale.config.in_context import in_context
 from nlscale.config.scalars import shown
-from nlscale.config.vocabulary import Config
+from nlscale.config.vocabulary import Config, ContextObjective, ContextReset
 from nlscale.continual.methods.table import METHODS, Course, changes_of
-from nlscale.continual.metrics import METRICS, RECORD, Metric
+from nlscale.continual.metrics import LEARN, METRICS, RECORD, Metric
 from nlscale.errors import UserError
 from nlscale.scaling.sweep.spec import Sweep, commands
 from nlscale.scaling.sweep.values import Value, folder_name, read_count, read_keys
@@ -159,6 +160,7 @@ def read_stream(given: str | Path, imports: list[str] | None = None) -> Stream:
         )
         made = changes_of(given_methods, course, where)
         of_run = [*made.before_scores, *hooks, *made.hooks]
+        _check_never(config, of_run, where)
         values.append(Value(folder_name(name), {"hooks": of_run, **keys, **made.keys}))
         helps[values[-1].name] = ", ".join(
             [*given_methods, *(f"{key}={trees.dump(value)}" for key, value in keys.items())]
@@ -180,6 +182,19 @@ def read_stream(given: str | Path, imports: list[str] | None = None) -> Stream:
         raise UserError(f"{path}: seeds: one is there twice")
     found = [value.name for value in values]
     return Stream(sweep, names, ends, found, METRICS[file.metric], file.metric, helps)
+
+
+def _check_never(config: Config, hooks: list[Any], where: str) -> None:
+    """Raises UserError: a level is never reset, and nothing has it read what it could keep."""
+    if any(isinstance(hook, dict) and hook.get("name") == LEARN for hook in hooks):
+        return
+    for level in in_context(config, ContextObjective.ntp):
+        if level.keys.reset == ContextReset.never:
+            name = config.levels.spectrum[level.level].name
+            raise UserError(
+                f"{where}: level {name!r} is never reset, and nothing has it read: give its "
+                f"context to the method of that name, {{context: {{levels: {{{name}: ...}}}}}}"
+            )
 
 
 def _keys(tree: Any, where: str, ours: tuple[str, ...]) -> dict[str, Any]:

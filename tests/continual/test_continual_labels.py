@@ -280,12 +280,19 @@ def test_two_ranks_learn_a_stream_and_wandb_has_it(
     assert "2 ranks" in log
 
 
+NEVER = {"chunk": 8, "reset": "never"}
+
+
 @pytest.mark.parametrize(
     ("methods", "said"),
     [
         ({"a": {"periods": {"levels": {"slow": 3}}}}, "no level is called 'slow'"),
         ({"a": {"periods": {}}}, "give periods of some of level0, level1, level2"),
         ({"a": {"context": {"levels": {"level0": 8}}}}, "levels.level0: give keys of its context"),
+        (
+            {"a": {"set": {"levels": [{"context": {**NEVER, "objective": "ntp"}}]}, "naive": None}},
+            "give its context to the method of that name, {context: {levels: {level0: ...}}}",
+        ),
         ({"a": {"context": {}}}, "{level2: {chunk: 64, learning_rate: 0.1}}"),
     ],
 )
@@ -303,7 +310,7 @@ def test_a_task_is_no_period_where_tasks_differ_and_boundaries_may_be_unknown(
     periods = {"a": {"periods": {"levels": {"level2": "task"}}}}
     with pytest.raises(UserError, match="tasks have 5, 4 steps"):
         read_stream(write_stream(tmp_path, "data", methods=periods))
-    never = {"levels": {"level0": {"chunk": 8, "reset": "never"}}}
+    never = {"levels": {"level0": NEVER}}
     for method in ({"reset": None}, {"context": never}):
         with pytest.raises(UserError, match="unknown"):
             read_stream(write_stream(tmp_path, "data", methods={"a": method}, boundaries="unknown"))

@@ -415,7 +415,7 @@ def test_the_python_of_the_page_runs(
 ) -> None:
     page = Path(__file__).parents[2] / "docs" / "how-to" / "generate.md"
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     monkeypatch.setattr(models, "VOCABULARY", 256)
     monkeypatch.chdir(tmp_path)
     ByteTokenizer().save(tmp_path)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nlscale.config.in_context import InContext
-from nlscale.config.vocabulary import Config, ContextReset
 from nlscale.continual.labels import Example, accuracy, examples_of, labels_of
 from nlscale.continual.methods.learning import learned_nats, levels_that_learn
 from nlscale.continual.methods.options import ScoresOptions, TaskOptions
-from nlscale.continual.metrics import LEARN, METRICS, RECORD
+from nlscale.continual.metrics import METRICS, RECORD
 from nlscale.data import Samples
 from nlscale.errors import UserError
 from nlscale.evaluate.loss import loss
@@ -39,7 +36,6 @@ class Scores(Hook):
         config = self.run.config
         self._metric = METRICS[self.options.metric]
         self._levels = levels_that_learn(self.run.trainer)
-        _check_learns(self._levels, config)
         self._splits: dict[str, list[tuple[Samples, float]]] = {}
         for task in self.options.tasks:
             self._splits[task.name] = []
@@ -117,13 +113,3 @@ class Scores(Hook):
         if self._levels:
             return learned_nats(self.run.trainer, self._levels, rows, counts)
         return row_nats(self.run.trainer, rows, counts, split.shards.separator)
-
-
-def _check_learns(levels: Sequence[InContext], config: Config) -> None:
-    """Raises UserError: a level is never reset, and reads nothing that it could keep."""
-    kept = [each for each in levels if each.keys.reset == ContextReset.never]
-    if kept and LEARN not in (hook.name for hook in config.hooks):
-        raise UserError(
-            f"level {config.levels.spectrum[kept[0].level].name!r} is never reset, and nothing "
-            f"has it read: give its context to a method, {{context: {{levels: ...}}}}"
-        )
