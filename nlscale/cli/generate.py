@@ -158,9 +158,9 @@ def _stop(given: str) -> str:
 
 def _generate(args: argparse.Namespace) -> int:
     """JSON: `model`, `step`, `prompt` or `file`, `prompt_tokens`, `tokens_before` (of the state),
-    `seed`, `sampling`, `stop`, `context` (keys of each level that learns), `samples` (each
-    `sample`, `text`, `ids`, `log_probabilities`, `ended`), `reading_seconds`, `seconds`,
-    `tokens_per_second`, `state`, `learned`."""
+    `seed`, `sampling`, `stop`, `samples` (each `sample`, `text`, `ids`, `log_probabilities`,
+    `ended`), `reading_seconds`, `seconds`, `tokens_per_second`, `state`; where levels learn
+    `context` (keys of each) and `learned`."""
     _check(args)
     prompt = _prompt(args)
     with _held(args):
@@ -231,12 +231,13 @@ def _generate_from(args: argparse.Namespace, prompt: str) -> int:
             **({"file": str(args.file)} if args.file else {"prompt": prompt}),
             "prompt_tokens": generation.results[0].prompt_tokens, "tokens_before": before,
             "seed": args.seed, "sampling": asdict(sampling), "stop": args.stop,
-            "context": [described(level, model.config) for level in levels],
             "samples": [_described(one) for one in generation.results],
             "reading_seconds": took, "seconds": seconds, "tokens_per_second": speed,
             "state": None if after is None else {"file": str(args.state), "tokens": after.tokens},
-            "learned": None if args.learned is None else str(args.learned),
         }  # fmt: skip
+        if levels:
+            found["context"] = [described(level, model.config) for level in levels]
+            found["learned"] = None if args.learned is None else str(args.learned)
         print(to_json(found))
     else:
         kept = None if after is None else (args.state, after.tokens)

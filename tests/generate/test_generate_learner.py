@@ -144,7 +144,7 @@ def test_the_command_learns_and_keeps_it(
     first, second = (json.loads(out) for _, out, _ in known)
     assert first["context"][0]["level"] == "level0" and first["learned"] == str(file)
     plain = json.loads(generated()[1])
-    assert plain["context"] == [] and plain["learned"] is None
+    assert not plain.keys() & {"context", "learned"}
     # of the first chunk nothing was learned; the second text begins with what was
     probabilities = [x["samples"][0]["log_probabilities"] for x in (plain, first, second)]
     assert probabilities[0][:2] == probabilities[1][:2] != probabilities[2][:2]
