@@ -8,6 +8,7 @@ was told to, with a checkpoint.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -109,6 +110,20 @@ def run_local(
     return _Executor(runs, states, places, ranks, board, owned).run()
 
 
+def in_order(runs: list[Run]) -> list[Run]:
+    """Runs as they are to begin: those of the longest chains first, so that none is left
+    alone at the end.
+
+    Chains that take more than half of the longest, more than a quarter, ... keep the order of the
+    file among themselves: what a sweep that is stopped has done by then is what was asked first.
+    """
+    chains: dict[str, float] = {}
+    for run in runs:
+        chains[run.chain] = chains.get(run.chain, 0.0) + run.flops
+    longest = max(chains.values(), default=0.0)
+    return sorted(runs, key=lambda run: math.floor(math.log2(longest / chains[run.chain])))
+
+
 class _Executor:
     def __init__(
         self,
@@ -121,11 +136,7 @@ class _Executor:
     ) -> None:
         self._states, self._board, self._free = states, board, places
         self._ranks, self._owned = ranks, owned
-        chains: dict[str, float] = {}
-        for run in runs:
-            chains[run.chain] = chains.get(run.chain, 0.0) + run.flops
-        todo = [run for run in runs if not states[run.name].finished]
-        self._waiting = sorted(todo, key=lambda run: -chains[run.chain])
+        self._waiting = [run for run in in_order(runs) if not states[run.name].finished]
         self._running: dict[int, _Job] = {}
         self._failed: dict[str, str] = {}
         self._context = multiprocessing.get_context("forkserver")

@@ -17,7 +17,10 @@ from nlscale.config import recipe
 from nlscale.errors import UserError
 from nlscale.model.flops import flops_per_token
 from nlscale.model.sizes import level_parameters
+from nlscale.scaling.sweep.branches import share_stable_phases
 from nlscale.scaling.sweep.ladder import Ladder
+from nlscale.scaling.sweep.local import in_order
+from nlscale.scaling.sweep.runs import expand
 from nlscale.scaling.sweep.spec import read_sweep
 
 ROOT = Path(__file__).parents[3]
@@ -242,6 +245,17 @@ def test_the_sweeps_of_the_repository_are_listed_without_data(
     assert len(plain["runs"]) == runs
     assert sum(run["begins_from"] is None for run in plain["runs"]) == chains
     assert plain["price"]["gpu_hours"] > 0
+
+
+def test_long_runs_begin_first_and_equal_ones_in_the_order_of_the_file(room: Room) -> None:
+    """A stopped sweep has done what was asked first; a long run is not left alone at the end."""
+    widths = {"tiny": 24, "small": 64, "wide": 72}
+    sizes = {name: {"model.d_model": width} for name, width in widths.items()}
+    sweep = read_sweep(room.write({"size": sizes, "run.seed": [1, 2]}))
+    runs = expand(sweep)
+    share_stable_phases(sweep, runs, {})
+    order = [tuple(run.axes.values()) for run in in_order(runs)]
+    assert order == [(size, f"seed{i}") for size in ("small", "wide", "tiny") for i in (1, 2)]
 
 
 def test_folders_of_runs_are_called_as_ever(tmp_path: Path) -> None:
