@@ -126,6 +126,15 @@ class Tier(str, Enum):
     """The node's; an update streams it through the GPU."""
 
 
+class Updater(str, Enum):
+    """What updates a level whose state lies in host memory."""
+
+    device = "device"
+    """The GPU, through which the state is streamed: the bits are those of hbm."""
+    cpu = "cpu"
+    """The host, by DeepSpeed's cpu_adam: gradients go to it and weights come back. Within 1e-6."""
+
+
 class Part(str, Enum):
     """A part of the model, which belongs to a level (docs/concepts/levels.md)."""
 

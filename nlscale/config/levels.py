@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nlscale.config.choices import Part, PeriodRule, Reduction, Tier, WireFormat
+from nlscale.config.choices import Part, PeriodRule, Reduction, Tier, Updater, WireFormat
 from nlscale.config.context import ContextConfig
 from nlscale.config.fields import MOST, within
 from nlscale.config.outer import OuterConfig
@@ -42,6 +42,10 @@ class LevelConfig:
     """Where its fp32 weights and its rule's state lie between its updates. hbm: on the GPU. host:
     in the node's memory; an update streams them through a ring, and makes the same bits. Not
     of rules over whole matrices, nor with outer steps."""
+    update: Updater = Updater.device
+    """Of `memory: host`, what updates it. device: the GPU. cpu: the host, under the rule adamw, by
+    an operation of DeepSpeed (`nlscale doctor --build cpu_adam`); 6 instead of 24 bytes a parameter
+    cross PCIe, the host waits for the step, and the weights are those of device within 1e-6."""
     outer: OuterConfig = field(default_factory=OuterConfig)
     local: bool = False
     """Approximate: each node updates the level by its own gradient (DiLoCo); what crosses, as

@@ -60,6 +60,7 @@ PAGES = {
     "levels.spectrum.N.hidden": "concepts/cms.md#widths-and-the-budget",
     "levels.spectrum.N.wire": "concepts/windows.md#what-crosses",
     "levels.spectrum.N.memory": "concepts/tiers.md",
+    "levels.spectrum.N.update": "concepts/tiers.md#updates-on-the-host",
     "levels.spectrum.N.outer": "concepts/outer.md#the-outer-step",
     "levels.spectrum.N.local": "concepts/outer.md#local-levels",
     "levels.spectrum.N.context": "concepts/context.md",

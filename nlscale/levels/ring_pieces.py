@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from nlscale.config.vocabulary import Config, Tier
+from nlscale.config.vocabulary import RULES, Config, Tier, Updater
 from nlscale.errors import UserError
 from nlscale.levels.kept import rules_by_level
+from nlscale.optim.table import Rule, rule
 
 RING_SLOTS = 3
 """Of the ring: one piece comes in, one is updated, one goes out."""
@@ -43,6 +44,12 @@ def check_tiers(config: Config) -> None:
     levels = zip(config.levels.spectrum, on_host(config), rules_by_level(config), strict=True)
     for index, (entry, host, own) in enumerate(levels):
         if not host:
+            if entry.update == Updater.cpu:
+                raise UserError(
+                    f"levels.spectrum.{index}.update=cpu updates state where it lies, in host "
+                    f"memory, and that of the level is in {entry.memory.value}; use "
+                    f"levels.spectrum.{index}.memory=host, or update=device"
+                )
             continue
         key = f"levels.spectrum.{index}.memory=host"
         if own.whole_matrices:
@@ -56,9 +63,31 @@ def check_tiers(config: Config) -> None:
                 f"level makes them every {entry.outer.every} updates; use memory=hbm, or "
                 f"levels.spectrum.{index}.outer.every=null"
             )
+        if entry.update == Updater.cpu:
+            _check_host_update(index, own)
+            continue
         if not piece_elements(ring_bytes(config), len(own.state)):
             least = RING_SLOTS * 4 * (1 + len(own.state)) * ALIGNED / 2**20
             raise UserError(
                 f"tiers.ring_mib {config.tiers.ring_mib:g} has no room for {ALIGNED} parameters "
                 f"of {key} in each of {RING_SLOTS} slots; use {least:g} or more"
             )
+
+
+def _check_host_update(index: int, own: Rule) -> None:
+    if own.on_host is not None:
+        return
+    able = [name for name in RULES if rule(name).on_host is not None]
+    raise UserError(
+        f"levels.spectrum.{index}.update=cpu: the host updates under {' or '.join(able)} alone; "
+        f"use levels.spectrum.{index}.optimizer={{rule: {able[0]}}}, or update=device"
+    )
+
+
+def operations(config: Config) -> list[str]:
+    """Names of the compiled operations that a run takes, see `nlscale.ops.compiled`."""
+    found = []
+    for entry, own in zip(config.levels.spectrum, rules_by_level(config), strict=True):
+        if entry.update == Updater.cpu and own.on_host is not None:
+            found.append(own.on_host.operation)
+    return list(dict.fromkeys(found))

@@ -20,7 +20,9 @@ from nlscale.data.reader import MixtureReader
 from nlscale.data.tasks.table import task_of_index
 from nlscale.errors import UserError
 from nlscale.evaluate.table import check as check_evaluations
+from nlscale.levels.ring_pieces import operations
 from nlscale.levels.spectrum import Level, levels_of
+from nlscale.ops import compiled
 from nlscale.plan.checks import check_sizes, not_divisible
 from nlscale.train.cached import check_cache
 from nlscale.train.hooks.table import check as check_hooks
@@ -67,6 +69,8 @@ def prepare(config: Config) -> Prepared:
     """
     model, stages = config.model, curriculum(config)
     data_parallel = check_sizes(config, place().world)
+    for operation in operations(config):
+        compiled.check(operation)
     levels = levels_of(config)
     check_evaluations(config.evaluate)
     folders, notes, cuts = open_folders(config.data), [], lengths(stages)
