@@ -124,6 +124,8 @@ class Tier(str, Enum):
     """The GPU's."""
     host = "host"
     """The node's; an update streams it through the GPU."""
+    nvme = "nvme"
+    """A drive of the node; read ahead before an update, and written back behind it."""
 
 
 class Updater(str, Enum):

@@ -72,6 +72,8 @@ PAGES = {
     "levels.reduction": "concepts/levels.md#why-deferral-is-exact",
     "tiers": "concepts/tiers.md",
     "tiers.ring_mib": "concepts/tiers.md#the-ring",
+    "tiers.folder": "concepts/tiers.md#on-a-drive",
+    "tiers.threads": "concepts/tiers.md#on-a-drive",
     "levels.period_warmup": "concepts/levels.md#periods-that-grow",
     "optimizer": "concepts/optimizers.md",
     "optimizer.rule": "how-to/choose-an-optimizer.md",

@@ -138,6 +138,9 @@ class HostTier:
             zeros = torch.zeros(2, device=ring.device)
             self.moved = torch.stack(moved).square().sum(0) if moved else zeros
 
+    def read_ahead(self, step: int) -> None:
+        """Begin with what the next updates need; before a step, counted from 1."""
+
     def settle(self) -> None:
         """Wait until what the last update has changed is on the host, for who reads it there."""
         if self._leaving is not None:

@@ -33,15 +33,14 @@ class _Op:
     serves: str
     """Key that needs it."""
     before: str | None = None
-    """Another library, whose symbols it looks for; it is compiled and loaded with it."""
+    """Of another library, whose symbols it looks for; it is compiled and loaded with it."""
 
 
 OPS = {
     "cpu_adam": _Op("CPUAdamBuilder", "update=cpu"),
+    "async_io": _Op("AsyncIOBuilder", "memory=nvme", before="PinMemoryBuilder"),
 }
 """By DeepSpeed's names."""
-_HELPERS: dict[str, str] = {}
-"""Builders of libraries that operations need."""
 
 
 def _folder() -> Path:
@@ -141,8 +140,7 @@ def build(name: str, say: Callable[[str], None]) -> None:
     try:
         from deepspeed.ops import op_builder
 
-        first = OPS[name].before
-        for part in ([_HELPERS[first]] if first else []) + [OPS[name].builder]:
+        for part in filter(None, (OPS[name].before, OPS[name].builder)):
             module = getattr(op_builder, part)().load(verbose=False)
             libraries[module.__name__] = module.__file__
     except Exception as error:

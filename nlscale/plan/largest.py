@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from nlscale.cluster.machines import Cluster
 from nlscale.config.parts import parts_of
 from nlscale.config.units import human_count
-from nlscale.config.vocabulary import Config, Tier, kv_heads
+from nlscale.config.vocabulary import Config, Tier, Updater, kv_heads
 from nlscale.errors import UserError
 from nlscale.levels.kept import rules_by_level
 from nlscale.levels.spectrum import levels_of
@@ -179,5 +179,8 @@ def slow_on_host(config: Config) -> Config:
 
 def _with_memory(config: Config, tiers: list[Tier]) -> Config:
     entries = zip(config.levels.spectrum, tiers, strict=True)
-    spectrum = [replace(entry, memory=tier) for entry, tier in entries]
+    spectrum = [
+        replace(entry, memory=tier, update=entry.update if tier == Tier.host else Updater.device)
+        for entry, tier in entries
+    ]
     return replace(config, levels=replace(config.levels, spectrum=spectrum))

@@ -20,13 +20,12 @@ from nlscale.data.reader import MixtureReader
 from nlscale.data.tasks.table import task_of_index
 from nlscale.errors import UserError
 from nlscale.evaluate.table import check as check_evaluations
-from nlscale.levels.ring_pieces import operations
 from nlscale.levels.spectrum import Level, levels_of
-from nlscale.ops import compiled
 from nlscale.plan.checks import check_sizes, not_divisible
 from nlscale.train.cached import check_cache
 from nlscale.train.hooks.table import check as check_hooks
 from nlscale.train.mixed import HeldOut, data_from, held_out, order_of, readers_of
+from nlscale.train.tiers_here import check_tiers_here
 
 
 @dataclass
@@ -69,8 +68,6 @@ def prepare(config: Config) -> Prepared:
     """
     model, stages = config.model, curriculum(config)
     data_parallel = check_sizes(config, place().world)
-    for operation in operations(config):
-        compiled.check(operation)
     levels = levels_of(config)
     check_evaluations(config.evaluate)
     folders, notes, cuts = open_folders(config.data), [], lengths(stages)
@@ -89,6 +86,7 @@ def prepare(config: Config) -> Prepared:
         )
     if model.vocabulary % config.parallel.tensor:
         raise UserError(not_divisible("model.vocabulary", model.vocabulary, config.parallel.tensor))
+    check_tiers_here(config, model.vocabulary, data_parallel)
     in_step = max(stage.global_batch for stage in stages) // data_parallel  # of a rank
     here = min(data_parallel, place().local_world)
     data = identity(folders, config, mixed=bool(mixtures_of(config.data)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import world
 from levels.level_runs import VOCABULARY, load, sequences, spoiled_gradient, whole_parameters
-from optim.plain_ops import stand_in
+from ops.plain_ops import stand_in
 
 from nlscale.errors import UserError
 from nlscale.levels.optimizers import main_parameters
@@ -101,6 +102,31 @@ def test_host_is_hbm_to_the_bit(
         assert one["host"] == 0 < other["host"]
         if kept is not None:
             assert other["host"] == 4 * (1 + kept) * other["mains"]
+
+
+NVME = "levels=[{period: 1, memory: %s}, {period: 3, memory: %s}, {period: 4, memory: %s}]"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "more", "spoils"),
+    [
+        (1, ["train.dtype=bf16", "model.layers=3"], (4,)),
+        (2, ["train.dtype=fp32", "parallel.shard_optimizer=all"], (8, 9)),
+    ],
+)
+def test_nvme_is_hbm_to_the_bit(
+    ranks: int, more: list[str], spoils: tuple[int, ...], tmp_path: Path
+) -> None:
+    given = ["tiers.ring_mib=0.0625", f"tiers.folder={tmp_path}", "tiers.threads=2", *more]
+    hbm, nvme = (
+        world.run(ranks, trained, [NVME % where, *given], spoils, ranks_per_node=1)
+        for where in (("hbm",) * 3, ("nvme", "host", "nvme"))
+    )
+    for one, other in zip(hbm, nvme, strict=True):
+        assert_same(one, other)
+        assert one["different"] is other["different"] is None
+        assert one["host"] == 0 < other["host"] and other["host"] == 12 * other["mains"]
+    assert not [*tmp_path.iterdir()]
 
 
 CPU = "levels=[{period: 1}, {period: 4, memory: host, update: %s}]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from optim.plain_ops import PlainCpuAdam
+from ops.plain_ops import PlainCpuAdam
 
 from nlscale.errors import UserError
 from nlscale.ops import compiled
