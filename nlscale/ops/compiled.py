@@ -83,7 +83,9 @@ def check(name: str) -> dict[str, str]:
             f"kind (minutes)"
         )
     now = _versions()
-    other = [f"{key} {was.get(key)}, here is {own}" for key, own in now.items() if was[key] != own]
+    other = [
+        f"{key} {was.get(key)}, here is {own}" for key, own in now.items() if was.get(key) != own
+    ]
     if other:
         raise UserError(
             f"{needs}, and what is compiled in {_folder()} is for {other[0]}; run `{command}` again"
