@@ -374,6 +374,7 @@ PLAN: Mapping[str, Field] = {
                 "number", "s", "that reading takes, and writing beside it, the mean"
             ),
             "stream_peak_seconds": Field("number", "s", "the same of one step, at most"),
+            "mean_bytes": Field("number", "bytes", "that a GPU reads a step, and writes as many"),
             "hidden_from_seconds": Field(
                 "number", "s", "that a step has to take for what is read ahead to be there"
             ),

@@ -160,13 +160,18 @@ def state_on_gpu(config: Config) -> Config:
 def slow_on_host(config: Config) -> Config:
     """The run with the state of all levels of a period above 1 that can be streamed in host
     memory."""
+    return slow_in(config, Tier.host)
+
+
+def slow_in(config: Config, memory: Tier) -> Config:
+    """The same with it in another memory."""
     entries = zip(levels_of(config), config.levels.spectrum, rules_by_level(config), strict=True)
     parts = parts_of(config)
     copied = {*parts.mlps, *parts.copies} if parts.copies else set()
     return _with_memory(
         config,
         [
-            Tier.host
+            memory
             if level.period > 1
             and entry.outer.every is None
             and not own.whole_matrices

@@ -42,6 +42,8 @@ class NvmePlan:
     """That reading takes, and writing beside it, the mean of a cycle."""
     stream_peak_seconds: float
     """The same for the groups of one step, at most."""
+    mean_bytes: float
+    """That a rank reads a step, and writes as many, the mean of a cycle."""
     hidden_from_seconds: float
     """If a step takes that long, or longer, what two buffers hold is there when it is due."""
     waited_peak_seconds: float
@@ -86,6 +88,7 @@ def nvme_plan(
         endurance=None if endurance is None else written / (endurance * 1e12),
         stream_seconds_per_step=max(own.mean for own in streams),
         stream_peak_seconds=max(own.peak for own in streams),
+        mean_bytes=max(own.mean for own in streams) * rate,
         hidden_from_seconds=max(own.hidden_from for own in streams),
         waited_peak_seconds=max(own.waited for own in streams),
     )

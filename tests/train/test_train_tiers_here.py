@@ -26,7 +26,7 @@ def test_a_folder_is_refused_for_what_it_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    with pytest.raises(UserError, match="memory=nvme needs .*`nlscale doctor --build async_io`"):
+    with pytest.raises(UserError, match=r"memory=nvme needs .*`nlscale doctor --build async_io`"):
         check(tmp_path)
     monkeypatch.setattr(compiled, "check", lambda name: {})
     check(tmp_path)
