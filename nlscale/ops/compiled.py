@@ -3,7 +3,8 @@
 DeepSpeed compiles an operation where it is first used, which takes minutes of all ranks at once.
 Here a run that needs one that is not there, or was compiled for another torch, another DeepSpeed or
 another CPU, is refused before it starts, and ranks load the library alone: DeepSpeed itself is
-imported only to compile. No torch is imported to look.
+imported to compile, and by `async_io` at its first write, to warn that drives wear out. No torch is
+imported to look.
 """
 
 from __future__ import annotations
