@@ -65,9 +65,7 @@ def test_another_layout_and_memory_load_the_very_same_state(tmp_path: Path) -> N
     assert_same(*(checkpoint(tmp_path / name, IN_MID_WINDOW) for name in "ab"))
 
 
-@pytest.mark.parametrize(
-    ("kind", "number"), [("read", 2), ("half", 2), ("written", 2), ("write", 3)]
-)
+@pytest.mark.parametrize(("kind", "number"), [("read", 2), ("half", 2), ("written", 2)])
 def test_a_run_that_is_killed_at_a_write_back_goes_on_from_its_checkpoint(
     tmp_path: Path, whole: Path, kind: str, number: int
 ) -> None:
