@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nlscale.cli.arguments import add_recipe, config_of, path, whole
 from nlscale.cluster.life.place import alone, place
+from nlscale.config.choices import Tier
 from nlscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -146,11 +147,17 @@ def _add_optimizer(verbs: Any) -> None:
 def _add_tiers(verbs: Any) -> None:
     tiers = verbs.add_parser(
         "tiers",
-        help="steps with the state of slow levels in host memory, beside steps without",
+        help="steps with the state of slow levels in host memory or on a drive, beside others",
         description="Time training steps of a recipe with all state on the device and with that "
-        "of each level of a period above 1 in host memory (memory: host), in turn on random "
-        "tokens, on this process or, under torchrun, on all of them: step time, bytes copied "
-        "against the plan, bytes less on the device. Both lie there at the same time.",
+        "of each level of a period above 1 in host memory (memory: host) or on a drive (nvme), in "
+        "turn on random tokens, on this process or, under torchrun, on all of them: step time, "
+        "bytes copied against the plan, bytes less on the device. Both lie there at the same time.",
+    )
+    tiers.add_argument(
+        "--memory",
+        choices=[tier.value for tier in Tier if tier != Tier.hbm],
+        default=Tier.host.value,
+        help="where that of slow levels is; nvme takes tiers.folder (default: %(default)s)",
     )
     tiers.add_argument(
         "words",
@@ -288,16 +295,16 @@ def _tiers(args: argparse.Namespace) -> int:
     _at_least_one("--cycles", args.cycles)
     from nlscale.config import recipe
     from nlscale.plan.checks import check_sizes
-    from nlscale.plan.largest import slow_on_host
+    from nlscale.plan.largest import slow_in
 
     given = bool(args.words) and "=" not in args.words[0]
     words = args.words if given else [*_STREAMED, *args.words]
-    config = recipe.load(words[0], words[1:], trusted=True).config
-    for own in (config, slow_on_host(config)):
+    config, memory = recipe.load(words[0], words[1:], trusted=True).config, Tier(args.memory)
+    for own in (config, slow_in(config, memory)):
         check_sizes(own, place().world)
     from nlscale.bench.tiers import bench_tiers, print_tiers  # imports torch
 
-    result = bench_tiers(config, args.cycles)
+    result = bench_tiers(config, args.cycles, memory)
     if place().rank == 0:
         _print(result, print_tiers, args)
     return 0

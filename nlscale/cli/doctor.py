@@ -12,6 +12,7 @@ from nlscale.cli.arguments import add_cluster, number, path
 from nlscale.cluster.life.place import place
 from nlscale.cluster.machines import load_cluster
 from nlscale.errors import UserError
+from nlscale.ops.compiled import OPS, build
 
 if TYPE_CHECKING:  # rich is slow to import, and --help needs none
     from nlscale.cluster.doctor.machine import Asked
@@ -41,12 +42,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long to wait for a rank that does not come or answer (default: %(default)g)",
     )
+    parser.add_argument(
+        "--build",
+        nargs="*",
+        choices=[*OPS],
+        metavar="OPERATION",
+        help=f"compile operations of DeepSpeed for this machine, in minutes, and check nothing: "
+        f"{', '.join(f'{name} ({op.serves})' for name, op in OPS.items())} (default: all)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(func=_doctor)
 
 
 def _doctor(args: argparse.Namespace) -> int:
     here = place()
+    if args.build is not None:
+        for name in args.build or OPS:
+            build(name, print)
+        return 0
     if not args.nodes and here.world > 1:
         raise UserError(f"this is one of {here.world} ranks; add --nodes to check them together")
     if args.path.exists() and not args.path.is_dir():

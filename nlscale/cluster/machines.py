@@ -95,6 +95,13 @@ class Cluster:
     host_memory_gib: float | None = within(None, above=0)
     """Memory of one node, GiB; null: not known, and what `memory: host` takes of it not checked."""
 
+    nvme_gbyte: float = within(6.0, above=0)
+    """What the drives of one node can read, and at the same time write, all together, GB/s (10^9
+    bytes a second), for levels of `memory: nvme`."""
+    nvme_endurance_tb: float | None = within(None, above=0)
+    """What may be written to the drives of one node in their life (TBW), TB (10^12 bytes); null:
+    not known."""
+
     @property
     def ranks(self) -> int:
         return self.nodes * self.gpus_per_node

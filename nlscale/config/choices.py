@@ -124,6 +124,17 @@ class Tier(str, Enum):
     """The GPU's."""
     host = "host"
     """The node's; an update streams it through the GPU."""
+    nvme = "nvme"
+    """A drive of the node; read ahead before an update, and written back behind it."""
+
+
+class Updater(str, Enum):
+    """What updates a level whose state lies in host memory."""
+
+    device = "device"
+    """The GPU, through which the state is streamed: the bits are those of hbm."""
+    cpu = "cpu"
+    """The host, by DeepSpeed's cpu_adam: gradients go to it and weights come back. Within 1e-6."""
 
 
 class Part(str, Enum):

@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nlscale.config.choices import Part, PeriodRule, Reduction, Tier, WireFormat
+from nlscale.config.choices import Part, PeriodRule, Reduction, Tier, Updater, WireFormat
 from nlscale.config.context import ContextConfig
-from nlscale.config.fields import MOST, within
+from nlscale.config.fields import MOST, path, within
 from nlscale.config.outer import OuterConfig
 from nlscale.config.period_warmup import PeriodWarmupConfig
 
@@ -40,8 +40,13 @@ class LevelConfig:
     sent with the next sums."""
     memory: Tier = Tier.hbm
     """Where its fp32 weights and its rule's state lie between its updates. hbm: on the GPU. host:
-    in the node's memory; an update streams them through a ring, and makes the same bits. Not
-    of rules over whole matrices, nor with outer steps."""
+    in the node's memory; an update streams them through a ring, and makes the same bits. nvme: the
+    same on a drive of the node, in tiers.folder. Not of rules over whole matrices, nor with outer
+    steps."""
+    update: Updater = Updater.device
+    """Of `memory: host`, what updates it. device: the GPU. cpu: the host, under the rule adamw, by
+    an operation of DeepSpeed (`nlscale doctor --build cpu_adam`); 6 instead of 24 bytes a parameter
+    cross PCIe, the host waits for the step, and the weights are those of device within 1e-6."""
     outer: OuterConfig = field(default_factory=OuterConfig)
     local: bool = False
     """Approximate: each node updates the level by its own gradient (DiLoCo); what crosses, as
@@ -81,5 +86,10 @@ class TiersConfig:
     """Memory beside the GPU's in which what updates slow levels lies."""
 
     ring_mib: float = within(256.0, least=0.0625, most=2**16)
-    """GPU memory, MiB, through which levels of `memory: host` are streamed, in three slots: while
-    one is updated the next comes in and the one before goes out."""
+    """GPU memory, MiB, through which levels of `memory: host` and nvme are streamed, in three
+    slots: while one is updated the next comes in and the one before goes out."""
+    folder: str | None = path(None)
+    """Folder on a drive of each node for levels of `memory: nvme`; its files have no names, and go
+    with the run. Not on a network file system."""
+    threads: int = within(4, least=1, most=64)
+    """Of a rank, that read `tiers.folder` at once, and as many that write."""

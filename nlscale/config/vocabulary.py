@@ -30,6 +30,7 @@ from nlscale.config.choices import Reduction as Reduction
 from nlscale.config.choices import Schedule as Schedule
 from nlscale.config.choices import Sharding as Sharding
 from nlscale.config.choices import Tier as Tier
+from nlscale.config.choices import Updater as Updater
 from nlscale.config.choices import WireFormat as WireFormat
 from nlscale.config.context import ContextConfig as ContextConfig
 from nlscale.config.fields import MOST as MOST

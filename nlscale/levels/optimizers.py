@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from nlscale.config.vocabulary import Config, Dtype, OptimizerConfig, WireFormat
 from nlscale.levels.exchange import MatrixExchange, MatrixRange
 from nlscale.levels.homes import Cut
+from nlscale.levels.host_tier import HostTier
 from nlscale.levels.spectrum import Level, SyncGroup, sync_group
-from nlscale.levels.tiers import HostTier, Ring
+from nlscale.levels.tiers import MakesTier
 from nlscale.levels.window import Window, bucket_range
 from nlscale.levels.wire import Wire
 from nlscale.model.decoder import Decoder, depth_of
@@ -104,6 +105,8 @@ class ShardedOptimizer(DistributedOptimizer):
 
     def gather_parameters(self) -> None:
         """What `step` does after the update: the ranks of the node gather each other's shards."""
+        if self.tier is not None:
+            self.tier.written()
         self.settle()
         self._copy_main_params_to_model_params()
         self._share_parameters()
@@ -117,18 +120,25 @@ class ShardedOptimizer(DistributedOptimizer):
         if self.tier is not None:
             self.tier.settle()
 
-    def move_to_host(self, kept: tuple[str, ...], ring: Ring, first_tensor_rank: bool) -> None:
+    def move_to_host(
+        self,
+        tier: MakesTier,
+        group: SyncGroup,
+        kept: tuple[str, ...],
+        first_tensor_rank: bool,
+    ) -> None:
         """Let the shards and what is kept of them lie in host memory from now on.
 
         Args:
+            tier: makes it so.
+            group: whose they are.
             kept: names of what the rule keeps of each shard.
-            ring: of this rank.
             first_tensor_rank: whether norms count here what every tensor rank holds.
         """
         places = dict(zip(self._mains, self._places, strict=True))
         mains: list[Any] = [*places]
         counted = {p: p.tensor_model_parallel or first_tensor_rank for p in mains}
-        self.tier = HostTier(self.optimizer, kept, ring, places, counted)
+        self.tier = tier(group, self.optimizer, kept, places, counted)
 
     @cached_property
     def _parameter_shards(self) -> list[Tensor]:
@@ -219,7 +229,7 @@ def make_group_optimizer(
     layout: Layout,
     wire: Wire,
     wire_format: WireFormat,
-    ring: Ring | None = None,
+    tier: MakesTier | None = None,
 ) -> GroupOptimizer:
     """The window and the optimizer of a sync group; all ranks of a stage make it alike.
 
@@ -232,7 +242,7 @@ def make_group_optimizer(
         layout: this rank's place.
         wire: between the nodes.
         wire_format: how the level crosses.
-        ring: through which its state is streamed; None: that stays on the device.
+        tier: moves its state to host memory; None: that stays on the device.
     """
     window = Window(group, parameters, megatron, layout, wire, wire_format, config)
     inner: Any = rule(own.rule).make(own, width_multiplier(config.model), [*parameters.values()])
@@ -262,8 +272,8 @@ def make_group_optimizer(
     if rule(own.rule).whole_matrices:
         inner.layers = config.model.layers
         inner.exchange = _exchange(parameters, optimizer, config, layout, wire)
-    if ring is not None:
-        optimizer.move_to_host(rule(own.rule).state, ring, layout.tensor_rank == 0)
+    if tier is not None:
+        optimizer.move_to_host(tier, group, rule(own.rule).state, layout.tensor_rank == 0)
     return GroupOptimizer(window, optimizer)
 
 

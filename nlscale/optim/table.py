@@ -52,6 +52,22 @@ class OnWhole:
 
 
 @dataclass(frozen=True)
+class OnHost:
+    """How a rule updates ranges in host memory, for levels of `update: cpu`."""
+
+    made_by: str
+    """`package.module:function`, imported when made, called with nothing. What it returns has
+    `update(group, count, weights, gradient, kept)` like `nlscale.optim.cpu_adam.CpuAdam`."""
+    operation: str
+    """Of `nlscale.ops.compiled`, which must be there before a run starts."""
+
+    def make(self) -> Any:
+        """Imports torch."""
+        module, _, name = self.made_by.partition(":")
+        return getattr(importlib.import_module(module), name)()
+
+
+@dataclass(frozen=True)
 class Rule:
     """How a gradient becomes an update, and what that takes beside the weights."""
 
@@ -71,6 +87,8 @@ class Rule:
     under `adamw`."""
     on_whole: tuple[OnWhole, ...] = (OnWhole(),)
     """The calls of an update, where it takes whole matrices."""
+    on_host: OnHost | None = None
+    """How it updates what lies in host memory, on the host; None: not at all."""
 
     def __post_init__(self) -> None:
         """Names are those of tensors in checkpoints, beside what is kept under every rule.
@@ -124,7 +142,11 @@ class Rule:
 
 
 _TABLE: dict[str, Rule] = {
-    "adamw": Rule("nlscale.optim.adamw:adamw", state=("exp_avg", "exp_avg_sq")),
+    "adamw": Rule(
+        "nlscale.optim.adamw:adamw",
+        state=("exp_avg", "exp_avg_sq"),
+        on_host=OnHost("nlscale.optim.cpu_adam:CpuAdam", operation="cpu_adam"),
+    ),
     "sgd": Rule("nlscale.optim.sgd:sgd", state=("momentum",)),
     "muon": Rule("nlscale.optim.muon:Muon", state=("momentum",), whole_matrices=True),
     "m3": Rule(

@@ -324,7 +324,7 @@ PLAN: Mapping[str, Field] = {
     "host": Field(
         "object",
         "",
-        "what levels of `memory: host` take, of the pipeline rank that has most",
+        "what levels of `memory: host` and nvme take, of the pipeline rank that has most",
         null="there are none",
         fields={
             "levels": Field(
@@ -336,7 +336,9 @@ PLAN: Mapping[str, Field] = {
                     "host_bytes": Field("number", "bytes", "in host memory, of all GPUs"),
                 },
             ),
-            "gpu_bytes": Field("number", "bytes", "in host memory, of one GPU"),
+            "gpu_bytes": Field(
+                "number", "bytes", "in host memory, of one GPU, buffers before a drive included"
+            ),
             "node_bytes": Field("number", "bytes", "the same of a node, the mean"),
             "freed_bytes": Field("number", "bytes", "on a GPU, the ring not counted"),
             "ring_bytes": Field("number", "bytes", "on a GPU, `tiers.ring_mib`"),
@@ -344,8 +346,41 @@ PLAN: Mapping[str, Field] = {
                 "number", "bytes", "of a GPU, in and out together, the mean"
             ),
             "streamed_peak_bytes": Field("number", "bytes", "the same at the largest step"),
-            "waited_seconds_per_step": Field("number", "s", "for what comes in, the mean"),
+            "waited_seconds_per_step": Field(
+                "number", "s", "for what comes in, or for gradients that go out, the mean"
+            ),
             "waited_peak_seconds": Field("number", "s", "the same at the largest step"),
+        },
+    ),
+    "nvme": Field(
+        "object",
+        "",
+        "what levels of `memory: nvme` take of drives, of the pipeline rank that has most",
+        null="there are none",
+        fields={
+            "levels": Field("list of texts", "", "names of those levels"),
+            "gpu_bytes": Field("number", "bytes", "of the state of one GPU"),
+            "node_bytes": Field("number", "bytes", "the same of a node, the mean"),
+            "written_bytes": Field(
+                "number", "bytes", "by the updates of the run to the drives of a node; as many read"
+            ),
+            "endurance": Field(
+                "number",
+                "share",
+                "that those are of what may be written to the drives of a node",
+                null="the cluster's `nvme_endurance_tb` is not given",
+            ),
+            "stream_seconds_per_step": Field(
+                "number", "s", "that reading takes, and writing beside it, the mean"
+            ),
+            "stream_peak_seconds": Field("number", "s", "the same of one step, at most"),
+            "mean_bytes": Field("number", "bytes", "that a GPU reads a step, and writes as many"),
+            "hidden_from_seconds": Field(
+                "number", "s", "that a step has to take for what is read ahead to be there"
+            ),
+            "waited_peak_seconds": Field(
+                "number", "s", "that a step waits all the same, for a third group of one step"
+            ),
         },
     ),
     "memory": Field(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from nlscale.cluster.machines import Cluster
 from nlscale.config.parts import parts_of
 from nlscale.config.units import human_count
-from nlscale.config.vocabulary import Config, Tier, kv_heads
+from nlscale.config.vocabulary import Config, Tier, Updater, kv_heads
 from nlscale.errors import UserError
 from nlscale.levels.kept import rules_by_level
 from nlscale.levels.spectrum import levels_of
@@ -160,13 +160,18 @@ def state_on_gpu(config: Config) -> Config:
 def slow_on_host(config: Config) -> Config:
     """The run with the state of all levels of a period above 1 that can be streamed in host
     memory."""
+    return slow_in(config, Tier.host)
+
+
+def slow_in(config: Config, memory: Tier) -> Config:
+    """The same with it in another memory."""
     entries = zip(levels_of(config), config.levels.spectrum, rules_by_level(config), strict=True)
     parts = parts_of(config)
     copied = {*parts.mlps, *parts.copies} if parts.copies else set()
     return _with_memory(
         config,
         [
-            Tier.host
+            memory
             if level.period > 1
             and entry.outer.every is None
             and not own.whole_matrices
@@ -179,5 +184,8 @@ def slow_on_host(config: Config) -> Config:
 
 def _with_memory(config: Config, tiers: list[Tier]) -> Config:
     entries = zip(config.levels.spectrum, tiers, strict=True)
-    spectrum = [replace(entry, memory=tier) for entry, tier in entries]
+    spectrum = [
+        replace(entry, memory=tier, update=entry.update if tier == Tier.host else Updater.device)
+        for entry, tier in entries
+    ]
     return replace(config, levels=replace(config.levels, spectrum=spectrum))

@@ -34,7 +34,7 @@ from nlscale.cluster.spread import COMPARED_AT_ONCE
 from nlscale.config.vocabulary import Config, Dtype, Sharding, WireFormat
 from nlscale.levels.groups import parameters_by_depth
 from nlscale.levels.kept import kept_by_depth, rules_by_level
-from nlscale.levels.ring_pieces import ring_bytes
+from nlscale.levels.ring_pieces import off_device, ring_bytes, streamed
 from nlscale.levels.spectrum import INTEGER_BITS, ROUNDED_AT_ONCE, Level
 from nlscale.model.sizes import places
 from nlscale.model.stages import stage_blocks
@@ -140,7 +140,8 @@ def memory(
         held = [sum(counts) for counts in held_by_stage(config, vocabulary, mine)]
         parameters = sum(held)
         by_rules = [sum(kept) for kept in kept_by_stage(config, vocabulary, mine)]
-        host, freed = moved_bytes(config, held, by_rules)
+        _, freed = moved_bytes(config, held, by_rules, off_device(config))
+        passing, _ = moved_bytes(config, held, by_rules, streamed(config))
         waiting = sum(n for level, n in zip(levels, held, strict=True) if level.period > 1)
         beside = sum(OUTER_BYTES * n for level, n in zip(levels, held, strict=True) if level.outer)
         beside += COPY_BYTES * copied_by_stage(config, vocabulary, mine)
@@ -154,7 +155,7 @@ def memory(
                 + _crossing(levels, held, in_node, group_nodes),
                 optimizer=(sum(by_rules) - freed + parameters * (4 if bf16 else 0) + beside)
                 / spread
-                + (ring_bytes(config) if host else 0),
+                + (ring_bytes(config) if passing else 0),
                 activations=kept + batch.transient() + batch.gathered(),
                 update=update_bytes(
                     config,

@@ -22,6 +22,7 @@ from nlscale.model.sizes import level_parameters
 from nlscale.plan.checkpoint import CheckpointPlan, checkpoint_plan
 from nlscale.plan.host_memory import HostPlan, host_plan
 from nlscale.plan.memory import GIB, USABLE, Memory
+from nlscale.plan.nvme import NvmePlan, nvme_plan
 from nlscale.plan.on_cluster import OnCluster
 from nlscale.plan.pipeline import Pipeline
 from nlscale.plan.programs import advise, serial_programs
@@ -108,6 +109,8 @@ class Plan:
     """Of rules over whole matrices; None where no level has one."""
     host: HostPlan | None
     """Of state in host memory; None where there is none."""
+    nvme: NvmePlan | None
+    """Of state on drives; None where there is none."""
     checkpoint: CheckpointPlan
     serial_programs: int | None
     """Of a micro batch, see `nlscale.plan.programs`."""
@@ -228,6 +231,7 @@ class Plan:
           `optimizer_bytes` and `total_bytes` on the fullest GPU and `mean_bytes_per_step`
         - `whole_matrices`: of rules over such, null without any; see `nlscale.plan.whole.WholePlan`
         - `host`: of state in host memory, null without any; see `nlscale.plan.host_memory.HostPlan`
+        - `nvme`: of state on drives, null without any; see `nlscale.plan.nvme.NvmePlan`
         - `memory`: `ranks`, a list over the pipeline ranks of the bytes on one GPU, `weights`,
           `gradients`, `windows`, `optimizer`, `activations` and, in place of the latter after the
           backward pass, `update`, `validation` and `comparison` of the replicas; `total`;
@@ -307,6 +311,7 @@ class Plan:
             "sharding": {way.value: asdict(found) for way, found in self.sharding.items()},
             "whole_matrices": None if self.whole is None else asdict(self.whole),
             "host": None if self.host is None else asdict(self.host),
+            "nvme": None if self.nvme is None else asdict(self.nvme),
             "memory": {
                 "ranks": [{**asdict(rank), "total": rank.total} for rank in self.memory.ranks],
                 "fullest": self.memory.fullest,
@@ -392,6 +397,7 @@ def make_plan(
             utilisation,
         ),
         host=host_plan(config, levels, vocabulary, cluster, data_parallel),
+        nvme=nvme_plan(config, levels, vocabulary, cluster, data_parallel),
         checkpoint=checkpoint_plan(config, levels, vocabulary, cluster, group_nodes),
         serial_programs=serial_programs(config),
         advice=advise(

@@ -6,11 +6,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from nlscale.cluster.machines import Cluster
 from nlscale.config.units import human_bytes, human_count
 from nlscale.config.vocabulary import Sharding
 from nlscale.levels.spectrum import INTEGER_BITS, said_periods
 from nlscale.plan.host_memory import HostPlan
 from nlscale.plan.memory import GIB, USABLE, RankMemory
+from nlscale.plan.nvme import NvmePlan
 from nlscale.plan.plan import Exposure, LevelPlan, Plan, Sharded
 from nlscale.plan.programs import WANTED
 from nlscale.plan.whole import WholePlan
@@ -74,6 +76,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     _explain_memory(plan, console)
     if plan.host is not None:
         console.print(_host(plan.host))
+    if plan.nvme is not None:
+        console.print(_nvme(plan.nvme, plan.cluster, plan.fullest.computes))
     if crosses and len(plan.sharding) > 1:
         console.print(_sharding(plan))
     if plan.whole is not None:
@@ -333,15 +337,36 @@ def _memory(plan: Plan) -> Table:
 
 def _host(host: HostPlan) -> str:
     names = ", ".join(level.name for level in host.levels)
+    what = f"state of {names}" if names else "buffers before drives"
     return (
-        f"In host memory: state of {names}, {host.gpu_bytes / GIB:.3g} GiB of a GPU, "
+        f"In host memory: {what}, {host.gpu_bytes / GIB:.3g} GiB of a GPU, "
         f"{host.node_bytes / GIB:.3g} GiB of a node; it frees {host.freed_bytes / GIB:.3g} GiB of "
         f"the GPU, of which the ring takes {host.ring_bytes / GIB:.3g}. A GPU streams "
         f"{human_bytes(host.streamed_bytes_per_step)} a step in and out, at most "
         f"{human_bytes(host.streamed_peak_bytes)}, and waits "
-        f"{human_seconds(host.waited_seconds_per_step)} for what comes in, at most "
+        f"{human_seconds(host.waited_seconds_per_step)} for it, at most "
         f"{human_seconds(host.waited_peak_seconds)}."
     )
+
+
+def _nvme(nvme: NvmePlan, cluster: Cluster, step_seconds: float | None) -> str:
+    share = "" if nvme.endurance is None else f", {nvme.endurance:.1%} of what they last for"
+    line = (
+        f"On drives: state of {', '.join(nvme.levels)}, {nvme.gpu_bytes / GIB:.3g} GiB of a GPU, "
+        f"{nvme.node_bytes / GIB:.3g} GiB of a node, to which the run writes "
+        f"{human_bytes(nvme.written_bytes)}{share}. At {cluster.nvme_gbyte:g} GB/s of a node "
+        f"reading takes {human_seconds(nvme.stream_seconds_per_step)} a step, at most "
+        f"{human_seconds(nvme.stream_peak_seconds)}; "
+    )
+    if nvme.waited_peak_seconds:
+        third = human_seconds(nvme.waited_peak_seconds)
+        line += f"more than two groups are due at one step, which waits {third} for them; "
+    enough = human_seconds(nvme.hidden_from_seconds)
+    if step_seconds is None:
+        return f"{line}it is read ahead where a step takes {enough} or more."
+    hides = "hides" if step_seconds >= nvme.hidden_from_seconds else "does not hide"
+    took = human_seconds(step_seconds)
+    return f"{line}a step takes {took}, which {hides} it ({enough} would)."
 
 
 def _explain_memory(plan: Plan, console: Console) -> None:

@@ -26,6 +26,7 @@ from nlscale.levels.state import (
     shards,
     window_shards,
 )
+from nlscale.levels.tiers import read_ahead
 from nlscale.model.decoder import Decoder, named_parameters
 from nlscale.model.kernels import check_kernels
 from nlscale.model.layers import megatron_config
@@ -161,6 +162,7 @@ class Trainer:
         self.clock.begin()
         counters.step += 1
         counters.samples += stage_of(self.curriculum, counters.step).global_batch
+        read_ahead(self.optimizer.groups, counters.step)
         self.optimizer.start_step(counters.step)
         with doing("forward and backward pass"):
             by_source = sums_by_source(batches)

@@ -25,6 +25,7 @@ from nlscale.plan.checks import check_sizes, not_divisible
 from nlscale.train.cached import check_cache
 from nlscale.train.hooks.table import check as check_hooks
 from nlscale.train.mixed import HeldOut, data_from, held_out, order_of, readers_of
+from nlscale.train.tiers_here import check_tiers_here
 
 
 @dataclass
@@ -85,6 +86,7 @@ def prepare(config: Config) -> Prepared:
         )
     if model.vocabulary % config.parallel.tensor:
         raise UserError(not_divisible("model.vocabulary", model.vocabulary, config.parallel.tensor))
+    check_tiers_here(config, model.vocabulary, data_parallel)
     in_step = max(stage.global_batch for stage in stages) // data_parallel  # of a rank
     here = min(data_parallel, place().local_world)
     data = identity(folders, config, mixed=bool(mixtures_of(config.data)))

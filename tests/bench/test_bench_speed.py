@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ops.plain_ops import PlainAsyncIo
 from torch.autograd import DeviceType
 
 from nlscale import cli
@@ -24,7 +25,7 @@ from nlscale.model.flops import flops_by_part, flops_per_token
 from nlscale.model.init import initialize
 from nlscale.model.layers import megatron_config
 from nlscale.model.sizes import level_parameters
-from nlscale.ops import check
+from nlscale.ops import check, compiled
 from nlscale.ops.memory.scan import memory_scan
 from nlscale.parallel.layout import process_groups
 
@@ -165,6 +166,32 @@ def test_tiers_compares_steps_bytes_and_what_lies_where(
     told = capsys.readouterr().out
     assert "NOT the same" in told and max(map(len, told.splitlines())) <= 100
     assert "1 cycle of 2 steps" in told
+
+
+def test_tiers_takes_a_drive(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(compiled, "load", lambda name: PlainAsyncIo)
+    monkeypatch.setattr(compiled, "check", lambda name: {})
+    keys = (VOCABULARY, "levels=[1,2]", "tiers.ring_mib=0.0625", f"tiers.folder={tmp_path}")
+    given = ("tiers", recipe_file, *keys, "--cycles", 2, "--memory", "nvme")
+    code, out, _ = bench(capsys, *given, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["memory"] == "nvme" and found["same_losses"] is True
+    assert found["nvme_step_seconds"] > 0
+    assert found["streamed_ratio"] == pytest.approx(1)
+    assert found["saved_bytes"] == pytest.approx(found["planned_saved_bytes"], abs=12)
+    # headers, and what is under way at both ends of what is timed
+    assert found["drive_bytes_per_step"] == pytest.approx(
+        found["planned_drive_bytes_per_step"], rel=0.6
+    )
+    print_tiers(found)
+    assert "on nvme: level1" in capsys.readouterr().out
+    code, _, err = bench(
+        capsys, "tiers", recipe_file, VOCABULARY, "levels=[1,2]", "--memory", "nvme"
+    )
+    assert code == 2 and "set tiers.folder" in err.splitlines()[-1]
 
 
 def test_tiers_needs_a_level_that_can_be_streamed(

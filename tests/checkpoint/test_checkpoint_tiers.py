@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import world
 from checkpoint.resume_runs import checkpoint, load_and_save, train
+from ops.plain_ops import PlainAsyncIo, stand_in
 
 from nlscale.checkpoint.diff import compare
 from nlscale.checkpoint.store.store import Checkpoint
@@ -21,6 +26,7 @@ WHERE = {
     "hbm": "levels=[{period: 1}, {period: 4}]",
     "host": "levels=[{period: 1}, {period: 4, memory: host}]",
     "all host": "levels=[{period: 1, memory: host}, {period: 4, memory: host}]",
+    "nvme": "levels=[{period: 1, memory: host}, {period: 4, memory: nvme}]",
 }
 IN_MID_WINDOW = 5
 
@@ -28,15 +34,20 @@ IN_MID_WINDOW = 5
 @pytest.mark.parametrize("ranks", [1, 2])  # two are two nodes
 def test_a_run_resumes_bitwise_across_a_change_of_memory(tmp_path: Path, ranks: int) -> None:
     def run(memory: str, folder: Path, resumes: bool) -> dict:
-        given = ([*BASE, WHERE[memory]], folder, (IN_MID_WINDOW,), resumes, (3,))
-        return world.run(ranks, train, *given, ranks_per_node=1)[0]
+        keys = [*BASE, WHERE[memory], f"tiers.folder={slots}"]
+        given = (keys, folder, (IN_MID_WINDOW,), resumes, (3,))
+        return world.run(ranks, on_a_drive, None, train, *given, ranks_per_node=1)[0]
+
+    slots = tmp_path / "slots"
+    slots.mkdir()
 
     whole = run("hbm", tmp_path / "hbm", False)
-    host = run("all host", tmp_path / "host", False)
-    assert repr(host["losses"]) == repr(whole["losses"])  # one of them is of no step
-    for step in (IN_MID_WINDOW, 7):
-        assert_same(*(checkpoint(tmp_path / name, step) for name in ("hbm", "host")))
-    for before, after in (("host", "hbm"), ("hbm", "host")):
+    for memory, name in (("all host", "host"), ("nvme", "nvme")):
+        moved = run(memory, tmp_path / name, False)
+        assert repr(moved["losses"]) == repr(whole["losses"])  # one of them is of no step
+        for step in (IN_MID_WINDOW, 7):
+            assert_same(*(checkpoint(tmp_path / where, step) for where in ("hbm", name)))
+    for before, after in (("host", "hbm"), ("nvme", "host"), ("hbm", "nvme")):
         folder = saved_in_mid_window(tmp_path / before, tmp_path / f"{before}-{after}")
         resumed = run(after, folder, True)
         assert {s: resumed["losses"][s] for s in (6, 7)} == {s: whole["losses"][s] for s in (6, 7)}
@@ -52,6 +63,44 @@ def test_another_layout_and_memory_load_the_very_same_state(tmp_path: Path) -> N
     keys = ["parallel.tensor=2", WHERE["host"]]
     world.run(2, load_and_save, [*BASE, *keys], again, ranks_per_node=2)
     assert_same(*(checkpoint(tmp_path / name, IN_MID_WINDOW) for name in "ab"))
+
+
+@pytest.mark.parametrize(("kind", "number"), [("read", 2), ("half", 2), ("written", 2)])
+def test_a_run_that_is_killed_at_a_write_back_goes_on_from_its_checkpoint(
+    tmp_path: Path, whole: Path, kind: str, number: int
+) -> None:
+    slots = tmp_path / "slots"
+    slots.mkdir()
+    keys = [*BASE, WHERE["nvme"], f"tiers.folder={slots}"]
+    goes_on = train, keys, saved_in_mid_window(whole, tmp_path / "run"), (), True
+    with pytest.raises(AssertionError, match="ended without a result, exit code -9"):
+        world.run(1, on_a_drive, (kind, number), *goes_on)
+    assert not [*slots.iterdir()]
+    world.run(1, on_a_drive, None, *goes_on)
+    assert_same(checkpoint(whole, 7), checkpoint(tmp_path / "run", 7))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the device, whole."""
+    folder = tmp_path_factory.mktemp("whole")
+    world.run(1, train, [*BASE, WHERE["hbm"]], folder, (IN_MID_WINDOW,))
+    return folder
+
+
+def on_a_drive(fault: tuple[str, int] | None, run: Callable[..., Any], *given: Any) -> Any:
+    """On a rank of a world: what the run returns, on plain reads and writes; killed at one."""
+
+    def kill(kind: str, number: int, path: str) -> None:
+        if fault == ("half", number) and kind == "write":
+            with open(path, "r+b") as file:
+                file.write(bytes(5000))
+        if fault in ((kind, number), ("half" if kind == "write" else None, number)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    stand_in()
+    PlainAsyncIo.fault = staticmethod(kill)
+    return run(*given)
 
 
 def saved_in_mid_window(run: Path, folder: Path) -> Path:

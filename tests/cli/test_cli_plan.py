@@ -60,7 +60,7 @@ def test_json_keys_and_how_they_hang_together(room: Room) -> None:
         "staggered", "reduction", "levels", "total", "plain", "ratio",
         "exposure", "whole_matrices", "activation_bytes_per_step",
         "checkpoint", "shard_optimizer", "sharding", "memory", "fits", "pipeline",
-        "host", "serial_programs", "advice", "warnings",
+        "host", "nvme", "serial_programs", "advice", "warnings",
     }  # fmt: skip
     assert set(plan["cluster"]) == {
         "name", "nodes", "gpus_per_node", "inter_node_gbit", "gpu_memory_gib"

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import world
 from levels.level_runs import VOCABULARY, load, sequences, spoiled_gradient, whole_parameters
+from ops.plain_ops import stand_in
 
+from nlscale.errors import UserError
 from nlscale.levels.optimizers import main_parameters
+from nlscale.levels.ring_pieces import check_tiers
 from nlscale.levels.spectrum import levels_of
 from nlscale.parallel.layout import process_groups
 from nlscale.step.trainer import Trainer
@@ -21,6 +25,7 @@ LEVELS = "levels=[{period: 1, memory: %s}, {period: 4, memory: %s, optimizer: {r
 
 def trained(overrides: list[str], spoils: tuple[int, ...] = ()) -> dict[str, Any]:
     """On a rank of a world: what a run is, to the bit; and what its tiers hold."""
+    stand_in()
     config = load([*BASE, *overrides])
     with process_groups(config) as layout:
         trainer = Trainer.build(config, layout, levels_of(config), VOCABULARY)
@@ -97,3 +102,67 @@ def test_host_is_hbm_to_the_bit(
         assert one["host"] == 0 < other["host"]
         if kept is not None:
             assert other["host"] == 4 * (1 + kept) * other["mains"]
+
+
+NVME = "levels=[{period: 1, memory: %s}, {period: 3, memory: %s}, {period: 4, memory: %s}]"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "more", "spoils"),
+    [
+        (1, ["train.dtype=bf16", "model.layers=3"], (4,)),
+        (2, ["train.dtype=fp32", "parallel.shard_optimizer=all"], (8, 9)),
+    ],
+)
+def test_nvme_is_hbm_to_the_bit(
+    ranks: int, more: list[str], spoils: tuple[int, ...], tmp_path: Path
+) -> None:
+    given = ["tiers.ring_mib=0.0625", f"tiers.folder={tmp_path}", "tiers.threads=2", *more]
+    hbm, nvme = (
+        world.run(ranks, trained, [NVME % where, *given], spoils, ranks_per_node=1)
+        for where in (("hbm",) * 3, ("nvme", "host", "nvme"))
+    )
+    for one, other in zip(hbm, nvme, strict=True):
+        assert_same(one, other)
+        assert one["different"] is other["different"] is None
+        assert one["host"] == 0 < other["host"] and other["host"] == 12 * other["mains"]
+    assert not [*tmp_path.iterdir()]
+
+
+CPU = "levels=[{period: 1}, {period: 4, memory: host, update: %s}]"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "within", "more"),
+    [("fp32", 1e-6, ["optimizer.betas_by_period=true"]), ("bf16", 0, ["parallel.tensor=2"])],
+)
+def test_updates_on_the_host_are_those_of_the_device_within_a_millionth(
+    dtype: str, within: float, more: list[str]
+) -> None:
+    given = [f"train.dtype={dtype}", "optimizer.warmup_steps=0", *more]
+    device, cpu = (
+        world.run(2, trained, [CPU % by, *given], (8,), ranks_per_node=2 if not within else 1)
+        for by in ("device", "cpu")
+    )
+    for one, other in zip(device, cpu, strict=True):
+        assert other["different"] is None
+        if within:  # in bf16 a weight that is rounded the other way makes other gradients
+            for kind in ("state", "parameters"):
+                for name, tensor in one[kind].items():
+                    torch.testing.assert_close(tensor, other[kind][name], rtol=1e-6, atol=1e-6)
+            assert one["losses"] == pytest.approx(other["losses"], rel=1e-6, nan_ok=True)
+        else:
+            assert one["losses"] == pytest.approx(other["losses"], rel=1e-3)
+        for mine, theirs in zip(one["told"], other["told"], strict=True):
+            assert mine.keys() == theirs.keys()
+            for level, numbers in mine.items():
+                assert numbers == pytest.approx(theirs[level], rel=1e-4 if within else 0.1)
+
+
+def test_what_the_host_cannot_update_is_refused_with_a_way_out() -> None:
+    for keys, said in (
+        (["levels=[{period: 1, update: cpu}]"], "0.memory=host, or update=device"),
+        ([CPU % "cpu", "optimizer.rule=sgd"], "under adamw alone; use .*rule: adamw"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_tiers(load([*BASE, *keys]))
