@@ -21,7 +21,10 @@ STATIC = (
     "model.memory={query_convolution: true, write: decayed, strength: 2, gate_activation: sigmoid}"
 )
 SERIAL = "model.memory={gain: kalman, reads_state: true, chunk_momentum: true, write: decayed}"
-BOTH = pytest.mark.parametrize("memory", [STATIC, SERIAL], ids=["static", "serial"])
+CHANNEL = "model.memory={gates: channel, reads_state: true, write: decayed}"
+BOTH = pytest.mark.parametrize(
+    "memory", [STATIC, SERIAL, CHANNEL], ids=["static", "serial", "channel"]
+)
 WEIGHTS = ("state_weight", "momentum_weight")
 
 

@@ -11,6 +11,7 @@ from nlscale.config.vocabulary import (
     Decay,
     GateActivation,
     MemoryGain,
+    MemoryGates,
     MemoryWrite,
     ModelConfig,
     head_dim,
@@ -60,6 +61,16 @@ class MemoryFacts(MixerFacts):
                 f"leave alpha - {memory.strength} of the state along a key, which explodes; set "
                 f"model.memory.write=decayed"
             )
+        if memory.gates == MemoryGates.channel and memory.write != MemoryWrite.decayed:
+            raise UserError(
+                f"model.memory.gates=channel is a form of the write that erases what has decayed, "
+                f"and model.memory.write={memory.write.value}; set model.memory.write=decayed"
+            )
+        if memory.gates == MemoryGates.channel and memory.gain == MemoryGain.kalman:
+            raise UserError(
+                "model.memory.gain=kalman reckons with one decay a head, and "
+                "model.memory.gates=channel has one a channel; leave one of the two out"
+            )
         if not self.erases and memory.write != MemoryWrite.undecayed:
             raise UserError(
                 f"model.memory.write={memory.write.value} says what a write erases, and "
@@ -92,6 +103,7 @@ class MemoryFacts(MixerFacts):
             reads_state=memory.reads_state,
             kalman_gain=memory.gain == MemoryGain.kalman,
             chunk_momentum=memory.chunk_momentum,
+            channel_gates=memory.gates == MemoryGates.channel,
         )
 
     def plain_options(self, model: ModelConfig) -> dict[str, Any]:
@@ -121,20 +133,28 @@ class MemoryFacts(MixerFacts):
         total += _convolved(model) * d * memory.convolution
         total += d * d if memory.output_gate else 0
         total += d if memory.read_norm else 0
-        total += len(self.gates) * h * d if memory.static_gates else 0
-        total += len(self.gates) * h  # their biases
+        if memory.gates == MemoryGates.channel:
+            total += 2 * 3 * d * n if memory.static_gates else 0  # down to n, up to the channels
+            total += 3 * d  # their biases
+        else:
+            total += len(self.gates) * h * d if memory.static_gates else 0
+            total += len(self.gates) * h
+        rows = _gate_rows(model)
         if self.modifies_itself:
-            total += h * (2 * n * n + 2 * n)  # M_k, M_v, m_eta, m_alpha
+            total += h * (2 * n * n + rows * n)  # M_k, M_v, m_eta, m_alpha
             total += 2 * h if self.main_memory else h * n * n  # lambdas, or M_m
         if memory.reads_state:
-            total += h * (2 * n * n + 2 * n + 3)  # W of k, of v and of the gates, and gammas
+            total += h * (2 * n * n + rows * n + 3)  # W of k, of v and of the gates, and gammas
         total += h * (memory.gain == MemoryGain.kalman)  # omega
         return total + 2 * h * memory.chunk_momentum  # beta and gamma
 
     def matrices(self, model: ModelConfig) -> dict[tuple[int, int], int]:
         d, n, memory = model.d_model, head_dim(model), model.memory
         found = {(d, d): _sections(model) + 1}
-        if memory.static_gates and self.gates:
+        if memory.static_gates and memory.gates == MemoryGates.channel:
+            for shape in ((n, d), (d, n)):
+                found[shape] = found.get(shape, 0) + 3
+        elif memory.static_gates and self.gates:
             found[model.heads, d] = found.get((model.heads, d), 0) + len(self.gates)
         if self.modifies_itself:
             each = 2 if self.main_memory else 3
@@ -156,7 +176,9 @@ class MemoryFacts(MixerFacts):
     def flops(self, config: Config) -> dict[str, float]:
         model, memory = config.model, config.model.memory
         columns = _sections(model) * model.d_model
-        columns += len(self.gates) * model.heads * bool(memory.static_gates)
+        columns += self._gate_columns(model)
+        if memory.gates == MemoryGates.channel:  # up again: 3 d_model of them with as many inputs
+            columns += self._gate_columns(model)
         columns += model.d_model  # the output's
         channels = _convolved(model) * model.d_model
         return {
@@ -170,16 +192,27 @@ class MemoryFacts(MixerFacts):
         model, length = config.model, config.data.sequence_length
         chunk, d = model.memory.chunk, head_dim(model)
         whole, rest = divmod(length, chunk)
-        flops: float = whole * self._chunk_flops(d, chunk) + (
-            self._chunk_flops(d, rest) if rest else 0
+        gates = _gate_rows(model)
+        flops: float = whole * self._chunk_flops(d, chunk, gates) + (
+            self._chunk_flops(d, rest, gates) if rest else 0
         )
         read_off = PASSES * 2 * d**2 * (not self.main_memory)  # M_m times what is read
         if model.memory.reads_state:
-            read_off += PASSES * 2 * d * (3 * d + 2)  # off S; what that makes of k, v and the gates
+            # off S; what that makes of k, v and the gates
+            read_off += PASSES * 2 * d * (3 * d + _gate_rows(model))
         return flops / length + read_off
 
-    def _chunk_flops(self, d: int, size: int) -> int:
-        """One chunk of `size` tokens of one head, in the notation of `nlscale.ops.memory.chunk`."""
+    def _gate_columns(self, model: ModelConfig) -> int:
+        """Outputs of the projection that the static logits of the gates are, or are made of."""
+        if not model.memory.static_gates:
+            return 0
+        if model.memory.gates == MemoryGates.channel:
+            return 3 * head_dim(model)
+        return len(self.gates) * model.heads
+
+    def _chunk_flops(self, d: int, size: int, gates: int) -> int:
+        """One chunk of `size` tokens of one head, in the notation of `nlscale.ops.memory.chunk`;
+        `gates` are the rows of a memory that makes them."""
         rows = d * (self.main_memory + self.modifies_itself)
         products = size * rows * d  # Z' = ... + D^T n
         products += 2 * size * size * d + size * d * d  # the read: q k^T, A D, q Z^T
@@ -188,8 +221,8 @@ class MemoryFacts(MixerFacts):
         if self.main_memory and self.erases:
             products += size * d * d  # f Z^T
         if self.modifies_itself:
-            products += d * d * (d + 2) + d**3  # what makes keys with gates, and values, now
-            products += size * d * (d + 2) + size * d * d  # keys with gates; values
+            products += d * d * (d + gates) + d**3  # what makes keys with gates, and values, now
+            products += size * d * (d + gates) + size * d * d  # keys with gates; values
             products += size * d * d  # (u - c k - f) P^T
         # T, forward only: its derivative is made of products with T
         inverse = size**3 * self.erases
@@ -211,7 +244,7 @@ class MemoryFacts(MixerFacts):
         model = batch.config.model
         off = replace(
             self.rules(model), erases=True, decayed_write=False, strength=1.0, reads_state=False,
-            kalman_gain=False, chunk_momentum=False,
+            kalman_gain=False, chunk_momentum=False, channel_gates=False,
         )  # fmt: skip
         could = batch.half_kernels and takes(off, head_dim(model), not self.modifies_itself)
         if self.fused(batch) or not could:
@@ -225,7 +258,7 @@ class MemoryFacts(MixerFacts):
 
     def kept(self, batch: MicroBatch, recompute: bool) -> float:
         model, memory = batch.config.model, batch.config.model.memory
-        gates = len(self.gates) * batch.heads if memory.static_gates else 0
+        gates = self._gate_columns(model) // batch.config.parallel.tensor
         projected = _sections(model) * batch.channels + batch.tokens * gates * batch.element
         kept = batch.residual + batch.channels  # the inputs of both projections
         if recompute:
@@ -283,6 +316,8 @@ class MemoryFacts(MixerFacts):
             kept += number * (batch.tokens * batch.width + own * batch.heads * d * d)
         elif batch.element < FP32:
             kept += FP32 * 2 * batch.heads * d * d  # M_k and M_v, to be weighted in fp32
+            if batch.config.model.memory.gates == MemoryGates.channel:
+                kept += FP32 * batch.heads * 3 * d * d  # and what makes the gates
         return kept
 
     def _scan(self, batch: MicroBatch) -> float:
@@ -315,14 +350,15 @@ class MemoryFacts(MixerFacts):
         states = d * d * (self.modifies_itself + 1 + memory.chunk_momentum)
         states += memory.gain == MemoryGain.kalman
         whole, rest = divmod(length, memory.chunk)
-        return length * (3 * d + 2) + (whole + bool(rest)) * states
+        return length * (3 * d + _gate_rows(model)) + (whole + bool(rest)) * states
 
     def _widened(self, batch: MicroBatch) -> float:
         """Weights of the scan in fp32, where they are not."""
         d, memory = head_dim(batch.config.model), batch.config.model.memory
         if batch.element == FP32:
             return 0.0
-        each = memory.reads_state * (2 * d * d + 2 * d + 3) + 2 * memory.chunk_momentum
+        rows = _gate_rows(batch.config.model)
+        each = memory.reads_state * (2 * d * d + rows * d + 3) + 2 * memory.chunk_momentum
         each += memory.gain == MemoryGain.kalman
         return FP32 * batch.heads * each
 
@@ -378,14 +414,24 @@ def _sections(model: ModelConfig) -> int:
     return _inputs(model) + 1 + bool(model.memory.output_gate)
 
 
-_SERIAL = ("gain", "reads_state", "chunk_momentum")
+def _gate_rows(model: ModelConfig) -> int:
+    """Logits of the gates of a head and token: of eta and alpha, or of b, w and alpha by channel."""
+    return 3 * head_dim(model) if model.memory.gates == MemoryGates.channel else 2
+
+
+_SERIAL = ("gates", "gain", "reads_state", "chunk_momentum")
 """Keys of what the scan does chunk by chunk."""
 
 
 def _serial_keys(model: ModelConfig) -> list[str]:
     """Those of them that are on."""
     memory = model.memory
-    on = (memory.gain == MemoryGain.kalman, memory.reads_state, memory.chunk_momentum)
+    on = (
+        memory.gates == MemoryGates.channel,
+        memory.gain == MemoryGain.kalman,
+        memory.reads_state,
+        memory.chunk_momentum,
+    )
     return [name for name, is_on in zip(_SERIAL, on, strict=True) if is_on]
 
 
