@@ -244,6 +244,8 @@ def test_the_peak_of_a_micro_batch_is_near_what_is_planned() -> None:
 STATIC = "{query_convolution: true, write: decayed, strength: 2, gate_activation: sigmoid}"
 SERIAL = "{gain: kalman, reads_state: true, chunk_momentum: true, query_convolution: true}"
 CHOICES = [(STATIC, "bf16", "true"), (STATIC, "fp32", "false")]
+CHANNEL = "{gates: channel, write: decayed, reads_state: true}"
+CHOICES += [(CHANNEL, "bf16", "true"), (CHANNEL, "fp32", "false")]
 CHOICES += [(SERIAL, "bf16", "true"), (SERIAL, "fp32", "true"), (SERIAL, "fp32", "false")]
 
 

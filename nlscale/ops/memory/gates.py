@@ -20,9 +20,6 @@ from torch import Tensor
 
 from nlscale.ops.memory.rules import MemoryRules
 
-_BLOCK = 8
-"""Tokens whose pairs are made channel by channel; those further apart are a product."""
-
 
 class HeadGates:
     """One number each a head and token; rows are tokens of a chunk, [batch, heads, C, ...]."""
@@ -85,7 +82,7 @@ class ChannelGates:
         self.k, g = k, F.logsigmoid(alpha).cumsum(-2)
         decayed, self.erased = torch.exp(g), erase * k
         self.faded, self.faded_query = decayed * self.erased, decayed * q
-        self.coupling, self.scores = _pairs((self.erased, q), k, g).unbind(2)
+        self.coupling, self.scores = _pairs((self.erased, q), k, g)
         self.end, self.whole = torch.exp(g[..., -1:, :] - g) * k, decayed[..., -1:, :]
 
     def weighed(self, value: Tensor) -> Tensor:
@@ -121,13 +118,13 @@ def _fade(after: Tensor, since: Tensor, diagonal: int) -> Tensor:
     return torch.exp(difference.masked_fill(~below, float("-inf")))
 
 
-def _pairs(lefts: Sequence[Tensor], right: Tensor, g: Tensor) -> Tensor:
+def _pairs(lefts: Sequence[Tensor], right: Tensor, g: Tensor) -> tuple[Tensor, ...]:
     """sum_c left_ic exp(g_ic - g_jc) right_jc of j <= i, else 0; of each of the lefts.
 
-    exp(g_ic - g_jc) is a product of two factors where something lies between i and j: what is left
-    of j when the block of i begins, and of that until i. Neither is above 1. Within a block there
-    is no such place for all pairs, and they are made channel by channel. Where a block begins
-    has no derivative: it cancels.
+    Of two runs of tokens side by side, the decay from a token j of the first to a token i of the
+    second is what is left of j at the end of the first, times what is left of that at i: neither is
+    above 1, and all pairs of the two are one product. They are one run of twice as many tokens, and
+    the first runs are tokens. Where two meet has no derivative: it cancels.
 
     Args:
         lefts: [batch, heads, C, d] each.
@@ -135,27 +132,25 @@ def _pairs(lefts: Sequence[Tensor], right: Tensor, g: Tensor) -> Tensor:
         g: cumulative log of the decay, likewise.
 
     Returns:
-        [batch, heads, lefts, C, C].
+        [batch, heads, C, C] each.
     """
-    size, rows = right.shape[-2], []
-    left = torch.stack([*lefts], 2)
-    for first in range(0, size, _BLOCK):
-        block, last = slice(first, first + _BLOCK), min(first + _BLOCK, size)
-        g_block, of_block = g[..., block, :], left[..., block, :]
-        fade = _fade_by_channel(g_block) * right[..., None, block, :]  # [..., i, j, d]
-        parts = [(of_block.movedim(2, -2) @ fade.mT).movedim(-2, 2)]
-        if first:
-            begin = g[..., first - 1 : first, :].detach()
-            before = right[..., :first, :] * torch.exp(begin - g[..., :first, :])
-            since = torch.exp(g_block - begin)
-            parts.insert(0, (of_block * since[:, :, None]) @ before[:, :, None].mT)
-        parts.append(parts[0].new_zeros(*parts[0].shape[:-1], size - last))
-        rows.append(torch.cat(parts, -1))
-    return torch.cat(rows, -2)
-
-
-def _fade_by_channel(g: Tensor) -> Tensor:
-    """exp(g_ic - g_jc) for j <= i, else 0, [batch, heads, i, j, d]."""
-    difference = g[..., :, None, :] - g[..., None, :, :]
-    below = torch.ones(difference.shape[-3:-1], dtype=torch.bool, device=g.device).tril()
-    return torch.exp(difference.masked_fill(~below[..., None], float("-inf")))
+    size, whole, left = right.shape[-2], 1, torch.stack([*lefts], -2)
+    while whole < size:
+        whole *= 2
+    if whole > size:  # filled up with tokens that write and read nothing, and decay by nothing
+        left = F.pad(left, (0, 0, 0, 0, 0, whole - size))
+        right = F.pad(right, (0, 0, 0, whole - size))
+        g = torch.cat([g, g[..., -1:, :].expand(*g.shape[:-2], whole - size, -1)], -2)
+    found = (left @ right[..., None])[..., None, :, :]  # [batch, heads, runs, i, lefts, j]
+    run = 1
+    while run < whole:
+        before, after = g.unflatten(-2, (-1, 2 * run)).split(run, -2)
+        meet = before[..., -1:, :].detach()
+        since = right.unflatten(-2, (-1, 2 * run))[..., :run, :] * torch.exp(meet - before)
+        until = left.unflatten(-3, (-1, 2 * run))[..., run:, :, :]
+        until = until * torch.exp(after - meet)[..., None, :]
+        across = (until.flatten(-3, -2) @ since.mT).unflatten(-2, (run, len(lefts)))
+        first, second = found.unflatten(-4, (-1, 2)).unbind(-4)
+        found = torch.cat([F.pad(first, (0, run)), torch.cat([across, second], -1)], -3)
+        run *= 2
+    return found[..., 0, :size, :, :size].unbind(-2)

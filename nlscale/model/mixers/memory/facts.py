@@ -134,7 +134,7 @@ class MemoryFacts(MixerFacts):
         total += d * d if memory.output_gate else 0
         total += d if memory.read_norm else 0
         if memory.gates == MemoryGates.channel:
-            total += 2 * 3 * d * n if memory.static_gates else 0  # down to n, up to the channels
+            total += (1 + 3) * d * n if memory.static_gates else 0  # down to n, up to the channels
             total += 3 * d  # their biases
         else:
             total += len(self.gates) * h * d if memory.static_gates else 0
@@ -152,8 +152,8 @@ class MemoryFacts(MixerFacts):
         d, n, memory = model.d_model, head_dim(model), model.memory
         found = {(d, d): _sections(model) + 1}
         if memory.static_gates and memory.gates == MemoryGates.channel:
-            for shape in ((n, d), (d, n)):
-                found[shape] = found.get(shape, 0) + 3
+            for shape, number in (((n, d), 1), ((d, n), 3)):
+                found[shape] = found.get(shape, 0) + number
         elif memory.static_gates and self.gates:
             found[model.heads, d] = found.get((model.heads, d), 0) + len(self.gates)
         if self.modifies_itself:
@@ -162,6 +162,10 @@ class MemoryFacts(MixerFacts):
         if memory.reads_state:
             found[n, n] = found.get((n, n), 0) + 2 * model.heads
         return found
+
+    def shared(self, model: ModelConfig) -> dict[str, int]:
+        channels = model.memory.gates == MemoryGates.channel and model.memory.static_gates
+        return {"a head's size (gates of channels are made of)": head_dim(model)} if channels else {}
 
     def state_bytes(self, config: Config) -> int:
         """Pi now and at the start of the chunk, S, what is off by default keeps, all in fp32, and
@@ -177,8 +181,8 @@ class MemoryFacts(MixerFacts):
         model, memory = config.model, config.model.memory
         columns = _sections(model) * model.d_model
         columns += self._gate_columns(model)
-        if memory.gates == MemoryGates.channel:  # up again: 3 d_model of them with as many inputs
-            columns += self._gate_columns(model)
+        if memory.gates == MemoryGates.channel:  # up again, to the channels of all three
+            columns += 3 * self._gate_columns(model)
         columns += model.d_model  # the output's
         channels = _convolved(model) * model.d_model
         return {
@@ -207,7 +211,7 @@ class MemoryFacts(MixerFacts):
         if not model.memory.static_gates:
             return 0
         if model.memory.gates == MemoryGates.channel:
-            return 3 * head_dim(model)
+            return head_dim(model)
         return len(self.gates) * model.heads
 
     def _chunk_flops(self, d: int, size: int, gates: int) -> int:

@@ -15,10 +15,10 @@ VECTORS = 3
 
 
 class ChannelGates(nn.Module):
-    """Logits U_g (D_g x) + bias of each of the three; the rank of U_g D_g is the size of a head.
+    """Logits U (D x) + bias of all three; the rank of U D is the size of a head.
 
-    D_g x, which all heads read, are sections of the mixer's projection; a rank of the
-    tensor-parallel group makes a part of them.
+    D x, which all heads read, is a section of the mixer's projection, and a rank of the
+    tensor-parallel group makes a part of it.
     """
 
     def __init__(self, model: ModelConfig, heads: int, static: bool, dtype: torch.dtype) -> None:
@@ -42,17 +42,15 @@ class ChannelGates(nn.Module):
 
     def logits(self, down: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of b and w side by side, [batch, heads, sequence, 2 n], and of alpha, [..., n],
-        in at least fp32; down is this rank's part of D x, [sequence, batch, 3 n / ranks]."""
-        sequence, batch, part = down.shape
+        in at least fp32; down is this rank's part of D x, [sequence, batch, n / ranks]."""
+        sequence, batch, _ = down.shape
         heads, n = len(self.bias), self.bias.shape[-1]
-        bias = self.bias.to(wide(self.bias)).flatten(1)[:, None]
+        logits = self.bias.to(wide(self.bias)).flatten(1)[:, None]
         if self.up is None:
-            logits = bias.expand(batch, heads, sequence, VECTORS * n)
+            logits = logits.expand(batch, heads, sequence, VECTORS * n)
         else:
-            gathered = gather_channels(down).unflatten(-1, (-1, VECTORS, part // VECTORS))
-            low = gathered.permute(3, 0, 1, 2, 4).reshape(VECTORS, sequence * batch, n)
-            made = low @ self.up.view(VECTORS, heads * n, n).mT
-            made = made.view(VECTORS, sequence, batch, heads, n).permute(2, 3, 1, 0, 4)
-            logits = made.flatten(3).to(bias.dtype) + bias
+            made = gather_channels(down) @ self.up.mT
+            by_head = made.unflatten(-1, (VECTORS, heads, n)).permute(1, 3, 0, 2, 4).flatten(3)
+            logits = by_head.to(logits.dtype) + logits
         eta, alpha = logits.split([2 * n, n], -1)
         return eta, alpha

@@ -79,7 +79,7 @@ class MemoryMixer(Mixer):
         self.gates = facts.gates
         of_gates = [model.heads] * len(self.gates)
         if self.rules.channel_gates:
-            of_gates = [self.head_dim] * VECTORS
+            of_gates = [self.head_dim]
         of_gates = of_gates * self.static_gates
         self.gate_columns = sum(of_gates) // tp
         outputs = [d] * (self.inputs + 1 + self.gated) + of_gates
@@ -275,7 +275,7 @@ class MemoryMixer(Mixer):
         names += ["query"] + ["output gate"] * self.gated
         gates = [f"{gate} logit" for gate in self.gates]
         if self.channel_gates is not None:
-            gates = [f"{gate} gate input" for gate in ("erase", "write", "decay")]
+            gates = ["gate input"]
         return names + gates * self.static_gates
 
     @staticmethod
