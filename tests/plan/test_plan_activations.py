@@ -265,8 +265,9 @@ def test_what_memories_that_are_off_by_default_keep() -> None:
 
 def test_the_peak_of_memories_scanned_chunk_by_chunk_is_near_what_is_planned() -> None:
     configs = [
-        make("model.mixer=hope", f"model.memory={SERIAL}", "model.memory.chunk=16",
+        make("model.mixer=hope", f"model.memory={memory}", "model.memory.chunk=16",
              "model.layers=4", f"train.dtype={dtype}", recompute=parts)
+        for memory in (SERIAL, CHANNEL)
         for dtype in ("bf16", "fp32")
         for parts in RECOMPUTE[:2]
     ]  # fmt: skip

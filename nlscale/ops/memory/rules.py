@@ -45,9 +45,7 @@ class MemoryRules:
     @property
     def serial(self) -> bool:
         """Whether all of a chunk waits for the one before (`nlscale.ops.memory.serial`)."""
-        return (
-            self.reads_state or self.kalman_gain or self.chunk_momentum or self.channel_gates
-        )
+        return self.reads_state or self.kalman_gain or self.chunk_momentum or self.channel_gates
 
 
 @dataclass

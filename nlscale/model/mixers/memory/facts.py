@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
@@ -165,7 +166,9 @@ class MemoryFacts(MixerFacts):
 
     def shared(self, model: ModelConfig) -> dict[str, int]:
         channels = model.memory.gates == MemoryGates.channel and model.memory.static_gates
-        return {"a head's size (gates of channels are made of)": head_dim(model)} if channels else {}
+        return (
+            {"a head's size (gates of channels are made of)": head_dim(model)} if channels else {}
+        )
 
     def state_bytes(self, config: Config) -> int:
         """Pi now and at the start of the chunk, S, what is off by default keeps, all in fp32, and
@@ -388,8 +391,12 @@ class MemoryFacts(MixerFacts):
         if self.rules(model).serial:
             # gradients of a, b and q, in parts and joined; one chunk, made again
             d, size = head_dim(model), min(model.memory.chunk, batch.config.data.sequence_length)
-            again = 12 * size * d + 8 * size * size + 8 * d * d
-            return FP32 * (6.0 * batch.tokens * batch.width + batch.rows * batch.heads * again)
+            again, parts = 12 * size * d + 8 * size * size + 8 * d * d, 6.0
+            if model.memory.gates == MemoryGates.channel:
+                # gradients of the gates, too; pairs of tokens, in runs that double
+                again += round(2.5 * math.log2(size) * size * d) - 2 * size * size
+                parts = 9.0
+            return FP32 * (parts * batch.tokens * batch.width + batch.rows * batch.heads * again)
         if not self.fused(batch):
             # gradients of k, of the writes, of a, and of the states
             return FP32 * batch.tokens * batch.width * (3 + states)
