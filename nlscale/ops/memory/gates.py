@@ -24,7 +24,9 @@ from nlscale.ops.memory.rules import MemoryRules
 class HeadGates:
     """One number each a head and token; rows are tokens of a chunk, [batch, heads, C, ...]."""
 
-    def __init__(self, k: Tensor, q: Tensor, eta: Tensor, alpha: Tensor, rules: MemoryRules):
+    def __init__(
+        self, k: Tensor, q: Tensor, eta: Tensor, alpha: Tensor, rules: MemoryRules
+    ) -> None:
         """k, q [batch, heads, C, d] of unit norm; logits eta and alpha [batch, heads, C]."""
         self.k, self.q = k, q
         self.strength = r = (rules.strength * torch.sigmoid(eta))[..., None]
@@ -75,7 +77,9 @@ class ChannelGates:
         D = (I + W)^{-1} ( w o v - (exp(g) o b o k) S^T )
     """
 
-    def __init__(self, k: Tensor, q: Tensor, eta: Tensor, alpha: Tensor, rules: MemoryRules):
+    def __init__(
+        self, k: Tensor, q: Tensor, eta: Tensor, alpha: Tensor, rules: MemoryRules
+    ) -> None:
         """k, q [batch, heads, C, d] of unit norm; logits alpha likewise, and eta of b and w side by
         side, [batch, heads, C, 2 d]."""
         erase, self.strength = (rules.strength * torch.sigmoid(eta)).chunk(2, dim=-1)

@@ -89,7 +89,9 @@ def test_gates_of_channels_that_are_all_equal_are_those_of_the_head(mode: str, s
     weights = of_head.weights()
     if weights is not None and gates is not None:
         weights.gates = gates.repeat_interleave(torch.tensor([2 * d, d]), 1)
-    eta, alpha = (x[..., None].expand(*x.shape, n) for x, n in zip(given[3:], (2 * d, d)))
+    eta, alpha = (
+        x[..., None].expand(*x.shape, n) for x, n in zip(given[3:], (2 * d, d), strict=True)
+    )
     found, after = memory_scan(*given[:3], eta, alpha, weights, channels, main=of_head.main())
     want, state = of_head.scan()
     by = torch.randn_like(want)

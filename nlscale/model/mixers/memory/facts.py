@@ -19,6 +19,14 @@ from nlscale.config.vocabulary import (
 )
 from nlscale.errors import UserError
 from nlscale.model.mixers.facts import FP32, PASSES, MicroBatch, MixerFacts, element_bytes
+from nlscale.model.mixers.memory.keys import (
+    SERIAL,
+    convolved,
+    gate_rows,
+    inputs,
+    sections,
+    serial_keys,
+)
 from nlscale.ops.memory.kernels.sizes import takes
 from nlscale.ops.memory.rules import MemoryRules
 
@@ -79,13 +87,13 @@ class MemoryFacts(MixerFacts):
             )
         if self.rules(model).serial and len(self.gates) < 2:
             raise UserError(
-                f"model.memory.{', '.join(_serial_keys(model))}: this is for memories that learn "
+                f"model.memory.{', '.join(serial_keys(model))}: this is for memories that learn "
                 f"both what they erase and how they decay, and model.mixer={model.mixer} does not; "
                 f"use hope or gated-delta"
             )
         if self.rules(model).serial and not self.main_memory:
             raise UserError(
-                f"model.memory.{', '.join(_serial_keys(model))}: this is how a main memory of its "
+                f"model.memory.{', '.join(serial_keys(model))}: this is how a main memory of its "
                 f"own is written, and model.mixer={model.mixer} has none; use hope or gated-delta"
             )
 
@@ -110,14 +118,14 @@ class MemoryFacts(MixerFacts):
     def plain_options(self, model: ModelConfig) -> dict[str, Any]:
         if self.rules(model).serial:
             raise UserError(
-                f"a memory with model.memory.{', '.join(_serial_keys(model))} says nothing in "
+                f"a memory with model.memory.{', '.join(serial_keys(model))} says nothing in "
                 f"plain torch, of which models for Hugging Face are made; export with --to "
                 f"safetensors"
             )
         memory = {
             f.name: _plain(getattr(model.memory, f.name))
             for f in fields(model.memory)
-            if f.name not in _SERIAL
+            if f.name not in SERIAL
         }
         kind: dict[str, Any] = {
             "modifies_itself": self.modifies_itself,
@@ -129,9 +137,9 @@ class MemoryFacts(MixerFacts):
 
     def parameters(self, model: ModelConfig) -> int:
         d, h, n, memory = model.d_model, model.heads, head_dim(model), model.memory
-        inputs = _inputs(model)
-        total = d + (inputs + 1) * d * d + d * d  # norm, inputs, queries, output projection
-        total += _convolved(model) * d * memory.convolution
+        fed = inputs(model)
+        total = d + (fed + 1) * d * d + d * d  # norm, inputs, queries, output projection
+        total += convolved(model) * d * memory.convolution
         total += d * d if memory.output_gate else 0
         total += d if memory.read_norm else 0
         if memory.gates == MemoryGates.channel:
@@ -140,7 +148,7 @@ class MemoryFacts(MixerFacts):
         else:
             total += len(self.gates) * h * d if memory.static_gates else 0
             total += len(self.gates) * h
-        rows = _gate_rows(model)
+        rows = gate_rows(model)
         if self.modifies_itself:
             total += h * (2 * n * n + rows * n)  # M_k, M_v, m_eta, m_alpha
             total += 2 * h if self.main_memory else h * n * n  # lambdas, or M_m
@@ -151,7 +159,7 @@ class MemoryFacts(MixerFacts):
 
     def matrices(self, model: ModelConfig) -> dict[tuple[int, int], int]:
         d, n, memory = model.d_model, head_dim(model), model.memory
-        found = {(d, d): _sections(model) + 1}
+        found = {(d, d): sections(model) + 1}
         if memory.static_gates and memory.gates == MemoryGates.channel:
             for shape, number in (((n, d), 1), ((d, n), 3)):
                 found[shape] = found.get(shape, 0) + number
@@ -165,10 +173,9 @@ class MemoryFacts(MixerFacts):
         return found
 
     def shared(self, model: ModelConfig) -> dict[str, int]:
-        channels = model.memory.gates == MemoryGates.channel and model.memory.static_gates
-        return (
-            {"a head's size (gates of channels are made of)": head_dim(model)} if channels else {}
-        )
+        if model.memory.gates != MemoryGates.channel or not model.memory.static_gates:
+            return {}
+        return {"model.memory.gates=channel: a head's size": head_dim(model)}
 
     def state_bytes(self, config: Config) -> int:
         """Pi now and at the start of the chunk, S, what is off by default keeps, all in fp32, and
@@ -177,17 +184,17 @@ class MemoryFacts(MixerFacts):
         squares = 2 * self.modifies_itself + self.main_memory
         squares += memory.reads_state + 2 * memory.chunk_momentum
         numbers = model.heads * (squares * n * n + (memory.gain == MemoryGain.kalman))
-        tail = _convolved(model) * model.d_model * (memory.convolution - 1)
+        tail = convolved(model) * model.d_model * (memory.convolution - 1)
         return FP32 * numbers + tail * element_bytes(config)
 
     def flops(self, config: Config) -> dict[str, float]:
         model, memory = config.model, config.model.memory
-        columns = _sections(model) * model.d_model
+        columns = sections(model) * model.d_model
         columns += self._gate_columns(model)
         if memory.gates == MemoryGates.channel:  # up again, to the channels of all three
             columns += 3 * self._gate_columns(model)
         columns += model.d_model  # the output's
-        channels = _convolved(model) * model.d_model
+        channels = convolved(model) * model.d_model
         return {
             "projections": float(PASSES * 2 * model.d_model * columns),
             "convolution": float(PASSES * 2 * memory.convolution * channels),
@@ -199,14 +206,14 @@ class MemoryFacts(MixerFacts):
         model, length = config.model, config.data.sequence_length
         chunk, d = model.memory.chunk, head_dim(model)
         whole, rest = divmod(length, chunk)
-        gates = _gate_rows(model)
+        gates = gate_rows(model)
         flops: float = whole * self._chunk_flops(d, chunk, gates) + (
             self._chunk_flops(d, rest, gates) if rest else 0
         )
         read_off = PASSES * 2 * d**2 * (not self.main_memory)  # M_m times what is read
         if model.memory.reads_state:
             # off S; what that makes of k, v and the gates
-            read_off += PASSES * 2 * d * (3 * d + _gate_rows(model))
+            read_off += PASSES * 2 * d * (3 * d + gate_rows(model))
         return flops / length + read_off
 
     def _gate_columns(self, model: ModelConfig) -> int:
@@ -256,7 +263,7 @@ class MemoryFacts(MixerFacts):
         could = batch.half_kernels and takes(off, head_dim(model), not self.modifies_itself)
         if self.fused(batch) or not could:
             return []
-        keys = ", ".join(_serial_keys(model) or ["write"])
+        keys = ", ".join(serial_keys(model) or ["write"])
         what = f"model.memory.{keys}" if self.erases else f"model.mixer={model.mixer}"
         return [
             f"no kernel knows {what}: on GPUs the memory runs as torch operations, many times "
@@ -266,7 +273,7 @@ class MemoryFacts(MixerFacts):
     def kept(self, batch: MicroBatch, recompute: bool) -> float:
         model, memory = batch.config.model, batch.config.model.memory
         gates = self._gate_columns(model) // batch.config.parallel.tensor
-        projected = _sections(model) * batch.channels + batch.tokens * gates * batch.element
+        projected = sections(model) * batch.channels + batch.tokens * gates * batch.element
         kept = batch.residual + batch.channels  # the inputs of both projections
         if recompute:
             return kept + projected
@@ -288,17 +295,17 @@ class MemoryFacts(MixerFacts):
 
     def _around_the_scan(self, batch: MicroBatch) -> float:
         """Convolution, norms and gate; norms are taken in fp32."""
-        memory, inputs = batch.config.model.memory, _inputs(batch.config.model)
-        convolved = _convolved(batch.config.model)
+        memory, fed = batch.config.model.memory, inputs(batch.config.model)
+        mixed = convolved(batch.config.model)
         channels, scalars = batch.tokens * batch.width, batch.tokens * batch.heads
-        tail = convolved * batch.rows * (memory.convolution - 1) * batch.width
+        tail = mixed * batch.rows * (memory.convolution - 1) * batch.width
         if batch.compiled:
             # the tail and the read; the projection counts where it is made
             return batch.element * (tail + channels)
         # inputs of the convolution and of the SiLU
-        kept = batch.element * (2 * convolved * channels + tail)
+        kept = batch.element * (2 * mixed * channels + tail)
         # a and q before they are normalised; where b is what a was made of, it counts as b
-        same = inputs == 1 and batch.element == FP32
+        same = fed == 1 and batch.element == FP32
         kept += FP32 * ((1 if same else 2) * channels + 2 * scalars)
         if memory.read_norm:
             kept += batch.element * 2 * channels + FP32 * scalars
@@ -357,14 +364,14 @@ class MemoryFacts(MixerFacts):
         states = d * d * (self.modifies_itself + 1 + memory.chunk_momentum)
         states += memory.gain == MemoryGain.kalman
         whole, rest = divmod(length, memory.chunk)
-        return length * (3 * d + _gate_rows(model)) + (whole + bool(rest)) * states
+        return length * (3 * d + gate_rows(model)) + (whole + bool(rest)) * states
 
     def _widened(self, batch: MicroBatch) -> float:
         """Weights of the scan in fp32, where they are not."""
         d, memory = head_dim(batch.config.model), batch.config.model.memory
         if batch.element == FP32:
             return 0.0
-        rows = _gate_rows(batch.config.model)
+        rows = gate_rows(batch.config.model)
         each = memory.reads_state * (2 * d * d + rows * d + 3) + 2 * memory.chunk_momentum
         each += memory.gain == MemoryGain.kalman
         return FP32 * batch.heads * each
@@ -408,42 +415,6 @@ class MemoryFacts(MixerFacts):
         if self.modifies_itself:
             tiles += 6 + main  # v, what Pi writes, gradients of x, v, a and b
         return batch.channels * tiles
-
-
-def _inputs(model: ModelConfig) -> int:
-    """Projections that feed keys and values: one for both, or one each."""
-    return 2 if model.memory.separate_inputs else 1
-
-
-def _convolved(model: ModelConfig) -> int:
-    """Sections of the projection that the convolution takes."""
-    return _inputs(model) + model.memory.query_convolution
-
-
-def _sections(model: ModelConfig) -> int:
-    """Of the projection: what feeds keys and values, queries, and the gate of the output."""
-    return _inputs(model) + 1 + bool(model.memory.output_gate)
-
-
-def _gate_rows(model: ModelConfig) -> int:
-    """Logits of the gates of a head and token: of eta and alpha, or of b, w and alpha by channel."""
-    return 3 * head_dim(model) if model.memory.gates == MemoryGates.channel else 2
-
-
-_SERIAL = ("gates", "gain", "reads_state", "chunk_momentum")
-"""Keys of what the scan does chunk by chunk."""
-
-
-def _serial_keys(model: ModelConfig) -> list[str]:
-    """Those of them that are on."""
-    memory = model.memory
-    on = (
-        memory.gates == MemoryGates.channel,
-        memory.gain == MemoryGain.kalman,
-        memory.reads_state,
-        memory.chunk_momentum,
-    )
-    return [name for name, is_on in zip(_SERIAL, on, strict=True) if is_on]
 
 
 def _plain(value: Any) -> Any:
