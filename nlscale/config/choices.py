@@ -30,6 +30,16 @@ class MemoryWrite(str, Enum):
     """State that has decayed, as published (Gated DeltaNet): alpha S (I - eta k k^T)."""
 
 
+class MemoryGates(str, Enum):
+    """What the decay and the write strength of a memory are numbers of."""
+
+    head = "head"
+    """One each a head."""
+    channel = "channel"
+    """Vectors: of the decay and of what a write erases over the channels of a key, of what it
+    writes over those of a value."""
+
+
 class MemoryGain(str, Enum):
     """What decides how strongly a memory writes."""
 

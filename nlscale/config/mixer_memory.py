@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nlscale.config.choices import GateActivation, MemoryGain, MemoryWrite
+from nlscale.config.choices import GateActivation, MemoryGain, MemoryGates, MemoryWrite
 from nlscale.config.fields import MOST, within
 
 
@@ -36,6 +36,10 @@ class MemoryConfig:
     strength: int = within(1, least=1, most=2)
     """The most that a write strength may be, strength x sigmoid(logit): 1, or 2, where a write may
     turn the state along its key around (negative eigenvalues); 2 needs write: decayed."""
+    gates: MemoryGates = MemoryGates.head
+    """What decay and write strength are numbers of: head, one each; or channel, vectors, of the
+    decay and of what a write erases over the channels of a key, of what it writes over those of a
+    value; channel needs write: decayed."""
     gain: MemoryGain = MemoryGain.learned
     """The write strength: learned, a logit alone; or kalman, the gain of a filter that keeps
     account, a head, of how uncertain the memory is."""

@@ -45,6 +45,7 @@ PAGES = {
     "model.memory.query_convolution": "concepts/memory.md#what-feeds-the-memory",
     "model.memory.write": "concepts/memory.md#the-two-forms-of-a-write",
     "model.memory.strength": "concepts/memory.md#the-two-forms-of-a-write",
+    "model.memory.gates": "concepts/memory.md#gates-of-channels",
     "model.memory.gain": "concepts/memory.md#a-kalman-gain",
     "model.memory.reads_state": "concepts/memory.md#reading-the-state",
     "model.memory.chunk_momentum": "concepts/memory.md#momentum-over-chunks",

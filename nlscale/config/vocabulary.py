@@ -20,6 +20,7 @@ from nlscale.config.choices import Decay as Decay
 from nlscale.config.choices import Dtype as Dtype
 from nlscale.config.choices import GateActivation as GateActivation
 from nlscale.config.choices import MemoryGain as MemoryGain
+from nlscale.config.choices import MemoryGates as MemoryGates
 from nlscale.config.choices import MemoryWrite as MemoryWrite
 from nlscale.config.choices import Part as Part
 from nlscale.config.choices import Pending as Pending

@@ -143,10 +143,11 @@ def orthogonal(tensor: Tensor, generator: torch.Generator) -> None:
 
 
 def spread(middle: float, width: float) -> Initializer:
-    """Equally spaced values over the heads, [heads]: memories of different reach."""
+    """Equally spaced values over the heads, [heads, ...]: memories of different reach."""
 
     def fill(tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.copy_(middle + width * torch.linspace(-1, 1, len(tensor)))
+        by_head = middle + width * torch.linspace(-1, 1, len(tensor))
+        tensor.copy_(by_head.view(-1, *[1] * (tensor.dim() - 1)))
 
     return fill
 

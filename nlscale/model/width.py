@@ -12,7 +12,8 @@ with the widths of the CMS in proportion to d_model, so that there are m times a
       noise, momentum, CMS mixture            as it is       as it is         none
     convolution, memories M_k, M_v, M_m,
       m_eta, m_alpha, maps of what is read
-      off S: inputs do not grow               as it is       as it is         as it is
+      off S, up to gates of channels:
+      inputs do not grow                      as it is       as it is         as it is
 
 and logits are divided by m, Adam's eps too. At m = 1 all of it is the standard parametrisation, bit
 for bit; what a level's own learning rate and period rule say multiplies on top.

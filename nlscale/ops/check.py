@@ -75,20 +75,21 @@ class ScanInputs:
             "a": normal(*shape).to(dtype),
             "b": normal(*shape).to(dtype),
             "q": normalize(normal(*shape)).to(dtype),
-            "eta": normal(batch, heads, length) + biases[0],
-            "alpha": normal(batch, heads, length) + biases[1],
+            "eta": normal(batch, heads, length, *(2 * d,) * rules.channel_gates) + biases[0],
+            "alpha": normal(batch, heads, length, *(d,) * rules.channel_gates) + biases[1],
         }
+        gates = 3 * d if rules.channel_gates else 2
         if makes:
             for name in ("key", "value") + (() if rules.main_memory else ("read",)):
                 leaves[name] = torch.linalg.qr(normal(heads, d, d))[0]
-            leaves["gates"] = normal(heads, 2, d, scale=0.02)
+            leaves["gates"] = normal(heads, gates, d, scale=0.02)
         if makes and rules.main_memory:
             for name in ("lambda_key", "lambda_value"):
                 leaves[name] = torch.full((heads,), lambda_init, device=device)
         if rules.reads_state:
             for name in ("state_key", "state_value"):
                 leaves[name] = torch.linalg.qr(normal(heads, d, d))[0]
-            leaves["state_gates"] = normal(heads, 2, d, scale=d**-0.5)
+            leaves["state_gates"] = normal(heads, gates, d, scale=d**-0.5)
             leaves["state_weight"] = normal(heads, 3, scale=0.1)
         if rules.kalman_gain:
             leaves["noise"] = normal(heads) - biases[1]

@@ -120,6 +120,9 @@ def _divides(config: Config) -> None:
         raise UserError(not_divisible("model.attention.kv_heads", kv_heads(model), tensor))
     for kind in block_kinds(config):
         _base_width(kind.config.model)
+        for what, number in kind.facts.shared(kind.config.model).items():
+            if number % tensor:
+                raise UserError(not_divisible(what, number, tensor))
     for index, hidden in enumerate(level_hidden(config)):
         if hidden % tensor:
             raise UserError(not_divisible(f"levels.spectrum.{index}.hidden", hidden, tensor))

@@ -20,7 +20,7 @@ LATER: dict[tuple[str, ...], tuple[str, ...]] = {
     ("model",): ("pattern",),
     ("model", "memory"): (
         "query_convolution", "write", "strength", "gain", "reads_state", "chunk_momentum",
-        "gate_activation",
+        "gate_activation", "gates",
     ),
     ("model", "attention"): ("window",),
 }  # fmt: skip

@@ -11,17 +11,22 @@ from model.test_model_flops import make
 
 from nlscale.errors import UserError
 from nlscale.model.flops import flops_by_part
+from nlscale.model.init import split
 from nlscale.model.mixers.facts import MicroBatch
 from nlscale.model.mixers.memory.facts import MemoryFacts
 from nlscale.model.mixers.table import mixer as mixer_of
 from nlscale.ops.documents import Documents
+from nlscale.plan.checks import check_sizes
 from nlscale.plan.programs import advise
 
 STATIC = (
     "model.memory={query_convolution: true, write: decayed, strength: 2, gate_activation: sigmoid}"
 )
 SERIAL = "model.memory={gain: kalman, reads_state: true, chunk_momentum: true, write: decayed}"
-BOTH = pytest.mark.parametrize("memory", [STATIC, SERIAL], ids=["static", "serial"])
+CHANNEL = "model.memory={gates: channel, reads_state: true, write: decayed}"
+BOTH = pytest.mark.parametrize(
+    "memory", [STATIC, SERIAL, CHANNEL], ids=["static", "serial", "channel"]
+)
 WEIGHTS = ("state_weight", "momentum_weight")
 
 
@@ -117,6 +122,56 @@ def test_two_tensor_parallel_ranks_learn_what_one_does() -> None:
     assert one[-1] < one[0] - 0.5
 
 
+def gradients(options: list[str]) -> dict[str, torch.Tensor]:
+    """Of this rank's part of the last block, in float64."""
+    from nlscale.model.decoder import Decoder
+    from nlscale.model.init import initialize
+    from nlscale.model.layers import megatron_config
+    from nlscale.parallel.layout import process_groups
+
+    config = tiny(*options)
+    with process_groups(config) as layout:
+        model = Decoder(config, megatron_config(config), 62)
+        initialize(model, 5, layout.tensor_rank, layout.tensor_size)
+        awake(model.double())
+        tokens = torch.randint(62, (2, 13), generator=torch.Generator().manual_seed(3))
+        model(tokens[:, :-1], tokens[:, 1:]).sum().backward()
+        return {name: parameter.grad for name, parameter in model.blocks["1"].named_parameters()}
+
+
+def test_two_ranks_share_gates_of_channels(build) -> None:
+    options = ["model.mixer=hope", CHANNEL, "model.layers=2"]
+    (alone,) = world.run(1, gradients, options)
+    split_by = ["parallel.tensor=2", "parallel.sequence=true"]
+    ranks = world.run(2, gradients, [*options, *split_by])
+    mixer = dict(build(*options).blocks["1"].named_parameters())
+    for name, whole in alone.items():
+        if name.startswith("mixer."):
+            for rank, part in enumerate(split(whole, mixer[name], 2)):
+                found = ranks[rank][name]
+                assert torch.allclose(found, part, rtol=1e-9, atol=1e-11), name
+
+
+def test_what_two_ranks_cannot_share_is_refused() -> None:
+    sizes = [CHANNEL, "model.mixer=gated-delta", "model.d_model=60", "model.heads=4"]
+    with pytest.raises(UserError, match=r"head's size 15 is not divisible by parallel.tensor 2"):
+        check_sizes(tiny(*sizes, "model.hidden=48", "parallel.tensor=2"), 2)
+    check_sizes(tiny(*sizes, "model.hidden=48"), 1)
+
+
+def test_gates_of_channels_cost_their_products(build) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    options = ["model.mixer=gated-delta", CHANNEL, "model.layers=1"]
+    mixer, x = build(*options).blocks["0"].mixer, torch.randn(7, 2, 32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        projected, _ = mixer.project(x)
+        mixer.channel_gates.logits(projected[..., -16:])
+        mixer.output(x)
+    planned = flops_by_part(tiny(*options), VOCABULARY)["projections"]
+    assert planned == pytest.approx(3 * counter.get_total_flops() / 14, rel=1e-9)
+
+
 def test_reading_the_state_costs_its_products() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -156,6 +211,9 @@ def test_what_no_kernel_takes_is_said_by_the_plan_and_what_cannot_be_is_refused(
     assert mixer_of("hope").serial_programs(batch) is None
     for options, words in (
         (["model.memory.strength=2"], "set model.memory.write=decayed"),
+        (["model.memory.gates=channel"], "set model.memory.write=decayed"),
+        ([CHANNEL, "model.memory.gain=kalman"], "leave one of the two out"),
+        ([CHANNEL, "model.mixer=deltanet"], "gates, reads_state: .* use hope or gated-delta"),
         (["model.mixer=hope-pure", "model.memory.reads_state=true"], "use hope or gated-delta"),
     ):
         model = tiny(*options).model

@@ -41,25 +41,28 @@ class Problem:
         a, b, q = (torch.randn(*shape, d, dtype=torch.float64) for _ in range(3))
         if case == "correlated keys":
             a = torch.randn(d, dtype=torch.float64) + 1e-3 * a
-        eta, alpha = (torch.randn(*shape, dtype=torch.float64) for _ in range(2))
+        channels = self.rules.channel_gates
+        eta = torch.randn(*shape, *(2 * d,) * channels, dtype=torch.float64)
+        alpha = torch.randn(*shape, *(d,) * channels, dtype=torch.float64)
         if mode == "paper":  # it magnifies rounding without end where writes are strong
             eta = eta - 2
         eta = eta + (12 if case == "large eta" else 0)
         alpha = alpha + {"strong decay": -20, "no decay": 20}.get(case, 3)
         leaves = {"a": a, "b": b, "q": normalize(q), "eta": eta, "alpha": alpha}
+        gates = 3 * d if channels else 2  # rows
         if case == "shared input":
             del leaves["b"]
         if mode != "gated-delta":
             for name in ("key", "value") + (() if self.rules.main_memory else ("read",)):
                 leaves[name] = torch.linalg.qr(torch.randn(heads, d, d, dtype=torch.float64))[0]
-            leaves["gates"] = 0.3 * torch.randn(heads, 2, d, dtype=torch.float64)
+            leaves["gates"] = 0.3 * torch.randn(heads, gates, d, dtype=torch.float64)
             if mode == "hope":
                 for name in ("lambda_key", "lambda_value"):
                     leaves[name] = 0.3 + 0.3 * torch.randn(heads, dtype=torch.float64)
         if self.rules.reads_state:
             for name in ("state_key", "state_value"):
                 leaves[name] = torch.linalg.qr(torch.randn(heads, d, d, dtype=torch.float64))[0]
-            leaves["state_gates"] = torch.randn(heads, 2, d, dtype=torch.float64)
+            leaves["state_gates"] = torch.randn(heads, gates, d, dtype=torch.float64)
             leaves["state_weight"] = 0.5 * torch.randn(heads, 3, dtype=torch.float64)
         if self.rules.kalman_gain:
             leaves["noise"] = torch.randn(heads, dtype=torch.float64) - 1

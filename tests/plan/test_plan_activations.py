@@ -244,6 +244,8 @@ def test_the_peak_of_a_micro_batch_is_near_what_is_planned() -> None:
 STATIC = "{query_convolution: true, write: decayed, strength: 2, gate_activation: sigmoid}"
 SERIAL = "{gain: kalman, reads_state: true, chunk_momentum: true, query_convolution: true}"
 CHOICES = [(STATIC, "bf16", "true"), (STATIC, "fp32", "false")]
+CHANNEL = "{gates: channel, write: decayed, reads_state: true}"
+CHOICES += [(CHANNEL, "bf16", "true"), (CHANNEL, "fp32", "false")]
 CHOICES += [(SERIAL, "bf16", "true"), (SERIAL, "fp32", "true"), (SERIAL, "fp32", "false")]
 
 
@@ -263,8 +265,9 @@ def test_what_memories_that_are_off_by_default_keep() -> None:
 
 def test_the_peak_of_memories_scanned_chunk_by_chunk_is_near_what_is_planned() -> None:
     configs = [
-        make("model.mixer=hope", f"model.memory={SERIAL}", "model.memory.chunk=16",
+        make("model.mixer=hope", f"model.memory={memory}", "model.memory.chunk=16",
              "model.layers=4", f"train.dtype={dtype}", recompute=parts)
+        for memory in (SERIAL, CHANNEL)
         for dtype in ("bf16", "fp32")
         for parts in RECOMPUTE[:2]
     ]  # fmt: skip

@@ -138,6 +138,10 @@ class MixerFacts(ABC):
         """Those of them that every tensor-parallel rank holds all of."""
         return model.d_model
 
+    def shared(self, model: ModelConfig) -> dict[str, int]:
+        """Numbers, beside heads, that tensor-parallel ranks share evenly, by what they are."""
+        return {}
+
     @abstractmethod
     def flops(self, config: Config) -> dict[str, float]:
         """FLOPs of a token of one layer, forward and backward, by part of the mixer.

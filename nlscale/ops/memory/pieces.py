@@ -86,10 +86,11 @@ class RaggedPiece(Piece):
     def parts(self, *inputs: Tensor) -> Iterator[tuple[Tensor, ...]]:
         a, b, q, eta, alpha = (_along(x, self.source) for x in inputs)
         some, all_ = self.filling[:, None], self.filling[:, None, :, None]
+        of_gates = some if eta.dim() == 3 else all_  # of a head, or of channels
         filled = (
             *(x.masked_fill(all_, 0) for x in (a, b, q)),
-            eta.masked_fill(some, -_CLOSED),
-            alpha.masked_fill(some, _CLOSED),
+            eta.masked_fill(of_gates, -_CLOSED),
+            alpha.masked_fill(of_gates, _CLOSED),
         )
         return super().parts(*filled)
 

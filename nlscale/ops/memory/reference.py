@@ -82,8 +82,8 @@ def _one_head(
         if weights is not None:
             assert at_start is not None and stacked is not None and learned is not None
             k, v = at_start[:d] @ at, at_start[d : 2 * d] @ bt
-            eta_logit = eta_logit + at_start[2 * d] @ at
-            alpha_logit = alpha_logit + at_start[2 * d + 1] @ at
+            of_eta, of_alpha = _rows(at_start[2 * d :], eta_logit, alpha_logit)
+            eta_logit, alpha_logit = eta_logit + of_eta @ at, alpha_logit + of_alpha @ at
             if weights.lambda_key is not None and weights.lambda_value is not None:
                 k = at + weights.lambda_key[h].double() * k
                 v = bt + weights.lambda_value[h].double() * v
@@ -96,8 +96,9 @@ def _one_head(
             by_key, by_value, by_gates = extra.state_weight[h].double().unbind()
             k = k + by_key * extra.state_key[h].double() @ s
             v = v + by_value * extra.state_value[h].double() @ s
-            from_state = by_gates * extra.state_gates[h].double() @ s
-            eta_logit, alpha_logit = eta_logit + from_state[0], alpha_logit + from_state[1]
+            of_eta, of_alpha = _rows(extra.state_gates[h].double(), eta_logit, alpha_logit)
+            eta_logit = eta_logit + by_gates * of_eta @ s
+            alpha_logit = alpha_logit + by_gates * of_alpha @ s
         if rules.kalman_gain:
             assert extra is not None and extra.noise is not None
             expected = torch.sigmoid(alpha_logit) ** 2 * p + torch.exp(extra.noise[h].double())
@@ -106,6 +107,13 @@ def _one_head(
             eta_logit = eta_logit + torch.log(expected)
         k = _unit(k)
         e, al = rules.strength * torch.sigmoid(eta_logit), torch.sigmoid(alpha_logit)
+        if rules.channel_gates:
+            stacked, main, read = _by_channel(
+                (k, v, qt, e[:d], e[d:], al), stacked, at_start, learned, main, rules
+            )
+            begun_with = begun_with * al
+            reads.append(read)
+            continue
         erase = e * torch.outer(k, k) * rules.erases
         if rules.decayed_write:
             erase = al * erase
@@ -127,6 +135,40 @@ def _one_head(
             assert stacked is not None
             reads.append(stacked[2 * d + 2 :] @ qt)
     return torch.stack(reads)
+
+
+def _by_channel(
+    token: tuple[Tensor, ...],
+    stacked: Tensor | None,
+    at_start: Tensor | None,
+    learned: Tensor | None,
+    main: Tensor,
+    rules: MemoryRules,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """A token whose gates are vectors: the memories that make k, v and the gates, S, and the read.
+
+    S_t = S_{t-1} Diag(alpha) (I - (b o k) k^T) + (w o v) k^T, and of the others likewise what has
+    decayed, anchored, with M (w o (u - c k)) for w o v.
+    """
+    k, v, q, b, w, alpha = token
+    keep, eye = torch.diag(alpha), torch.eye(len(k), dtype=k.dtype, device=k.device)
+    erase = eye - torch.outer(b * k, k)
+    if stacked is not None:
+        assert at_start is not None and learned is not None
+        u = _unit(v) if rules.normalize_value else v
+        target = at_start @ (w * (u - rules.c * k))
+        decayed = stacked @ keep
+        if rules.anchored:
+            decayed = decayed + learned @ (eye - keep)
+        stacked = decayed @ erase + torch.outer(target, k)
+    main = main @ keep @ erase + torch.outer(w * v, k)
+    return stacked, main, main @ q
+
+
+def _rows(gates: Tensor, eta: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a memory of gates those that make eta and alpha: one each, or one a channel."""
+    of_eta, of_alpha = gates[: eta.numel()], gates[eta.numel() : eta.numel() + alpha.numel()]
+    return of_eta.view(*eta.shape, -1), of_alpha.view(*alpha.shape, -1)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -38,11 +38,14 @@ class MemoryRules:
     """The write strength is a Kalman gain."""
     chunk_momentum: bool = False
     """What a chunk has written to S goes on, fading from chunk to chunk."""
+    channel_gates: bool = False
+    """Gates are vectors over channels: alpha and what a write erases over those of a key, what it
+    writes over those of a value. Needs `decayed_write`."""
 
     @property
     def serial(self) -> bool:
         """Whether all of a chunk waits for the one before (`nlscale.ops.memory.serial`)."""
-        return self.reads_state or self.kalman_gain or self.chunk_momentum
+        return self.reads_state or self.kalman_gain or self.chunk_momentum or self.channel_gates
 
 
 @dataclass
@@ -54,7 +57,8 @@ class MemoryWeights:
     value: Tensor
     """M_v, [heads, d, d]."""
     gates: Tensor
-    """m_eta and m_alpha, [heads, 2, d]."""
+    """m_eta and m_alpha, [heads, 2, d]; of gates of channels what makes the logits of b, of w and
+    of alpha, [heads, 3 d, d]."""
     lambda_key: Tensor | None
     """Weight of the self-modified part of k, [heads]; None where there is no static part."""
     lambda_value: Tensor | None
@@ -72,7 +76,7 @@ class MainWeights:
     state_value: Tensor | None = None
     """W_v, likewise."""
     state_gates: Tensor | None = None
-    """W of the logits of eta and alpha, [heads, 2, d]."""
+    """W of the logits of eta and alpha, [heads, 2, d]; of gates of channels [heads, 3 d, d]."""
     state_weight: Tensor | None = None
     """gamma, the weights of these three in k, v and the logits, [heads, 3]."""
     noise: Tensor | None = None

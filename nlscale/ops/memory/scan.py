@@ -58,8 +58,9 @@ def memory_scan(
         a: what feeds k, [batch, heads, time, d].
         b: what feeds v, same shape.
         q: queries of unit norm, same shape.
-        eta: static logit of the write strength, [batch, heads, time].
-        alpha: static logit of the decay, same shape.
+        eta: static logit of the write strength, [batch, heads, time]; of gates of channels
+            (`MemoryRules.channel_gates`) those of b and w side by side, [batch, heads, time, 2 d].
+        alpha: static logit of the decay, same shape; of gates of channels [batch, heads, time, d].
         weights: the initial memories; None for a static memory.
         rules: what kind of memory it is.
         state: where an earlier piece of the sequence ended; None at the start.

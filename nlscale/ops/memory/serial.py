@@ -1,6 +1,6 @@
 """The scan of a memory whose writes depend on more than tokens and Pi, chunk by chunk.
 
-Three things, each by itself or together, of a main memory S that is a state of its own
+Four things, each by itself or together, of a main memory S that is a state of its own
 (docs/concepts/memory.md):
 
 - *state-read* (`MemoryRules.reads_state`): what the queries read off S at the start of the chunk,
@@ -8,7 +8,9 @@ Three things, each by itself or together, of a main memory S that is a state of 
 - *Kalman gain* (`kalman_gain`): the write strength of a token follows from how uncertain the
   memory is, a number a head (`nlscale.ops.memory.gain`);
 - *momentum over chunks* (`chunk_momentum`): at the end of a chunk, with U what it has written,
-  m <- beta m + U and S <- S + gamma m.
+  m <- beta m + U and S <- S + gamma m;
+- *gates of channels* (`channel_gates`): decay and write strengths are vectors
+  (`nlscale.ops.memory.gates`). There is no gain of them.
 
 So everything of a chunk waits for the one before, and only what a chunk begins with is kept: the
 backward pass computes each chunk again, and differentiates it by autograd.
@@ -21,11 +23,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nlscale.ops.memory.gain import KalmanGain
+from nlscale.ops.memory.gates import ChannelGates, HeadGates
 from nlscale.ops.memory.rules import (
     NORMALIZE_EPS,
     STATE_EPS,
@@ -116,13 +118,15 @@ class Weights(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Of some chunks, or of one, [batch, heads, time, d] and, of the logits, without d."""
+    """Of some chunks, or of one, [batch, heads, time, d]."""
 
     a: Tensor
     b: Tensor
     q: Tensor
     eta: Tensor
+    """Logits, without d; of gates of channels those of b and of w, 2 d."""
     alpha: Tensor
+    """Logits, without d; of gates of channels d."""
 
 
 @dataclass(frozen=True)
@@ -248,35 +252,21 @@ def _chunk(
         eta, uncertainty = KalmanGain.apply(
             eta, alpha, weights.noise, uncertainty, stands, a.shape[-1]
         )
-    k = _unit(x)
-    r = (rules.strength * torch.sigmoid(eta))[..., None]
-    log_decay = F.logsigmoid(alpha)
-    g = log_decay.cumsum(-1)
-    before = g if rules.decayed_write else g - log_decay
-    decayed, decayed_before = torch.exp(g)[..., None], torch.exp(before)[..., None]
-    left = _fade(g, g, 0)
-    coupling = r * _fade(before, g, -1) * (k @ k.mT)
-    scores = left * (q @ k.mT)
-    end, whole = left[..., -1, :, None] * k, decayed[..., -1:, :]
-
-    def written(right: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(coupling, r * right, upper=False, unitriangular=True)
-
+    gates = (ChannelGates if rules.channel_gates else HeadGates)(_unit(x), q, eta, alpha, rules)
+    k, whole = gates.k, gates.whole
     pi = memories.pi
     if pi is not None:
         assert memories.pi_start is not None
         u = _unit(v) if rules.normalize_value else v
-        right = (u - rules.c * k) @ memories.pi_start.mT - decayed_before * (k @ pi.mT)
-        if rules.anchored:
-            right = right - (1 - decayed_before) * k
-        pi = whole * pi + written(right).mT @ end
+        target = gates.weighed(u - rules.c * k) @ memories.pi_start.mT
+        written = gates.written(target, pi, rules.anchored)
+        pi = whole * pi + gates.added(written)
         if rules.anchored:
             eye = torch.eye(pi.shape[-1], dtype=pi.dtype, device=pi.device)
             pi = pi + (1 - whole) * eye
     main = memories.main
-    writes = written(v - decayed_before * (k @ main.mT))
-    read = decayed * (q @ main.mT) + scores @ writes
-    added = writes.mT @ end
+    writes = gates.written(gates.weighed(v), main)
+    read, added = gates.read(main, writes), gates.added(writes)
     since = memories.since
     if rules.chunk_momentum:
         since = added if since is None else whole * since + added
@@ -297,7 +287,7 @@ def _made_by_pi(
     value = weights.lambda_value[:, None, None] * value
     logits = a @ (gates @ start).mT
     x, v = a + a @ (key @ start).mT, b + b @ (value @ start).mT
-    return x, v, eta + logits[..., 0], alpha + logits[..., 1]
+    return x, v, *_with_logits(eta, alpha, logits)
 
 
 def _with_state(
@@ -312,19 +302,17 @@ def _with_state(
     by_key, by_value, by_gates = weights.state_weight[:, :, None, None].unbind(1)
     logits = s @ (by_gates * weights.state_gates).mT
     x, v = x + s @ (by_key * weights.state_key).mT, v + s @ (by_value * weights.state_value).mT
-    return x, v, eta + logits[..., 0], alpha + logits[..., 1]
+    return x, v, *_with_logits(eta, alpha, logits)
+
+
+def _with_logits(eta: Tensor, alpha: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of the gates, with what the memory makes of them, side by side, [..., both]."""
+    of_eta, of_alpha = logits.split([eta.shape[3:].numel(), alpha.shape[3:].numel()], -1)
+    return eta + of_eta.reshape(eta.shape), alpha + of_alpha.reshape(alpha.shape)
 
 
 def _unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + NORMALIZE_EPS)
-
-
-def _fade(after: Tensor, since: Tensor, diagonal: int) -> Tensor:
-    """exp(after_i - since_j) up to that diagonal, else 0; what lies above is masked before exp,
-    where it may overflow."""
-    difference = after[..., :, None] - since[..., None, :]
-    below = torch.ones(difference.shape[-2:], dtype=torch.bool, device=after.device).tril(diagonal)
-    return torch.exp(difference.masked_fill(~below, float("-inf")))
 
 
 def _sorted(given: Sequence[Tensor | None]) -> tuple[Tokens, Memories, Weights]:

@@ -22,6 +22,7 @@ SERIAL: dict[str, Rules] = {
     "reads state": {"reads_state": True},
     "kalman": {"kalman_gain": True},
     "momentum": {"chunk_momentum": True},
+    "channels": {"channel_gates": True, "decayed_write": True},
     "all": {
         "reads_state": True, "kalman_gain": True, "chunk_momentum": True,
         "decayed_write": True, "strength": 2.0,
@@ -32,7 +33,9 @@ STATES = ("current", "start", "main_start", "uncertainty", "momentum", "since")
 ROUNDINGS = 500
 """As in test_ops_memory_scan."""
 
-SOME = [(kind, "gated-delta") for kind in ALL] + [("decayed", "hope"), ("all", "hope")]
+SOME = [(kind, "gated-delta") for kind in ALL] + [
+    (kind, "hope") for kind in ("decayed", "all", "channels")
+]
 every_write = pytest.mark.parametrize(("kind", "mode"), SOME)
 every_serial = pytest.mark.parametrize("kind", SERIAL)
 
@@ -59,7 +62,7 @@ def test_reads_and_gradients_are_those_of_the_recurrence(kind: str, mode: str, s
     compare(Problem(mode, 10, batch=1, **ALL[kind]))
 
 
-@pytest.mark.parametrize("kind", ["twice as strong", "all"])
+@pytest.mark.parametrize("kind", ["twice as strong", "all", "channels"])
 def test_keys_that_are_nearly_equal_are_as_accurate(kind: str, seed: int) -> None:
     compare(Problem("gated-delta", 10, "correlated keys", batch=1, **ALL[kind]))
 
@@ -67,6 +70,35 @@ def test_keys_that_are_nearly_equal_are_as_accurate(kind: str, seed: int) -> Non
 @pytest.mark.parametrize("case", ["", "correlated keys", "no decay", "strong decay"])
 def test_writes_that_erase_nothing_are_those_of_the_recurrence(case: str, seed: int) -> None:
     compare(Problem("gated-delta", 10, case, batch=1, **ADDS))
+
+
+@pytest.mark.parametrize("mode", ["gated-delta", "hope"])
+@pytest.mark.parametrize("case", ["strong decay", "no decay"])
+def test_gates_of_channels_at_their_ends_are_as_accurate(case: str, mode: str, seed: int) -> None:
+    """In chunks that are no power of two, and with all else that they go together with."""
+    with_them: Rules = {"reads_state": True, "chunk_momentum": True, "strength": 2.0}
+    compare(Problem(mode, 10, case, batch=1, chunk=7, **SERIAL["channels"], **with_them))
+
+
+@pytest.mark.parametrize("mode", ["gated-delta", "hope"])
+def test_gates_of_channels_that_are_all_equal_are_those_of_the_head(mode: str, seed: int) -> None:
+    """And the derivative by the gate of a head is the sum of those by its channels."""
+    of_head = Problem(mode, 11, **WRITES["decayed"])
+    channels = Problem(mode, 1, **SERIAL["channels"]).rules
+    d, given, gates = 5, of_head.inputs(), of_head.leaves.get("gates")
+    weights = of_head.weights()
+    if weights is not None and gates is not None:
+        weights.gates = gates.repeat_interleave(torch.tensor([2 * d, d]), 1)
+    eta, alpha = (
+        x[..., None].expand(*x.shape, n) for x, n in zip(given[3:], (2 * d, d), strict=True)
+    )
+    found, after = memory_scan(*given[:3], eta, alpha, weights, channels, main=of_head.main())
+    want, state = of_head.scan()
+    by = torch.randn_like(want)
+    losses = [(x * by).sum() for x in (found, want)]
+    got, wanted = (of_head.gradients(loss) for loss in losses)
+    assert_same({"read": found, "S": after.current, **got},
+                {"read": want, "S": state.current, **wanted}, 1e-12)  # fmt: skip
 
 
 def test_a_memory_read_off_pi_erases_what_has_decayed_toward_its_start(seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
@@ -11,12 +12,21 @@ from nlscale.config.vocabulary import (
     Decay,
     GateActivation,
     MemoryGain,
+    MemoryGates,
     MemoryWrite,
     ModelConfig,
     head_dim,
 )
 from nlscale.errors import UserError
 from nlscale.model.mixers.facts import FP32, PASSES, MicroBatch, MixerFacts, element_bytes
+from nlscale.model.mixers.memory.keys import (
+    SERIAL,
+    convolved,
+    gate_rows,
+    inputs,
+    sections,
+    serial_keys,
+)
 from nlscale.ops.memory.kernels.sizes import takes
 from nlscale.ops.memory.rules import MemoryRules
 
@@ -60,6 +70,16 @@ class MemoryFacts(MixerFacts):
                 f"leave alpha - {memory.strength} of the state along a key, which explodes; set "
                 f"model.memory.write=decayed"
             )
+        if memory.gates == MemoryGates.channel and memory.write != MemoryWrite.decayed:
+            raise UserError(
+                f"model.memory.gates=channel is a form of the write that erases what has decayed, "
+                f"and model.memory.write={memory.write.value}; set model.memory.write=decayed"
+            )
+        if memory.gates == MemoryGates.channel and memory.gain == MemoryGain.kalman:
+            raise UserError(
+                "model.memory.gain=kalman reckons with one decay a head, and "
+                "model.memory.gates=channel has one a channel; leave one of the two out"
+            )
         if not self.erases and memory.write != MemoryWrite.undecayed:
             raise UserError(
                 f"model.memory.write={memory.write.value} says what a write erases, and "
@@ -67,13 +87,13 @@ class MemoryFacts(MixerFacts):
             )
         if self.rules(model).serial and len(self.gates) < 2:
             raise UserError(
-                f"model.memory.{', '.join(_serial_keys(model))}: this is for memories that learn "
+                f"model.memory.{', '.join(serial_keys(model))}: this is for memories that learn "
                 f"both what they erase and how they decay, and model.mixer={model.mixer} does not; "
                 f"use hope or gated-delta"
             )
         if self.rules(model).serial and not self.main_memory:
             raise UserError(
-                f"model.memory.{', '.join(_serial_keys(model))}: this is how a main memory of its "
+                f"model.memory.{', '.join(serial_keys(model))}: this is how a main memory of its "
                 f"own is written, and model.mixer={model.mixer} has none; use hope or gated-delta"
             )
 
@@ -92,19 +112,20 @@ class MemoryFacts(MixerFacts):
             reads_state=memory.reads_state,
             kalman_gain=memory.gain == MemoryGain.kalman,
             chunk_momentum=memory.chunk_momentum,
+            channel_gates=memory.gates == MemoryGates.channel,
         )
 
     def plain_options(self, model: ModelConfig) -> dict[str, Any]:
         if self.rules(model).serial:
             raise UserError(
-                f"a memory with model.memory.{', '.join(_serial_keys(model))} says nothing in "
+                f"a memory with model.memory.{', '.join(serial_keys(model))} says nothing in "
                 f"plain torch, of which models for Hugging Face are made; export with --to "
                 f"safetensors"
             )
         memory = {
             f.name: _plain(getattr(model.memory, f.name))
             for f in fields(model.memory)
-            if f.name not in _SERIAL
+            if f.name not in SERIAL
         }
         kind: dict[str, Any] = {
             "modifies_itself": self.modifies_itself,
@@ -116,25 +137,33 @@ class MemoryFacts(MixerFacts):
 
     def parameters(self, model: ModelConfig) -> int:
         d, h, n, memory = model.d_model, model.heads, head_dim(model), model.memory
-        inputs = _inputs(model)
-        total = d + (inputs + 1) * d * d + d * d  # norm, inputs, queries, output projection
-        total += _convolved(model) * d * memory.convolution
+        fed = inputs(model)
+        total = d + (fed + 1) * d * d + d * d  # norm, inputs, queries, output projection
+        total += convolved(model) * d * memory.convolution
         total += d * d if memory.output_gate else 0
         total += d if memory.read_norm else 0
-        total += len(self.gates) * h * d if memory.static_gates else 0
-        total += len(self.gates) * h  # their biases
+        if memory.gates == MemoryGates.channel:
+            total += (1 + 3) * d * n if memory.static_gates else 0  # down to n, up to the channels
+            total += 3 * d  # their biases
+        else:
+            total += len(self.gates) * h * d if memory.static_gates else 0
+            total += len(self.gates) * h
+        rows = gate_rows(model)
         if self.modifies_itself:
-            total += h * (2 * n * n + 2 * n)  # M_k, M_v, m_eta, m_alpha
+            total += h * (2 * n * n + rows * n)  # M_k, M_v, m_eta, m_alpha
             total += 2 * h if self.main_memory else h * n * n  # lambdas, or M_m
         if memory.reads_state:
-            total += h * (2 * n * n + 2 * n + 3)  # W of k, of v and of the gates, and gammas
+            total += h * (2 * n * n + rows * n + 3)  # W of k, of v and of the gates, and gammas
         total += h * (memory.gain == MemoryGain.kalman)  # omega
         return total + 2 * h * memory.chunk_momentum  # beta and gamma
 
     def matrices(self, model: ModelConfig) -> dict[tuple[int, int], int]:
         d, n, memory = model.d_model, head_dim(model), model.memory
-        found = {(d, d): _sections(model) + 1}
-        if memory.static_gates and self.gates:
+        found = {(d, d): sections(model) + 1}
+        if memory.static_gates and memory.gates == MemoryGates.channel:
+            for shape, number in (((n, d), 1), ((d, n), 3)):
+                found[shape] = found.get(shape, 0) + number
+        elif memory.static_gates and self.gates:
             found[model.heads, d] = found.get((model.heads, d), 0) + len(self.gates)
         if self.modifies_itself:
             each = 2 if self.main_memory else 3
@@ -143,6 +172,11 @@ class MemoryFacts(MixerFacts):
             found[n, n] = found.get((n, n), 0) + 2 * model.heads
         return found
 
+    def shared(self, model: ModelConfig) -> dict[str, int]:
+        if model.memory.gates != MemoryGates.channel or not model.memory.static_gates:
+            return {}
+        return {"model.memory.gates=channel: a head's size": head_dim(model)}
+
     def state_bytes(self, config: Config) -> int:
         """Pi now and at the start of the chunk, S, what is off by default keeps, all in fp32, and
         the last inputs of the convolution."""
@@ -150,15 +184,17 @@ class MemoryFacts(MixerFacts):
         squares = 2 * self.modifies_itself + self.main_memory
         squares += memory.reads_state + 2 * memory.chunk_momentum
         numbers = model.heads * (squares * n * n + (memory.gain == MemoryGain.kalman))
-        tail = _convolved(model) * model.d_model * (memory.convolution - 1)
+        tail = convolved(model) * model.d_model * (memory.convolution - 1)
         return FP32 * numbers + tail * element_bytes(config)
 
     def flops(self, config: Config) -> dict[str, float]:
         model, memory = config.model, config.model.memory
-        columns = _sections(model) * model.d_model
-        columns += len(self.gates) * model.heads * bool(memory.static_gates)
+        columns = sections(model) * model.d_model
+        columns += self._gate_columns(model)
+        if memory.gates == MemoryGates.channel:  # up again, to the channels of all three
+            columns += 3 * self._gate_columns(model)
         columns += model.d_model  # the output's
-        channels = _convolved(model) * model.d_model
+        channels = convolved(model) * model.d_model
         return {
             "projections": float(PASSES * 2 * model.d_model * columns),
             "convolution": float(PASSES * 2 * memory.convolution * channels),
@@ -170,16 +206,27 @@ class MemoryFacts(MixerFacts):
         model, length = config.model, config.data.sequence_length
         chunk, d = model.memory.chunk, head_dim(model)
         whole, rest = divmod(length, chunk)
-        flops: float = whole * self._chunk_flops(d, chunk) + (
-            self._chunk_flops(d, rest) if rest else 0
+        gates = gate_rows(model)
+        flops: float = whole * self._chunk_flops(d, chunk, gates) + (
+            self._chunk_flops(d, rest, gates) if rest else 0
         )
         read_off = PASSES * 2 * d**2 * (not self.main_memory)  # M_m times what is read
         if model.memory.reads_state:
-            read_off += PASSES * 2 * d * (3 * d + 2)  # off S; what that makes of k, v and the gates
+            # off S; what that makes of k, v and the gates
+            read_off += PASSES * 2 * d * (3 * d + gate_rows(model))
         return flops / length + read_off
 
-    def _chunk_flops(self, d: int, size: int) -> int:
-        """One chunk of `size` tokens of one head, in the notation of `nlscale.ops.memory.chunk`."""
+    def _gate_columns(self, model: ModelConfig) -> int:
+        """Outputs of the projection that the static logits of the gates are, or are made of."""
+        if not model.memory.static_gates:
+            return 0
+        if model.memory.gates == MemoryGates.channel:
+            return head_dim(model)
+        return len(self.gates) * model.heads
+
+    def _chunk_flops(self, d: int, size: int, gates: int) -> int:
+        """One chunk of `size` tokens of one head, in the notation of `nlscale.ops.memory.chunk`;
+        `gates` are the rows of a memory that makes them."""
         rows = d * (self.main_memory + self.modifies_itself)
         products = size * rows * d  # Z' = ... + D^T n
         products += 2 * size * size * d + size * d * d  # the read: q k^T, A D, q Z^T
@@ -188,8 +235,8 @@ class MemoryFacts(MixerFacts):
         if self.main_memory and self.erases:
             products += size * d * d  # f Z^T
         if self.modifies_itself:
-            products += d * d * (d + 2) + d**3  # what makes keys with gates, and values, now
-            products += size * d * (d + 2) + size * d * d  # keys with gates; values
+            products += d * d * (d + gates) + d**3  # what makes keys with gates, and values, now
+            products += size * d * (d + gates) + size * d * d  # keys with gates; values
             products += size * d * d  # (u - c k - f) P^T
         # T, forward only: its derivative is made of products with T
         inverse = size**3 * self.erases
@@ -211,12 +258,12 @@ class MemoryFacts(MixerFacts):
         model = batch.config.model
         off = replace(
             self.rules(model), erases=True, decayed_write=False, strength=1.0, reads_state=False,
-            kalman_gain=False, chunk_momentum=False,
+            kalman_gain=False, chunk_momentum=False, channel_gates=False,
         )  # fmt: skip
         could = batch.half_kernels and takes(off, head_dim(model), not self.modifies_itself)
         if self.fused(batch) or not could:
             return []
-        keys = ", ".join(_serial_keys(model) or ["write"])
+        keys = ", ".join(serial_keys(model) or ["write"])
         what = f"model.memory.{keys}" if self.erases else f"model.mixer={model.mixer}"
         return [
             f"no kernel knows {what}: on GPUs the memory runs as torch operations, many times "
@@ -225,8 +272,8 @@ class MemoryFacts(MixerFacts):
 
     def kept(self, batch: MicroBatch, recompute: bool) -> float:
         model, memory = batch.config.model, batch.config.model.memory
-        gates = len(self.gates) * batch.heads if memory.static_gates else 0
-        projected = _sections(model) * batch.channels + batch.tokens * gates * batch.element
+        gates = self._gate_columns(model) // batch.config.parallel.tensor
+        projected = sections(model) * batch.channels + batch.tokens * gates * batch.element
         kept = batch.residual + batch.channels  # the inputs of both projections
         if recompute:
             return kept + projected
@@ -248,17 +295,17 @@ class MemoryFacts(MixerFacts):
 
     def _around_the_scan(self, batch: MicroBatch) -> float:
         """Convolution, norms and gate; norms are taken in fp32."""
-        memory, inputs = batch.config.model.memory, _inputs(batch.config.model)
-        convolved = _convolved(batch.config.model)
+        memory, fed = batch.config.model.memory, inputs(batch.config.model)
+        mixed = convolved(batch.config.model)
         channels, scalars = batch.tokens * batch.width, batch.tokens * batch.heads
-        tail = convolved * batch.rows * (memory.convolution - 1) * batch.width
+        tail = mixed * batch.rows * (memory.convolution - 1) * batch.width
         if batch.compiled:
             # the tail and the read; the projection counts where it is made
             return batch.element * (tail + channels)
         # inputs of the convolution and of the SiLU
-        kept = batch.element * (2 * convolved * channels + tail)
+        kept = batch.element * (2 * mixed * channels + tail)
         # a and q before they are normalised; where b is what a was made of, it counts as b
-        same = inputs == 1 and batch.element == FP32
+        same = fed == 1 and batch.element == FP32
         kept += FP32 * ((1 if same else 2) * channels + 2 * scalars)
         if memory.read_norm:
             kept += batch.element * 2 * channels + FP32 * scalars
@@ -283,6 +330,8 @@ class MemoryFacts(MixerFacts):
             kept += number * (batch.tokens * batch.width + own * batch.heads * d * d)
         elif batch.element < FP32:
             kept += FP32 * 2 * batch.heads * d * d  # M_k and M_v, to be weighted in fp32
+            if batch.config.model.memory.gates == MemoryGates.channel:
+                kept += FP32 * batch.heads * 3 * d * d  # and what makes the gates
         return kept
 
     def _scan(self, batch: MicroBatch) -> float:
@@ -315,14 +364,15 @@ class MemoryFacts(MixerFacts):
         states = d * d * (self.modifies_itself + 1 + memory.chunk_momentum)
         states += memory.gain == MemoryGain.kalman
         whole, rest = divmod(length, memory.chunk)
-        return length * (3 * d + 2) + (whole + bool(rest)) * states
+        return length * (3 * d + gate_rows(model)) + (whole + bool(rest)) * states
 
     def _widened(self, batch: MicroBatch) -> float:
         """Weights of the scan in fp32, where they are not."""
         d, memory = head_dim(batch.config.model), batch.config.model.memory
         if batch.element == FP32:
             return 0.0
-        each = memory.reads_state * (2 * d * d + 2 * d + 3) + 2 * memory.chunk_momentum
+        rows = gate_rows(batch.config.model)
+        each = memory.reads_state * (2 * d * d + rows * d + 3) + 2 * memory.chunk_momentum
         each += memory.gain == MemoryGain.kalman
         return FP32 * batch.heads * each
 
@@ -348,8 +398,12 @@ class MemoryFacts(MixerFacts):
         if self.rules(model).serial:
             # gradients of a, b and q, in parts and joined; one chunk, made again
             d, size = head_dim(model), min(model.memory.chunk, batch.config.data.sequence_length)
-            again = 12 * size * d + 8 * size * size + 8 * d * d
-            return FP32 * (6.0 * batch.tokens * batch.width + batch.rows * batch.heads * again)
+            again, parts = 12 * size * d + 8 * size * size + 8 * d * d, 6.0
+            if model.memory.gates == MemoryGates.channel:
+                # gradients of the gates, too; pairs of tokens, in runs that double
+                again += round(2.5 * math.log2(size) * size * d) - 2 * size * size
+                parts = 9.0
+            return FP32 * (parts * batch.tokens * batch.width + batch.rows * batch.heads * again)
         if not self.fused(batch):
             # gradients of k, of the writes, of a, and of the states
             return FP32 * batch.tokens * batch.width * (3 + states)
@@ -361,32 +415,6 @@ class MemoryFacts(MixerFacts):
         if self.modifies_itself:
             tiles += 6 + main  # v, what Pi writes, gradients of x, v, a and b
         return batch.channels * tiles
-
-
-def _inputs(model: ModelConfig) -> int:
-    """Projections that feed keys and values: one for both, or one each."""
-    return 2 if model.memory.separate_inputs else 1
-
-
-def _convolved(model: ModelConfig) -> int:
-    """Sections of the projection that the convolution takes."""
-    return _inputs(model) + model.memory.query_convolution
-
-
-def _sections(model: ModelConfig) -> int:
-    """Of the projection: what feeds keys and values, queries, and the gate of the output."""
-    return _inputs(model) + 1 + bool(model.memory.output_gate)
-
-
-_SERIAL = ("gain", "reads_state", "chunk_momentum")
-"""Keys of what the scan does chunk by chunk."""
-
-
-def _serial_keys(model: ModelConfig) -> list[str]:
-    """Those of them that are on."""
-    memory = model.memory
-    on = (memory.gain == MemoryGain.kalman, memory.reads_state, memory.chunk_momentum)
-    return [name for name, is_on in zip(_SERIAL, on, strict=True) if is_on]
 
 
 def _plain(value: Any) -> Any:

@@ -23,6 +23,7 @@ from nlscale.model.init import Initializer, constant, normal, orthogonal, settle
 from nlscale.model.layers import column_linear, own_heads, recomputed, remade, row_linear
 from nlscale.model.mixers.memory.check import inputs_of, scan_errors
 from nlscale.model.mixers.memory.facts import MemoryFacts
+from nlscale.model.mixers.memory.gates import VECTORS, ChannelGates
 from nlscale.model.mixers.memory.one_token import MemoryOneToken
 from nlscale.model.mixers.memory.state import MixerState
 from nlscale.model.mixers.module import Mixer, OneToken, Way
@@ -76,8 +77,12 @@ class MemoryMixer(Mixer):
         self.gated_read = compiled_on_gpu(pointwise.gated_read, kernels)
         local, dtype = self.heads * self.head_dim, megatron.params_dtype
         self.gates = facts.gates
-        of_gates = len(self.gates) * self.static_gates
-        outputs = [d] * (self.inputs + 1 + self.gated) + [model.heads] * of_gates
+        of_gates = [model.heads] * len(self.gates)
+        if self.rules.channel_gates:
+            of_gates = [self.head_dim]
+        of_gates = of_gates * self.static_gates
+        self.gate_columns = sum(of_gates) // tp
+        outputs = [d] * (self.inputs + 1 + self.gated) + of_gates
         wider = width_multiplier(model)
         self.project = column_linear(megatron, d, outputs, normal(model.init_std), wider)
         self.output = row_linear(megatron, d, d, normal(residual_std), wider)
@@ -86,11 +91,14 @@ class MemoryMixer(Mixer):
             torch.empty(memory.convolution, convolved * local, dtype=dtype)
         )
         tag(self.convolution, normal(memory.convolution**-0.5), 1, [d] * convolved)
+        self.channel_gates: ChannelGates | None = None
+        if self.rules.channel_gates:
+            self.channel_gates = ChannelGates(model, self.heads, self.static_gates, dtype)
         starts = {
             "eta": constant(float(memory.eta_bias or 0.0)),
             "alpha": spread(memory.alpha_bias, 1.0),
         }
-        for gate in self.gates:
+        for gate in self.gates if self.channel_gates is None else ():
             bias = nn.Parameter(torch.empty(self.heads, dtype=dtype))
             tag(bias, starts[gate], 0)
             self.register_parameter(f"{gate}_bias", bias)
@@ -105,12 +113,13 @@ class MemoryMixer(Mixer):
 
     def _add_memories(self, facts: MemoryFacts, model: ModelConfig, dtype: torch.dtype) -> None:
         h, n = self.heads, self.head_dim
+        rows = VECTORS * n if self.rules.channel_gates else 2
         self.modifies_itself = facts.modifies_itself
         if not self.modifies_itself:
             return
         self.memory_key = nn.Parameter(torch.empty(h, n, n, dtype=dtype))
         self.memory_value = nn.Parameter(torch.empty(h, n, n, dtype=dtype))
-        self.memory_gates = nn.Parameter(torch.empty(h, 2, n, dtype=dtype))
+        self.memory_gates = nn.Parameter(torch.empty(h, rows, n, dtype=dtype))
         tag(self.memory_key, orthogonal, 0, matrix=True)
         tag(self.memory_value, orthogonal, 0, matrix=True)
         tag(self.memory_gates, normal(_GATE_STD), 0)
@@ -130,7 +139,8 @@ class MemoryMixer(Mixer):
         made: dict[str, tuple[tuple[int, ...], Initializer, bool]] = {}
         if rules.reads_state:
             made["state_key"] = made["state_value"] = (h, n, n), orthogonal, True
-            made["state_gates"] = (h, 2, n), normal(n**-0.5), False
+            rows = VECTORS * n if rules.channel_gates else 2
+            made["state_gates"] = (h, rows, n), normal(n**-0.5), False
             made["state_weight"] = (h, 3), constant(0.0), False
         if rules.kalman_gain:
             made["noise"] = (h,), settled(alpha_bias, 1.0), False
@@ -169,7 +179,7 @@ class MemoryMixer(Mixer):
                 self.convolution.shape[1],
                 *queries,
                 *[local] * self.gated,
-                len(self.gates) * self.heads * self.static_gates,
+                self.gate_columns,
             ],
             dim=-1,
         )
@@ -211,7 +221,10 @@ class MemoryMixer(Mixer):
         return documents.fill(a), documents.fill(b), documents.fill(q)
 
     def _gate_logits(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Static logits of eta and alpha, fp32 [batch, heads, sequence]."""
+        """Static logits of eta and alpha, fp32 [batch, heads, sequence]; of gates of channels as
+        `ChannelGates` makes them."""
+        if self.channel_gates is not None:
+            return self.channel_gates.logits(logits)
         shape = (logits.shape[1], self.heads, logits.shape[0])
         found = {name: bias[:, None].expand(shape) for name, bias in self.gate_biases().items()}
         if self.static_gates and self.gates:
@@ -260,7 +273,10 @@ class MemoryMixer(Mixer):
     def projected(self) -> list[str]:
         names = ["k input", "v input"] if self.inputs == 2 else ["k, v input"]
         names += ["query"] + ["output gate"] * self.gated
-        return names + [f"{gate} logit" for gate in self.gates] * self.static_gates
+        gates = [f"{gate} logit" for gate in self.gates]
+        if self.channel_gates is not None:
+            gates = ["gate input"]
+        return names + gates * self.static_gates
 
     @staticmethod
     def ways(
