@@ -24,7 +24,7 @@ LATER: dict[tuple[str, ...], tuple[str, ...]] = {
     ),
     ("model", "attention"): ("window",),
 }  # fmt: skip
-LATER_OF_A_LEVEL = ("memory", "context")
+LATER_OF_A_LEVEL = ("memory", "update", "context", "copy_rate")
 
 
 def config(*overrides: str) -> Config:
