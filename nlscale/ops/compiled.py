@@ -132,6 +132,10 @@ def build(name: str, say: Callable[[str], None]) -> None:
     Raises:
         UserError: there is no compiler, or it fails.
     """
+    scripts = str(
+        Path(sys.executable).parent
+    )  # where pip has put ninja, of a Python on no PATH too
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), scripts])
     for tool, package in (("g++", "g++"), ("ninja", "ninja-build, or `pip install ninja`")):
         if shutil.which(os.environ.get("CXX", tool) if tool == "g++" else tool) is None:
             raise UserError(

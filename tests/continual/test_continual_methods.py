@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ import torch.nn.functional as F
 import world
 from levels.level_runs import VOCABULARY, largest_difference, load, sequences, whole_parameters
 
-from nlscale.continual.methods.ewc import consolidate, penalty_gradient
+from nlscale.config.vocabulary import HookConfig
+from nlscale.continual.methods.ewc import Ewc, consolidate, penalty_gradient
 from nlscale.continual.methods.lwf import Distilled, divergence
+from nlscale.continual.methods.options import EwcOptions
+from nlscale.errors import UserError
 from nlscale.levels.optimizers import GroupOptimizer, main_parameters
 from nlscale.levels.spectrum import levels_of, sync_group
 from nlscale.model.decoder import Decoder
@@ -135,6 +139,14 @@ def test_penalties_of_tasks_are_one() -> None:
     sum(2.5 * (f * (weights - a) ** 2).sum() for f, a in both).backward()  # type: ignore[union-attr]
     found = penalty_gradient(2.5, precision, centre, weights.detach())
     assert weights.grad is not None and torch.allclose(found, weights.grad, atol=1e-12)
+
+
+def test_gradients_that_lie_elsewhere_are_refused_before_the_first_step() -> None:
+    config = load(["levels=[{name: fast}, {name: slow, period: 4, memory: host}]"])
+    run = SimpleNamespace(config=config, trainer=SimpleNamespace(noted={}))
+    hook = Ewc(cast(Any, run), HookConfig(name="ewc"), EwcOptions())
+    with pytest.raises(UserError, match=r"level 'slow' lies elsewhere \(memory: host\)"):
+        hook.begin()
 
 
 def test_the_divergence_is_that_of_the_distributions() -> None:

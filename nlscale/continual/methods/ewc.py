@@ -15,7 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nlscale.config.vocabulary import Tier
 from nlscale.continual.methods.options import EwcOptions
+from nlscale.errors import UserError
 from nlscale.levels.optimizers import GroupOptimizer, main_parameters
 from nlscale.step.squares import mean_squares
 from nlscale.train.hooks.hook import Hook
@@ -31,6 +33,12 @@ class Ewc(Hook):
     one_length = True
 
     def begin(self) -> None:
+        for level in self.run.config.levels.spectrum:
+            if level.memory != Tier.hbm:
+                raise UserError(
+                    f"ewc adds to gradients that lie beside the weights, and the state of level "
+                    f"{level.name!r} lies elsewhere (memory: {level.memory.value}); use memory: hbm"
+                )
         self.run.trainer.optimizer.added.terms.append(self._pull)
 
     def on_update(self) -> None:
