@@ -63,7 +63,7 @@ class Saver:
         self._saved_at = time.monotonic()
         self._slabs = HostSlabs(trainer.layout.device)
         self._seconds: float | None = None
-        self._expected = _expected(trainer)
+        self._expected: float | None = None
         self._began = 0.0
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -102,6 +102,8 @@ class Saver:
 
         Of the one under way, if that has taken longer already; before the first, what is expected.
         """
+        if self._expected is None:  # once: it looks at all of the state, which may lie on a drive
+            self._expected = _expected(self._trainer)
         seconds = self._seconds if self._seconds is not None else self._expected
         under_way = self._thread is not None and self._thread.is_alive()
         return max(seconds, time.monotonic() - self._began if under_way else 0.0)
