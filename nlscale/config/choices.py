@@ -14,6 +14,16 @@ class CmsForm(str, Enum):
     """One MLP, and copies of it that change more slowly and from which it sets out again."""
 
 
+class Phases(str, Enum):
+    """Which block has which of the phases that `levels.stagger` gives a slow level's blocks."""
+
+    by_depth = "by_depth"
+    """The first block the first phase, the last block the last."""
+    interleaved = "interleaved"
+    """Blocks beside each other have phases far apart, so that the blocks of a pipeline stage spread
+    theirs over the period."""
+
+
 class GateActivation(str, Enum):
     """What a memory's output gate makes of its logits."""
 

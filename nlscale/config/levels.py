@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nlscale.config.choices import Part, PeriodRule, Reduction, Tier, Updater, WireFormat
+from nlscale.config.choices import Part, PeriodRule, Phases, Reduction, Tier, Updater, WireFormat
 from nlscale.config.context import ContextConfig
 from nlscale.config.fields import MOST, path, within
 from nlscale.config.outer import OuterConfig
@@ -71,6 +71,10 @@ class LevelsConfig:
     stagger: bool = True
     """Blocks at different depths update a slow level at different steps of its period, so that
     its traffic is spread evenly; the phase depends on depth only."""
+    phases: Phases = Phases.by_depth
+    """Which block has which phase. by_depth: in their order. interleaved: those of a pipeline stage
+    are spread over the period, so that no rank sends or streams all of its own at once. Another
+    order is another schedule of updates."""
     learning_rate_rule: PeriodRule = PeriodRule.none
     """How the learning rate grows with the period. The default is none: Adam's step does not
     shrink with a longer window."""

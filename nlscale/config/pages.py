@@ -69,6 +69,7 @@ PAGES = {
     "levels.spectrum.N.learning_rate": "concepts/levels.md#the-learning-rate-of-a-level",
     "levels.spectrum.N.optimizer": "how-to/choose-an-optimizer.md#a-rule-for-one-level",
     "levels.stagger": "concepts/levels.md#phases-and-staggering",
+    "levels.phases": "concepts/levels.md#phases-and-staggering",
     "levels.learning_rate_rule": "concepts/levels.md#the-learning-rate-of-a-level",
     "levels.reduction": "concepts/levels.md#why-deferral-is-exact",
     "tiers": "concepts/tiers.md",

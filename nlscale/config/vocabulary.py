@@ -25,6 +25,7 @@ from nlscale.config.choices import MemoryWrite as MemoryWrite
 from nlscale.config.choices import Part as Part
 from nlscale.config.choices import Pending as Pending
 from nlscale.config.choices import PeriodRule as PeriodRule
+from nlscale.config.choices import Phases as Phases
 from nlscale.config.choices import Purpose as Purpose
 from nlscale.config.choices import Recompute as Recompute
 from nlscale.config.choices import Reduction as Reduction

@@ -27,6 +27,7 @@ from nlscale.config.periods import (
     stretch_of,
     stretches,
 )
+from nlscale.config.phases import order
 from nlscale.config.units import declared_period
 from nlscale.config.vocabulary import (
     Config,
@@ -35,6 +36,7 @@ from nlscale.config.vocabulary import (
     LevelsConfig,
     OuterConfig,
     PeriodRule,
+    Phases,
     Sharding,
     WireFormat,
 )
@@ -102,6 +104,8 @@ class Level:
     """Of its period in the run; None: it does not change."""
     copy: Copy | None = None
     """What it holds in place of parameters of the model; None: it has parameters."""
+    phases: Phases = Phases.by_depth
+    """Which block has which of its phases."""
 
     @property
     def learning_rate_scale(self) -> float:
@@ -260,9 +264,9 @@ def spectrum(config: LevelsConfig, tokens_per_step: int | None) -> list[Level]:
                 f"levels.spectrum.{index}: period {period} steps is shorter than "
                 f"{levels[-1].name!r}'s {levels[-1].period}; list the fastest level first"
             )
-        rate, rule = entry.learning_rate, config.learning_rate_rule
-        outer, local = _outer(index, entry), entry.local
-        levels.append(Level(index, entry.name, period, rate, rule, entry.wire, outer, local))
+        rate, rule, outer = entry.learning_rate, config.learning_rate_rule, _outer(index, entry)
+        own = Level(index, entry.name, period, rate, rule, entry.wire, outer, entry.local)
+        levels.append(replace(own, phases=config.phases))
     return levels
 
 
@@ -371,10 +375,11 @@ def phase(level: Level, depth: int, layers: int, stagger: bool) -> int:
     """
     if not stagger:
         return 0
+    place = order(depth, layers, level.phases)
     if level.copy is not None:
-        own = depth * level.copy.of_period // layers
+        own = place * level.copy.of_period // layers
         return own and own + level.period - level.copy.of_period
-    return depth * level.crosses_every // layers
+    return place * level.crosses_every // layers
 
 
 def sync_group(level: Level, depth: int, layers: int, stagger: bool) -> SyncGroup:

@@ -23,6 +23,7 @@ LATER: dict[tuple[str, ...], tuple[str, ...]] = {
         "gate_activation", "gates",
     ),
     ("model", "attention"): ("window",),
+    ("levels",): ("phases",),
 }  # fmt: skip
 LATER_OF_A_LEVEL = ("memory", "update", "context", "copy_rate")
 

@@ -30,6 +30,7 @@ def random_run(seed: int) -> list[str]:
         f"parallel.bucket_size={draw.choice([300, 3000, 40_000_000])}",
         f"train.steps={draw.randint(7, 8)}",
         f"run.seed={seed}",
+        f"levels.phases={draw.choice(['by_depth', 'interleaved'])}",
     ]
 
 

@@ -145,3 +145,20 @@ def test_the_largest_is_the_last_that_fits() -> None:
     assert (wide.d_model, wide.heads, wide.hidden) == (128, 8, 1920)
     with pytest.raises(UserError, match=r"parallel\.stages"):
         largest(make("parallel.pipeline=2", "parallel.stages=[1,3]"), cluster)
+
+
+def test_interleaved_phases_stream_as_much_at_each_step_on_every_stage() -> None:
+    """By depth a stage of four has a quarter of the period for all that it streams."""
+    four = replace(ONE, gpus_per_node=4)
+    keys = ["model.layers=16", "parallel.pipeline=4", "train.micro_batch=1"]
+    keys.append("levels=[{period: 1}, {period: 4, memory: host}]")
+    plans = [
+        make_plan(make(*keys, f"levels.phases={phases}"), four).host
+        for phases in ("by_depth", "interleaved")
+    ]
+    for plan, times in zip(plans, (4, 1), strict=True):
+        assert plan is not None
+        peak, mean = plan.streamed_peak_bytes, plan.streamed_bytes_per_step
+        assert peak == pytest.approx(times * mean, rel=1e-6)
+    assert plans[0] is not None and plans[1] is not None
+    assert plans[0].streamed_bytes_per_step == plans[1].streamed_bytes_per_step

@@ -26,8 +26,8 @@ from nlscale.scaling.law.points import MEASURED, PERIODS, RUN, Points, Row
 from nlscale.scaling.law.setting import setting_of
 
 _APART = (
-    "levels.spectrum", "levels.period_warmup.", "levels.reduction", "levels.stagger", "run.",
-    "checkpoint.", "resume.", "wandb.", "parallel.",
+    "levels.spectrum", "levels.period_warmup.", "levels.reduction", "levels.stagger",
+    "levels.phases", "run.", "checkpoint.", "resume.", "wandb.", "parallel.",
 )  # fmt: skip
 """Keys in which runs may differ and yet be alike but for their setting (and seed)."""
 _SEED, _PURPOSE, _RATE = "run.seed", "run.purpose", "optimizer.learning_rate"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from nlscale.config.outer import OuterConfig
 from nlscale.config.parts import parts_of
 from nlscale.config.period_warmup import PeriodWarmupConfig
-from nlscale.config.vocabulary import Config, Reduction, WireFormat
+from nlscale.config.vocabulary import Config, Phases, Reduction, WireFormat
 from nlscale.levels.spectrum import Level
 from nlscale.model.sizes import level_hidden
 
@@ -45,6 +45,8 @@ def setting_of(config: Config, levels: Sequence[Level]) -> str:
         text += " + reduced every step"
     if not config.levels.stagger and any(level.crosses_every > 1 for level in levels):
         text += " + unstaggered"
+    elif config.levels.phases != Phases.by_depth and any(each.crosses_every > 1 for each in levels):
+        text += f" + {config.levels.phases.value}"
     return text + _changes(config.levels.period_warmup)
 
 
