@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from nlscale.errors import UserError
 from nlscale.scaling.sweep.runs import expand
 from nlscale.telemetry.figures import read_records
 
+EVIDENCE = Path(__file__).parents[2] / "tools" / "evidence.py"
 ALL = {
     "ewc": {"strength": 5, "sequences": 6},
     "lwf": {"strength": 0.5},
@@ -85,6 +90,39 @@ def test_a_stream_leaves_its_matrix_and_is_not_learned_twice(
     assert json.loads((runs / "results.json").read_text())["methods"] == found["methods"]
     for figure in ("matrix.png", "curves.png"):
         assert (runs / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_packed_runs_are_finished_where_they_are_unpacked(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = learn(undisturbed, capsys)
+    packed, again = tmp_path / "runs.tar.xz", tmp_path / "again.tar.xz"
+    for out in (packed, again):
+        subprocess.run(
+            [sys.executable, EVIDENCE, "runs", "--out", out], cwd=undisturbed.parent, check=True
+        )
+    assert packed.read_bytes() == again.read_bytes()
+    runs, away = undisturbed.parent / "runs", undisturbed.parent / "away"
+    runs.rename(away)
+    try:
+        with tarfile.open(packed) as archive:
+            archive.extractall(undisturbed.parent, filter="data")
+        assert not list(runs.rglob("checkpoints"))
+        assert learn(undisturbed, capsys) == found
+        assert (runs / "curves.png").exists()
+        assert not list(runs.rglob("train.log"))  # nothing was trained
+        (runs / "naive-seed1234" / "config.yaml").unlink()
+        torn = subprocess.run(
+            [sys.executable, EVIDENCE, "runs", "--out", tmp_path / "torn"],
+            cwd=undisturbed.parent,
+            capture_output=True,
+            text=True,
+        )
+        assert torn.returncode == 2 and not (tmp_path / "torn").exists()
+        assert re.fullmatch(r"error: runs/naive-seed1234/config.yaml: [^\n]*\n", torn.stderr)
+    finally:
+        shutil.rmtree(runs, ignore_errors=True)
+        away.rename(runs)
 
 
 def test_a_frozen_level_keeps_its_weights(undisturbed: Path) -> None:
