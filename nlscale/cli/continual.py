@@ -45,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="first run the commands of the stream's build_data, which skip data that are there",
     )
+    parser.add_argument(
+        "--baseline",
+        metavar="METHOD",
+        help="what the others are compared with, seed by seed (default: the stream's first)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.set_defaults(func=_continual)
 
@@ -52,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _continual(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from nlscale.continual.results import results
+    from nlscale.continual.results import baseline_of, results
     from nlscale.continual.show import print_results, print_runs
     from nlscale.continual.stream import read_stream
     from nlscale.scaling.sweep.build_data import build_missing
@@ -60,6 +65,7 @@ def _continual(args: argparse.Namespace) -> int:
     from nlscale.scaling.sweep.status import status
 
     stream = read_stream(args.stream, args.imports)
+    baseline = baseline_of(stream, args.baseline)
     width = None if sys.stdout.isatty() else _FILE_WIDTH
     console = Console(highlight=False, markup=False, stderr=args.json, width=width)
     if args.build_data and not args.dry_run:
@@ -76,7 +82,7 @@ def _continual(args: argparse.Namespace) -> int:
     if todo:
         failed = _run_here(stream, runs, states, args.workers, console)
         states = {run.name: status(run) for run in runs}
-    plain, curves = results(stream, runs, states)
+    plain, curves = results(stream, runs, states, baseline)
     plain["runs"] = [
         {"name": run.name, "dir": str(run.folder), "state": states[run.name].word} for run in runs
     ]

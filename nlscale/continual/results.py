@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from nlscale.config import schema
 from nlscale.continual.matrix import FIGURES, Matrix, differences, over_seeds
 from nlscale.continual.metrics import RECORD
 from nlscale.continual.stream import METHOD, SEED, Stream
@@ -61,35 +62,63 @@ def read_curves(stream: Stream, folder: Path) -> Curves:
     return Curves(scores, update_steps(r for r in records if r.get("kind") == "train"))
 
 
+def baseline_of(stream: Stream, given: str | None) -> str:
+    """The method that the others are compared with; None: the first.
+
+    Raises:
+        UserError: none is called so.
+    """
+    if given is not None and given not in stream.methods:
+        raise UserError(
+            f"--baseline: no method of {stream.path} is called {given!r}; "
+            f"{schema.nearest(given, stream.methods)}"
+        )
+    return given or stream.methods[0]
+
+
 def results(
-    stream: Stream, runs: list[Run], states: Mapping[str, Status]
+    stream: Stream, runs: list[Run], states: Mapping[str, Status], baseline: str
 ) -> tuple[dict[str, Any], dict[str, dict[str, Curves]]]:
     """What the finished runs have found.
+
+    Args:
+        stream: whose they are.
+        runs: all of it.
+        states: of each by its name.
+        baseline: the method that the others are compared with.
 
     Returns:
         As JSON holds it, and the curves of each method by the name of the seed.
 
     Keys:
-        stream, dir, metric, higher_is_better, tasks, ends (the last step of each task); methods, by
-        name, of those with a finished run: seeds; matrix and before, means over them; runs, by
-        seed, with before, matrix and figures; figures (average, learned, forgetting, backward,
-        forward), each mean, interval (95%, Student; null of one seed) and seeds; against, the
-        paired differences from the first method by seed, of the same figures.
+        stream, dir, metric, higher_is_better, tasks, ends (the last step of each task), baseline;
+        methods, by name, of those with a finished run: seeds; matrix and before, means over them;
+        runs, by seed, with before, matrix and figures; figures (average, learned, forgetting,
+        backward, forward), each mean, interval (95%, Student; null of one seed) and seeds; against,
+        the paired differences from the baseline by seed, of the same figures.
+
+    Raises:
+        UserError: as `read_curves`.
     """
     curves: dict[str, dict[str, Curves]] = {}
     for run in runs:
         if states[run.name].finished:
             of_method = curves.setdefault(run.axes[METHOD], {})
             of_method[run.axes[SEED]] = read_curves(stream, run.folder)
+    matrices_of = {
+        name: {seed: each.matrix(stream) for seed, each in of_method.items()}
+        for name, of_method in curves.items()
+    }
+    figures_of = {
+        name: {seed: each.figures() for seed, each in matrices.items()}
+        for name, matrices in matrices_of.items()
+    }
     methods: dict[str, Any] = {}
-    first: dict[str, dict[str, float]] = {}
-    for name, of_method in curves.items():
-        matrices = {seed: each.matrix(stream) for seed, each in of_method.items()}
-        found = {seed: each.figures() for seed, each in matrices.items()}
-        first = first or (found if name == stream.methods[0] else {})
+    for name, matrices in matrices_of.items():
+        found = figures_of[name]
         methods[name] = {
             "made_of": stream.helps[name],
-            "seeds": list(of_method),
+            "seeds": list(matrices),
             "before": np.mean([m.before for m in matrices.values()], 0).tolist(),
             "matrix": np.mean([m.rows for m in matrices.values()], 0).tolist(),
             "runs": {
@@ -99,7 +128,7 @@ def results(
             "figures": {
                 figure: over_seeds([each[figure] for each in found.values()]) for figure in FIGURES
             },
-            "against": _against(found, first) if name != stream.methods[0] else None,
+            "against": _against(found, figures_of.get(baseline, {})) if name != baseline else None,
         }
     plain = {
         "stream": str(stream.path),
@@ -108,6 +137,7 @@ def results(
         "higher_is_better": stream.metric.higher,
         "tasks": stream.tasks,
         "ends": stream.ends,
+        "baseline": baseline,
         "methods": methods,
     }
     return plain, curves

@@ -35,7 +35,7 @@ def print_runs(stream: Stream, runs: list[Run], states: Mapping[str, Status], ou
 
 
 def print_results(stream: Stream, plain: Mapping[str, Any], out: Console) -> None:
-    """Print the matrix of each method, and the table of all."""
+    """Print the matrix of each method, the table of all, and how they differ from the baseline."""
     methods = plain["methods"]
     for name, found in methods.items():
         seeds = len(found["seeds"])
@@ -48,19 +48,32 @@ def print_results(stream: Stream, plain: Mapping[str, Any], out: Console) -> Non
             table.add_row(task, *map(_figure, row))
         out.print(table)
         out.print()
-    table = _table()
-    table.add_column("method", no_wrap=True)
-    for title in FIGURES.values():
-        table.add_column(title, justify="right")
-    for name, found in methods.items():
-        table.add_row(name, *(_with_interval(found["figures"][figure]) for figure in FIGURES))
-    out.print(table)
+    out.print(_figures(methods, "figures"))
     better = "higher" if stream.metric.higher else "lower"
     out.print(
         f"{stream.metric.label}, {better} is better; 95% intervals over seeds, where there are "
         f"several.",
         soft_wrap=True,
     )
+    paired = {name: found for name, found in methods.items() if _paired(found)}
+    if paired:
+        out.print()
+        out.print(_figures(paired, "against", f"less those of {plain['baseline']}, seed by seed"))
+
+
+def _paired(found: Mapping[str, Any]) -> bool:
+    """Whether a method shares more than one seed with the baseline."""
+    return bool(found["against"]) and found["against"]["average"]["seeds"] > 1
+
+
+def _figures(methods: Mapping[str, Any], key: str, title: str | None = None) -> Table:
+    table = _table(title)
+    table.add_column("method", no_wrap=True)
+    for heading in FIGURES.values():
+        table.add_column(heading, justify="right")
+    for name, found in methods.items():
+        table.add_row(name, *(_with_interval(found[key][figure]) for figure in FIGURES))
+    return table
 
 
 def _table(title: str | None = None) -> Table:

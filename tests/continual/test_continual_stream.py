@@ -92,6 +92,20 @@ def test_a_stream_leaves_its_matrix_and_is_not_learned_twice(
         assert (runs / figure).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_others_are_compared_with_a_method_that_is_named(
+    undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, other = learn(undisturbed, capsys), learn(undisturbed, capsys, "--baseline", "all")
+    assert (first["baseline"], other["baseline"]) == ("naive", "all")
+    assert other["methods"]["all"]["against"] is None
+    for figure, gap in first["methods"]["all"]["against"].items():
+        assert other["methods"]["naive"]["against"][figure]["mean"] == -gap["mean"]
+    with pytest.raises(SystemExit) as ended:
+        main(["continual", str(undisturbed), "--baseline", "al"])
+    assert ended.value.code == 2
+    assert re.search(r"no method of \S+ is called 'al'; [^\n]*all", capsys.readouterr().err)
+
+
 def test_packed_runs_are_finished_where_they_are_unpacked(
     undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
