@@ -234,6 +234,9 @@ def test_listing_imports_no_torch(room: Room) -> None:
         ("frontier-muon", 36, 36),
         ("frontier-four-nodes", 24, 24),
         ("in-context", 8, 8),
+        ("mixers", 72, 72),
+        ("mixers-ingredients", 102, 102),
+        ("mixers-tasks", 84, 84),
     ],
 )
 def test_the_sweeps_of_the_repository_are_listed_without_data(
