@@ -5,6 +5,7 @@ A scalar without quotes is a `Plain`, one in quotes a `str`, and what stands for
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -56,7 +57,7 @@ def load(text: str) -> Any:
         ValueError: it holds itself, or nests too deeply.
     """
     try:
-        return _copy(yaml.load(text, _Loader), iter(range(_MOST_NODES)))
+        return _copy(_parsed(text), iter(range(_MOST_NODES)))
     except RecursionError:
         raise ValueError("it nests too deeply") from None
     except StopIteration:
@@ -65,8 +66,15 @@ def load(text: str) -> Any:
         raise ValueError(str(error)) from None
 
 
+@functools.lru_cache(maxsize=256)
+def _parsed(text: str) -> Any:
+    """What YAML holds, to be copied: a sweep reads the same recipe once for each of its runs."""
+    return yaml.load(text, _Loader)
+
+
+@functools.lru_cache(maxsize=64)
 def compose(text: str) -> yaml.Node | None:
-    """Its nodes, with their lines; raises as `load`."""
+    """Its nodes, with their lines, to be read only; raises as `load`."""
     try:
         return yaml.compose(text, _Loader)
     except RecursionError:

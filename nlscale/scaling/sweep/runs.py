@@ -173,14 +173,16 @@ def _run(
     for value in values:
         keys |= value.keys
     keys["run.dir"] = str(sweep.folder / name)
-    config = _load(sweep, keys)
+    first = dict(keys)
+    config = _load(sweep, first)
     if config.checkpoint.mirror is not None:  # a mirror is of one run
         keys["checkpoint.mirror"] = f"{config.checkpoint.mirror.rstrip('/')}/{name}"
     vocabulary = config.model.vocabulary or _vocabulary(sweep, config, known, assumed)
     for value in values:
         if sweep.ladder and value.target:
             keys |= sweep.ladder.rung(value.name, value.target, vocabulary)
-    config = _load(sweep, keys | {"model.vocabulary": vocabulary})
+    if keys != first or config.model.vocabulary != vocabulary:
+        config = _load(sweep, keys | {"model.vocabulary": vocabulary})
     parameters = sum(level_parameters(config, vocabulary))
     for value in values:
         if value.budget:
