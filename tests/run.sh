@@ -10,12 +10,13 @@ cd "$(dirname "$0")/.."
 # shellcheck source=launch/install.sh
 NLSCALE_EXTRAS=dev,docs source launch/install.sh
 
-# The tests of several nodes make network namespaces and start a Slurm of their own; they need root.
+# The tests of several nodes make network namespaces and start a Slurm of their own, those of full
+# drives mount an ext4 through a loop device; they need root.
 # What is compiled for GPUs is compiled for the CPU there, with g++.
 # Where a tool is missing and cannot be installed here, its tests fail and say so.
 missing=()
 for tool in ip:iproute2 tc:iproute2 shellcheck:shellcheck sbatch:slurm-wlm munged:munge \
-        g++:g++; do
+        g++:g++ mkfs.ext4:e2fsprogs; do
     command -v "${tool%:*}" >/dev/null || missing+=("${tool#*:}")
 done
 if [ "${#missing[@]}" -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

@@ -81,6 +81,7 @@ def bench_tiers(config: Config, cycles: int, memory: Tier = Tier.host) -> dict[s
     cycle = cycle_steps(levels)
     steps = (_WARM_UP + cycles) * cycle
     config.train.steps = steps + 1  # the last step of a run updates every level
+    config.checkpoint.every, config.checkpoint.steps = None, []  # nor does it save
     host = slow_in(config, memory)
     moved = [level.name for level, own in zip(levels, off_device(host), strict=True) if own]
     if not moved:

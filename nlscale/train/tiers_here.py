@@ -16,6 +16,7 @@ from nlscale.errors import UserError
 from nlscale.levels.ring_pieces import operations
 from nlscale.levels.spectrum import levels_of
 from nlscale.ops import compiled
+from nlscale.plan.checkpoint import checkpoint_plan
 from nlscale.plan.nvme import nvme_plan
 
 NETWORK = {
@@ -36,7 +37,8 @@ def check_tiers_here(config: Config, vocabulary: int, data_parallel: int) -> Non
 
     Raises:
         UserError: an operation is not compiled; or the folder is not there, is on a network file
-            system, has no direct I/O, or has no room for what this node's ranks put there.
+            system, has no direct I/O, or has no room for what this node's ranks put there, and
+            for a checkpoint where that goes to the same drive.
     """
     for operation in operations(config):
         compiled.check(operation)
@@ -46,15 +48,33 @@ def check_tiers_here(config: Config, vocabulary: int, data_parallel: int) -> Non
     plan = nvme_plan(config, levels_of(config), vocabulary, cluster, data_parallel)
     if plan is not None:
         assert config.tiers.folder is not None
-        check_folder(Path(config.tiers.folder), plan.gpu_bytes * here.local_world)
+        folder, run = Path(config.tiers.folder), Path(config.run.dir)
+        saved = 0.0
+        if _saves(config) and folder.is_dir() and _same_drive(folder, run):
+            parallel = config.parallel
+            group_nodes = cluster.nodes_of_a_data_group(parallel.tensor, parallel.pipeline)
+            given = config, levels_of(config), vocabulary, cluster, group_nodes
+            saved = checkpoint_plan(*given).bytes
+        check_folder(folder, plan.gpu_bytes * here.local_world, saved)
 
 
-def check_folder(folder: Path, needed: float) -> None:
+def _saves(config: Config) -> bool:
+    return config.checkpoint.every is not None or bool(config.checkpoint.steps)
+
+
+def _same_drive(folder: Path, other: Path) -> bool:
+    """Whether the other, or where it is to be made, is on the file system of the folder."""
+    there = next(path for path in (other, *other.absolute().parents) if os.path.exists(path))
+    return there.stat().st_dev == folder.stat().st_dev
+
+
+def check_folder(folder: Path, needed: float, saved: float = 0.0) -> None:
     """Refuse a folder for slots; see `check_tiers_here`.
 
     Args:
         folder: of the node.
         needed: bytes.
+        saved: bytes of a checkpoint, which is written to the same drive.
     """
     what = f"tiers.folder {folder}"
     if not folder.is_dir():
@@ -79,8 +99,9 @@ def check_folder(folder: Path, needed: float) -> None:
         name.unlink(missing_ok=True)
     found = os.statvfs(folder)
     free = found.f_bavail * found.f_frsize
-    if free < needed:
+    if free < needed + saved:
+        beside = f", and run.dir a checkpoint of {human_bytes(saved)}" if saved else ""
         raise UserError(
             f"{what} has {human_bytes(free)} free, and the ranks of a node put "
-            f"{human_bytes(needed)} there; free some, or use a larger drive"
+            f"{human_bytes(needed)} there{beside}; free some, or use a larger drive"
         )

@@ -112,14 +112,17 @@ NVME = "levels=[{period: 1, memory: %s}, {period: 3, memory: %s}, {period: 4, me
     [
         (1, ["train.dtype=bf16", "model.layers=3"], (4,)),
         (2, ["train.dtype=fp32", "parallel.shard_optimizer=all"], (8, 9)),
+        (4, ["train.dtype=bf16", "parallel.tensor=2", "train.steps=9"], (5, 8)),
     ],
 )
 def test_nvme_is_hbm_to_the_bit(
     ranks: int, more: list[str], spoils: tuple[int, ...], tmp_path: Path
 ) -> None:
+    """On one and two nodes, with drops, and windows that the end cuts short."""
     given = ["tiers.ring_mib=0.0625", f"tiers.folder={tmp_path}", "tiers.threads=2", *more]
+    per_node = 2 if "parallel.tensor=2" in more else 1
     hbm, nvme = (
-        world.run(ranks, trained, [NVME % where, *given], spoils, ranks_per_node=1)
+        world.run(ranks, trained, [NVME % where, *given], spoils, ranks_per_node=per_node)
         for where in (("hbm",) * 3, ("nvme", "host", "nvme"))
     )
     for one, other in zip(hbm, nvme, strict=True):

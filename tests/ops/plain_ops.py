@@ -51,6 +51,8 @@ class PlainAsyncIo:
 
     fault: Callable[[str, int, str], float | None] = staticmethod(lambda kind, number, path: None)
     done: ClassVar[dict[str, int]] = {}
+    flags: ClassVar[int] = 0
+    """Beside those of opening; O_DIRECT, as the operation has it, where a test's drive can."""
 
     class aio_handle:
         def __init__(self, block: int, depth: int, single: bool, overlap: bool, threads: int):
@@ -68,17 +70,20 @@ class PlainAsyncIo:
 
         def sync_pread(self, buffer: Tensor, path: str, offset: int) -> int:
             self._begin("read", buffer, path)
-            with open(path, "rb") as file:
-                assert os.fstat(file.fileno()).st_size >= buffer.nbytes + offset  # it aborts
-                file.readinto(memoryview(buffer.numpy()))
+            file = os.open(path, os.O_RDONLY | PlainAsyncIo.flags)
+            assert os.fstat(file).st_size >= buffer.nbytes + offset  # it aborts
+            os.preadv(file, [memoryview(buffer.numpy())], 0)
+            os.close(file)
             return 1
 
         def sync_pwrite(self, buffer: Tensor, path: str, offset: int) -> int:
             share = self._begin("write", buffer, path)
             if share is not None and share < 0:
                 return -1
-            with open(path, "r+b") as file:
-                file.write(buffer.numpy()[: int((1 if share is None else share) * buffer.nbytes)])
+            written = int((1 if share is None else share) * buffer.nbytes)
+            file = os.open(path, os.O_WRONLY | PlainAsyncIo.flags)
+            assert os.pwritev(file, [memoryview(buffer.numpy())[:written]], 0) == written
+            os.close(file)
             if share is None:
                 PlainAsyncIo.fault("written", PlainAsyncIo.done["write"], path)
             return 1

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import world
+from ops.plain_ops import stand_in
+from plan.live import Live
 
 from nlscale.cluster.machines import Cluster
 from nlscale.config import recipe
 from nlscale.config.vocabulary import Config
 from nlscale.errors import UserError
+from nlscale.levels.nvme import NvmeTier
+from nlscale.levels.slots import slot_bytes
 from nlscale.levels.spectrum import levels_of, sync_group
 from nlscale.plan.largest import fits_on, largest, of_size
 from nlscale.plan.on_cluster import check
@@ -36,49 +42,94 @@ def make(*overrides: str) -> Config:
 
 
 IN_HBM = ["levels.spectrum.1.memory=hbm", "levels.spectrum.2.memory=hbm"]
+SMALL = ["model.layers=2"]
+WHERE = {
+    "hbm": IN_HBM,
+    "host": [],
+    "nvme": ["levels.spectrum.1.memory=nvme", "levels.spectrum.2.memory=nvme"],
+}
 
 
-def bytes_held(*overrides: str) -> tuple[int, int, int]:
-    """In host memory; in the ring; and all other tensors of this rank, between two steps."""
+@dataclass
+class Held:
+    """Bytes that a rank holds."""
+
+    host: int
+    """In host memory."""
+    ring: int
+    state: int
+    """Of fp32 weights and what rules keep of them, on the device, the ring included."""
+    between: int
+    """Of all storages on the device between two steps."""
+    peak: int
+    """Likewise, at most in a cycle of steps."""
+
+
+def bytes_held(dtype: str, folder: Path) -> dict[str, Held]:
+    """On a rank of a world: of each memory what is held, in turn."""
+    from nlscale.parallel.layout import process_groups
+
+    stand_in()
+    found, of_all = {}, [*SMALL, f"train.dtype={dtype}", f"tiers.folder={folder}"]
+    with process_groups(make(*of_all)) as layout:
+        for memory, where in WHERE.items():
+            found[memory] = held(make(*of_all, *where), layout)
+    return found
+
+
+def held(config: Config, layout: Any) -> Held:
+    """See `bytes_held`."""
     import gc
 
     import torch
 
-    from nlscale.parallel.layout import process_groups
+    from nlscale.bench.tiers import _Run
     from nlscale.step.micro_batches import Batch
-    from nlscale.step.trainer import Trainer
 
-    config = make(*overrides)
-    with process_groups(config) as layout:
-        trainer = Trainer.build(config, layout, levels_of(config), VOCABULARY)
-        tokens = torch.zeros(4, 16, dtype=torch.long)
-        for _ in range(5):
-            trainer.take_step([Batch(tokens, tokens, 4)])
+    tokens = torch.zeros(4, 16, dtype=torch.long)
+    with Live([]) as live:
+        run = _Run.of(config, VOCABULARY, layout)
         gc.collect()
-        tiers = [g.optimizer.tier for g in trainer.optimizer.groups if g.optimizer.tier]
-        held = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
-        for group in trainer.optimizer.groups:
-            for parameter, state in group.optimizer.optimizer.state.items():
-                held += [parameter, *(x for x in state.values() if isinstance(x, torch.Tensor))]
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
-        host = sum(tier.nbytes for tier in tiers)
-        ring = tiers[0].ring.nbytes if tiers else 0
-        return host, ring, sum(storages.values()) - host - ring
+        live.peak = live.now
+        for _ in range(5):  # a cycle, and once more with all that it has made
+            run.trainer.take_step([Batch(tokens, tokens, 4)])
+        gc.collect()
+        tiers = [g.optimizer.tier for g in run.trainer.optimizer.groups if g.optimizer.tier]
+        buffers = [b.memory for t in tiers[:1] if isinstance(t, NvmeTier) for b in t.drive._made]
+        # what is on a drive is no tensor that was made, but its views are
+        elsewhere = [own.untyped_storage() for own in (*(t._memory for t in tiers), *buffers)]
+        away = sum(own.nbytes() for own in elsewhere if own._cdata in live.known)
+        return Held(
+            host=sum(x.nbytes for x in buffers or [tier._memory for tier in tiers]),
+            ring=tiers[0].ring.nbytes if tiers else 0,
+            state=run.state_bytes(),
+            between=live.now - away,
+            peak=live.peak - away,
+        )
 
 
-def test_the_bytes_of_host_ring_and_device_are_those_held() -> None:
-    plan, resident = make_plan(make(), ONE), make_plan(make(*IN_HBM), ONE)
-    assert plan.host is not None and resident.host is None
-    ((host, ring, rest),) = world.run(1, bytes_held)
-    ((none, no_ring, all_on_device),) = world.run(1, bytes_held, *IN_HBM)
-    assert none == no_ring == 0
-    assert host == plan.host.gpu_bytes == plan.host.node_bytes
-    assert host == sum(level.host_bytes for level in plan.host.levels)
-    assert ring == pytest.approx(plan.host.ring_bytes, rel=1e-3)
-    freed = all_on_device - rest
-    assert freed == pytest.approx(plan.host.freed_bytes, rel=0.02)
-    less = resident.memory.largest.optimizer - plan.memory.largest.optimizer
-    assert less == plan.host.freed_bytes - plan.host.ring_bytes
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_bytes_of_host_ring_and_device_are_those_held(dtype: str, tmp_path: Path) -> None:
+    of_all = [*SMALL, f"train.dtype={dtype}", f"tiers.folder={tmp_path}"]
+    plans = {where: make_plan(make(*of_all, *keys), ONE) for where, keys in WHERE.items()}
+    (found,) = world.run(1, bytes_held, dtype, tmp_path)
+    resident, on_hbm = plans["hbm"], found["hbm"]
+    assert resident.host is None and on_hbm.host == on_hbm.ring == 0
+    for memory in ("host", "nvme"):
+        plan, own = plans[memory].host, found[memory]
+        assert plan is not None
+        assert plan.gpu_bytes == plan.node_bytes
+        if memory == "host":
+            assert own.host == plan.gpu_bytes == sum(level.host_bytes for level in plan.levels)
+        else:
+            assert own.host == 2 * slot_bytes(int(plan.gpu_bytes) // 2, make().tiers.threads)
+        assert own.ring == pytest.approx(plan.ring_bytes, rel=1e-3)
+        less = plan.freed_bytes - plan.ring_bytes
+        assert on_hbm.state - own.state == pytest.approx(less, rel=0.02)
+        assert on_hbm.between - own.between == pytest.approx(less, rel=0.02)
+        assert on_hbm.peak - own.peak == pytest.approx(less, rel=0.1)
+        planned = resident.memory.largest.optimizer - plans[memory].memory.largest.optimizer
+        assert planned == less
 
 
 @pytest.mark.parametrize("more", [[], ["parallel.pipeline=2"], ["parallel.shard_optimizer=all"]])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import world
+from disks import MIB, Disk, small_disk
 from ops.plain_ops import PlainAsyncIo, stand_in
-from train.test_train_run import run, small_data
+from train.test_train_resume import RECIPE
+from train.test_train_run import SMALL, records, run, small_data
 
 from nlscale.checkpoint.store.store import Store
 from nlscale.cluster.life.place import place
@@ -23,8 +26,8 @@ KEYS = [
 ]  # fmt: skip
 
 
-def check(folder: Path) -> None:
-    config = recipe.load(None, [*KEYS, f"tiers.folder={folder}"]).config
+def check(folder: Path, *more: str) -> None:
+    config = recipe.load(None, [*KEYS, f"tiers.folder={folder}", *more]).config
     tiers_here.check_tiers_here(config, 256, 1)
 
 
@@ -77,3 +80,54 @@ def test_a_failing_drive_ends_the_run_with_a_line_and_its_checkpoint_whole(
     (saved,) = Store(tmp_path / "run" / "checkpoints").checkpoints()
     saved.verify()
     assert saved.step == 2
+
+
+def meets_a_drive(disk: Disk, fills_up: bool) -> None:
+    """Before the command of a rank: the last one's drive is that, and may fill up once the run has
+    been allowed."""
+    stand_in()
+    if place().rank < place().world - 1:
+        return
+    disk.enter()
+    if fills_up:
+        checked = tiers_here.check_folder
+
+        def and_then_it_is_full(*given: Any) -> None:
+            checked(*given)
+            disk.fill()
+
+        tiers_here.check_folder = and_then_it_is_full
+
+
+@pytest.mark.root
+def test_a_drive_that_is_full_refuses_the_run_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real one: before the ranks meet, and where others have taken its room since."""
+    data = small_data(tmp_path, documents=4, held_out=0.2)
+    with small_disk(tmp_path, 16) as disk:
+        argv = [
+            "train", RECIPE, *SMALL, f"data.dir={data}", f"run.dir={tmp_path / 'run'}",
+            f"tiers.folder={disk.folder}", "levels=[{period: 1}, {period: 2, memory: nvme}]",
+            "optimizer.rule=adamw",
+        ]  # fmt: skip
+        late = world.command(
+            2, argv, tmp_path / "late", before=partial(meets_a_drive, disk, True), ranks_per_node=1
+        )
+        said = "".join(rank.output for rank in late)
+        assert [rank.code for rank in late] == [2, 2], said
+        assert said.count("nlscale: ") == 1, said
+        assert f"nlscale: tiers.folder {disk.folder} has no room for" in said
+        assert not records(tmp_path / "run", "train")
+
+        before = partial(meets_a_drive, disk, False)
+        (alone,) = world.command(1, argv, tmp_path / "full", before=before)
+        assert alone.code == 2 and alone.output.count("\n") == 1, alone.output
+        assert f"tiers.folder {disk.folder} has 0 B free, and the ranks" in alone.output
+
+        monkeypatch.setattr(compiled, "check", lambda name: {})
+        disk.filler.unlink()
+        disk.fill(left=MIB // 2)
+        check(disk.seen)
+        with pytest.raises(UserError, match=r"there, and run\.dir a checkpoint of .*; free some"):
+            check(disk.seen, f"run.dir={disk.seen / 'runs' / 'run'}")
