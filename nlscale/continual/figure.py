@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from nlscale.continual.stream import Stream
 from nlscale.telemetry.figures import CYCLE, STYLE, save_figure
 
 MATRIX_FIGURE, CURVES_FIGURE = "matrix.png", "curves.png"
-_COLUMNS = 3
+_CELL = 0.55, 0.36
+"""Inches of a score in a matrix, across and down."""
 _MOST_TICKS = 400
 
 
@@ -34,14 +36,13 @@ def draw_matrices(stream: Stream, plain: Mapping[str, Any], out: Path) -> Path:
     below = np.tril_indices(len(tasks))
     learned = np.concatenate([each[1:][below] for each in values.values()])
     low, high = float(learned.min()), float(learned.max())
-    columns = min(_COLUMNS, len(methods))
-    lines = -(-len(methods) // columns)
-    size = 0.85 * len(tasks) + 1.2
+    lines, columns = _grid(len(methods))
+    across = columns * (_CELL[0] * len(tasks) + 0.9) + 1.2
+    down = lines * (_CELL[1] * (len(tasks) + 1) + 0.6)
     with rc_context({**STYLE, "axes.spines.right": True}):
-        figure = Figure(
-            figsize=(columns * size + 0.9, lines * (size + 0.6)), dpi=150, layout="constrained"
-        )
-        axes = figure.subplots(lines, columns, squeeze=False).ravel()
+        figure = Figure(figsize=(across, down), dpi=150, layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False)
+        axes = grid.ravel()
         image = None
         for axis, (name, each) in zip(axes, values.items(), strict=False):
             colours = "viridis" if stream.metric.higher else "viridis_r"
@@ -59,9 +60,10 @@ def draw_matrices(stream: Stream, plain: Mapping[str, Any], out: Path) -> Path:
                 )  # fmt: skip
         for axis in axes[len(values) :]:
             axis.set_axis_off()
-        axes[0].set_ylabel("after task")
+        for axis in grid[:, 0]:
+            axis.set_ylabel("after task")
         assert image is not None, "there is a method"
-        figure.colorbar(image, ax=list(axes), label=stream.metric.label, shrink=0.8)
+        figure.colorbar(image, ax=list(axes), label=stream.metric.label, shrink=0.8, aspect=40)
         return save_figure(figure, out)
 
 
@@ -75,8 +77,7 @@ def draw_curves(stream: Stream, curves: Mapping[str, Mapping[str, Curves]], out:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    columns = min(_COLUMNS, len(curves))
-    lines = -(-len(curves) // columns)
+    lines, columns = _grid(len(curves))
     with rc_context(STYLE):
         figure = Figure(figsize=(4.2 * columns, 3.6 * lines), dpi=150, layout="constrained")
         grid = figure.add_gridspec(2 * lines, columns, height_ratios=[4, 1] * lines, hspace=0.02)
@@ -95,6 +96,12 @@ def draw_curves(stream: Stream, curves: Mapping[str, Mapping[str, Curves]], out:
             ticks.set_xlabel("step")
         top.legend(fontsize=8, title="task", title_fontsize=8)
         return save_figure(figure, out)
+
+
+def _grid(count: int) -> tuple[int, int]:
+    """Lines and columns for so many methods."""
+    columns = min(count, max(3, math.ceil(math.sqrt(count))))
+    return -(-count // columns), columns
 
 
 def _draw_scores(axis: Any, stream: Stream, seeds: list[Curves]) -> None:

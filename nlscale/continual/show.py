@@ -96,4 +96,4 @@ def _with_interval(found: Mapping[str, Any]) -> str:
     if found["interval"] is None:
         return _figure(found["mean"])
     low, high = found["interval"]
-    return f"{_figure(found['mean'])} ({_figure(low)} to {_figure(high)})"
+    return f"{_figure(found['mean'])} ± {_figure((high - low) / 2)}"
