@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -304,7 +306,8 @@ def _tiers(args: argparse.Namespace) -> int:
         check_sizes(own, place().world)
     from nlscale.bench.tiers import bench_tiers, print_tiers  # imports torch
 
-    result = bench_tiers(config, args.cycles, memory)
+    with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed would warn that drives wear out
+        result = bench_tiers(config, args.cycles, memory)
     if place().rank == 0:
         _print(result, print_tiers, args)
     return 0

@@ -186,9 +186,12 @@ def _keys_of_mixer(mixer: str, pattern: str) -> Mapping[str, str]:
 
 
 def keys_of(config: Config) -> dict[str, str]:
-    """A configuration as runs are compared by it: flat, and a pattern as a person writes it."""
+    """A configuration as runs are compared by it: flat, each level's keys too, and a pattern as a
+    person writes it."""
     plain = recipe.to_plain(config)
     plain["model"]["pattern"] = text_of(plain["model"])
+    levels = plain["levels"].pop("spectrum")
+    plain["levels"]["spectrum"] = {str(number): level for number, level in enumerate(levels)}
     return flat(plain)
 
 

@@ -156,6 +156,23 @@ def test_what_else_differs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
     assert line in out.splitlines()
 
 
+def test_a_key_of_a_level_is_compared_by_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, (static, local) in {1: (2.0, 1.8), 2: (2.1, 1.91), 3: (1.9, 1.69)}.items():
+        run_folder(tmp_path / f"static{seed}", "hope", seed, static, "levels=[1,4,16]")
+        context = (
+            "levels=[1,4,16]",
+            "levels.spectrum.0.context.chunk=64",
+            "levels.spectrum.0.hidden=48",
+        )
+        run_folder(tmp_path / f"local{seed}", "hope", seed, local, *context)
+    code, out, err = compare(capsys, tmp_path, "--by", "levels.spectrum.0.context.chunk")
+    assert code == 0, err
+    assert "null - 64: +0.2" in out and "differs as well: levels.spectrum.0.hidden: 64 48" in out
+    assert "levels.spectrum:" not in out
+
+
 def test_runs_that_make_no_pair_are_left_out_and_named(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
