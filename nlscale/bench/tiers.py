@@ -139,8 +139,10 @@ class _Run:
     streamed: list[int]
     """Bytes in and out."""
     on_drive: list[int]
-    """Bytes read and written."""
+    """Bytes read and written since the step before: also while the other run took its own."""
     losses: list[float]
+    driven: int = 0
+    """Bytes read and written in all, after the last step."""
 
     @classmethod
     def of(cls, config: Config, vocabulary: int, layout: Layout) -> _Run:
@@ -150,12 +152,14 @@ class _Run:
 
     def step(self, batches: Any) -> None:
         torch.distributed.barrier(group=self.layout.host)
-        before, drive = self._streamed(), self._on_drive()
+        before = self._streamed()
         began = now(self.layout.device)
         verdict, _ = self.trainer.take_step(batches)
         self.seconds.append(now(self.layout.device) - began)
         self.streamed.append(self._streamed() - before)
-        self.on_drive.append(self._on_drive() - drive)
+        driven = self._on_drive()
+        self.on_drive.append(driven - self.driven)
+        self.driven = driven
         self.losses.append(verdict.loss)
 
     def state_bytes(self) -> int:
