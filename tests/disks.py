@@ -14,6 +14,7 @@ from pathlib import Path
 
 MIB = 2**20
 _NEW_NAMESPACE = 0x20000  # CLONE_NEWNS: of mounts
+_OWN_FOLDER = 0x200  # CLONE_FS: what threads that share cannot enter another namespace
 _SBIN = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 
@@ -27,8 +28,9 @@ class Disk:
     """Where it is mounted there."""
 
     def enter(self) -> None:
-        """See it in this process, which has one thread, and in what it starts, from now on."""
+        """See it in this thread, and in the threads and processes that it starts, from now on."""
         here, library = Path.cwd(), ctypes.CDLL(None, use_errno=True)
+        assert library.unshare(_OWN_FOLDER) == 0, os.strerror(ctypes.get_errno())
         with open(f"/proc/{self.holder}/ns/mnt") as namespace:
             entered = library.setns(namespace.fileno(), _NEW_NAMESPACE) == 0
         assert entered, os.strerror(ctypes.get_errno())
