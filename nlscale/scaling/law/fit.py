@@ -17,6 +17,10 @@ a fifth digit of a loss is noise; grids that vary N and D freely are near 1e3.""
 MOST_EXPLAINED = 0.9
 """Share of the variance of log2(period) that log N and log D may explain; from there on a cost is
 read off the form of the law alone (a variance inflation factor of 10)."""
+MOST_SHARED = 0.999
+"""Share of the variance of log D that log N may explain. Beyond, as where tokens keep a proportion
+to parameters within some 4%, noise decides which term is which, or that one vanishes; where one
+does, the condition number at the optimum shows nothing."""
 
 _GRID = np.geomspace(0.05, 2.0, 12)
 _HOPS_FROM, _HOPS = 8, 8
@@ -72,6 +76,12 @@ class Fit:
             and np.min(np.abs(self.theta[5] - np.array(PERIOD_SHARES))) < 1e-6
         ):
             found.append(f"G is at its bound {float(self.law.G):.3g}")
+        shared = float(np.corrcoef(self.problem.x, self.problem.y)[0, 1] ** 2)
+        if shared > MOST_SHARED:
+            found.append(
+                f"N explains {shared:.4%} of the variance of D (of their logarithms): "
+                f"N and D do not vary independently enough"
+            )
         explained = _explained(self.problem)
         if explained > MOST_EXPLAINED:
             found.append(

@@ -232,12 +232,25 @@ def test_tokens_in_proportion_to_parameters_are_ill_conditioned() -> None:
     n = np.geomspace(1e8, 1e10, 20)
     noise = np.exp(0.003 * np.random.default_rng(0).normal(size=20))
     one = analyse(Points.of(n, 20 * n, TRUTH.loss(n, 20 * n) * noise), (1e20, 1e24), 40)
-    assert one.ill_conditioned
+    assert one.ill_conditioned and "N and D do not vary" in one.ill_conditioned
     # The first budget is within the data, but the optimum that is fitted for it is not.
     inside, beyond = one.optimal
     assert "flops" not in inside.beyond and inside.beyond["N"] > 2 and inside.n is None
     assert beyond.refused == one.ill_conditioned and beyond.n is None
     assert beyond.beyond["flops"] == pytest.approx(1e24 / (120 * 1e20))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_that_is_said_whichever_optimum_the_noise_leads_to(seed: int) -> None:
+    """One with a vanishing term, or an exponent at its bound, is well-conditioned in itself."""
+    n = np.geomspace(1e8, 1e10, 12)
+    noise = np.exp(0.002 * np.random.default_rng(seed).normal(size=12))
+    (doubt,) = [d for d in fit(Points.of(n, 20 * n, TRUTH.loss(n, 20 * n) * noise)).doubts()
+                if "N explains" in d]  # fmt: skip
+    assert doubt.startswith("N explains 100.0000% of the variance of D")
+    apart = np.exp(0.2 * np.random.default_rng(seed).normal(size=12))  # of D over N: by a fifth
+    points = Points.of(n, 20 * n * apart, TRUTH.loss(n, 20 * n * apart))
+    assert not any("N explains" in doubt for doubt in fit(points).doubts())
 
 
 def test_much_noise_is_ill_conditioned_by_its_intervals() -> None:
