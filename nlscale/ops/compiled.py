@@ -10,13 +10,15 @@ imported to look.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib.util
 import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -143,23 +145,51 @@ def build(name: str, say: Callable[[str], None]) -> None:
                 f"install {package}"
             )
     say(f"compiling {name} of DeepSpeed {version('deepspeed')}; it takes minutes")
-    libraries = {}
+    known, libraries = _folder() / f"nlscale-{name}.json", {}
     try:
         from deepspeed.ops import op_builder
 
-        for part in filter(None, (OPS[name].before, OPS[name].builder)):
-            module = getattr(op_builder, part)().load(verbose=False)
-            libraries[module.__name__] = module.__file__
+        with _alone(say):
+            for part in filter(None, (OPS[name].before, OPS[name].builder)):
+                module = getattr(op_builder, part)().load(verbose=False)
+                libraries[module.__name__] = module.__file__
     except Exception as error:
         raise UserError(
             f"DeepSpeed's operation {name} could not be compiled: {_line(error)}"
         ) from error
-    known = _folder() / f"nlscale-{name}.json"
-    known.parent.mkdir(parents=True, exist_ok=True)
     partial = known.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps({"libraries": libraries, "versions": _versions()}, indent=1))
     os.replace(partial, known)
     say(f"{name}: {libraries[[*libraries][-1]]}")
+
+
+@contextmanager
+def _alone(say: Callable[[str], None]) -> Iterator[None]:
+    """torch compiles into a folder of ours, where no other process does so meanwhile.
+
+    torch marks a folder in which it compiles by a file, and waits where there is one: for ever, if
+    it is of a process that was killed. Here one waits for the system's lock, which no process keeps
+    beyond its end, and what marks there are then are of processes that ended.
+    """
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    folder = _folder() / f"nlscale-torch{version('torch')}-{python}"
+    folder.mkdir(parents=True, exist_ok=True)
+    before = os.environ.get("TORCH_EXTENSIONS_DIR")
+    with open(folder / "compiling", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process compiles in {folder}; waiting for its end")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for mark in folder.glob("*/lock"):
+            mark.unlink()
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+        try:
+            yield
+        finally:
+            del os.environ["TORCH_EXTENSIONS_DIR"]
+            if before is not None:
+                os.environ["TORCH_EXTENSIONS_DIR"] = before
 
 
 def _line(error: Exception) -> str:
