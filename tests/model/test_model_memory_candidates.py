@@ -205,10 +205,13 @@ def test_what_no_kernel_takes_is_said_by_the_plan_and_what_cannot_be_is_refused(
     assert said() == said("model.memory.query_convolution=true") == []
     (line,) = said(SERIAL, "model.mixer=gated-delta")
     assert "model.memory.gain, reads_state, chunk_momentum" in line and "torch" in line
-    assert "model.memory.write" in said("model.memory.write=decayed")[0]
+    assert said("model.memory.write=decayed", "model.memory.strength=2") == []
+    assert "model.mixer=retnet" in said("model.mixer=retnet")[0]
     assert said(SERIAL, "train.kernels=false") == []
-    batch = MicroBatch(make("train.dtype=bf16", "model.memory.write=decayed"))
+    batch = MicroBatch(make("train.dtype=bf16", SERIAL))
     assert mixer_of("hope").serial_programs(batch) is None
+    batch = MicroBatch(make("train.dtype=bf16", "model.memory.write=decayed"))
+    assert mixer_of("hope").serial_programs(batch)
     for options, words in (
         (["model.memory.strength=2"], "set model.memory.write=decayed"),
         (["model.memory.gates=channel"], "set model.memory.write=decayed"),

@@ -257,14 +257,14 @@ class MemoryFacts(MixerFacts):
     def advice(self, batch: MicroBatch) -> list[str]:
         model = batch.config.model
         off = replace(
-            self.rules(model), erases=True, decayed_write=False, strength=1.0, reads_state=False,
-            kalman_gain=False, chunk_momentum=False, channel_gates=False,
+            self.rules(model), erases=True, reads_state=False, kalman_gain=False,
+            chunk_momentum=False, channel_gates=False,
         )  # fmt: skip
         could = batch.half_kernels and takes(off, head_dim(model), not self.modifies_itself)
         if self.fused(batch) or not could:
             return []
-        keys = ", ".join(serial_keys(model) or ["write"])
-        what = f"model.memory.{keys}" if self.erases else f"model.mixer={model.mixer}"
+        keys = ", ".join(serial_keys(model))
+        what = f"model.memory.{keys}" if keys else f"model.mixer={model.mixer}"
         return [
             f"no kernel knows {what}: on GPUs the memory runs as torch operations, many times "
             f"slower"

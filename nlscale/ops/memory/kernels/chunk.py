@@ -168,6 +168,18 @@ def log_decay(alpha_logit, token, length):
 
 
 @triton.jit
+def gates_of(
+    eta_logit, alpha_logit, token, length, STRENGTH: tl.constexpr, DECAYED: tl.constexpr
+):  # fmt: skip
+    """Of a chunk: r, the log decays g until after each token and those by which what a write erases
+    has decayed (if DECAYED, g too; else until before the token), and that of the whole chunk."""
+    decay = log_decay(alpha_logit, token, length)
+    g = tl.cumsum(decay)
+    before = g if DECAYED else g - decay
+    return STRENGTH * tl.sigmoid(eta_logit), g, before, tl.sum(decay)
+
+
+@triton.jit
 def fade(after, until, token, strict: tl.constexpr):
     """2^(after_i - until_j) where i > j, or i >= j if not strict; else 0."""
     i = token[:, None]
@@ -178,7 +190,7 @@ def fade(after, until, token, strict: tl.constexpr):
 
 @triton.jit
 def solution(k, r, g, before, token, LOW: tl.constexpr, C: tl.constexpr):
-    """T = (I + diag(r) W)^-1; g and before are the log decays until after and before a token."""
+    """T = (I + diag(r) W)^-1; g and before as `gates_of` gives them."""
     coupling = dot_nt(k, k, LOW) * fade(before, g, token, True) * r[:, None]
     return unit_lower_inverse(coupling, token, LOW, C)
 

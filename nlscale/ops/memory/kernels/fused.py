@@ -131,7 +131,7 @@ class FusedScan(torch.autograd.Function):
                     made.key, made.key_scale, made.write, made.solve, main_states,
                     made.eta_logits, made.alpha_logits, d_write, d_after,
                     d_key, d_decay, d_value, d_r,
-                    *scan.sizes, **scan.tile("writes_backward"), PI=scan.pi,
+                    *scan.sizes, **scan.tile("writes_backward"), **scan.gates, PI=scan.pi,
                 )  # fmt: skip
             if d_last_pi is None:
                 # x, v and the logits are a, b and the static ones
@@ -196,7 +196,8 @@ class _Scan:
         self.by_columns = (self.sequences, self.d // self.columns)
         self.parallel = (self.chunks * self.sequences,)
         self.sizes = (self.length, self.chunks)
-        self.rule = {"UNIT_VALUE": rules.normalize_value, "KEY_SHARE": rules.c}
+        self.gates = {"STRENGTH": rules.strength, "DECAYED": rules.decayed_write}
+        self.rule = {"UNIT_VALUE": rules.normalize_value, "KEY_SHARE": rules.c, **self.gates}
 
     def tile(self, kernel: str) -> dict[str, int]:
         """Sizes and options of a kernel."""

@@ -14,12 +14,12 @@ from nlscale.ops.memory.kernels.chunk import (
     dot_nt,
     dot_tn,
     fade,
+    gates_of,
     inverse_norm,
     load_column,
     load_square,
     load_tile,
     load_vector,
-    log_decay,
     make_keys,
     make_values,
     normalize_backward,
@@ -37,7 +37,8 @@ def pi_kernel(
     a, b, eta, alpha, for_key, for_value, for_gates, current, carried, states, last,
     length, chunks, heads,
     C: tl.constexpr, D: tl.constexpr, ADDITIVE: tl.constexpr, UNIT_VALUE: tl.constexpr,
-    KEY_SHARE: tl.constexpr, DOCUMENTS: tl.constexpr,
+    KEY_SHARE: tl.constexpr, STRENGTH: tl.constexpr, DECAYED: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """current, last: [sequences, D, D], fp32; states, at the start of chunks: [sequences, chunks,
     D, D]; carried: if DOCUMENTS, 0 at chunks before which Pi starts anew, else 1, [batch, chunks].
@@ -55,9 +56,7 @@ def pi_kernel(
             C, D, True, ADDITIVE,
         )  # fmt: skip
         token = chunk * C + tl.arange(0, C)
-        r, decay = tl.sigmoid(eta_logit), log_decay(alpha_logit, token, length)
-        g = tl.cumsum(decay)
-        before, whole = g - decay, tl.sum(decay)
+        r, g, before, whole = gates_of(eta_logit, alpha_logit, token, length, STRENGTH, DECAYED)
         solve = solution(k, r, g, before, token, LOW, C)
         v = make_values(b, pi, for_value, sequence, chunk, length, heads, C, D, True, ADDITIVE)
         faded = k * tl.exp2(before)[:, None]
@@ -75,7 +74,8 @@ def pi_backward_kernel(
     d_x, d_v, d_eta, d_alpha, d_current,
     length, chunks, heads,
     C: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, UNIT_VALUE: tl.constexpr,
-    KEY_SHARE: tl.constexpr, DOCUMENTS: tl.constexpr,
+    KEY_SHARE: tl.constexpr, STRENGTH: tl.constexpr, DECAYED: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """From the derivatives of k and log alpha and, if MAIN, v and r, as reads and S leave them, to
     those of x, v and the logits. If not MAIN, what is read is Pi: d_write is then T^T dD and
@@ -93,9 +93,7 @@ def pi_backward_kernel(
         token = chunk * C + tl.arange(0, C)
         eta_logit = load_column(eta_logits, sequence, chunk, length, C)
         alpha_logit = load_column(alpha_logits, sequence, chunk, length, C)
-        r, decay = tl.sigmoid(eta_logit), log_decay(alpha_logit, token, length)
-        g = tl.cumsum(decay)
-        before, whole = g - decay, tl.sum(decay)
+        r, g, before, whole = gates_of(eta_logit, alpha_logit, token, length, STRENGTH, DECAYED)
         k = load_tile(key, sequence, chunk, length, C, D)
         pi = load_square(states, sequence * chunks + chunk, D)
         written = load_tile(write, sequence, chunk, length, C, D)
@@ -107,7 +105,7 @@ def pi_backward_kernel(
         d_strength = tl.sum(w * written, 1)
         if MAIN:
             d_strength += load_column(d_r, sequence, chunk, length, C)
-        d_eta_logit = (1.0 - r) * d_strength
+        d_eta_logit = (1.0 - r / STRENGTH) * d_strength
         w *= r[:, None]
         pairs = -dot_nt(w, written, LOW) * fade(before, g, token, True)
         # k as what was written before, and then as what is being written
@@ -124,7 +122,9 @@ def pi_backward_kernel(
         d_made_k = normalize_backward(d_k, k, scale)
         store_tile(d_x, d_made_k, sequence, chunk, length, C, D)
         # the logits
-        d_log = tl.cumsum(by_now - by_past, reverse=True) - by_now + d_end
+        d_log = tl.cumsum(by_now - by_past, reverse=True) + d_end
+        if not DECAYED:
+            d_log -= by_now
         d_log += load_column(d_decay, sequence, chunk, length, C)
         d_alpha_logit = tl.where(token < length, d_log * tl.sigmoid(-alpha_logit), 0.0)
         store_column(d_eta, d_eta_logit, sequence, chunk, length, C)

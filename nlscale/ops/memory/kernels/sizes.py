@@ -96,11 +96,11 @@ def takes(rules: MemoryRules, d: int, static: bool) -> bool:
     """Whether there are kernels for such a memory with heads of d, for bf16.
 
     In `SIZES`, for every memory but one that decays toward zero (`hope-paper`),
-    which needs all of fp32; and for writes of strength up to 1 that erase what has not decayed
-    and depend on tokens and Pi alone. One that does not decay has logits of 1e4 for its gate.
+    which needs all of fp32; and for writes that erase and depend on tokens and Pi alone. One that
+    does not decay has logits of 1e4 for its gate.
     """
-    plain = rules.erases and not rules.decayed_write and rules.strength == 1 and not rules.serial
-    return plain and (static or rules.anchored) and (rules.chunk, d) in SIZES
+    by_tokens = rules.erases and not rules.serial
+    return by_tokens and (static or rules.anchored) and (rules.chunk, d) in SIZES
 
 
 def supports(a: Tensor, b: Tensor, q: Tensor, rules: MemoryRules, static: bool) -> bool:

@@ -12,10 +12,10 @@ from nlscale.ops.memory.kernels.chunk import (
     dot_nt,
     dot_tn,
     fade,
+    gates_of,
     load_column,
     load_square,
     load_tile,
-    log_decay,
     make_keys,
     make_values,
     normalize_backward,
@@ -34,7 +34,7 @@ def writes_kernel(
     length, chunks, heads,
     C: tl.constexpr, D: tl.constexpr, PI: tl.constexpr, MAIN: tl.constexpr,
     ADDITIVE: tl.constexpr, UNIT_VALUE: tl.constexpr, KEY_SHARE: tl.constexpr,
-    FOR_BACKWARD: tl.constexpr,
+    STRENGTH: tl.constexpr, DECAYED: tl.constexpr, FOR_BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk, sequence and head.
 
@@ -52,9 +52,7 @@ def writes_kernel(
     store_tile(key, k, sequence, chunk, length, C, D)
     store_column(alpha_logits, alpha_logit, sequence, chunk, length, C)
     token = chunk * C + tl.arange(0, C)
-    r, decay = tl.sigmoid(eta_logit), log_decay(alpha_logit, token, length)
-    g = tl.cumsum(decay)
-    before = g - decay
+    r, g, before, whole = gates_of(eta_logit, alpha_logit, token, length, STRENGTH, DECAYED)
     inverse = solution(k, r, g, before, token, LOW, C)
     v = make_values(b, pi, for_value, sequence, chunk, length, heads, C, D, PI, ADDITIVE)
     faded = k * tl.exp2(before)[:, None]
@@ -75,7 +73,7 @@ def writes_kernel(
         store_tile(solve, inverse, sequence, chunk, length, C, C)
         if PI:
             store_tile(value, v, sequence, chunk, length, C, D)
-            left = k * tl.exp2(tl.sum(decay) - g)[:, None]
+            left = k * tl.exp2(whole - g)[:, None]
             store_tile(spread, dot_tn(inverse, left, LOW), sequence, chunk, length, C, D)
 
 
@@ -85,6 +83,7 @@ def writes_backward_kernel(
     d_write, d_after, d_key, d_decay, d_value, d_r,
     length, chunks,
     C: tl.constexpr, D: tl.constexpr, PI: tl.constexpr,
+    STRENGTH: tl.constexpr, DECAYED: tl.constexpr,
 ):  # fmt: skip
     """Of what is written to S; one program a chunk, sequence and head.
 
@@ -98,9 +97,7 @@ def writes_backward_kernel(
     token = chunk * C + tl.arange(0, C)
     eta_logit = load_column(eta_logits, sequence, chunk, length, C)
     alpha_logit = load_column(alpha_logits, sequence, chunk, length, C)
-    r, decay = tl.sigmoid(eta_logit), log_decay(alpha_logit, token, length)
-    g = tl.cumsum(decay)
-    before, whole = g - decay, tl.sum(decay)
+    r, g, before, whole = gates_of(eta_logit, alpha_logit, token, length, STRENGTH, DECAYED)
     k = load_tile(key, sequence, chunk, length, C, D)
     state = load_square(states, sequence * chunks + chunk, D)
     after = load_square(d_after, sequence * chunks + chunk, D)
@@ -117,12 +114,14 @@ def writes_backward_kernel(
     past += dot_tn(pairs, k, LOW)
     now = dot(pairs, k, LOW) - dot_nt(w, state, LOW) * tl.exp2(before)[:, None]
     by_past, by_now = tl.sum(k * past, 1), tl.sum(k * now, 1)
-    d_log = tl.cumsum(by_now - by_past, reverse=True) - by_now + d_end
+    d_log = tl.cumsum(by_now - by_past, reverse=True) + d_end
+    if not DECAYED:
+        d_log -= by_now
     d_log += load_column(d_decay, sequence, chunk, length, C)
     d_k = load_tile(d_key, sequence, chunk, length, C, D) + past + now
     if not PI:
         d_k = normalize_backward(d_k, k, load_column(key_scale, sequence, chunk, length, C))
-        d_strength *= 1.0 - r
+        d_strength *= 1.0 - r / STRENGTH
         d_log *= tl.sigmoid(-alpha_logit)
     store_tile(d_key, d_k, sequence, chunk, length, C, D)
     store_column(d_r, d_strength, sequence, chunk, length, C)

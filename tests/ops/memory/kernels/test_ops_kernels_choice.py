@@ -21,8 +21,9 @@ def chosen(
     dtype: torch.dtype = torch.bfloat16,
     d: int = 64,
     chunk: int = 64,
+    **rules_of: bool | float,
 ) -> bool:
-    rules = replace(MODES[mode], chunk=chunk)
+    rules = replace(MODES[mode], chunk=chunk, **rules_of)
     with FakeTensorMode():
         x = torch.empty(2, 4, 128, d, device=device, dtype=dtype)
     return supports(x, x, x, rules, static=mode == "gated-delta")
@@ -35,6 +36,7 @@ def test_bf16_on_a_gpu_runs_through_the_kernels(mode: str, d: int, chunk: int) -
         "triton not found: pip install triton (Linux; it is in nlscale[dev])"
     )
     assert chosen(mode, d=d, chunk=chunk)
+    assert chosen(mode, d=d, chunk=chunk, decayed_write=True, strength=2.0)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,8 @@ def test_bf16_on_a_gpu_runs_through_the_kernels(mode: str, d: int, chunk: int) -
         {"chunk": 128},
         {"chunk": 48},
         {"mode": "paper"},
+        {"reads_state": True},
+        {"erases": False},
     ],
     ids=str,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,12 @@ def launches(
     chunk: int,
     documents: bool = False,
     generation: int = 9,
+    **other: bool | float,
 ) -> list[Launch]:
-    """Of a forward and backward pass."""
+    """Of a forward and backward pass; with other rules."""
     facts, size = mixer(MIXERS[mode]), Size(batch, length, heads, d)
     assert isinstance(facts, MemoryFacts)
-    rules = facts.rules(model_of(MIXERS[mode], size, chunk))
+    rules = replace(facts.rules(model_of(MIXERS[mode], size, chunk)), **other)
     assert rules.main_memory == MODES[mode].main_memory
     with assuming(generation):
         forward, backward = scan_launches(rules, size, facts.modifies_itself, documents)
@@ -83,7 +85,9 @@ def test_every_kernel_compiles_and_fits(
     mode: str, chunk: int, heads: int, d: int, target: str, documents: bool, tmp_path: Path
 ) -> None:
     generation = int(target.removeprefix("sm_")) // 10
-    noted = launches(mode, 8, 4096, heads, d, chunk, documents, generation)
+    # writes of both forms: at the sizes of the recipes
+    other = {"decayed_write": True, "strength": 2.0} if documents else {}
+    noted = launches(mode, 8, 4096, heads, d, chunk, documents, generation, **other)
     assert len(noted) == {"hope": 10, "pure": 7, "gated-delta": 7}[mode]
     for launch in noted:
         kernel = compiled(launch, target)

@@ -17,6 +17,8 @@ BOUND = 1e-5
 """On what `relative_errors` gives in fp32; the largest of 84 problems was 0.15e-5, and of 96 with
 extreme inputs, for which ten times as much is allowed as for torch's chunk form, 1.0e-5."""
 SMALL = {"d": 16, "chunk": 16}
+MORE = {"decayed_write": True, "strength": 2.0}
+"""Writes that erase what has decayed, with a strength of up to 2."""
 every_mode = pytest.mark.parametrize("mode", ["hope", "pure", "gated-delta"])
 
 
@@ -56,6 +58,20 @@ def test_reads_and_gradients_are_those_of_the_recurrence(
 @pytest.mark.parametrize("mode", ["hope", "pure"])
 def test_extreme_inputs_are_as_accurate(mode: str, case: str, seed: int, interpreted: Call) -> None:
     interpreted(compare, seed, 10 * BOUND, mode, 21, case, heads=1, batch=1, **SMALL)
+
+
+@every_mode
+def test_so_are_those_of_writes_that_erase_what_has_decayed(
+    mode: str, seed: int, interpreted: Call
+) -> None:
+    interpreted(compare, seed, BOUND, mode, 37, heads=2, batch=2, **SMALL, **MORE)
+
+
+@pytest.mark.parametrize("case", ["correlated keys", "strong decay", "no decay", "large eta"])
+def test_extreme_inputs_of_such_writes_are_as_accurate(
+    case: str, seed: int, interpreted: Call
+) -> None:
+    interpreted(compare, seed, 10 * BOUND, "hope", 21, case, heads=1, batch=1, **SMALL, **MORE)
 
 
 @pytest.mark.parametrize(("d", "chunk"), [(64, 64), (32, 32), (128, 16)])
@@ -137,13 +153,13 @@ GROUPS = {"eta": "logits", "alpha": "logits"} | dict.fromkeys(
 )
 
 
-def bf16_errors(seed: int, mode: str, kernels: bool) -> dict[str, float]:
+def bf16_errors(seed: int, mode: str, kernels: bool, **rules: bool | float) -> dict[str, float]:
     """Norm of the error by norm of the value over some problems, with bf16 inputs."""
     torch.manual_seed(seed)
     use(kernels)
     squares: dict[str, list[float]] = {}
     for case in ("", "correlated keys"):
-        problem = Problem(mode, 37, case, heads=2, batch=1, **SMALL)
+        problem = Problem(mode, 37, case, heads=2, batch=1, **SMALL, **rules)
         low = problem.cast(torch.float32)  # weights and gates are fp32
         for name in ("a", "b", "q"):
             low.leaves[name] = problem.leaves[name].detach().bfloat16().requires_grad_()
@@ -163,9 +179,12 @@ def bf16_errors(seed: int, mode: str, kernels: bool) -> dict[str, float]:
     return {name: (error / value) ** 0.5 for name, (error, value) in squares.items()}
 
 
+@pytest.mark.parametrize("rules", [{}, MORE], ids=["", "decayed"])
 @every_mode
-def test_bf16_errors_are_those_of_products_in_bf16(mode: str, seed: int, interpreted: Call) -> None:
-    of_kernels, of_torch = (interpreted(bf16_errors, seed, mode, x) for x in (True, False))
+def test_bf16_errors_are_those_of_products_in_bf16(
+    mode: str, rules: dict[str, Any], seed: int, interpreted: Call
+) -> None:
+    of_kernels, of_torch = (interpreted(bf16_errors, seed, mode, x, **rules) for x in (True, False))
     for name, error in of_torch.items():
         assert of_kernels[name] <= 2 * error, f"{name}: {of_kernels[name]:.1e}, torch {error:.1e}"
         assert 1e-3 < error < 5e-2, f"{name}: {error:.1e} of torch is no bf16 error"
