@@ -30,9 +30,10 @@ def interpreter() -> Iterator[Call]:
 
 
 def _start() -> None:
-    """Let bf16 mean what it means on a GPU: Triton's interpreter cuts off what should be rounded,
-    and would multiply matrices of the bit patterns."""
+    """Let bf16 and TF32 mean what they mean on a GPU: Triton's interpreter cuts off what should be
+    rounded, would multiply matrices of the bit patterns, and multiplies in fp32 for TF32."""
     import triton.language as tl
+    from triton._C.libtriton.ir import INPUT_PRECISION
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     torch.set_num_threads(1)
@@ -44,9 +45,17 @@ def _start() -> None:
             return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
         return cast(self, source, target)
 
-    def create_dot(self: Any, x: Any, y: Any, *rest: Any) -> Any:
-        x, y = (cast(self, z, tl.float32) if z.dtype.scalar == tl.bfloat16 else z for z in (x, y))
-        return dot(self, x, y, *rest)
+    def operand(self: Any, x: Any, precision: Any) -> Any:
+        if x.dtype.scalar == tl.bfloat16:
+            return cast(self, x, tl.float32)
+        if x.dtype.scalar == tl.float32 and precision == INPUT_PRECISION.TF32:
+            bits = np.ascontiguousarray(x.data).view(np.uint32)
+            return TensorHandle(((bits + 0x1000) & 0xFFFFE000).view(np.float32), tl.float32)
+        return x
+
+    def create_dot(self: Any, x: Any, y: Any, d: Any, precision: Any, *rest: Any) -> Any:
+        x, y = (operand(self, z, precision) for z in (x, y))
+        return dot(self, x, y, d, precision, *rest)
 
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot

@@ -189,10 +189,15 @@ def fade(after, until, token, strict: tl.constexpr):
 
 
 @triton.jit
-def solution(k, r, g, before, token, LOW: tl.constexpr, C: tl.constexpr):
-    """T = (I + diag(r) W)^-1; g and before as `gates_of` gives them."""
+def solution(
+    k, r, g, before, token, LOW: tl.constexpr, C: tl.constexpr, STRENGTH: tl.constexpr
+):  # fmt: skip
+    """T = (I + diag(r) W)^-1; g and before as `gates_of` gives them.
+
+    A strength near 2 reflects, and rounding errors of T do not fade from one write to the next.
+    """
     coupling = dot_nt(k, k, LOW) * fade(before, g, token, True) * r[:, None]
-    return unit_lower_inverse(coupling, token, LOW, C)
+    return unit_lower_inverse(coupling, token, LOW, STRENGTH > 1, C)
 
 
 @triton.jit

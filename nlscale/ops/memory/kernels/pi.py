@@ -57,7 +57,7 @@ def pi_kernel(
         )  # fmt: skip
         token = chunk * C + tl.arange(0, C)
         r, g, before, whole = gates_of(eta_logit, alpha_logit, token, length, STRENGTH, DECAYED)
-        solve = solution(k, r, g, before, token, LOW, C)
+        solve = solution(k, r, g, before, token, LOW, C, STRENGTH)
         v = make_values(b, pi, for_value, sequence, chunk, length, heads, C, D, True, ADDITIVE)
         faded = k * tl.exp2(before)[:, None]
         write = write_pi(v, k, faded, r, pi, solve, LOW, UNIT_VALUE, KEY_SHARE)

@@ -53,7 +53,7 @@ def writes_kernel(
     store_column(alpha_logits, alpha_logit, sequence, chunk, length, C)
     token = chunk * C + tl.arange(0, C)
     r, g, before, whole = gates_of(eta_logit, alpha_logit, token, length, STRENGTH, DECAYED)
-    inverse = solution(k, r, g, before, token, LOW, C)
+    inverse = solution(k, r, g, before, token, LOW, C, STRENGTH)
     v = make_values(b, pi, for_value, sequence, chunk, length, heads, C, D, PI, ADDITIVE)
     faded = k * tl.exp2(before)[:, None]
     if MAIN:
