@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from nlscale.scaling.compare.runs import Cell
 from nlscale.telemetry.figures import save_figure
 
 _SHOWN_KEYS = 6
+_LONG = 24
+"""Characters. Values beyond it, such as patterns of mixers, are named by a letter."""
 _STYLES = {"undecided": "yellow"}
 # Okabe-Ito: told apart with every common form of colour blindness.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -39,9 +42,24 @@ def print_answer(found: Answer, out: Console) -> None:
             out.print()
 
 
+class _Names:
+    """What the values of factors are called: as they are, or by a letter that stands for them."""
+
+    def __init__(self, one: Comparison) -> None:
+        values = dict.fromkeys(value for cell in one.grid.cells for value in cell)
+        long = [value for value in values if len(value) > _LONG]
+        self._letters = {
+            value: f"{chr(ord('A') + at % 26)}{at // 26 or ''}" for at, value in enumerate(long)
+        }
+        self.legend = [f"{letter}: {value}" for value, letter in self._letters.items()]
+
+    def of(self, values: Iterable[str]) -> list[str]:
+        return [self._letters.get(value, value) for value in values]
+
+
 def print_comparison(one: Comparison, out: Console) -> None:
     """Print cells, contrasts, and what one should know of them."""
-    grid = one.grid
+    grid, names = one.grid, _Names(one)
     by = " and ".join(grid.paired_by)
     pairs = len(grid.pairs)
     out.print(f"{one.metric} of {pairs} {'pair' if pairs == 1 else 'pairs'} by {by}")
@@ -64,22 +82,25 @@ def print_comparison(one: Comparison, out: Console) -> None:
             "-" if seconds is None else f"{seconds:.3g}",
             "-" if state is None else human_bytes(state),
         )
-        table.add_row(*cell, *(f"{x:.4f}" for x in numbers), *counts)
+        table.add_row(*names.of(cell), *(f"{x:.4f}" for x in numbers), *counts)
     out.print(table)
     out.print()
+    if names.legend:
+        out.print("\n".join(names.legend), end="\n\n", soft_wrap=True)
     for contrast in one.contrasts:
         verdict = contrast.paired.verdict
-        said = sentence(contrast, one.effect)
+        said = _sentence(contrast, names, one.effect)
         out.print(said, style=_STYLES.get(verdict, "bold"), soft_wrap=True)
-    for line in (*one.unequal, *grid.left_out, *_also(one)):
+    for line in (*one.unequal, *grid.left_out, *_also(one, names)):
         out.print(line, style="yellow", soft_wrap=True)
 
 
-def sentence(contrast: Contrast, effect: float | None = None) -> str:
+def _sentence(contrast: Contrast, names: _Names, effect: float | None) -> str:
     """A contrast in words: difference, interval, verdict, and what more pairs would show."""
     found = contrast.paired
     over = f" (mean over {contrast.over})" if contrast.over else ""
-    text = f"{contrast.value} - {contrast.baseline}{over}: {found.mean:+.4f}"
+    value, baseline = names.of((contrast.value, contrast.baseline))
+    text = f"{value} - {baseline}{over}: {found.mean:+.4f}"
     if found.interval is None:
         return f"{text}, undecided: one pair says nothing of how far seeds differ; run more"
     text += f" [{found.interval[0]:+.4f}, {found.interval[1]:+.4f}]"
@@ -100,11 +121,13 @@ def sentence(contrast: Contrast, effect: float | None = None) -> str:
     return text
 
 
-def _also(one: Comparison) -> list[str]:
+def _also(one: Comparison, names: _Names) -> list[str]:
     """What differs beside the factors: a difference may be of these as well."""
     lines = []
     for key, by_cell in list(one.grid.also.items())[:_SHOWN_KEYS]:
-        said = ", ".join(f"{' '.join(cell)} {'/'.join(of)}" for cell, of in by_cell.items())
+        said = ", ".join(
+            f"{' '.join(names.of(cell))} {'/'.join(of)}" for cell, of in by_cell.items()
+        )
         lines.append(f"differs as well: {key}: {said}")
     more = len(one.grid.also) - _SHOWN_KEYS
     if more > 0:
@@ -121,7 +144,8 @@ def draw_answer(found: Answer, out: Path) -> Path:
     tables = found.tables
     with rc_context(style):
         rows = [max(len(one.grid.cells), len(one.contrasts)) for one in tables.values()]
-        height = 0.7 + sum(1.3 + 0.34 * count for count in rows)
+        legend = list(dict.fromkeys(line for one in tables.values() for line in _Names(one).legend))
+        height = 0.7 + sum(1.3 + 0.34 * count for count in rows) + 0.2 * len(legend)
         figure = Figure(figsize=(10.0, height), dpi=160, layout="constrained")
         panels = figure.subplots(len(tables), 2, squeeze=False)
         for (left, right), (value, one) in zip(panels, tables.items(), strict=True):
@@ -138,6 +162,8 @@ def draw_answer(found: Answer, out: Path) -> Path:
             f"{' and '.join(one.grid.paired_by)}",
             x=0.02, ha="left", fontsize=11, fontweight="bold",
         )  # fmt: skip
+        if legend:
+            figure.supxlabel("\n".join(legend), x=0.02, ha="left", fontsize=8)
         return save_figure(figure, out)
 
 
@@ -151,7 +177,7 @@ def _draw_cells(axes: Any, one: Comparison, cells: list[Cell]) -> None:
         axes.scatter(values, [place] * len(values), color=colour, s=22, zorder=2)
         mean = sum(values) / len(values)
         axes.plot([mean, mean], [place - 0.25, place + 0.25], color=colour, linewidth=2.2)
-    axes.set_yticks(list(places), [" ".join(cell) for cell in cells])
+    axes.set_yticks(list(places), [" ".join(_Names(one).of(cell)) for cell in cells])
     axes.invert_yaxis()
     axes.margins(y=0.15)
 
@@ -168,7 +194,8 @@ def _draw_contrasts(axes: Any, one: Comparison) -> None:
         if found.interval is not None and all(map(math.isfinite, found.interval)):
             axes.plot(found.interval, [place, place], color=colour, linewidth=2.0)
         axes.plot([found.mean], [place], "D", color=colour, markersize=6)
-    names = [f"{c.value}\n- {c.baseline}" for c in one.contrasts]
-    axes.set_yticks(range(len(names)), names)
+    names = _Names(one)
+    sides = ["\n- ".join(names.of((c.value, c.baseline))) for c in one.contrasts]
+    axes.set_yticks(range(len(sides)), sides)
     axes.invert_yaxis()
     axes.margins(y=0.3)

@@ -156,6 +156,27 @@ def test_what_else_differs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
     assert line in out.splitlines()
 
 
+def test_a_long_value_is_named_by_a_letter_so_that_its_numbers_can_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = '{mixer: "hope", memory: {write: "decayed", strength: 2, query_convolution: true}}'
+    for seed in (1, 2):
+        run_folder(tmp_path / f"hope{seed}", "hope", seed, 2.0, "model.pattern=[hope]")
+        run_folder(
+            tmp_path / f"more{seed}", "hope", seed, 1.5 + seed / 8, f"model.pattern=[{more}]"
+        )
+    code, out, err = compare(
+        capsys, tmp_path, "--by", "model.pattern", "--baseline", "model.pattern=[hope]"
+    )
+    assert code == 0, err
+    lines = out.splitlines()
+    (row,) = (line.split() for line in lines if line.startswith("A  "))
+    assert row[:4] == ["A", "1.6250", "1.7500", "1.6875"]
+    (legend,) = (line for line in lines if line.startswith("A: [{"))
+    assert '"decayed"' in legend and "query_convolution: true" in legend
+    assert any(line.startswith("A - [hope]: -0.3125") for line in lines)
+
+
 def test_a_key_of_a_level_is_compared_by_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
