@@ -236,7 +236,7 @@ def test_listing_imports_no_torch(room: Room) -> None:
         ("in-context", 8, 8),
         ("mixers", 72, 72),
         ("mixers-ingredients", 102, 102),
-        ("mixers-tasks", 84, 84),
+        ("mixers-tasks", 96, 96),
     ],
 )
 def test_the_sweeps_of_the_repository_are_listed_without_data(
