@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from nlscale.config import recipe
 from nlscale.config.pattern import text_of
 from nlscale.config.vocabulary import Config, Purpose
@@ -213,7 +215,12 @@ def _text(value: Any) -> str:
 
 
 def same(one: str, other: str) -> bool:
-    """Whether two texts are the same value; 1e-3 and 0.001 are."""
+    """Whether two texts are the same value; 1e-3 and 0.001 are, and a pattern in another order."""
+    if one[:1] + other[:1] == "[[":
+        try:
+            return bool(yaml.safe_load(one) == yaml.safe_load(other))
+        except yaml.YAMLError:
+            return one == other
     return _as_number(one) == _as_number(other)
 
 

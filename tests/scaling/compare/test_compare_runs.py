@@ -177,6 +177,27 @@ def test_a_long_value_is_named_by_a_letter_so_that_its_numbers_can_be_read(
     assert any(line.startswith("A - [hope]: -0.3125") for line in lines)
 
 
+def test_a_pattern_is_the_same_in_another_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = '{strength: 2, write: "decayed"}'
+    for seed in (1, 2):
+        run_folder(tmp_path / f"hope{seed}", "hope", seed, 2.0, "model.pattern=[hope]")
+        run_folder(
+            tmp_path / f"more{seed}",
+            "hope",
+            seed,
+            1.9,
+            f"model.pattern=[{{mixer: hope, memory: {memory}}}]",
+        )
+    other = "model.pattern=[{memory: {write: decayed, strength: 2.0}, mixer: hope}]"
+    code, out, err = compare(capsys, tmp_path, "--by", "model.pattern", "--baseline", other)
+    assert code == 0 and "[hope] - A: +0.1000" in out, err
+    for wrong in ("model.pattern=[{mixer: hope}]", "model.pattern=[{"):
+        code, _, err = compare(capsys, tmp_path, "--by", "model.pattern", "--baseline", wrong)
+        assert code == 2 and "no run has it" in err
+
+
 def test_a_key_of_a_level_is_compared_by_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -236,7 +236,8 @@ def test_listing_imports_no_torch(room: Room) -> None:
         ("in-context", 8, 8),
         ("mixers", 72, 72),
         ("mixers-ingredients", 102, 102),
-        ("mixers-tasks", 96, 96),
+        ("mixers-tasks", 60, 60),
+        ("mixers-state", 24, 24),
     ],
 )
 def test_the_sweeps_of_the_repository_are_listed_without_data(
