@@ -17,8 +17,8 @@ from nlscale.ops.memory.scan import memory_scan
 
 BOUND = 1e-5
 """On what `relative_errors` gives in fp32; the largest of 84 problems was 0.15e-5, and of 96 with
-extreme inputs, for which ten times as much is allowed as for torch's chunk form, 1.0e-5. With `MORE`
-0.18e-5 of 90 and 2.7e-5 of 120."""
+extreme inputs, for which ten times as much is allowed as for torch's chunk form, 1.0e-5. With
+`MORE` it was 0.18e-5 of 90 and 2.7e-5 of 120."""
 SMALL = {"d": 16, "chunk": 16}
 MORE = {"decayed_write": True, "strength": 2.0}
 """Writes that erase what has decayed, with a strength of up to 2."""
