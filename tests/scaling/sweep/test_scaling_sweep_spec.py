@@ -238,6 +238,7 @@ def test_listing_imports_no_torch(room: Room) -> None:
         ("mixers-ingredients", 102, 102),
         ("mixers-tasks", 60, 60),
         ("mixers-state", 24, 24),
+        ("word-problem", 32, 32),
     ],
 )
 def test_the_sweeps_of_the_repository_are_listed_without_data(
