@@ -58,14 +58,14 @@ def find_runs(paths: Iterable[Path], metric: str) -> tuple[list[Measured], list[
     """Finished runs in folders, or folders of them.
 
     Returns:
-        The runs, and a line for each that is left out.
+        The runs, and lines on those that are left out; one for all of the same reason.
 
     Raises:
         UserError: no finished run there, a file that is damaged, or a run without that metric.
     """
     found: list[Measured] = []
     left_out: list[str] = []
-    wrong: list[str] = []
+    wrong: dict[str, list[str]] = {}  # by what it says of any folder
     given = list(paths)
     for path in given:
         if not path.is_dir():
@@ -80,13 +80,14 @@ def find_runs(paths: Iterable[Path], metric: str) -> tuple[list[Measured], list[
             try:
                 found.append(_measured(folder, summary, metric))
             except UserError as error:
-                wrong.append(str(error))
+                wrong.setdefault(str(error).replace(str(folder), ""), []).append(str(error))
     if not found:
         where = ", ".join(map(str, given))
         if wrong:
-            raise UserError(wrong[0])
+            raise UserError(next(iter(wrong.values()))[0])
         raise UserError(f"no finished run in {where}; {len(left_out)} have not finished")
-    left_out += [f"left out: {why}" for why in wrong]
+    for first, *others in wrong.values():
+        left_out.append(f"left out{f', as {len(others)} others' if others else ''}: {first}")
     searched = [run for run in found if run.searched]
     if len(searched) < len(found):
         left_out += _one_line(searched)

@@ -215,6 +215,17 @@ def test_a_key_of_a_level_is_compared_by_its_name(
     assert "levels.spectrum:" not in out
 
 
+def test_runs_left_out_for_one_reason_are_one_line(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in runs.glob("hope-*"):
+        (folder / "metrics.jsonl").write_text("")
+    code, _, err = compare(capsys, runs, "--by", "model.mixer")
+    assert code == 0
+    assert "left out, as 2 others: " in err and "hope-1 has no validation after" in err
+    assert "hope-2" not in err and err.count("\n") == 1
+
+
 def test_runs_that_make_no_pair_are_left_out_and_named(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
