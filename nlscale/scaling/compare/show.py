@@ -20,6 +20,8 @@ from nlscale.telemetry.figures import save_figure
 _SHOWN_KEYS = 6
 _LONG = 24
 """Characters. Values beyond it, such as patterns of mixers, are named by a letter."""
+_MOST_PAIRS = 8
+"""Whose numbers a table has each; of more, the lowest and the highest."""
 _STYLES = {"undecided": "yellow"}
 # Okabe-Ito: told apart with every common form of colour blindness.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -67,14 +69,16 @@ def print_comparison(one: Comparison, out: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for factor in grid.factors:
         table.add_column(factor, no_wrap=True)
-    for pair in grid.pairs:
-        table.add_column(" ".join(pair), justify="right")
+    each = pairs <= _MOST_PAIRS
+    for name in (" ".join(pair) for pair in grid.pairs) if each else ("lowest", "highest"):
+        table.add_column(name, justify="right")
     for name in ("mean", "parameters", "tokens", "s/step", "state"):
         table.add_column(name, justify="right")
     for cell in grid.cells:
         values = grid.values(cell)
         run = grid.runs[cell][grid.pairs[0]]
-        numbers = [*values, sum(values) / len(values)]
+        shown = values if each else [min(values), max(values)]
+        numbers = [*shown, sum(values) / len(values)]
         seconds, state = one.seconds_per_step(cell), run.state_bytes
         counts = (
             human_count(run.parameters),

@@ -177,6 +177,19 @@ def test_a_long_value_is_named_by_a_letter_so_that_its_numbers_can_be_read(
     assert any(line.startswith("A - [hope]: -0.3125") for line in lines)
 
 
+def test_of_many_pairs_the_table_has_the_lowest_and_the_highest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for mixer in ("attention", "hope"):
+        for seed in range(1, 10):
+            run_folder(tmp_path / f"{mixer}-{seed}", mixer, seed, 2.0 + seed / 8)
+    code, out, err = compare(capsys, tmp_path, "--by", "model.mixer")
+    assert code == 0 and "of 9 pairs" in out, err
+    head, row = (line for line in out.splitlines() if line.startswith(("model.mixer", "hope  ")))
+    assert head.split()[:4] == ["model.mixer", "lowest", "highest", "mean"]
+    assert row.split()[:4] == ["hope", "2.1250", "3.1250", "2.6250"]
+
+
 def test_a_pattern_is_the_same_in_another_order(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
